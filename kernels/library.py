@@ -1,0 +1,97 @@
+"""The torch operator library ``lofi_fast`` and the shared library that holds the C++ forms of its operators.
+
+Schemas, fakes and references are registered from Python, so every operator exists even where nothing was built; the
+shared library only adds CPU kernels to them (LibTorch stable ABI). ``describe()`` says which form of each runs.
+
+The environment variable ``LOFI_FAST_NATIVE`` decides at import: ``auto`` (default) loads the shared library if there is
+one, ``1`` raises ImportError when there is none, ``0`` leaves it alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Owned here for the life of the process: the operators are unregistered when this object dies.
+LIBRARY = torch.library.Library("lofi_fast", "DEF")
+
+# Operator name -> the form that runs, filled by each operator's package as it is imported.
+forms: dict[str, str] = {}
+
+
+def _setting() -> str:
+    value = os.environ.get("LOFI_FAST_NATIVE", "auto")
+    if value not in ("auto", "1", "0"):
+        raise ValueError(f"LOFI_FAST_NATIVE is {value!r}; it must be auto, 1 or 0")
+    return value
+
+
+def _find() -> Path | None:
+    """The newest of the installed library (beside this file) and a plain CMake build of a source tree (build/)."""
+    here = Path(__file__).parent
+    root = here.parents[1]
+    places = [here / "_native.so"]
+    if (root / "CMakeLists.txt").exists():
+        places.append(root / "build" / "_native.so")
+    built = [place for place in places if place.exists()]
+    return max(built, key=lambda place: place.stat().st_mtime_ns, default=None)
+
+
+def _load(setting: str) -> Path | None:
+    if setting == "0":
+        return None
+    path = _find()
+    if path is None:
+        if setting == "1":
+            raise ImportError(
+                "LOFI_FAST_NATIVE=1, but the C++ kernels are not built: install with a C++ compiler, or set it to auto"
+            )
+        return None
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        # A library that is there but does not load is a broken installation; choosing the reference would hide it.
+        raise ImportError(
+            f"cannot load {path} ({error.__cause__ or error}): rebuild it, or set LOFI_FAST_NATIVE=0"
+        ) from error
+    return path
+
+
+_native_setting = _setting()
+native_path = _load(_native_setting)
+
+
+def native_available() -> bool:
+    """Whether the shared library with the C++ kernels is loaded in this process."""
+    return native_path is not None
+
+
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an operator for CPU tensors by its schema: the C++ kernel runs where it is loaded, else the reference.
+
+    The reference and the fake (output shapes and dtypes alone) take the arguments of the schema in their order. The
+    choice is recorded in ``forms``.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    torch.library.register_fake(f"lofi_fast::{name}", fake, lib=LIBRARY)
+    if _native_setting == "0":
+        forms[name] = "reference (LOFI_FAST_NATIVE=0)"
+    elif native_path is None:
+        forms[name] = "reference (not built)"
+    # Asked of the dispatcher, since a library built before the operator was written does not have it.
+    elif torch._C._dispatch_has_kernel_for_dispatch_key(f"lofi_fast::{name}", "CPU"):
+        forms[name] = "C++"
+        return
+    else:
+        forms[name] = f"reference (not in {native_path}: rebuild it)"
+    LIBRARY.impl(name, reference, "CPU")
+
+
+def describe() -> str:
+    """One line naming the form of every operator that runs: ``soft_nms: C++ · nms: C++``."""
+    return " · ".join(f"{name}: {form}" for name, form in forms.items())

@@ -1,0 +1,90 @@
+"""Checkpoints: complete, atomic, and enough to go on to the same result as an unbroken run.
+
+A checkpoint is one dictionary of tensors, numbers and strings (loadable with weights_only=True): weights, optimiser,
+gradient scaler, RNG states of torch, numpy and python, position in the run, and the plans.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lofi_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Position:
+    """The next step to do: stage by name, epoch and step within it."""
+
+    stage: str
+    epoch: int = 0
+    step: int = 0
+
+
+def save_atomic(content: dict[str, Any], path: Path) -> None:
+    """Write to a temporary name in the same folder, flush to disk, rename: a reader sees the old file or the new.
+
+    Raises InputError when the disk is full or not writable; the old file stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
+        partial.unlink(missing_ok=True)
+        raise InputError(
+            f"{path}: cannot write the checkpoint ({error}); free some space or change --out, then go on with --resume"
+        ) from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Raises InputError when there is none or it is not one."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no checkpoint to go on from; start without --resume, or name the run's --out") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); start without --resume") from None
+    if not isinstance(content, dict) or "position" not in content:
+        raise InputError(f"{path}: not a checkpoint of a lofi_fast run")
+    return content
+
+
+def rng_state() -> dict[str, Any]:
+    """States of python's, numpy's and torch's global generators, as plain values."""
+    version, internal, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": {**numpy_state, "state": {"key": key, "pos": int(numpy_state["state"]["pos"])}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    inner = state["numpy"]["state"]
+    key = inner["key"].numpy().astype(np.uint32)
+    np.random.set_state({**state["numpy"], "state": {"key": key, "pos": inner["pos"]}})
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def position_fields(position: Position) -> dict[str, Any]:
+    return asdict(position)

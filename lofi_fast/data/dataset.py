@@ -1,0 +1,272 @@
+"""From annotations and a folder of videos to samples that a step can ask for, and the sampler that orders them.
+
+Nothing random lives outside `Sampler`: order, crop, flip and pixel jitter are functions of (seed, stage, epoch,
+window), so that a resumed run and a step tried again see the same samples with the same augmentation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lofi_fast.config import Config, DataConfig
+from lofi_fast.data.annotations import Annotations, Video, clip_to_duration, load_annotations
+from lofi_fast.data.cache import CachedVideo, CacheRequest, Skipped, prepare
+from lofi_fast.data.pipeline import FrameRequest, View
+from lofi_fast.data.video import VideoInfo, find_videos, probe
+from lofi_fast.data.windows import Window, cut_windows, full_grid
+from lofi_fast.errors import InputError
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, select_snippets
+
+SUBSETS = ("training", "validation")
+CROP_OF_CACHED = 7 / 8  # a 224 px crop out of a 256 px frame, and the same share at every size
+SQUASH_LEAST = 0.85  # share of each side that a random crop keeps when the whole frame is squashed
+Progress = Callable[[int, int, str], None]
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One window of one video: its frames in the cache and its labels."""
+
+    index: int  # within the dataset; keys the augmentation
+    window: Window
+    segments: Array  # (G, 2) seconds, those that touch the window
+    labels: NDArray[np.int64]  # (G,) indices into the class list
+    cached: CachedVideo
+    grid: NDArray[np.int64]  # (L, 8) positions in the cache, full fidelity
+
+
+@dataclass(frozen=True)
+class Dataset:
+    classes: tuple[str, ...]
+    samples: dict[str, tuple[Sample, ...]]  # by subset
+    videos: dict[str, tuple[Video, ...]]  # by subset, those that can be read
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+
+    def durations(self, subset: str) -> dict[str, float]:
+        return {sample.window.video: sample.cached.duration for sample in self.samples[subset]}
+
+
+def cache_side(full: Fidelity) -> int:
+    """Short side (pixels) that the cache keeps: full fidelity plus the margin of a random crop; 256 for 224."""
+    return 2 * round(full.side / CROP_OF_CACHED / 2)
+
+
+def _probe(path: Path) -> VideoInfo | InputError:
+    try:
+        return probe(path)
+    except InputError as error:
+        return error
+
+
+def _probe_all(paths: dict[str, Path]) -> tuple[dict[str, VideoInfo], list[Skipped]]:
+    workers = min(len(paths), os.cpu_count() or 1)
+    if workers > 1 and len(paths) > 8:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            results = list(pool.map(_probe, paths.values(), chunksize=4))
+    else:
+        results = [_probe(path) for path in paths.values()]
+    infos: dict[str, VideoInfo] = {}
+    skipped = []
+    for (name, path), result in zip(paths.items(), results, strict=True):
+        if isinstance(result, VideoInfo):
+            infos[name] = result
+        else:
+            skipped.append(Skipped(name, str(path), str(result)))
+    return infos, skipped
+
+
+def _require(annotations: Annotations, readable: Sequence[Video], config: DataConfig) -> None:
+    where = f"{config.annotations} with {config.videos}"
+    if not readable:
+        raise InputError(
+            f"{where}: none of the {len(annotations.videos)} annotated videos is in the folder and readable; "
+            "check --videos (files are matched by name without extension)"
+        )
+    training = [video for video in readable if video.subset == "training"]
+    if not any(video.segments for video in training):
+        raise InputError(f"{where}: no readable training video has a segment; check the subsets in --annotations")
+    taught = {segment.label for video in training for segment in video.segments}
+    untaught = sorted(
+        {s.label for video in readable if video.subset == "validation" for s in video.segments} - taught
+    )
+    if untaught:
+        raise InputError(
+            f"{where}: class {untaught[0]!r}{f' and {len(untaught) - 1} more' if untaught[1:] else ''} occurs in "
+            "validation but in no readable training video, so it can never be found; mend the subsets in --annotations"
+        )
+
+
+def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Path, progress: Progress) -> Dataset:
+    """Read labels, probe the videos, fill the frame cache, cut windows. Bad videos are skipped and counted.
+
+    Raises InputError when nothing is left to train on, or when a validation class has no training segment.
+    """
+    annotations = load_annotations(annotations_path)
+    wanted = [video for video in annotations.videos if video.subset in SUBSETS]
+    paths = find_videos(videos, [video.name for video in wanted])
+    skipped = [
+        Skipped(v.name, str(videos / v.name), "no video file of this name") for v in wanted if v.name not in paths
+    ]
+    infos, unreadable = _probe_all(paths)
+    short = {name for name, info in infos.items() if len(info.pts) < FRAMES_PER_SNIPPET}
+    unreadable += [
+        Skipped(name, str(infos[name].path), f"{len(infos[name].pts)} frames are less than one snippet of 8")
+        for name in sorted(short)
+    ]
+    readable = [video for video in wanted if video.name in infos and video.name not in short]
+    _require(annotations, readable, config.data)
+
+    windows = {
+        video.name: cut_windows(video.name, infos[video.name].duration, config.data.window, config.data.overlap)
+        for video in readable
+    }
+    grid = partial(full_grid, num_snippets=config.full.num_snippets, frame_stride=config.data.frame_stride)
+    grids = {name: [grid(infos[name], window) for window in windows[name]] for name in windows}
+    requests = [
+        CacheRequest(name, infos[name], np.unique(np.concatenate([g.ravel() for g in grids[name]]))) for name in windows
+    ]
+    cached, undecodable = prepare(requests, cache, cache_side(config.full), progress=progress)
+    readable = [video for video in readable if video.name in cached]
+    _require(annotations, readable, config.data)
+
+    classes = tuple(sorted({s.label for v in readable if v.subset == "training" for s in v.segments}))
+    notes = list(annotations.notes)
+    samples: dict[str, list[Sample]] = {subset: [] for subset in SUBSETS}
+    kept: dict[str, list[Video]] = {subset: [] for subset in SUBSETS}
+    index = 0
+    for annotated in readable:
+        video, clipped = clip_to_duration(annotated, cached[annotated.name].duration)
+        notes += clipped
+        kept[video.subset].append(video)
+        segments = np.array([(s.start, s.end) for s in video.segments], dtype=np.float64).reshape(-1, 2)
+        labels = np.array([classes.index(s.label) for s in video.segments], dtype=np.int64)
+        for window, frames in zip(windows[video.name], grids[video.name], strict=True):
+            touching = (segments[:, 1] > window.start) & (segments[:, 0] < window.end)
+            entry = cached[video.name]
+            positions = entry.positions(frames.ravel()).reshape(frames.shape)
+            samples[video.subset].append(
+                Sample(index, window, segments[touching], labels[touching], entry, positions)
+            )
+            index += 1
+    return Dataset(
+        classes,
+        {subset: tuple(samples[subset]) for subset in SUBSETS},
+        {subset: tuple(kept[subset]) for subset in SUBSETS},
+        tuple(skipped + unreadable + undecodable),
+        tuple(notes),
+    )
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One snippet of a sample with the class it shows; `label` K is background."""
+
+    sample: Sample
+    snippet: int
+    label: int
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Pixel values become gain * value + offset (of 255), clipped."""
+
+    gain: float
+    offset: float
+
+
+class Sampler:
+    """Order and augmentation of every stage, as pure functions of (seed, stage, epoch, window)."""
+
+    def __init__(self, dataset: Dataset, data: DataConfig, full: Fidelity, seed: int) -> None:
+        self.dataset, self.data, self.full, self.seed = dataset, data, full, seed
+
+    def rng(self, *key: int | str) -> np.random.Generator:
+        """A generator of its own for each key."""
+        numbers = [k if isinstance(k, int) else int.from_bytes(k.encode(), "little") for k in key]
+        return np.random.default_rng([self.seed, *numbers])
+
+    def epoch(self, stage: str, epoch: int, batch: int) -> list[list[Sample]]:
+        """The training windows of one epoch in random order, in batches; the last batch may be smaller."""
+        samples = self.dataset.samples["training"]
+        order = self.rng(stage, epoch).permutation(len(samples))
+        return [[samples[i] for i in order[k : k + batch]] for k in range(0, len(order), batch)]
+
+    def clip_epoch(self, epoch: int, batch: int) -> list[list[Clip]]:
+        """Pre-training clips of one epoch: every grid snippet whose centre lies in a segment, once, and, if asked
+        for, as many background snippets as a class has on average. A last batch too small for live BN is left out.
+        """
+        clips = self._clips()
+        positive = [c for c in clips if c.label < len(self.dataset.classes)]
+        background = [c for c in clips if c.label == len(self.dataset.classes)]
+        rng = self.rng("clips", epoch)
+        if self.data.pretrain_background and background:
+            share = min(len(background), max(1, 2 * len(positive) // len(self.dataset.classes)))
+            positive += [background[i] for i in rng.choice(len(background), share, replace=False)]
+        order = rng.permutation(len(positive))
+        batches = [[positive[i] for i in order[k : k + batch]] for k in range(0, len(order), batch)]
+        return [b for b in batches if len(b) >= min(4, batch)] or batches
+
+    def _clips(self) -> list[Clip]:
+        clips = []
+        for sample in self.dataset.samples["training"]:
+            centres = sample.window.centres(self.full.num_snippets)
+            for snippet, centre in enumerate(centres):
+                if centre > sample.cached.duration:
+                    continue
+                hit = np.flatnonzero((sample.segments[:, 0] <= centre) & (centre <= sample.segments[:, 1]))
+                label = int(sample.labels[hit[0]]) if len(hit) else len(self.dataset.classes)
+                clips.append(Clip(sample, snippet, label))
+        return clips
+
+    def view(self, sample: Sample, stage: str, epoch: int, salt: int = 0) -> tuple[View, Jitter]:
+        """Random crop, flip and jitter of a whole window in training."""
+        rng = self.rng(stage, epoch, sample.index, salt)
+        if self.data.resize == "squash":
+            height, width = rng.uniform(SQUASH_LEAST, 1, 2)
+        else:
+            height, width = _square(sample.cached)
+        top, left = rng.uniform(0, 1, 2) * (1 - height, 1 - width)
+        flip = self.data.flip and bool(rng.random() < 0.5)
+        gain, offset = rng.uniform(-self.data.jitter, self.data.jitter, 2)
+        return View(float(top), float(left), float(height), float(width), flip), Jitter(1 + gain, offset)
+
+    def centre_view(self, sample: Sample) -> View:
+        """What validation and feature extraction see: the centre square, or all of the frame when squashed."""
+        height, width = (1.0, 1.0) if self.data.resize == "squash" else _square(sample.cached)
+        return View((1 - height) / 2, (1 - width) / 2, height, width, False)
+
+    def request(self, sample: Sample, fidelity: Fidelity, view: View) -> FrameRequest:
+        """The frames of a window at a fidelity: a sub-selection of its full grid."""
+        chosen = select_snippets(self.full.num_snippets, fidelity.num_snippets)
+        return FrameRequest(sample.cached, sample.grid[chosen].ravel(), view, fidelity.side)
+
+    def clip_request(self, clip: Clip, view: View) -> FrameRequest:
+        return FrameRequest(clip.sample.cached, clip.sample.grid[clip.snippet], view, self.full.side)
+
+    def edges(self, sample: Sample, fidelity: Fidelity) -> Array:
+        """Boundary times (L+1,) in seconds of the snippets that `request` shows."""
+        chosen = select_snippets(self.full.num_snippets, fidelity.num_snippets)
+        return sample.window.edges(chosen, self.full.num_snippets)
+
+
+def _square(cached: CachedVideo) -> tuple[float, float]:
+    """Height and width, as fractions of the frame, of a square of 7/8 of its short side."""
+    side = CROP_OF_CACHED * min(cached.width, cached.height)
+    return side / cached.height, side / cached.width
+
+
+def iterate_windows(samples: Sequence[Sample], sampler: Sampler, fidelity: Fidelity) -> Iterator[FrameRequest]:
+    """Requests for the centre view of every sample, in order."""
+    for sample in samples:
+        yield sampler.request(sample, fidelity, sampler.centre_view(sample))

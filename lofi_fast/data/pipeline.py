@@ -1,0 +1,260 @@
+"""From the frame cache to the encoder: JPEG packets in, uint8 RGB tensors out, decoded and resized by NVIDIA DALI.
+
+One background thread works through the requests: it reads the packets (pread), runs DALI and copies the pictures into
+a tensor that the consumer's thread has allocated. DALI's own `schedule_run` is asynchronous too, but leaves reading,
+feeding and copying to the consumer, and a request that needs several runs would stop prefetching after its first.
+Here the consumer only waits, and DALI holds one run at a time: its memory is bounded by `max_frames` alone.
+
+DALI owns no randomness and no position. Every request says which frames and which view, so a request that failed, or
+was never looked at, can be sent again and gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import av
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+from torch.utils.dlpack import from_dlpack
+
+from lofi_fast.data.cache import CachedVideo
+from lofi_fast.errors import InputError
+
+# nvJPEG takes this much device and pinned memory for each thread at the start, and grows by itself. DALI's defaults
+# (16 and 8 MiB) are for photographs; a cached frame is a few hundred kilobytes, and these bytes count in the budget.
+_NVJPEG_PADDING = 1 << 20
+
+
+@dataclass(frozen=True)
+class View:
+    """The part of a cached frame that is kept, as fractions of its height and width, then resized to a square.
+
+    `top` and `left` are the corner, `height` and `width` the extent; `flip` mirrors left and right.
+    Raises ValueError where the view does not lie inside the frame.
+    """
+
+    top: float
+    left: float
+    height: float
+    width: float
+    flip: bool
+
+    def __post_init__(self) -> None:
+        for start, extent in ((self.top, self.height), (self.left, self.width)):
+            # Written so that NaN fails; the slack is for fractions that were rounded on their way here.
+            if not (start >= 0 and extent > 0 and start + extent <= 1 + 1e-6):
+                raise ValueError(f"a view must lie inside the frame (fractions from 0 to 1), got {self}")
+
+
+@dataclass(frozen=True)
+class FrameRequest:
+    """Frames of one video, all seen through one view.
+
+    `positions` (num_frames,) int64 count the frames in the cache file, in the order wanted (repeats allowed);
+    `side` is the height and width of the result in pixels.
+    """
+
+    video: CachedVideo
+    positions: np.ndarray
+    view: View
+    side: int
+
+
+class FramePipeline:
+    """A DALI pipeline that serves frame requests on the CPU or on one GPU.
+
+    `max_frames` bounds the pictures decoded at once (a larger request takes several runs, with the same result), hence
+    the decode pool: about max_frames * cached height * cached width * 3 bytes. `depth` is how many requests may be in
+    flight while the consumer works; each holds its tensor of num_frames * side^2 * 3 bytes. `num_threads` decode.
+    On "cuda" the pictures are decoded by nvJPEG and never come back to the host.
+    """
+
+    def __init__(self, max_frames: int, device: str = "cpu", num_threads: int = 2, depth: int = 2) -> None:
+        for name, value in (("max_frames", max_frames), ("num_threads", num_threads), ("depth", depth)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self._device = torch.device(device)
+        if self._device.type not in ("cpu", "cuda"):
+            raise ValueError(f'device must be "cpu" or "cuda", got "{device}"')
+        self._max_frames = max_frames
+        self._num_threads = num_threads
+        self._depth = depth
+        self._copy_stream: torch.cuda.Stream | None = None
+        if self._device.type == "cuda":
+            if self._device.index is None:
+                self._device = torch.device("cuda", torch.cuda.current_device())
+            self._copy_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        # Built here and not at the first request, so that its memory is already there when the planner measures.
+        self._pipeline: Pipeline | None = self._build()
+        self._worker = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="frames",
+            # A thread starts on device 0, whichever the process has chosen.
+            initializer=torch.cuda.set_device if self._copy_stream is not None else None,
+            initargs=(self._device,) if self._copy_stream is not None else (),
+        )
+
+    def stream(self, requests: Iterable[FrameRequest]) -> Iterator[torch.Tensor]:
+        """One uint8 tensor (num_frames, side, side, 3), RGB and contiguous, for each request, in order.
+
+        `requests` is read lazily in the consumer's thread, at most `depth` ahead of the tensor it holds; sides and
+        frame counts may change from one to the next. The tensors belong to the consumer. A stream may be left at any
+        time and a new one started.
+
+        Raises InputError for a damaged picture, naming the cache file; MemoryError when DALI gets no memory (torch's
+        own error when the tensor gets none); RuntimeError for any other failure of DALI. The pipeline is then rebuilt
+        at the next request, so what was not delivered can be asked for again. ValueError for a side below 1 or a
+        position outside the cache.
+        """
+        incoming = iter(requests)
+        in_flight: deque[Future[torch.Tensor]] = deque()
+        try:
+            for request in islice(incoming, self._depth):
+                in_flight.append(self._submit(request))
+            while in_flight:
+                # Held in a list and popped: a local variable would keep the tensor alive after the consumer drops it.
+                ready = [in_flight.popleft().result()]
+                for request in islice(incoming, 1):
+                    in_flight.append(self._submit(request))
+                yield ready.pop()
+        finally:
+            for future in in_flight:
+                future.cancel()
+
+    def close(self) -> None:
+        """Finish the run under way, drop the rest, and give back DALI's threads and memory."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._pipeline = None
+
+    def _submit(self, request: FrameRequest) -> Future[torch.Tensor]:
+        """Allocate in the consumer's thread, where running out of memory can be handled, and queue the work."""
+        if request.side < 1:
+            raise ValueError(f"side must be at least 1 pixel, got {request.side}")
+        num_cached = len(request.video.frames)
+        if np.any((request.positions < 0) | (request.positions >= num_cached)):
+            raise ValueError(f"positions in {request.video.path} must be from 0 to {num_cached - 1}")
+        frames = torch.empty(
+            (len(request.positions), request.side, request.side, 3), dtype=torch.uint8, device=self._device
+        )
+        # The allocator hands out memory that kernels queued on the consumer's stream may still be reading.
+        allocated = None if self._copy_stream is None else torch.cuda.current_stream(self._device).record_event()
+        return self._worker.submit(self._load, request, frames, allocated)
+
+    def _load(self, request: FrameRequest, frames: torch.Tensor, allocated: torch.cuda.Event | None) -> torch.Tensor:
+        for start in range(0, len(frames), self._max_frames):
+            part = frames[start : start + self._max_frames]
+            # The copy is needed: DALI writes its next run into the same buffer. It also joins the runs of one request.
+            decoded = self._decode(request, request.positions[start : start + self._max_frames])
+            if self._copy_stream is None:
+                part.copy_(decoded)
+                continue
+            with torch.cuda.stream(self._copy_stream):
+                if allocated is not None:
+                    self._copy_stream.wait_event(allocated)
+                part.copy_(decoded)
+            # Until the copy is done the buffer must not go back to DALI, nor the tensor to another stream.
+            self._copy_stream.synchronize()
+        return frames
+
+    def _decode(self, request: FrameRequest, positions: np.ndarray) -> torch.Tensor:
+        jpegs = request.video.read(positions)
+        try:
+            return self._run(jpegs, request.view, request.side)
+        except RuntimeError as error:
+            failure = str(error)
+        # Outside the handler, because the traceback holds the failed pipeline and all its memory. DALI's text alone
+        # does not tell a damaged picture from a decoder that got no memory: both "failed to decode sample".
+        in_decoder = "decoders.image" in failure
+        if in_decoder:
+            for position, jpeg in zip(positions, jpegs, strict=True):
+                if _is_damaged(jpeg):
+                    raise InputError(
+                        f"picture {position} of the cache file {request.video.path} is damaged; "
+                        "delete the file and run again, it will be made anew"
+                    )
+        if in_decoder or "alloc" in failure.lower():
+            size = f"{request.video.width}x{request.video.height}"
+            raise MemoryError(f"DALI got no memory to decode {len(jpegs)} frames of {size} pixels on {self._device}")
+        raise RuntimeError(failure)
+
+    def _run(self, jpegs: list[np.ndarray], view: View, side: int) -> torch.Tensor:
+        """One run: (len(jpegs), side, side, 3) uint8, on DALI's memory, valid until the next run."""
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        top, left, bottom, right = view.top, view.left, view.top + view.height, view.left + view.width
+        count = len(jpegs)
+        try:
+            (batch,) = self._pipeline.run(
+                jpegs=jpegs,
+                start=np.tile(np.array([top, left], dtype=np.float32), (count, 1)),
+                end=np.tile(np.array([bottom, right], dtype=np.float32), (count, 1)),
+                size=np.full((count, 2), side, dtype=np.float32),
+                flip=np.full(count, view.flip, dtype=np.int32),
+            )
+            return from_dlpack(batch.as_tensor())
+        except Exception:
+            # DALI declares a pipeline invalid after an error, and some inputs may have been fed without the others.
+            self._pipeline = None
+            raise
+
+    def _build(self) -> Pipeline:
+        on_gpu = self._device.type == "cuda"
+        pipeline = Pipeline(
+            batch_size=self._max_frames,
+            num_threads=self._num_threads,
+            device_id=self._device.index if on_gpu else None,
+            prefetch_queue_depth=1,
+        )
+        with pipeline:
+            # no_copy: the packets outlive the run that reads them.
+            jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True)
+            start, end, size = (fn.external_source(name=n, dtype=types.FLOAT, ndim=1) for n in ("start", "end", "size"))
+            if on_gpu:
+                pictures = fn.decoders.image(
+                    jpegs,
+                    device="mixed",
+                    output_type=types.RGB,
+                    adjust_orientation=False,
+                    # The CPU decoder's chroma upsampling, so that both devices see nearly the same pixels.
+                    jpeg_fancy_upsampling=True,
+                    # Pinned decoder threads of several ranks would all sit on the same first cores.
+                    affine=False,
+                    device_memory_padding=_NVJPEG_PADDING,
+                    host_memory_padding=_NVJPEG_PADDING,
+                )
+            else:
+                pictures = fn.decoders.image(jpegs, device="cpu", output_type=types.RGB, adjust_orientation=False)
+            flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+            squares = fn.resize(
+                pictures,
+                roi_start=start,
+                roi_end=end,
+                roi_relative=True,
+                size=size,
+                interp_type=types.INTERP_LINEAR,
+                antialias=True,
+            )
+            # `resize` also mirrors a region whose ends are swapped, but that is off by a level here and there.
+            pipeline.set_outputs(fn.flip(squares, horizontal=flip))
+        pipeline.build()
+        return pipeline
+
+
+def _is_damaged(jpeg: np.ndarray) -> bool:
+    """A second opinion, from FFmpeg's decoder in its strict mode; it needs the memory of one picture."""
+    data = jpeg.tobytes()
+    if not data.endswith(b"\xff\xd9"):  # end of image; FFmpeg is content with pictures that lack their last rows
+        return True
+    decoder = av.CodecContext.create("mjpeg", "r")
+    decoder.options = {"err_detect": "explode"}
+    try:
+        decoder.decode(av.Packet(data))
+    except av.InvalidDataError:
+        return True
+    return False

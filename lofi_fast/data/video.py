@@ -1,0 +1,346 @@
+"""Where the frames of a video file are in time, and how to get exactly those asked for.
+
+A frame is named by its index in presentation order; its time is `VideoInfo.pts[index]`, taken from the file's own
+time stamps and never from a frame rate. Sources of the traps handled here: FFmpeg's libavformat and libavcodec, read
+through PyAV.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from lofi_fast.errors import InputError
+
+EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv")
+
+# Packets tell every frame's time only where the container stores presentation times and the codec makes one shown
+# frame of one packet. VP8 hides reference frames in packets of their own; AVI stores no times; a transport stream
+# may begin in the middle of a group of pictures. Those are decoded once to be counted.
+_CONTAINERS_WITH_TIMES = frozenset(("mov", "mp4", "matroska", "webm"))
+_ONE_FRAME_A_PACKET = frozenset(("h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg", "prores", "png"))
+
+
+class VideoError(InputError):
+    """One video cannot be used; the sentence names it and says why. Others are unaffected."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What `probe` found out about a file's best video stream.
+
+    pts (num_frames,) float64: seconds of each frame in presentation order, ascending, the first is 0.
+    duration: seconds, up to the end of the last frame. width, height: pixels as shown, after rotation.
+    rotation: degrees clockwise (0, 90, 180, 270) that turn a decoded frame upright. size, mtime_ns: of the file.
+    ticks (num_frames,) int64: the stamp each decoded frame carries, in units of time_base seconds; None where the
+    decoder's stamps are wrong or missing and a frame is found by counting (MPEG-4 with packed B-frames).
+    key_ticks: ascending stamps of frames from which decoding may start and still give the same pixels; may be empty.
+    """
+
+    path: Path
+    pts: np.ndarray
+    duration: float
+    width: int
+    height: int
+    rotation: int
+    codec: str
+    pixel_format: str
+    size: int
+    mtime_ns: int
+    time_base: Fraction = Fraction(1, 90000)
+    ticks: np.ndarray | None = None
+    key_ticks: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    @property
+    def fps(self) -> float:
+        """Mean frames a second; 0.0 for a video without a duration."""
+        return len(self.pts) / self.duration if self.duration > 0 else 0.0
+
+
+def probe(path: Path) -> VideoInfo:
+    """Finds every frame's time by reading the packets, and decodes the first frame to see that it can be done.
+
+    Where packets do not tell (see _CONTAINERS_WITH_TIMES, and any irregular time stamp) the whole video is decoded.
+    Raises VideoError for a file that is missing, empty, damaged or without a video stream.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise VideoError(f"video {path} cannot be read: {error.strerror}") from error
+    if status.st_size == 0:
+        raise VideoError(f"video {path} is an empty file")
+    try:
+        with av.open(str(path)) as container:
+            stream = _best_stream(container, path)
+            time_base = stream.time_base or Fraction(1, 90000)
+            ticks, key_ticks, last_length = _ticks_of_packets(container, stream)
+            rate = stream.average_rate or stream.guessed_rate
+            codec = stream.codec_context.name
+        first = _first_frame(path)
+        times: np.ndarray
+        if ticks is not None and first.pts == ticks[0]:
+            times = ticks
+        else:
+            key_ticks = key_ticks[:0]
+            decoded = _decoded_ticks(path)
+            if _ascending(decoded):
+                times = ticks = np.array(decoded, dtype=np.int64)
+            else:
+                times, time_base = _counted_times(path, len(decoded), time_base, rate)
+                ticks = None
+    except av.FFmpegError as error:
+        raise VideoError(f"video {path} cannot be decoded: {error.strerror or error}") from error
+    except OSError as error:
+        raise VideoError(f"video {path} cannot be read: {error.strerror or error}") from error
+
+    # int64 * numerator / denominator is one rounding away from the exact rational time
+    pts = (times - times[0]) * time_base.numerator / time_base.denominator
+    if last_length > 0 and ticks is not None:
+        length = last_length * time_base.numerator / time_base.denominator
+    elif len(pts) > 1:
+        length = float(np.median(np.diff(pts)))
+    else:
+        length = float(1 / rate) if rate else 0.0
+    rotation = round(-first.rotation / 90) % 4 * 90
+    width, height = (first.height, first.width) if rotation in (90, 270) else (first.width, first.height)
+    return VideoInfo(
+        path=path,
+        pts=pts,
+        duration=float(pts[-1]) + length,
+        width=width,
+        height=height,
+        rotation=rotation,
+        codec=codec,
+        pixel_format=first.format.name,
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        time_base=time_base,
+        ticks=ticks,
+        key_ticks=key_ticks,
+    )
+
+
+def find_videos(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Files below `folder` whose stem is a name, "v_" + name (ActivityNet's habit), or whose file name is the name.
+
+    Of several candidates the first of the sorted paths is taken; names without a file are absent from the result.
+    Raises InputError when the folder cannot be listed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"--videos {folder} is not a folder")
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        raise InputError(f"--videos {folder} cannot be listed: {error.strerror}") from error
+    by_stem: dict[str, Path] = {}
+    visited: set[str] = set()
+    candidates: list[Path] = []
+    # data sets are often assembled from symlinked folders, which may form a loop
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        candidates += [Path(root, file) for file in files if os.path.splitext(file)[1].lower() in EXTENSIONS]
+    for path in sorted(candidates):
+        by_stem.setdefault(path.stem, path)
+        by_stem.setdefault(path.name, path)
+    found = {}
+    for name in names:
+        path_or_none = by_stem.get(name) or by_stem.get(f"v_{name}")
+        if path_or_none is not None:
+            found[name] = path_or_none
+    return found
+
+
+def decode(info: VideoInfo, frames: np.ndarray, threads: int = 0) -> Iterator[tuple[int, VideoFrame]]:
+    """Yields (index, frame) for each of the sorted unique indices `frames`, and stops reading after the last.
+
+    Frames come as they are stored: the caller turns them by `info.rotation`. `threads` of the decoder: 0 is one for
+    each core. Raises ValueError for indices that are unsorted, repeated or out of range, VideoError where the file
+    fails or holds fewer frames than promised (what was decoded before has been yielded).
+    """
+    frames = np.asarray(frames, dtype=np.int64)
+    if frames.ndim != 1 or np.any(np.diff(frames) <= 0):
+        raise ValueError("frames must be sorted and unique")
+    if len(frames) and not (frames[0] >= 0 and frames[-1] < len(info.pts)):
+        raise ValueError(f"frames must be within 0..{len(info.pts) - 1} of {info.path}")
+    return _decode(info, frames, threads)
+
+
+def _decode(info: VideoInfo, frames: np.ndarray, threads: int) -> Iterator[tuple[int, VideoFrame]]:
+    if len(frames) == 0:
+        return
+    # what a decoded frame is found by: its place in the decoder's order, or its stamp
+    keys = frames if info.ticks is None else info.ticks[frames]
+    wanted = dict(zip(keys.tolist(), frames.tolist(), strict=True))
+    # where decoding may start for each of them
+    beginning = np.iinfo(np.int64).min
+    entries = np.concatenate(([beginning], info.key_ticks))
+    starts = entries[np.searchsorted(entries, keys, side="right") - 1]
+    entry_ticks = set(info.key_ticks.tolist())
+    done, position = 0, 0
+    try:
+        with av.open(str(info.path)) as container:
+            stream = _best_stream(container, info.path)
+            stream.thread_type = "AUTO"
+            stream.thread_count = threads
+            context = stream.codec_context
+            # the last entry point that the decoder, which runs ahead of its output, has been given
+            entered, skipped = beginning, False
+            for packet in container.demux(stream):
+                if packet.size and packet.is_corrupt:
+                    continue
+                if packet.size and len(info.key_ticks):
+                    start = int(starts[done])
+                    if packet.pts != start and start > entered:
+                        # nothing is wanted before a key frame that is still to come
+                        skipped = True
+                        continue
+                    if skipped:
+                        context.flush_buffers()
+                        skipped = False
+                    if packet.pts is not None and packet.pts in entry_ticks:
+                        entered = packet.pts
+                    # frames that nobody refers to and nobody asked for need no decoding: a third of the time
+                    context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+                for frame in context.decode(packet if packet.size else None):
+                    key = position if info.ticks is None else frame.pts
+                    position += 1
+                    if key is None or key not in wanted:
+                        continue
+                    index = wanted[key]
+                    if index != frames[done]:
+                        raise VideoError(f"video {info.path} gives frames out of order at {info.pts[index]:.3f} s")
+                    if frame.is_corrupt:
+                        raise VideoError(f"video {info.path} is damaged at {info.pts[index]:.3f} s")
+                    yield index, frame
+                    done += 1
+                    if done == len(frames):
+                        return
+    except av.FFmpegError as error:
+        raise VideoError(
+            f"video {info.path} fails after {done} of {len(frames)} frames: {error.strerror or error}"
+        ) from error
+    except OSError as error:
+        raise VideoError(f"video {info.path} cannot be read: {error.strerror or error}") from error
+    raise VideoError(f"video {info.path} ends after {done} of {len(frames)} frames (a truncated file?)")
+
+
+def _best_stream(container: av.container.InputContainer, path: Path) -> VideoStream:
+    stream = container.streams.best("video")
+    if not isinstance(stream, VideoStream):
+        raise VideoError(f"video {path} has no video stream")
+    if stream.codec_context is None:
+        raise VideoError(f"video {path} is coded in a way that this PyAV cannot decode")
+    return stream
+
+
+def _ticks_of_packets(
+    container: av.container.InputContainer, stream: VideoStream
+) -> tuple[np.ndarray | None, np.ndarray, int]:
+    """Sorted stamps of all frames, those of exact entry points, the last frame's length.
+
+    (None, empty, 0) where packets cannot be trusted.
+    """
+    context = stream.codec_context
+    nothing = (None, np.empty(0, dtype=np.int64), 0)
+    trusted = (
+        not _CONTAINERS_WITH_TIMES.isdisjoint(container.format.name.split(","))
+        and context.name in _ONE_FRAME_A_PACKET
+        # two fields of an interlaced frame may come in two packets; 0 is unknown, 1 progressive
+        and context.field_order in (0, 1)
+    )
+    if not trusted:
+        return nothing
+    stamps: list[int] = []
+    key_stamps: list[int] = []
+    length_of: dict[int, int] = {}
+    for packet in container.demux(stream):
+        # the flush packet at the end, and the torn last packet of a truncated file
+        if packet.size == 0 or packet.is_corrupt:
+            continue
+        if packet.pts is None or packet.is_discard or (not stamps and not packet.is_keyframe):
+            return nothing
+        stamps.append(packet.pts)
+        length_of[packet.pts] = packet.duration or 0
+        if packet.is_keyframe and _is_entry_point(context.name, context.extradata, packet):
+            key_stamps.append(packet.pts)
+    # a frame shown before the first key frame hangs on one that is not in the file
+    if not stamps or len(length_of) < len(stamps) or min(stamps) < stamps[0]:
+        return nothing
+    ticks = np.sort(np.array(stamps, dtype=np.int64))
+    return ticks, np.sort(np.array(key_stamps, dtype=np.int64)), length_of[int(ticks[-1])]
+
+
+def _is_entry_point(codec: str, extradata: bytes | None, packet: Packet[VideoStream]) -> bool:
+    """Whether a decoder that starts at this key packet gives the same pixels from its frame on.
+
+    Containers also mark recovery points (H.264 open groups, gradual refresh), from which the first pictures may
+    differ. Of H.264 only IDR pictures (NAL type 5) are taken, of HEVC all random access pictures (types 16 to 21,
+    ITU-T H.265 section 7.4.2.2: what follows them in output order never refers to what precedes).
+    """
+    if codec in ("vp9", "mjpeg", "prores", "png"):
+        return True
+    if codec == "h264" and extradata and extradata[0] == 1 and len(extradata) > 4:
+        length_size, first, last, shift, mask = (extradata[4] & 3) + 1, 5, 5, 0, 0x1F
+    elif codec == "hevc" and extradata and extradata[0] == 1 and len(extradata) > 21:
+        length_size, first, last, shift, mask = (extradata[21] & 3) + 1, 16, 21, 1, 0x3F
+    else:
+        return False
+    data, at = memoryview(packet), 0
+    while at + length_size < len(data):
+        if first <= data[at + length_size] >> shift & mask <= last:
+            return True
+        at += length_size + int.from_bytes(data[at : at + length_size], "big")
+    return False
+
+
+def _first_frame(path: Path) -> VideoFrame:
+    with av.open(str(path)) as container:
+        for frame in container.decode(_best_stream(container, path)):
+            return frame
+    raise VideoError(f"video {path} has no decodable frame")
+
+
+def _decoded_ticks(path: Path) -> list[int | None]:
+    with av.open(str(path)) as container:
+        stream = _best_stream(container, path)
+        stream.thread_type = "AUTO"
+        return [frame.pts for frame in container.decode(stream)]
+
+
+def _ascending(ticks: list[int | None]) -> bool:
+    stamps = [tick for tick in ticks if tick is not None]
+    return len(stamps) == len(ticks) and all(a < b for a, b in pairwise(stamps))
+
+
+def _counted_times(
+    path: Path, num_frames: int, time_base: Fraction, rate: Fraction | None
+) -> tuple[np.ndarray, Fraction]:
+    """Times of `num_frames` decoded frames whose own stamps are unusable, and their time base.
+
+    The decoder's order is the presentation order whatever its stamps say, so the packets' stamps belong to the
+    frames in ascending order if there are as many of them; else the frames are as regular as the stream says.
+    """
+    with av.open(str(path)) as container:
+        stream = _best_stream(container, path)
+        stamps = {packet.pts for packet in container.demux(stream) if packet.size and packet.pts is not None}
+    if len(stamps) == num_frames:
+        return np.sort(np.array(list(stamps), dtype=np.int64)), time_base
+    if not rate:
+        raise VideoError(f"video {path} has no usable time stamps")
+    return np.arange(num_frames, dtype=np.int64), 1 / Fraction(rate)

@@ -1,0 +1,1 @@
+"""TSM-ResNet video encoders."""

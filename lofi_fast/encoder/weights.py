@@ -1,0 +1,64 @@
+"""Encoder weights from elsewhere, by key mapping: torchvision ResNets, TSM checkpoints, our own run folders."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lofi_fast.encoder.resnet import TSMResNet
+from lofi_fast.errors import InputError
+
+CLASSIFIER_KEYS = ("fc.", "new_fc.", "classifier.")
+
+
+def map_key(key: str) -> str | None:
+    """Our name of a checkpoint's key, or None for a classifier that is left behind.
+
+    torchvision: the same names. TSM: `module.base_model.layer1.0.conv1.net.weight`, shifted convolutions wrapped in
+    `.net`, the classifier `new_fc`. Ours: `encoder.` in front.
+    """
+    for prefix in ("module.", "base_model.", "encoder.", "backbone."):
+        key = key.removeprefix(prefix)
+    if key.startswith(CLASSIFIER_KEYS):
+        return None
+    return key.replace(".net.", ".")
+
+
+def load_encoder_weights(encoder: TSMResNet, path: Path) -> str:
+    """Load `path` into `encoder`; returns a sentence on what was loaded. Raises InputError when it does not fit."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the encoder's weights with --encoder-weights FILE") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: not a PyTorch checkpoint that holds only tensors ({type(error).__name__})") from None
+    for name in ("state_dict", "encoder", "model"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict; see --encoder-weights")
+    state: dict[str, Tensor] = {}
+    for key, value in content.items():
+        mapped = map_key(key)
+        if mapped is not None and isinstance(value, Tensor):
+            state[mapped] = value
+    expected = encoder.state_dict()
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    unknown = [k for k in state if k not in expected]
+    if missing or unknown:
+        raise InputError(
+            f"{path}: not weights of {encoder.name}: {len(missing)} tensors missing"
+            f"{f' (first {missing[0]})' if missing else ''}, {len(unknown)} unknown"
+            f"{f' (first {unknown[0]})' if unknown else ''}; change --encoder or --encoder-weights"
+        )
+    wrong = [k for k in state if state[k].shape != expected[k].shape]
+    if wrong:
+        raise InputError(
+            f"{path}: {wrong[0]} has shape {tuple(state[wrong[0]].shape)} where {encoder.name} at width "
+            f"{encoder.width} has {tuple(expected[wrong[0]].shape)}; change --encoder, --width or --encoder-weights"
+        )
+    encoder.load_state_dict(state, strict=False)
+    return f"encoder weights: {path} ({len(state)} tensors)"

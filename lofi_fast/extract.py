@@ -1,0 +1,94 @@
+"""Full-fidelity features of every window, by the frozen encoder, once: what the head stage and other heads train on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lofi_fast.data.dataset import SUBSETS, Sample, iterate_windows
+from lofi_fast.errors import InputError
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET
+from lofi_fast.run import Run
+
+LARGEST_CHUNK = 64  # snippets encoded at once, at most
+
+
+def encoder_digest(run: Run) -> str:
+    """A digest of the encoder's weights and BN statistics: says which encoder features came from."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in run.encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def feature_path(run: Run, sample: Sample) -> Path:
+    """features/<video>.npy, or <video>@<start>s.npy where a video has several windows; (C, L) float32."""
+    whole = run.config.data.window is None
+    name = sample.window.video if whole else f"{sample.window.video}@{sample.window.start:.2f}s"
+    return run.folder / "features" / f"{name}.npy"
+
+
+def extract(run: Run) -> None:
+    """Write the features of all training and validation windows; those already there from the same encoder stay."""
+    folder = run.folder / "features"
+    folder.mkdir(exist_ok=True)
+    stamp, digest = folder / "encoder.txt", encoder_digest(run)
+    if not stamp.exists() or stamp.read_text() != digest:
+        for path in folder.glob("*.npy"):
+            path.unlink()
+        stamp.write_text(digest)
+    missing = [s for subset in SUBSETS for s in run.dataset.samples[subset] if not feature_path(run, s).exists()]
+    if not missing:
+        return
+    run.encoder.eval()
+    chunk = _chunk(run, missing)
+    with run.log.progress("features", len(missing)) as advance:
+        stream = run.frames(iterate_windows(missing, run.sampler, run.config.full))
+        for done, (sample, frames) in enumerate(zip(missing, stream, strict=True), 1):
+            _write(feature_path(run, sample), encode(run, frames, chunk))
+            advance(done, sample.window.video)
+    run.log.event("features", windows=len(missing), chunk=chunk, encoder=digest)
+
+
+@torch.no_grad()
+def encode(run: Run, frames: torch.Tensor, chunk: int) -> NDArray[np.float32]:
+    """Features (C, L) of uint8 frames (L * 8, side, side, 3), `chunk` snippets at a time."""
+    with run.precision.autocast(run.device):
+        parts = [run.encoder(part, FRAMES_PER_SNIPPET).float() for part in frames.split(chunk * FRAMES_PER_SNIPPET)]
+    features: NDArray[np.float32] = torch.cat(parts).T.contiguous().cpu().numpy()
+    return features
+
+
+def _chunk(run: Run, samples: Sequence[Sample]) -> int:
+    """The largest chunk of snippets that fits the budget."""
+    sizes = [LARGEST_CHUNK]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    whole = run.config.full.num_snippets
+    sizes = [size for size in sizes if size <= whole] or [whole]
+    first = samples[:1]
+
+    def step(size: int) -> None:
+        for frames in run.frames(iterate_windows([*first, *first], run.sampler, run.config.full)):
+            encode(run, frames[: size * FRAMES_PER_SNIPPET], size)
+            return
+
+    refusal = "raise --mem-budget, or give a smaller --fidelity"
+    return run.plan("features, snippets at once", sizes, float, step, refusal).candidate
+
+
+def _write(path: Path, features: NDArray[np.float32]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            np.save(file, features)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot write ({error.strerror}); free some space or change --out") from error

@@ -1,0 +1,1 @@
+"""TAL heads: from snippet features to boundary probabilities and a map of proposals."""

@@ -1,0 +1,154 @@
+"""G-TAD: sub-graph localization (Xu et al., CVPR 2020), with a class score of each proposal added.
+
+Shapes: B windows, C channels, L snippets, D durations, N valid proposal cells (start s, duration d) with s + d < L,
+d < D; proposal (s, d) covers snippets s..s+d. K classes, index K of the class scores is background.
+
+The map (B, 2, D, L) of the paper is kept at its valid cells only, and SGAlign with the 1x1 convolution after it is one
+`align_linear`: the (C x bins) x L x L tensor never exists (method: project first, interpolate after).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lofi_fast.config import HeadConfig
+from lofi_fast.kernels import align_linear, proposal_grid
+
+NUM_NEIGHBOURS = 3
+
+
+def nearest_neighbours(x_BCL: Tensor) -> Tensor:
+    """Indices (B, L, k) of each snippet's k nearest in feature space (Euclidean, itself included), k = min(3, L)."""
+    x_BLC = x_BCL.detach().float().transpose(1, 2)
+    distances = torch.cdist(x_BLC, x_BLC, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.topk(min(NUM_NEIGHBOURS, x_BCL.shape[2]), dim=2, largest=False).indices
+
+
+def gather_neighbours(x_BCL: Tensor, index_BLk: Tensor) -> Tensor:
+    """x at each snippet's neighbours: (B, C, L, k)."""
+    batch, channels, length = x_BCL.shape
+    flat = index_BLk.reshape(batch, 1, -1).expand(-1, channels, -1)
+    return x_BCL.gather(2, flat).view(batch, channels, length, -1)
+
+
+class GCNeXt(nn.Module):
+    """out = relu(temporal(x) + x + semantic(x)); the semantic branch is an edge convolution over the 3 nearest
+    neighbours, its first 1x1 (on the concatenation of neighbour and self) applied before gathering: the same numbers.
+    """
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        width = channels // 2
+        self.temporal = nn.Sequential(
+            nn.Conv1d(channels, width, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv1d(width, width, 3, padding=1, groups=groups),
+            nn.ReLU(inplace=True),
+            nn.Conv1d(width, channels, 1),
+        )
+        self.neighbour = nn.Conv1d(channels, width, 1)
+        self.itself = nn.Conv1d(channels, width, 1, bias=False)
+        self.semantic = nn.Sequential(
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 1, groups=groups),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, channels, 1),
+        )
+
+    def forward(self, x_BCL: Tensor) -> tuple[Tensor, Tensor]:
+        """(out (B, C, L), neighbour indices (B, L, k) of x)."""
+        index_BLk = nearest_neighbours(x_BCL)
+        edges_BCLk = gather_neighbours(self.neighbour(x_BCL), index_BLk) + self.itself(x_BCL).unsqueeze(3)
+        semantic_BCL = self.semantic(edges_BCLk).amax(dim=3)
+        return F.relu(self.temporal(x_BCL) + x_BCL + semantic_BCL), index_BLk
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """Logits: start, end (B, L), proposals (B, 2, N) (regression, classification), classes (B, K+1, N)."""
+
+    start_BL: Tensor
+    end_BL: Tensor
+    proposals_B2N: Tensor
+    classes_BKN: Tensor
+    cells_N2: Tensor  # (duration d, start s) of each cell
+
+
+class AlignLinear(nn.Module):
+    """Parameters of one `align_linear` over (channels x bins)."""
+
+    def __init__(self, in_channels: int, out_channels: int, bins: int, fan_in: int, bias: bool = True) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(fan_in)  # nn.Conv's own initialisation
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, bins).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound)) if bias else None
+
+
+class GTAD(nn.Module):
+    """Snippet features (B, num_features, L) -> `HeadOutput`. Weights do not depend on L, so every rung shares them."""
+
+    def __init__(self, config: HeadConfig, num_features: int, num_classes: int, full_snippets: int) -> None:
+        super().__init__()
+        self.config, self.num_classes, self.full_snippets = config, num_classes, full_snippets
+        hidden = config.hidden
+        self.base = nn.Sequential(nn.Conv1d(num_features, hidden, 3, padding=1, groups=4), nn.ReLU(inplace=True))
+        self.base_graph = GCNeXt(hidden, config.groups)
+        self.graph = GCNeXt(hidden, config.groups)
+        self.start_graph, self.start = GCNeXt(hidden, config.groups), nn.Conv1d(hidden, 1, 1)
+        self.end_graph, self.end = GCNeXt(hidden, config.groups), nn.Conv1d(hidden, 1, 1)
+        fan_in = hidden * (config.inner_bins + config.context_bins)
+        self.inner = AlignLinear(hidden, config.map_channels, config.inner_bins, fan_in)
+        self.context = AlignLinear(hidden, config.map_channels, config.context_bins, fan_in, bias=False)
+        narrow, kernel = config.map_channels // 4, config.middle_kernel
+        self.reduce = nn.Conv2d(config.map_channels, narrow, 1)
+        self.middle1 = nn.Conv2d(narrow, narrow, kernel, padding=kernel // 2)
+        self.middle2 = nn.Conv2d(narrow, narrow, kernel, padding=kernel // 2)
+        self.last = nn.Conv2d(narrow, 2, 1)
+        self.classifier = AlignLinear(
+            num_features, num_classes + 1, config.class_bins, num_features * config.class_bins
+        )
+
+    def max_duration(self, num_snippets: int) -> int:
+        """D of a rung: the full grid's limit, shrunk with L so that it stays the same number of seconds."""
+        if self.config.max_duration is None:
+            return num_snippets
+        return max(1, math.ceil(self.config.max_duration * num_snippets / self.full_snippets))
+
+    def forward(self, features_BCL: Tensor) -> HeadOutput:
+        length = features_BCL.shape[2]
+        duration = self.max_duration(length)
+        features_BCL = F.dropout(features_BCL, self.config.dropout, self.training)
+        base_BCL, _ = self.base_graph(self.base(features_BCL))
+        graph_BCL, _ = self.graph(base_BCL)
+        start_BL = self.start(self.start_graph(base_BCL)[0]).squeeze(1)
+        end_BL = self.end(self.end_graph(base_BCL)[0]).squeeze(1)
+
+        neighbours_BCL = gather_neighbours(graph_BCL, nearest_neighbours(graph_BCL)).mean(dim=3)
+        inner_grid = proposal_grid(length, duration, self.config.inner_bins)
+        context_grid = proposal_grid(length, duration, self.config.context_bins)
+        aligned_BON = align_linear(graph_BCL, inner_grid, self.inner.weight, self.inner.bias) + align_linear(
+            neighbours_BCL, context_grid, self.context.weight, None
+        )
+        cells_N2 = inner_grid.cells.to(features_BCL.device)
+        proposals_B2N = self._map(F.relu(aligned_BON), cells_N2, duration, length)
+
+        class_grid = proposal_grid(length, duration, self.config.class_bins, expand=0.0)
+        classes_BKN = align_linear(features_BCL, class_grid, self.classifier.weight, self.classifier.bias)
+        return HeadOutput(start_BL, end_BL, proposals_B2N, classes_BKN, cells_N2)
+
+    def _map(self, x_BON: Tensor, cells_N2: Tensor, duration: int, length: int) -> Tensor:
+        """The convolutions after the first: on the valid cells where they are all 1x1, else on the (D, L) map."""
+        x = F.relu(self.reduce(x_BON.unsqueeze(3)))
+        d, s = cells_N2.unbind(1)
+        if self.config.middle_kernel > 1:
+            dense_BODL = x.new_zeros(x.shape[0], x.shape[1], duration, length)
+            dense_BODL[:, :, d, s] = x.squeeze(3)
+            x = dense_BODL
+        x = F.relu(self.middle1(x))
+        x = self.last(F.relu(self.middle2(x)))
+        return x[:, :, d, s] if self.config.middle_kernel > 1 else x.squeeze(3)

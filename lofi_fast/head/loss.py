@@ -1,0 +1,102 @@
+"""The TAL loss of G-TAD: TEM + 10 * PEM_reg + PEM_cls, and our class loss beside it.
+
+Every term is a sum over cells divided by a count that the labels alone give. The counts are taken first (`Counts`), so
+that the loss of a batch split into parts, each divided by the whole batch's counts, adds up to the whole batch's loss.
+A count of zero (no positive at L=25 is common) leaves its term out: no NaN, ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lofi_fast.head.gtad import HeadOutput
+from lofi_fast.head.targets import IGNORED, POSITIVE_BOUNDARY, Targets
+
+REGRESSION_WEIGHT = 10.0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many entries each term is averaged over: (positive, negative) pairs and the regression cells."""
+
+    start: tuple[int, int]
+    end: tuple[int, int]
+    map: tuple[int, int]
+    label: tuple[int, int]
+    regression: int
+
+    @staticmethod
+    def of(targets: Sequence[Targets], num_classes: int, positive_iou: float) -> Counts:
+        """Counts over the windows of an optimiser step, from their labels."""
+
+        def split(positive: Sequence[Tensor]) -> tuple[int, int]:
+            ones = sum(int(p.sum()) for p in positive)
+            return ones, sum(p.numel() for p in positive) - ones
+
+        foreground = sum(int(((t.label != IGNORED) & (t.label < num_classes)).sum()) for t in targets)
+        background = sum(int((t.label == num_classes).sum()) for t in targets)
+        return Counts(
+            start=split([t.start > POSITIVE_BOUNDARY for t in targets]),
+            end=split([t.end > POSITIVE_BOUNDARY for t in targets]),
+            map=split([t.iou > positive_iou for t in targets]),
+            label=(foreground, background),
+            regression=sum(int(t.regression.sum()) for t in targets),
+        )
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Each term weighted as it enters the total (0-d tensors)."""
+
+    boundary: Tensor
+    regression: Tensor
+    confidence: Tensor
+    classes: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.boundary + self.regression + self.confidence + self.classes
+
+    def numbers(self) -> dict[str, float]:
+        """The terms and their total as Python floats (synchronises with the device)."""
+        names = ("boundary", "regression", "confidence", "classes")
+        return {"loss": float(self.total.detach())} | {name: float(getattr(self, name).detach()) for name in names}
+
+
+def _balanced(losses: Tensor, positive: Tensor, counts: tuple[int, int]) -> Tensor:
+    """Half the mean over positives plus half the mean over negatives: upstream's class-balanced BCE, rearranged."""
+    losses = losses.float()
+    positives = (losses * positive).sum() / max(counts[0], 1)
+    negatives = (losses * ~positive).sum() / max(counts[1], 1)
+    return 0.5 * (positives + negatives)
+
+
+def _balanced_bce(logits: Tensor, positive: Tensor, counts: tuple[int, int]) -> Tensor:
+    losses = F.binary_cross_entropy_with_logits(logits.float(), positive.float(), reduction="none")
+    return _balanced(losses, positive, counts)
+
+
+def tal_loss(
+    output: HeadOutput, targets: Targets, counts: Counts, *, positive_iou: float, class_weight: float
+) -> LossTerms:
+    """Loss of stacked `targets` (leading B) against the head's output for the same windows."""
+    regression_logits, confidence_logits = output.proposals_B2N.unbind(1)
+    squared = (regression_logits.float().sigmoid() - targets.iou).square() * targets.regression
+    num_classes = output.classes_BKN.shape[1] - 1
+    cross_entropy = F.cross_entropy(
+        output.classes_BKN.float(), targets.label, ignore_index=IGNORED, reduction="none"
+    )  # 0 where ignored
+    return LossTerms(
+        boundary=_balanced_bce(output.start_BL, targets.start > POSITIVE_BOUNDARY, counts.start)
+        + _balanced_bce(output.end_BL, targets.end > POSITIVE_BOUNDARY, counts.end),
+        regression=REGRESSION_WEIGHT * 0.5 * squared.sum() / max(counts.regression, 1),
+        confidence=_balanced_bce(confidence_logits, targets.iou > positive_iou, counts.map),
+        classes=class_weight * _balanced(cross_entropy, targets.label < num_classes, counts.label)
+        if class_weight
+        else torch.zeros((), device=output.start_BL.device),
+    )

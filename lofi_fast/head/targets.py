@@ -1,0 +1,120 @@
+"""Labels of the G-TAD head, worked out from true times: segments in seconds against the snippet boundaries in seconds.
+
+Shapes: L snippets with boundary times edges (L+1,), G ground-truth segments, N valid cells (duration d, start s):
+proposal (s, d) is [edges[s], edges[s + d + 1]]. All on the CPU in float64; a batch is stacked and moved once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+BOUNDARY_REACH = 1.5  # snippets on either side of a start or an end that count as its region
+POSITIVE_BOUNDARY = 0.5
+REGRESSION_HIGH, REGRESSION_LOW = 0.7, 0.3
+POSITIVE_CLASS, BACKGROUND_CLASS = 0.5, 0.3
+IGNORED = -1
+
+Array = NDArray[np.float64]
+
+
+def valid_cells(num_snippets: int, max_duration: int) -> NDArray[np.int64]:
+    """Cells (N, 2) = (d, s) with s + d < L and d < D, by duration, then start."""
+    cells = [(d, s) for d in range(min(max_duration, num_snippets)) for s in range(num_snippets - d)]
+    return np.array(cells, dtype=np.int64).reshape(-1, 2)
+
+
+def cell_segments(cells: NDArray[np.int64], edges: Array) -> Array:
+    """Times (N, 2) in seconds of the cells."""
+    d, s = cells.T
+    return np.stack([edges[s], edges[s + d + 1]], axis=1)
+
+
+def pairwise_iou(a: Array, b: Array) -> Array:
+    """tIoU (len(a), len(b)) of segments (., 2); 0 where both are empty."""
+    inter = (np.minimum(a[:, None, 1], b[None, :, 1]) - np.maximum(a[:, None, 0], b[None, :, 0])).clip(0)
+    union = (a[:, 1] - a[:, 0])[:, None] + (b[:, 1] - b[:, 0])[None, :] - inter
+    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+
+
+def boundary_overlap(edges: Array, times: Array) -> Array:
+    """(L,) for each of the first L edges: the largest share of its anchor (half a snippet on either side) that lies
+    within 1.5 snippets of one of `times` (upstream's intersection over anchor).
+    """
+    widths = np.diff(edges)
+    anchors = np.stack([edges[:-1] - widths / 2, edges[:-1] + widths / 2], axis=1)
+    if not len(times):
+        return np.zeros(len(widths))
+    reach = BOUNDARY_REACH * widths.mean()
+    inter = np.minimum(anchors[:, None, 1], times + reach) - np.maximum(anchors[:, None, 0], times - reach)
+    overlap: Array = (inter.clip(0) / widths[:, None]).max(axis=1)
+    return overlap
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Labels of one window, or of a stacked batch (with a leading B)."""
+
+    start: Tensor  # (L,) float: share of the boundary region
+    end: Tensor  # (L,)
+    iou: Tensor  # (N,) highest tIoU with a segment
+    regression: Tensor  # (N,) bool: cells drawn for the regression loss
+    label: Tensor  # (N,) int64: class, K for background, -1 where it is neither
+
+    @staticmethod
+    def stack(targets: Sequence[Targets], device: torch.device) -> Targets:
+        def together(name: str) -> Tensor:
+            return torch.stack([getattr(t, name) for t in targets]).to(device, non_blocking=True)
+
+        return Targets(*(together(name) for name in ("start", "end", "iou", "regression", "label")))
+
+
+def draw_regression_cells(iou: Array, rng: np.random.Generator, with_zero: bool) -> NDArray[np.bool_]:
+    """All cells of tIoU > 0.7 and equally many (at least one) random ones each of (0.3, 0.7] and (0, 0.3].
+
+    Drawn for each window by itself, so that the choice does not depend on how a batch is split. `with_zero` lets the
+    low ones include cells that touch no action.
+    """
+    high = iou > REGRESSION_HIGH
+    middle = ~high & (iou > REGRESSION_LOW)
+    low = (iou <= REGRESSION_LOW) & ((iou >= 0) if with_zero else (iou > 0))
+    chosen = high.copy()
+    for pool in (middle, low):
+        members = np.flatnonzero(pool)
+        wanted = min(max(int(high.sum()), 1), len(members))
+        chosen[rng.choice(members, wanted, replace=False)] = True
+    return chosen
+
+
+def make_targets(
+    edges: Array,
+    segments: Array,
+    labels: NDArray[np.int64],
+    max_duration: int,
+    num_classes: int,
+    rng: np.random.Generator,
+    *,
+    with_zero: bool,
+) -> Targets:
+    """Targets of one window: `edges` (L+1,) s, `segments` (G, 2) s that touch it, `labels` (G,) class indices."""
+    cells = valid_cells(len(edges) - 1, max_duration)
+    ious = pairwise_iou(cell_segments(cells, edges), segments.reshape(-1, 2))
+    best = ious.max(axis=1) if len(segments) else np.zeros(len(cells))
+    label = np.full(len(cells), IGNORED, dtype=np.int64)
+    label[best < BACKGROUND_CLASS] = num_classes
+    if len(segments):
+        positive = best >= POSITIVE_CLASS
+        label[positive] = labels[ious.argmax(axis=1)[positive]]
+    inside = (segments >= edges[0]) & (segments <= edges[-1]) if len(segments) else np.zeros((0, 2), bool)
+    return Targets(
+        start=torch.from_numpy(boundary_overlap(edges, segments[inside[:, 0], 0])).float(),
+        end=torch.from_numpy(boundary_overlap(edges, segments[inside[:, 1], 1])).float(),
+        iou=torch.from_numpy(best).float(),
+        regression=torch.from_numpy(draw_regression_cells(best, rng, with_zero)),
+        label=torch.from_numpy(label),
+    )

@@ -1,0 +1,171 @@
+"""Stage 2, joint: LoFi. Encoder and head learn together from the TAL loss, at the fidelity that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lofi_fast.checkpoint import Position
+from lofi_fast.data.dataset import Sample
+from lofi_fast.errors import InputError
+from lofi_fast.fidelity import CYCLE, FRAMES_PER_SNIPPET, Fidelity, Pattern, ladder, phase
+from lofi_fast.head.loss import Counts, LossTerms, tal_loss
+from lofi_fast.head.targets import Targets, make_targets
+from lofi_fast.memory.meter import is_out_of_memory
+from lofi_fast.optim import learning_rate, make_optimizer, set_learning_rate
+from lofi_fast.plan import gigabytes
+from lofi_fast.run import Run, seed_of
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The videos of one optimiser step at one fidelity."""
+
+    samples: tuple[Sample, ...]
+    fidelity: Fidelity
+    frames: Tensor  # uint8 (B * L * 8, side, side, 3)
+    targets: tuple[Targets, ...]
+
+
+def targets_of(run: Run, sample: Sample, fidelity: Fidelity, stage: str, epoch: int) -> Targets:
+    """Labels of a window at a fidelity, from the true times of its snippets."""
+    return make_targets(
+        run.sampler.edges(sample, fidelity),
+        sample.segments,
+        sample.labels,
+        run.head.max_duration(fidelity.num_snippets),
+        len(run.dataset.classes),
+        run.sampler.rng(stage, epoch, sample.index, 1),
+        with_zero=run.config.head.sample_zero_iou,
+    )
+
+
+def batches(run: Run, epoch: int, plan: Sequence[tuple[list[Sample], Fidelity]]) -> Iterator[Batch]:
+    """Decode ahead and put together the batches of `plan`, each (samples, fidelity)."""
+    sampler = run.sampler
+    views = [[sampler.view(sample, "joint", epoch) for sample in samples] for samples, _ in plan]
+    stream = run.frames(
+        sampler.request(sample, fidelity, view)
+        for (samples, fidelity), augmented in zip(plan, views, strict=True)
+        for sample, (view, _) in zip(samples, augmented, strict=True)
+    )
+    for (samples, fidelity), augmented in zip(plan, views, strict=True):
+        frames = torch.cat([run.jitter(next(stream), jitter) for _, jitter in augmented])
+        targets = tuple(targets_of(run, sample, fidelity, "joint", epoch) for sample in samples)
+        yield Batch(tuple(samples), fidelity, frames, targets)
+
+
+def forward_backward(run: Run, batch: Batch) -> LossTerms:
+    """Loss of a batch, its gradients added to the parameters'."""
+    head = run.config.head
+    with run.precision.autocast(run.device):
+        features_NC = run.encoder(batch.frames, FRAMES_PER_SNIPPET)
+        features_BCL = features_NC.unflatten(0, (len(batch.samples), -1)).transpose(1, 2)
+        output = run.head(features_BCL)
+    counts = Counts.of(batch.targets, len(run.dataset.classes), head.positive_iou)
+    targets = Targets.stack(batch.targets, run.device)
+    terms = tal_loss(
+        output, targets, counts, positive_iou=head.positive_iou, class_weight=run.config.joint.class_loss
+    )
+    run.scaler.scale(terms.total).backward()
+    return terms
+
+
+def joint(run: Run) -> None:
+    """Run the stage from where it stands."""
+    start = run.due("joint")
+    config = run.config.joint
+    if start is None or config.epochs == 0:
+        return
+    torch.manual_seed(seed_of(run.config.seed, "joint"))
+    run.encoder.freeze_batchnorm()
+    run.encoder.train()
+    run.head.train()
+    optimizer = make_optimizer(config, [*run.encoder.parameters(), *run.head.parameters()])
+    if "joint" not in run.plans:
+        run.plans["joint"] = plan_joint(run)
+        run.write_plans()
+        optimizer.zero_grad(set_to_none=True)
+    rungs = {Pattern(name): Fidelity(*chosen["rung"]) for name, chosen in run.plans["joint"].items()}
+    if state := run.optimizer_state():
+        optimizer.load_state_dict(state)
+
+    for epoch in range(start.epoch, config.epochs):
+        order = run.sampler.epoch("joint", epoch, config.batch)
+        first = start.step if epoch == start.epoch else 0
+        steps_before = epoch * len(order)
+        patterns = [phase(run.config.pattern, epoch, steps_before + i, run.config.short_cycle) for i in range(len(order))]
+        plan = [(samples, rungs[pattern]) for samples, pattern in zip(order, patterns, strict=True)]
+        with run.log.progress(f"joint {epoch + 1}/{config.epochs}", len(plan), first) as advance:
+            for step, batch in enumerate(batches(run, epoch, plan[first:]), first):
+                run.seed_step("joint", Position("joint", epoch, step))
+                lr = learning_rate(config, epoch, step, len(plan))
+                set_learning_rate(optimizer, lr)
+                terms, peak = step_within_budget(run, batch)
+                run.scaler.step(optimizer)
+                run.scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                numbers = terms.numbers()
+                run.log.event(
+                    "step", stage="joint", epoch=epoch, step=step, pattern=patterns[step], lr=lr, peak=peak,
+                    num_snippets=batch.fidelity.num_snippets, side=batch.fidelity.side, budget=run.budget,
+                    videos=[s.window.video for s in batch.samples], **numbers,
+                )  # fmt: skip
+                advance(step + 1, f"{patterns[step]} {batch.fidelity} loss {numbers['loss']:.3f} {gigabytes(peak)}")
+                run.save_when_due(Position("joint", epoch, step + 1), optimizer)
+        run.save(Position("joint", epoch + 1), optimizer)
+    run.finish("joint")
+
+
+def step_within_budget(run: Run, batch: Batch) -> tuple[LossTerms, int]:
+    """`forward_backward` with its peak in bytes, under the cap of the budget.
+
+    Running out of memory ends the run with a sentence; nothing is lost, since the last checkpoint stands.
+    """
+    run.meter.reset_peak()
+    failed = ""
+    with run.meter.cap(run.budget):
+        try:
+            terms = forward_backward(run, batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = str(error).splitlines()[0]
+    if failed:
+        raise InputError(
+            f"a joint step at {batch.fidelity} ran out of its budget of {gigabytes(run.budget)} ({failed}); "
+            "go on with --resume and a larger --min-cut, or more --mem-budget"
+        )
+    return terms, run.meter.peak()
+
+
+def plan_joint(run: Run) -> dict[str, dict[str, object]]:
+    """For each pattern of the run the highest rung whose step, run on real frames, fits the budget."""
+    config = run.config
+    samples = run.sampler.epoch("joint", 0, config.joint.batch)[0]
+    plans: dict[str, dict[str, object]] = {}
+    for pattern in CYCLE if config.pattern is Pattern.CYCLIC else (config.pattern,):
+
+        def step(fidelity: Fidelity) -> None:
+            decoded_ahead = batches(run, 0, [(samples, fidelity), (samples, fidelity)])
+            forward_backward(run, next(decoded_ahead))
+            decoded_ahead.close()
+
+        rungs = ladder(pattern, config.full, config.min_cut, config.max_cut)
+        choice = run.plan(
+            f"joint, {pattern}", rungs, lambda f: f.omega, step,
+            f"raise --mem-budget, lower --batch (now {config.joint.batch}), raise --max-cut (now {config.max_cut:g}), "
+            "or take a smaller --encoder or --width",
+        )  # fmt: skip
+        rung = choice.candidate
+        plans[pattern.value] = {
+            "rung": [rung.num_snippets, rung.side],
+            "cut": round(config.full.omega / rung.omega, 2),
+            "batch": config.joint.batch,
+            "peak": choice.peak,
+            "measured": [[r.candidate.num_snippets, r.candidate.side, r.peak] for r in choice.readings],
+        }
+    return plans

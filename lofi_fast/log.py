@@ -1,0 +1,77 @@
+"""What a run says: JSON lines for programs, a terminal for people."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+NOTE_SECONDS = 30.0  # how often a long task is reported where no live bar can be drawn
+
+
+class Advance(Protocol):
+    def __call__(self, done: int, note: str, total: int | None = None) -> None:
+        """Report `done` units, with a short note; `total` corrects the total where it was not known before."""
+
+
+class RunLog:
+    """`log.jsonl` of a run folder, one event a line, and the terminal."""
+
+    def __init__(self, path: Path, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._start = time.monotonic()
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one line: UTC time, kind, fields. Flushed, so that a killed run keeps what it logged."""
+        stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._file.write(json.dumps({"time": stamp, "event": kind, **fields}) + "\n")
+        self._file.flush()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def progress(self, title: str, total: int, start: int = 0) -> Iterator[Advance]:
+        """A bar with the time left on a terminal; a line every half minute elsewhere. Yields advance(done, note)."""
+        if not self.console.is_terminal:
+            yield self._plain(title, total)
+            return
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=self.console) as bars:
+            task = bars.add_task(title, total=total, completed=start, note="")
+
+
+            def advance(done: int, note: str, total: int | None = None) -> None:
+                bars.update(task, completed=done, note=note, **({} if total is None else {"total": total}))
+
+            yield advance
+
+    def _plain(self, title: str, total: int) -> Advance:
+        began = last = time.monotonic()
+        whole = total
+
+        def advance(done: int, note: str, total: int | None = None) -> None:
+            nonlocal last, whole
+            whole = total or whole
+            now = time.monotonic()
+            if now - last < NOTE_SECONDS and done < whole:
+                return
+            last = now
+            left = (now - began) / max(done, 1) * (whole - done)
+            self.say(f"{title}: {done}/{whole}, {now - began:.0f} s, {left:.0f} s left  {note}".rstrip())
+
+        return advance
+
+    def close(self) -> None:
+        self._file.close()

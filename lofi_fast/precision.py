@@ -1,0 +1,50 @@
+"""Device and mixed precision: chosen from what the hardware can do, and said."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from lofi_fast.errors import InputError
+
+BF16_CAPABILITY = (8, 0)  # Ampere; a Turing card (the 11 GB 2080 Ti) has fp16 tensor cores alone
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto", "cuda" or "cpu". Raises InputError when a GPU is asked for and none can be used."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no usable GPU here; check the driver, or use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Matrix products in `dtype` under autocast, parameters in fp32; fp16 gradients are scaled."""
+
+    dtype: torch.dtype
+    reason: str
+
+    @property
+    def scaled(self) -> bool:
+        return self.dtype is torch.float16
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} ({self.reason})"
+
+
+def choose_precision(device: torch.device) -> Precision:
+    """bf16 where tensor cores have it, fp16 with a gradient scaler on older GPUs, fp32 on a CPU."""
+    if device.type != "cuda":
+        return Precision(torch.float32, "a CPU")
+    capability = torch.cuda.get_device_capability(device)
+    name = f"compute capability {capability[0]}.{capability[1]}"
+    if capability >= BF16_CAPABILITY:
+        return Precision(torch.bfloat16, name)
+    return Precision(torch.float16, f"{name} has no bf16; gradients are scaled")

@@ -1,0 +1,106 @@
+"""Stage 1, pretrain: the encoder learns to classify the trimmed positive segments, snippet by snippet, with live BN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lofi_fast.checkpoint import Position
+from lofi_fast.data.dataset import Clip
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET
+from lofi_fast.optim import learning_rate, make_optimizer, set_learning_rate
+from lofi_fast.run import Run, seed_of
+
+LEAST_BATCH = 4  # below this the statistics of live BN are noise
+
+
+def clip_batches(run: Run, epoch: int, batches: list[list[Clip]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(frames (B*8, side, side, 3), labels (B,)) of each batch, every clip with an augmentation of its own."""
+    sampler = run.sampler
+    views = [[sampler.view(c.sample, "pretrain", epoch, 1 + c.snippet) for c in clips] for clips in batches]
+    requests = (
+        sampler.clip_request(clip, view)
+        for clips, augmented in zip(batches, views, strict=True)
+        for clip, (view, _) in zip(clips, augmented, strict=True)
+    )
+    stream = run.frames(requests)
+    for clips, augmented in zip(batches, views, strict=True):
+        frames = [run.jitter(next(stream), jitter) for _, jitter in augmented]
+        yield torch.cat(frames), torch.tensor([clip.label for clip in clips], device=run.device)
+
+
+def pretrain(run: Run, extra: dict[str, Any]) -> None:
+    """Run the stage from where it stands. Logs loss and accuracy of each step and epoch."""
+    start = run.due("pretrain")
+    config = run.config.pretrain
+    if start is None or config.epochs == 0:
+        return
+    torch.manual_seed(seed_of(run.config.seed, "pretrain"))
+    num_outputs = len(run.dataset.classes) + int(run.config.data.pretrain_background)
+    classifier = nn.Linear(run.encoder.num_features, num_outputs).to(run.device)
+    if "classifier" in extra:
+        classifier.load_state_dict(extra["classifier"])
+    run.encoder.train()
+    optimizer = make_optimizer(config, [*run.encoder.parameters(), *classifier.parameters()])
+
+    def loss_of(frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with run.precision.autocast(run.device):
+            logits = classifier(run.encoder(frames, FRAMES_PER_SNIPPET))
+        return F.cross_entropy(logits.float(), labels), (logits.argmax(1) == labels).sum()
+
+    if "pretrain" not in run.plans:
+        run.plans["pretrain"] = _plan(run, loss_of)
+        optimizer.zero_grad(set_to_none=True)
+    batch = run.plans["pretrain"]["batch"]
+    if state := run.optimizer_state():
+        optimizer.load_state_dict(state)
+
+    for epoch in range(start.epoch, config.epochs):
+        batches = run.sampler.clip_epoch(epoch, batch)
+        first = start.step if epoch == start.epoch else 0
+        correct = torch.zeros((), device=run.device)
+        seen = 0
+        with run.log.progress(f"pretrain {epoch + 1}/{config.epochs}", len(batches), first) as advance:
+            for step, (frames, labels) in enumerate(clip_batches(run, epoch, batches[first:]), first):
+                run.seed_step("pretrain", Position("pretrain", epoch, step))
+                set_learning_rate(optimizer, learning_rate(config, epoch, step, len(batches)))
+                loss, hits = loss_of(frames, labels)
+                run.scaler.scale(loss).backward()
+                run.scaler.step(optimizer)
+                run.scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                correct, seen = correct + hits, seen + len(labels)
+                value, accuracy = float(loss.detach()), float(correct) / seen
+                run.log.event("step", stage="pretrain", epoch=epoch, step=step, loss=value, accuracy=accuracy)
+                advance(step + 1, f"loss {value:.3f} accuracy {accuracy:.2f}")
+                run.save_when_due(Position("pretrain", epoch, step + 1), optimizer, classifier=classifier)
+        run.log.event("epoch", stage="pretrain", epoch=epoch, accuracy=float(correct) / max(seen, 1))
+        run.save(Position("pretrain", epoch + 1), optimizer, classifier=classifier)
+    run.finish("pretrain")
+
+
+def _plan(run: Run, loss_of: Any) -> dict[str, Any]:
+    """The largest batch of clips that fits: the asked one, or a half, a quarter ... of it."""
+    asked = run.config.pretrain.batch
+    state = {name: value.clone() for name, value in run.encoder.state_dict().items()}
+    sizes = [asked]
+    while sizes[-1] // 2 >= LEAST_BATCH:
+        sizes.append(sizes[-1] // 2)
+
+    def step(size: int) -> None:
+        clips = run.sampler.clip_epoch(0, size)[0]
+        clips = (clips * size)[:size]
+        for frames, labels in clip_batches(run, 0, [clips, clips]):
+            loss_of(frames, labels)[0].backward()
+            return
+
+    choice = run.plan(
+        "pretrain", sizes, float, step,
+        "raise --mem-budget, or give a smaller --fidelity, or leave the stage out with --stages joint,head,eval",
+    )  # fmt: skip
+    run.encoder.load_state_dict(state)  # the trial moved BN's running statistics
+    return {"batch": choice.candidate, "peak": choice.peak}

@@ -1,0 +1,252 @@
+"""What every stage of a run shares: folder, log, device, models, frames, plans, and the position to resume from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lofi_fast import __version__, checkpoint
+from lofi_fast.checkpoint import Position
+from lofi_fast.config import STAGES, Config
+from lofi_fast.data.dataset import Dataset, Jitter, Sampler
+from lofi_fast.data.pipeline import FramePipeline, FrameRequest
+from lofi_fast.encoder.resnet import TSMResNet
+from lofi_fast.encoder.weights import load_encoder_weights
+from lofi_fast.errors import InputError
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET
+from lofi_fast.head.gtad import GTAD
+from lofi_fast.log import RunLog
+from lofi_fast.memory.meter import Meter, is_out_of_memory
+from lofi_fast.plan import Choice, Reading, gigabytes, highest_fitting
+from lofi_fast.precision import Precision
+
+T = TypeVar("T")
+CHECKPOINT_SECONDS = 300.0  # within an epoch; each epoch's end is saved besides
+PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "numpy", "av", "nvidia-ml-py")
+DECODE_FRAMES = 512  # most frames of one DALI run: bounds its pools on long windows
+
+
+def seed_of(*key: int | str) -> int:
+    """A 63-bit seed of a key, the same on every machine."""
+    import hashlib
+
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Run:
+    """One run folder and everything in memory that its stages work on."""
+
+    def __init__(
+        self, config: Config, dataset: Dataset, device: torch.device, precision: Precision, meter: Meter,
+        budget: int, log: RunLog,
+    ) -> None:  # fmt: skip
+        self.config, self.dataset, self.device, self.precision = config, dataset, device, precision
+        self.meter, self.budget, self.log = meter, budget, log
+        self.folder = Path(config.out)
+        self.sampler = Sampler(dataset, config.data, config.full, config.seed)
+        torch.manual_seed(seed_of(config.seed, "encoder"))
+        self.encoder = TSMResNet(config.encoder.name, config.encoder.width)
+        if config.encoder.weights:
+            log.say(load_encoder_weights(self.encoder, Path(config.encoder.weights)))
+        self.encoder.to(device, memory_format=torch.channels_last)
+        self.head = self.new_head("joint")
+        self.pipeline = FramePipeline(
+            min(config.full.num_frames, DECODE_FRAMES), device.type, num_threads=min(os.cpu_count() or 1, 8)
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.scaled)
+        self.position = Position(config.stages[0])
+        self.plans: dict[str, Any] = {}
+        self.best: dict[str, Any] = {}
+        self._optimizer_state: dict[str, Any] | None = None
+        self._last_saved = time.monotonic()
+
+    def new_head(self, stage: str) -> GTAD:
+        """A head from scratch, initialised the same on every machine."""
+        torch.manual_seed(seed_of(self.config.seed, "head", stage))
+        config = self.config
+        head = GTAD(config.head, self.encoder.num_features, len(self.dataset.classes), config.full.num_snippets)
+        return head.to(self.device)
+
+    # Frames
+
+    def frames(self, requests: Iterable[FrameRequest]) -> Iterator[Tensor]:
+        """uint8 frames (num_frames, side, side, 3) on the device for each request, decoded ahead of their use."""
+        return self.pipeline.stream(requests)
+
+    def jitter(self, frames: Tensor, jitter: Jitter) -> Tensor:
+        """Apply a window's pixel jitter; uint8 in and out."""
+        if jitter == Jitter(1.0, 0.0):
+            return frames
+        return frames.float().mul_(jitter.gain).add_(255 * jitter.offset).clamp_(0, 255).to(torch.uint8)
+
+    # Plans
+
+    def measure(self, step: Callable[[], None], limit: int) -> int | None:
+        """Peak bytes of `step` run under a cap of `limit`, or None when it ran out of memory."""
+        self.meter.reset_peak()
+        failed = False
+        with self.meter.cap(limit):
+            try:
+                step()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = True  # the traceback holds tensors: leave the except block before going on
+        peak = self.meter.peak()
+        return None if failed else peak
+
+    def plan(
+        self, name: str, candidates: Sequence[T], cost: Callable[[T], float], step: Callable[[T], None], refusal: str
+    ) -> Choice[T]:
+        """The highest candidate whose step, run for real, fits the budget; logged with all that was measured."""
+        began = time.monotonic()
+        limit = min(self.budget, self.meter.available())
+
+        def measure(candidate: T) -> int | None:
+            peak = self.measure(lambda: step(candidate), limit)
+            self.log.event("measured", plan=name, candidate=str(candidate), peak=peak, budget=limit)
+            return peak
+
+        choice = highest_fitting(candidates, cost, measure, limit, refusal)
+        others = "".join(f", {_reading(r)}" for r in choice.readings if r.candidate != choice.candidate)
+        self.log.say(
+            f"plan {name}: {choice.candidate}, peak {gigabytes(choice.peak)} of {gigabytes(limit)}"
+            f"{f' (also measured{others[1:]})' if others else ''}"
+        )
+        self.log.event(
+            "plan", plan=name, chosen=str(choice.candidate), peak=choice.peak, budget=limit,
+            seconds=round(time.monotonic() - began, 3),
+        )  # fmt: skip
+        return choice
+
+    def write_plans(self) -> None:
+        self.write_json("plan.json", {"budget": self.budget, "plans": self.plans})
+
+    # Folder
+
+    def write_json(self, name: str, content: object) -> Path:
+        """Atomic: a temporary name, then renamed."""
+        path = self.folder / name
+        partial = path.with_name(path.name + ".partial")
+        try:
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise InputError(f"{path}: cannot write ({error.strerror}); free some space or change --out") from error
+        return path
+
+    # Position, checkpoints
+
+    def due(self, stage: str) -> Position | None:
+        """Where to start `stage`, or None when it was not asked for or is already done."""
+        if stage not in self.config.stages or STAGES.index(stage) < STAGES.index(self.position.stage):  # type: ignore[arg-type]
+            return None
+        if self.position.stage != stage:
+            self.position = Position(stage)
+        return self.position
+
+    def finish(self, stage: str) -> None:
+        """Move on to the next stage asked for and save."""
+        later = [name for name in self.config.stages if STAGES.index(name) > STAGES.index(stage)]  # type: ignore[arg-type]
+        if later:
+            self.save(Position(later[0]), None)
+
+    def optimizer_state(self) -> dict[str, Any] | None:
+        """The resumed optimiser state, once: for the stage that was under way."""
+        state, self._optimizer_state = self._optimizer_state, None
+        return state
+
+    def save(self, position: Position, optimizer: torch.optim.Optimizer | None, **modules: nn.Module) -> None:
+        """Write checkpoints/last.pt; `position` is the next step to do."""
+        self.position = position
+        content = self._weights() | {
+            "position": checkpoint.position_fields(position),
+            "optimizer": None if optimizer is None else optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": checkpoint.rng_state(),
+            "plans": self.plans,
+            "best": self.best,
+            "extra": {name: module.state_dict() for name, module in modules.items()},
+        }
+        checkpoint.save_atomic(content, self.folder / "checkpoints" / "last.pt")
+        self._last_saved = time.monotonic()
+
+    def save_when_due(self, position: Position, optimizer: torch.optim.Optimizer, **modules: nn.Module) -> None:
+        if time.monotonic() - self._last_saved > CHECKPOINT_SECONDS:
+            self.save(position, optimizer, **modules)
+
+    def save_best(self, epoch: int, average: float) -> None:
+        """Keep the weights as checkpoints/best.pt when `average` beats what was seen so far."""
+        if average > self.best.get("average", -1.0):
+            self.best = {"epoch": epoch, "average": average}
+            path = self.folder / "checkpoints" / "best.pt"
+            checkpoint.save_atomic(self._weights() | {"position": {}, "best": self.best}, path)
+
+    def _weights(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "config": self.config.to_json(),
+            "classes": list(self.dataset.classes),
+            "encoder": self.encoder.state_dict(),
+            "head": self.head.state_dict(),
+        }
+
+    def resume(self) -> dict[str, Any]:
+        """Restore checkpoints/last.pt; returns the state of modules that only one stage has."""
+        path = self.folder / "checkpoints" / "last.pt"
+        content = checkpoint.load(path)
+        if content["classes"] != list(self.dataset.classes):
+            raise InputError(f"{path}: trained on other classes than --annotations has; use the run's own annotations")
+        try:
+            self.encoder.load_state_dict(content["encoder"])
+            self.head.load_state_dict(content["head"])
+        except RuntimeError:
+            raise InputError(f"{path}: another model; resume with the run's own --preset, --encoder and --width") from None
+        self.position = Position(**content["position"])
+        self.plans, self.best = content["plans"], content["best"]
+        self._optimizer_state = content["optimizer"]
+        self.scaler.load_state_dict(content["scaler"])
+        checkpoint.restore_rng(content["rng"])
+        extra: dict[str, Any] = content["extra"]
+        return extra
+
+    def seed_step(self, stage: str, position: Position) -> None:
+        """Make dropout a function of the step alone, so that a step tried again, or resumed, draws the same."""
+        torch.manual_seed(seed_of(self.config.seed, stage, position.epoch, position.step))
+
+
+def _reading(reading: Reading[Any]) -> str:
+    return f"{reading.candidate}: {'out of memory' if reading.peak is None else gigabytes(reading.peak)}"
+
+
+def environment(device: str, precision: Precision, kernels: str) -> dict[str, Any]:
+    """environment.json: machine, versions, and which form of each kernel runs."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "lofi_fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "precision": str(precision),
+        "kernels": kernels,
+        "packages": versions,
+    }
+
+
