@@ -53,9 +53,11 @@ def load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path}: no checkpoint to go on from; start without --resume, or name the run's --out") from None
+        raise InputError(
+            f"{path}: no checkpoint to resume from; start without --resume, or name the run's --out"
+        ) from None
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); start without --resume") from None
+        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); drop --resume") from None
     if not isinstance(content, dict) or "position" not in content:
         raise InputError(f"{path}: not a checkpoint of a lofi_fast run")
     return content

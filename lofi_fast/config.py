@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lofi_fast.errors import InputError
@@ -30,7 +29,7 @@ def parse_bytes(text: str) -> int:
     if match is None or (match[3] and not match[2]):
         raise InputError(f'"{text}" is not an amount of memory: write it like 11GB, 11GiB, 80% or auto (--mem-budget)')
     base = 1024 if match[3] else 1000
-    amount = round(float(match[1]) * base ** _UNITS[match[2].upper()])
+    amount = round(float(match[1]) * float(base ** _UNITS[match[2].upper()]))
     if amount <= 0:
         raise InputError(f'"{text}" is no memory at all: give --mem-budget a positive amount, like 11GB')
     return amount
@@ -55,7 +54,7 @@ class Budget:
             except ValueError:
                 share = math.nan
             if not 0 < share <= 1:
-                raise InputError(f'"{text}" is not a share of memory: write --mem-budget like 80% (over 0, at most 100)')
+                raise InputError(f'"{text}" is not a share of memory: write --mem-budget like 80% (0 to 100)')
             return Budget(text, share=share)
         return Budget(text, amount=parse_bytes(text))
 
@@ -188,8 +187,9 @@ def small() -> Config:
         full=Fidelity(64, 96),
         data=DataConfig(window=32.0, frame_stride=2, resize="squash", jitter=0.2, pretrain_background=True),
         encoder=EncoderConfig(width=32),
-        head=HeadConfig(hidden=128, groups=16, inner_bins=16, map_channels=256, positive_iou=0.7,
-            sample_zero_iou=True, dropout=0.3),
+        head=HeadConfig(
+            hidden=128, groups=16, inner_bins=16, map_channels=256, positive_iou=0.7, sample_zero_iou=True, dropout=0.3
+        ),
         pretrain=StageConfig(epochs=20, batch=16, optimizer="adamw", lr=2e-3, weight_decay=0.02, schedule="cosine"),
         joint=StageConfig(epochs=6, batch=2, optimizer="adamw", lr=5e-4, weight_decay=0.02, schedule="cosine"),
         head_stage=StageConfig(epochs=15, batch=8, optimizer="adamw", lr=1e-3, weight_decay=0.02, schedule="cosine"),
@@ -293,9 +293,10 @@ def _stage(config: StageConfig, **changes: Any) -> StageConfig:
 def _positive(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         zero_allowed = name == "seed" or name.endswith("_epochs")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
-                raise InputError(f"--{name.replace('_', '-')} {value}: must be a positive number")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be a positive number")
 
 
 def from_arguments(argv: Sequence[str] | None, *, cuda: bool) -> tuple[Config, bool]:

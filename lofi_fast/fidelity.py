@@ -81,7 +81,8 @@ def ladder(pattern: Pattern, full: Fidelity, min_cut: float = 1.0, max_cut: floa
     """
     exponent = math.log2(min_cut) * RUNGS_PER_OCTAVE
     last = math.log2(max_cut) * RUNGS_PER_OCTAVE
-    cuts = [min_cut, *(2 ** (i / RUNGS_PER_OCTAVE) for i in range(math.floor(exponent) + 1, math.floor(last + 1e-9) + 1))]
+    octave_steps = range(math.floor(exponent) + 1, math.floor(last + 1e-9) + 1)
+    cuts = [min_cut, *(2 ** (i / RUNGS_PER_OCTAVE) for i in octave_steps)]
     rungs = dict.fromkeys(rung(pattern, full, cut) for cut in cuts)
     usable = [f for f in rungs if f.num_snippets >= 2 and f.side >= MIN_SIDE]
     return tuple(usable or list(rungs)[:1])

@@ -67,9 +67,7 @@ def forward_backward(run: Run, batch: Batch) -> LossTerms:
         output = run.head(features_BCL)
     counts = Counts.of(batch.targets, len(run.dataset.classes), head.positive_iou)
     targets = Targets.stack(batch.targets, run.device)
-    terms = tal_loss(
-        output, targets, counts, positive_iou=head.positive_iou, class_weight=run.config.joint.class_loss
-    )
+    terms = tal_loss(output, targets, counts, positive_iou=head.positive_iou, class_weight=run.config.joint.class_loss)
     run.scaler.scale(terms.total).backward()
     return terms
 
@@ -96,8 +94,8 @@ def joint(run: Run) -> None:
     for epoch in range(start.epoch, config.epochs):
         order = run.sampler.epoch("joint", epoch, config.batch)
         first = start.step if epoch == start.epoch else 0
-        steps_before = epoch * len(order)
-        patterns = [phase(run.config.pattern, epoch, steps_before + i, run.config.short_cycle) for i in range(len(order))]
+        steps = range(epoch * len(order), (epoch + 1) * len(order))
+        patterns = [phase(run.config.pattern, epoch, step, run.config.short_cycle) for step in steps]
         plan = [(samples, rungs[pattern]) for samples, pattern in zip(order, patterns, strict=True)]
         with run.log.progress(f"joint {epoch + 1}/{config.epochs}", len(plan), first) as advance:
             for step, batch in enumerate(batches(run, epoch, plan[first:]), first):
@@ -150,9 +148,9 @@ def plan_joint(run: Run) -> dict[str, dict[str, object]]:
     for pattern in CYCLE if config.pattern is Pattern.CYCLIC else (config.pattern,):
 
         def step(fidelity: Fidelity) -> None:
-            decoded_ahead = batches(run, 0, [(samples, fidelity), (samples, fidelity)])
-            forward_backward(run, next(decoded_ahead))
-            decoded_ahead.close()
+            for batch in batches(run, 0, [(samples, fidelity), (samples, fidelity)]):
+                forward_backward(run, batch)
+                return  # the second batch was there to be decoded ahead, as in training
 
         rungs = ladder(pattern, config.full, config.min_cut, config.max_cut)
         choice = run.plan(

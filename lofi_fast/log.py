@@ -51,9 +51,8 @@ class RunLog:
         with Progress(*columns, console=self.console) as bars:
             task = bars.add_task(title, total=total, completed=start, note="")
 
-
             def advance(done: int, note: str, total: int | None = None) -> None:
-                bars.update(task, completed=done, note=note, **({} if total is None else {"total": total}))
+                bars.update(task, completed=done, note=note, total=total)
 
             yield advance
 

@@ -20,10 +20,11 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,13 +40,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
 
+T = TypeVar("T")
 Floats = npt.NDArray[np.float64]
 Json = dict[str, Any]
 
 FILES = ("config.json", "environment.json", "log.jsonl", "plan.json", "metrics.json", "predictions.json",
          "ground_truth.json")  # fmt: skip
-LOSS_TITLES = {"pretrain": "Pretrain: loss", "joint": "Joint: loss and its terms", "head": "Head: loss and its terms"}
 LOSS_TERMS = ("boundary", "regression", "confidence", "classes")
+STEP_NUMBERS = ("epoch", "step", "loss", *LOSS_TERMS, "peak", "budget", "num_snippets", "side")
 MOST_POINTS = 300  # of one curve; longer ones are thinned
 MOST_VIDEOS = 8
 MOST_LANES = 5  # of detections under one video
@@ -61,12 +63,30 @@ UNKNOWN, TIMES = "\N{EN DASH}", " \N{MULTIPLICATION SIGN} "
 # What the run folder says
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a stage in order of (epoch, step): numbers (N, len(STEP_NUMBERS)), NaN where one has none."""
+
+    numbers: Floats
+    patterns: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, name: str) -> Floats:
+        """One column (N,), by its name in STEP_NUMBERS."""
+        return self.numbers[:, STEP_NUMBERS.index(name)]
+
+
+NO_STEPS = Steps(np.empty((0, len(STEP_NUMBERS))), ())
+
+
 @dataclass
 class Log:
     """log.jsonl in the order of the run: what a resumed run did again stands once, the later one."""
 
     starts: list[Json] = field(default_factory=list)  # one for each sitting
-    steps: dict[str, list[Json]] = field(default_factory=dict)  # by stage, in order of (epoch, step)
+    steps: dict[str, Steps] = field(default_factory=dict)  # by stage
     epochs: dict[str, list[Json]] = field(default_factory=dict)
     validations: list[Json] = field(default_factory=list)
     plans: dict[str, tuple[Json, list[Json]]] = field(default_factory=dict)  # name: (plan event, its readings)
@@ -141,29 +161,35 @@ def read_run(folder: Path) -> Record:
     return Record(folder=folder, log=log, absent=tuple(absent), **by_field)
 
 
+def _event(line: str) -> Json | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) else None
+
+
 def _events(lines: Iterable[str], log: Log) -> Iterator[Json]:
-    """The events of a log, without the lines that a kill tore; what was appended to a torn line is found again."""
+    """The events of a log, less what a kill tore; an event that was appended to a torn line is found again."""
     for line in lines:
-        if not line.strip():
-            continue
-        for text in (line, line[max(line.rfind('{"time"'), 0) :]):
-            try:
-                event = json.loads(text)
-            except (ValueError, RecursionError):
-                event = None
-            if text is line and not isinstance(event, dict):
-                log.unreadable += 1
-            if isinstance(event, dict):
-                yield event
-                break
+        event = _event(line)
+        if event is None and line.strip():
+            log.unreadable += 1
+            event = _event(line[line.rfind('{"time"') :])
+        if event is not None:
+            yield event
 
 
-def _append_over(done: list[Json], event: Json, *keys: str) -> None:
-    """Append an event in place of all from its position on: a resumed run went back to its checkpoint."""
-    position = [_number(event.get(key)) for key in keys]
-    while done and [_number(done[-1].get(key)) for key in keys] >= position:
+def _append_over(done: list[T], item: T, position: Callable[[T], list[float]]) -> None:
+    """Append in place of all from this position on: a resumed run went back to its checkpoint."""
+    here = position(item)
+    while done and position(done[-1]) >= here:
         done.pop()
-    done.append(event)
+    done.append(item)
+
+
+def _epoch(event: Json) -> list[float]:
+    return [_number(event.get("epoch"))]
 
 
 def read_log(lines: Iterable[str]) -> Log:
@@ -171,6 +197,7 @@ def read_log(lines: Iterable[str]) -> Log:
     log = Log()
     readings: dict[str, list[Json]] = {}
     skipped: dict[str, Json] = {}
+    steps: dict[str, list[tuple[list[float], str]]] = {}
     budget, before = math.nan, None
     for event in _events(lines, log):
         kind = event.get("event")
@@ -189,13 +216,14 @@ def read_log(lines: Iterable[str]) -> Log:
             name = str(event.get("plan"))
             log.plans[name] = event, readings.pop(name, [])
         elif kind == "step":
-            event.pop("videos", None)  # of 100,000 steps they would be most of the memory
-            if not math.isnan(_number(event.get("epoch")) + _number(event.get("step"))):
-                _append_over(log.steps.setdefault(stage, []), event, "epoch", "step")
+            row = [_number(event.get(name)) for name in STEP_NUMBERS]
+            if not math.isnan(row[0] + row[1]):
+                pattern = sys.intern(str(event.get("pattern")))
+                _append_over(steps.setdefault(stage, []), (row, pattern), lambda step: step[0][:2])
         elif kind == "epoch":
-            _append_over(log.epochs.setdefault(stage, []), event, "epoch")
+            _append_over(log.epochs.setdefault(stage, []), event, _epoch)
         elif kind == "validation":
-            _append_over(log.validations, event, "epoch")
+            _append_over(log.validations, event, _epoch)
         elif kind == "features":
             stage = "features"
         elif kind in ("metrics", "done"):
@@ -211,7 +239,11 @@ def read_log(lines: Iterable[str]) -> Log:
             log.seconds[stage or "other"] = log.seconds.get(stage or "other", 0.0) + (now - before).total_seconds()
         before = now or before
         log.last = event
-        log.skipped = list(skipped.values())
+    log.skipped = list(skipped.values())
+    log.steps = {
+        stage: Steps(np.array([row for row, _ in rows]), tuple(pattern for _, pattern in rows))
+        for stage, rows in steps.items()
+    }
     return log
 
 
@@ -401,6 +433,17 @@ def _clock(seconds: float, whole: float) -> str:
     return f"{seconds:g} s" if whole < 120 else f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
+def _ticks(duration: float) -> list[float]:
+    """Up to six round times from 0 to the end."""
+    steps = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
+    step = next((s for s in steps if duration / s <= 5.5), duration / 5)
+    return [round(i * step, 6) for i in range(int(duration / step + 1e-6) + 1)]
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
 # Figures: each is drawn into axes, alone for the page and together for report.png
 
 
@@ -426,35 +469,23 @@ def panels(record: Record) -> dict[str, Panel | str]:
         words = ", ".join(f"{_percent(m)} at {t:g}" for t, m in by_tiou.items())
         found["map"] = Panel("map", "mAP by tIoU", f"mAP in percent: {words}.", lambda axes: draw_map(axes[0], by_tiou))
 
-    joint = log.steps.get("joint", [])
+    joint = log.steps.get("joint", NO_STEPS)
     found["memory"] = found["rungs"] = "No joint step was logged."
-    if joint:
-        peaks, budgets = _column(joint, "peak"), _column(joint, "budget")
+    if len(joint):
+        peaks, budgets = joint["peak"], joint["budget"]
         found["memory"] = Panel(
             "memory", "Memory of each joint step, and the budget",
             f"Peak memory of {len(joint)} joint steps: {_span(peaks, _bytes)}, budget {_span(budgets, _bytes)}.",
             lambda axes: draw_memory(axes[0], joint),
         )  # fmt: skip
-        snippets, sides = _column(joint, "num_snippets"), _column(joint, "side")
+        snippets, sides = joint["num_snippets"], joint["side"]
         found["rungs"] = Panel(
             "rungs", "Rung of each joint step",
             f"Snippets: {_span(snippets, '{:g}'.format)}; side: {_span(sides, '{:g} px'.format)}; patterns: "
-            f"{', '.join(dict.fromkeys(str(s.get('pattern')) for s in joint))}.",
+            f"{', '.join(dict.fromkeys(joint.patterns))}.",
             lambda axes: draw_rungs(axes, joint), num_axes=2,
         )  # fmt: skip
 
-    for stage, title in LOSS_TITLES.items():
-        found[stage] = _loss_panel(stage, title, log.steps.get(stage, []))
-
-    epochs = log.epochs.get("pretrain", [])
-    accuracy = _column(epochs, "accuracy")
-    found["accuracy"] = "No pretrain epoch was finished."
-    if epochs:
-        found["accuracy"] = Panel(
-            "accuracy", "Pretrain: accuracy by epoch",
-            f"Accuracy in percent over {len(epochs)} epochs: {_ends(accuracy, _percent)}.",
-            lambda axes: draw_by_epoch(axes[0], epochs, accuracy, "accuracy, %"),
-        )  # fmt: skip
     average = _column(log.validations, "average")
     found["validation"] = "No validation was logged."
     if log.validations:
@@ -464,18 +495,32 @@ def panels(record: Record) -> dict[str, Panel | str]:
             f"highest {_percent(float(np.fmax.reduce(average)))}.",
             lambda axes: draw_by_epoch(axes[0], log.validations, average, "average mAP, %", best=True),
         )  # fmt: skip
+    found["pretrain"] = _loss_panel("pretrain", "Pretrain: loss", log.steps.get("pretrain", NO_STEPS))
+    epochs = log.epochs.get("pretrain", [])
+    accuracy = _column(epochs, "accuracy")
+    found["accuracy"] = "No pretrain epoch was finished."
+    if epochs:
+        found["accuracy"] = Panel(
+            "accuracy", "Pretrain: accuracy by epoch",
+            f"Accuracy in percent over {len(epochs)} epochs: {_ends(accuracy, _percent)}.",
+            lambda axes: draw_by_epoch(axes[0], epochs, accuracy, "accuracy, %"),
+        )  # fmt: skip
+    for stage in ("joint", "head"):
+        found[stage] = _loss_panel(stage, f"{stage.capitalize()}: loss and its terms", log.steps.get(stage, NO_STEPS))
     return found
 
 
-def _loss_panel(stage: str, title: str, steps: Sequence[Json]) -> Panel | str:
-    if not steps:
+def _loss_panel(stage: str, title: str, steps: Steps) -> Panel | str:
+    if not len(steps):
         return f"No {stage} step was logged."
-    words = f"Loss over {len(steps)} {stage} steps: {_ends(_column(steps, 'loss'), '{:.3f}'.format)}."
+    words = f"Loss over {len(steps)} {stage} steps: {_ends(steps['loss'], '{:.3f}'.format)}."
     return Panel(stage, title, words, lambda axes: draw_loss(axes[0], steps))
 
 
 def _span(values: Floats, say: Callable[[float], str]) -> str:
     low, high = float(np.fmin.reduce(values)), float(np.fmax.reduce(values))
+    if math.isnan(low):
+        return "unknown"
     return say(low) if low == high else f"{say(low)} to {say(high)}"
 
 
@@ -493,16 +538,14 @@ def draw_map(axes: Axes, by_tiou: Mapping[float, float]) -> None:
         bars = axes.bar([f"{tiou:g}" for tiou in by_tiou], values, color=PALETTE[0], width=0.7)
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize="small")
         axes.grid(False, axis="x")
-    axes.set(xlabel="tIoU", ylabel="mAP, %", ylim=(0, None))
-    axes.margins(y=0.12)
+    axes.set(xlabel="tIoU", ylabel="mAP, %", ylim=(0, 1.12 * max(np.nanmax([0.0, *values]), 1e-3)))
 
 
-def _by_pattern(joint: Sequence[Json], name: str) -> Iterator[tuple[str, str, str, Floats, Floats]]:
+def _by_pattern(joint: Steps, name: str) -> Iterator[tuple[str, str, str, Floats, Floats]]:
     """(pattern, colour, marker, step, value) of joint steps, thinned; of each stretch the greatest value is kept."""
-    patterns = np.array([str(step.get("pattern")) for step in joint])
-    values = _column(joint, name)
+    patterns, values = np.array(joint.patterns), joint[name]
     known = [pattern.value for pattern in CYCLE]
-    order = sorted(set(patterns.tolist()), key=lambda p: (known.index(p) if p in known else len(known), p))
+    order = sorted(set(joint.patterns), key=lambda p: (known.index(p) if p in known else len(known), p))
     for pattern in order:
         where = np.flatnonzero(patterns == pattern)
         index, _, _, greatest = thin(values[where])
@@ -511,10 +554,13 @@ def _by_pattern(joint: Sequence[Json], name: str) -> Iterator[tuple[str, str, st
         yield pattern.replace("_", "-"), PALETTE[i], MARKERS[i], x, greatest
 
 
-def _mark_epochs(axes: Axes, steps: Sequence[Json]) -> None:
+def _dot(steps: Steps) -> float:
+    return 3.2 if len(steps) > 60 else 5.0
+
+
+def _mark_epochs(axes: Axes, steps: Steps) -> None:
     """A faint line where an epoch begins, unless they would be too many to tell apart."""
-    epochs = _column(steps, "epoch")
-    begins = np.flatnonzero(np.diff(epochs)) + 1.5
+    begins = np.flatnonzero(np.diff(steps["epoch"])) + 1.5
     if len(begins) <= 40:
         for x in begins:
             axes.axvline(x, color=GRID, linewidth=0.8, zorder=0)
@@ -525,29 +571,29 @@ def _mark_epochs(axes: Axes, steps: Sequence[Json]) -> None:
 
 def _legend(axes: Axes, columns: int) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, frameon=False, borderaxespad=0.2,
-                handlelength=1.2, columnspacing=1.2, handletextpad=0.5, fontsize="small")  # fmt: skip
+                handlelength=1.0, columnspacing=1.0, handletextpad=0.4, fontsize="small")  # fmt: skip
 
 
-def draw_memory(axes: Axes, joint: Sequence[Json]) -> None:
+def draw_memory(axes: Axes, joint: Steps) -> None:
     """Peak of every joint step, coloured by pattern, under the budget (GB)."""
-    budgets = _column(joint, "budget") / 1e9
-    changes = np.flatnonzero(np.diff(budgets, prepend=math.nan) != 0)
+    budgets = joint["budget"] / 1e9
+    changes = np.flatnonzero(np.diff(np.nan_to_num(budgets, nan=-1.0), prepend=math.nan) != 0)
     for first, last in zip(changes, [*changes[1:], len(budgets)], strict=True):
         label = "budget" if first == 0 else None
         axes.plot([first + 0.5, last + 0.5], [budgets[first]] * 2, "--", color=INK, linewidth=1.4, label=label)
     for pattern, colour, marker, x, peaks in _by_pattern(joint, "peak"):
-        axes.plot(x, peaks / 1e9, marker, color=colour, markersize=3.2, markeredgewidth=0, label=pattern)
+        axes.plot(x, peaks / 1e9, marker, color=colour, markersize=_dot(joint), markeredgewidth=0, label=pattern)
     _mark_epochs(axes, joint)
     axes.set(xlabel="joint step", ylabel="GB")
     axes.set_ylim(0, axes.get_ylim()[1] * 1.04)
     _legend(axes, 4)
 
 
-def draw_rungs(axes: Sequence[Axes], joint: Sequence[Json]) -> None:
+def draw_rungs(axes: Sequence[Axes], joint: Steps) -> None:
     """Snippets above side, for every joint step, coloured by pattern."""
     for ax, name, label in zip(axes, ("num_snippets", "side"), ("snippets", "side, px"), strict=True):
         for pattern, colour, marker, x, values in _by_pattern(joint, name):
-            ax.plot(x, values, marker, color=colour, markersize=3.2, markeredgewidth=0, label=pattern)
+            ax.plot(x, values, marker, color=colour, markersize=_dot(joint), markeredgewidth=0, label=pattern)
         _mark_epochs(ax, joint)
         ax.set_ylabel(label)
         ax.set_ylim(0, ax.get_ylim()[1] * 1.08)
@@ -556,17 +602,17 @@ def draw_rungs(axes: Sequence[Axes], joint: Sequence[Json]) -> None:
     _legend(axes[0], 3)
 
 
-def draw_loss(axes: Axes, steps: Sequence[Json]) -> None:
+def draw_loss(axes: Axes, steps: Steps) -> None:
     """The loss and its terms over steps; of long runs the mean of each stretch, and the loss's range behind it."""
-    loss = _column(steps, "loss")
+    loss = steps["loss"]
     index, least, mean, greatest = thin(loss)
-    terms = [(name, thin(_column(steps, name))[2]) for name in LOSS_TERMS if any(name in step for step in steps)]
+    terms = [(name, thin(steps[name])[2]) for name in LOSS_TERMS]
     terms = [(name, values) for name, values in terms if np.nanmax(np.append(values, 0.0)) > 0]
     if len(loss) > len(index):
         axes.fill_between(index + 1, least, greatest, color=PALETTE[0], alpha=0.18, linewidth=0)
+    axes.plot(index + 1, mean, color=PALETTE[0], linewidth=1.6, label="loss", zorder=3)
     for i, (name, values) in enumerate(terms, 1):
         axes.plot(index + 1, values, color=PALETTE[i], linewidth=1.0, label=name)
-    axes.plot(index + 1, mean, color=PALETTE[0], linewidth=1.6, label="loss")
     known = mean[np.isfinite(mean)]
     spread = len(known) > 0 and known.min() > 0 and known.max() > 15 * np.median(known)
     if spread:
@@ -574,11 +620,11 @@ def draw_loss(axes: Axes, steps: Sequence[Json]) -> None:
     else:
         axes.set_ylim(0, None)
     if len(index) == 1:
-        axes.lines[-1].set_marker("o")
+        axes.lines[0].set_marker("o")
     _mark_epochs(axes, steps)
     axes.set(xlabel="step", ylabel="loss (log scale)" if spread else "loss")
     if terms:
-        _legend(axes, 3)
+        _legend(axes, 5)
 
 
 def draw_by_epoch(axes: Axes, events: Sequence[Json], values: Floats, label: str, best: bool = False) -> None:
@@ -591,7 +637,7 @@ def draw_by_epoch(axes: Axes, events: Sequence[Json], values: Floats, label: str
         at = (float(x[i]), float(100 * values[i]))
         axes.annotate(f"{at[1]:.2f}", at, (0, -15), textcoords="offset points", ha="center")
     axes.set(xlabel="epoch", ylabel=label)
-    axes.set_ylim(0, max(axes.get_ylim()[1], 1.0))
+    axes.set_ylim(0, 1.12 * max(np.nanmax(np.append(100 * values, 0.0)), 0.1))
     axes.locator_params(axis="x", integer=True, nbins=8)
 
 
@@ -604,13 +650,13 @@ def draw_timeline(axes: Axes, row: Timeline, colours: Mapping[str, int], best_sc
         y = bar.lane if is_truth else below + 0.35 + bar.lane
         width = max(bar.end - bar.start, row.duration / 400)
         alpha = 1.0 if is_truth else _opacity(bar.score, best_score)
-        axes.broken_barh([(bar.start, width)], (y, 0.8), facecolor=colour, alpha=alpha, edgecolor="none")
+        axes.broken_barh([(bar.start, width)], (y, 0.8), facecolor=(colour, alpha), edgecolor=colour, linewidth=0.6)
     axes.axhline(below + 0.07, color=GRID, linewidth=0.8)
     axes.set(xlim=(0, row.duration), ylim=(below + 0.4 + MOST_LANES, -0.2), yticks=[])
     axes.grid(False)
     axes.tick_params(labelsize="x-small")
-    axes.locator_params(axis="x", nbins=6)
-    axes.xaxis.set_major_formatter(lambda x, _: _clock(x, row.duration))
+    ticks = _ticks(row.duration)
+    axes.set_xticks(ticks, [_clock(tick, row.duration) for tick in ticks])
 
 
 def _opacity(score: float, best: float) -> float:
@@ -672,7 +718,7 @@ def overview(record: Record, shown: Mapping[str, Panel | str], rows: Sequence[Ti
             x = 0.02 + 0.97 * i / len(tiles)
             parts[0].text(x, 0.72, tile.name, va="bottom")
             size = 21 if len(tile.value) < 16 else 10.5
-            lines = textwrap.fill(tile.value, 30)
+            lines = textwrap.fill(tile.value, 22)
             parts[0].text(x, 0.62, lines, fontsize=size, va="top", weight="bold", color=PALETTE[0])
         _draw_panels(parts[1], shown)
         if rows:
@@ -691,7 +737,8 @@ def _draw_panels(figure: FigureBase, shown: Mapping[str, Panel | str]) -> None:
         axes = [figure.add_subplot(inner[k]) for k in range(num_axes)]
         if isinstance(panel, Panel):
             panel.draw(axes)
-            axes[0].set_title(panel.title, loc="left", weight="bold", fontsize=10.5, pad=24)
+            pad = 22 if axes[0].get_legend() else 8
+            axes[0].set_title(panel.title, loc="left", weight="bold", fontsize=10.5, pad=pad)
         else:
             axes[0].set_axis_off()
             axes[0].text(0.5, 0.5, panel, ha="center", va="center", transform=axes[0].transAxes)
@@ -704,10 +751,10 @@ def _draw_timelines(figure: FigureBase, rows: Sequence[Timeline]) -> None:
     axes = np.atleast_1d(figure.subplots((len(rows) + 1) // 2, 2)).ravel()
     for ax, row in zip(axes, rows, strict=False):
         draw_timeline(ax, row, colours, best)
-        ax.set_title(textwrap.shorten(row.video, 60), loc="left", fontsize=8.5, pad=3)
+        ax.set_title(_cut(row.video, 60), loc="left", fontsize=8.5, pad=3)
     for ax in axes[len(rows) :]:
         ax.set_axis_off()
-    patches = [Patch(color=PALETTE[i], label=textwrap.shorten(name, 24)) for name, i in colours.items()]
+    patches = [Patch(color=PALETTE[i], label=_cut(name, 24)) for name, i in colours.items()]
     title = "Validation videos: ground truth above the top detections (fainter: lower score)"
     figure.suptitle(title, x=0.02, ha="left", weight="bold", fontsize=10.5)
     if len(patches) <= len(PALETTE):
@@ -779,11 +826,11 @@ def page(record: Record, shown: Mapping[str, Panel | str], rows: Sequence[Timeli
     sections = [
         f"<header><h1>{_e(title)}</h1><p class=state>{_e(_state(record))}</p>{_notes(record)}</header>",
         f"<section class=tiles aria-label='Headline'>{''.join(map(_tile, headline(record)))}</section>",
-        _section("mAP by tIoU", f"<div class=pair>{_figure(shown['map'])}{_map_table(record)}</div>"),
+        _section("Detection", f"<div class=pair>{_figure(shown['map'])}{_map_table(record)}</div>"),
         _section("Memory", f"<div class=pair>{_figure(shown['memory'])}{_figure(shown['rungs'])}</div>"
                  + _plan_table(record)),
         _section("Learning", "<div class=pair>" + "".join(
-            _figure(shown[name]) for name in ("pretrain", "accuracy", "joint", "head", "validation")) + "</div>"),
+            _figure(shown[name]) for name in ("joint", "head", "validation", "pretrain", "accuracy")) + "</div>"),
         _section("Validation videos", _timelines(record, rows)),
         _section("Average precision by class", _class_table(record)),
         _section("Skipped videos", _skipped_table(record)),
@@ -825,7 +872,7 @@ def _notes(record: Record) -> str:
     if log.unreadable:
         notes.append(f"log.jsonl: {log.unreadable} torn or unreadable line(s) left out.")
     for stage, steps in log.steps.items():
-        lost = int(np.isnan(_column(steps, "loss")).sum())
+        lost = int(np.isnan(steps["loss"]).sum())
         if lost:
             notes.append(f"The loss of {lost} of {len(steps)} {stage} steps is not a finite number.")
     if log.over:
@@ -887,12 +934,11 @@ def _plan_table(record: Record) -> str:
     if not rows:
         return "<p class=absent>No plan was made: neither plan.json nor the log has one.</p>"
     budget = _number(record.plan.get("budget", record.log.starts[-1].get("budget") if record.log.starts else None))
-    joint = record.log.steps.get("joint", [])
+    joint = record.log.steps.get("joint", NO_STEPS)
     cells = []
     for row in rows:
-        steps = [step for step in joint if f"joint, {step.get('pattern')}" == row.name]
-        peaks = _column(steps, "peak")
-        trained = f"{_bytes(float(np.fmax.reduce(peaks)))} in {len(steps)} steps" if steps else UNKNOWN
+        peaks = joint["peak"][[f"joint, {pattern}" == row.name for pattern in joint.patterns]]
+        trained = f"{_bytes(float(np.fmax.reduce(peaks)))} in {len(peaks)} steps" if len(peaks) else UNKNOWN
         share = f" ({100 * row.peak / budget:.0f} %)" if budget > 0 and not math.isnan(row.peak) else ""
         others = "; ".join(f"{text}: {_bytes(peak)}" for text, peak in row.others) or "nothing"
         cells.append((
@@ -956,16 +1002,12 @@ def _say_bar(bar: Bar) -> str:
 
 
 def _time_axis(duration: float) -> str:
-    steps = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
-    step = next((s for s in steps if duration / s <= 5), duration / 5)
-    ticks = [i * step for i in range(int(duration / step + 1e-6) + 1)]
     marks = []
-    for tick in ticks:
+    for tick in _ticks(duration):
         x = 100 * tick / duration
-        anchor = "start" if tick == 0 else "end" if x > 97 else "middle"
+        anchor = "start" if tick == 0 else "end" if x > 95 else "middle"
         marks.append(f"<line x1='{x:.2f}%' x2='{x:.2f}%' y1='0' y2='4'/>")
-        if tick == 0 or x > 97 or x < 93:
-            marks.append(f"<text x='{x:.2f}%' y='15' text-anchor='{anchor}'>{_clock(round(tick, 6), duration)}</text>")
+        marks.append(f"<text x='{x:.2f}%' y='15' text-anchor='{anchor}'>{_clock(tick, duration)}</text>")
     return f"<svg class=axis height='18' aria-hidden=true>{''.join(marks)}</svg>"
 
 
@@ -1011,9 +1053,8 @@ def _time_table(record: Record) -> str:
         return "<p class=absent>Unknown: the log has no two events in a row.</p>"
     cells = []
     for stage, seconds in log.seconds.items():
-        steps = log.steps.get(stage, [])
-        epochs = len({step.get("epoch") for step in steps})
-        what = (str(epochs), str(len(steps))) if steps else (UNKNOWN, UNKNOWN)
+        steps = log.steps.get(stage, NO_STEPS)
+        what = (str(len(set(steps["epoch"]))), str(len(steps))) if len(steps) else (UNKNOWN, UNKNOWN)
         cells.append((_e(stage), *what, _duration(seconds)))
     return _table(("stage", "epochs", "steps", "time"), cells, "Wall-clock time between events, all sittings")
 
@@ -1125,7 +1166,8 @@ def _write(path: Path, content: bytes) -> Path:
         partial.write_bytes(content)
         return partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise InputError(
             f"{path}: cannot write ({error.strerror}); free some space or mend the folder, then "
             f"python -m lofi_fast.report {shlex.quote(str(path.parent))}"

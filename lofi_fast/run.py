@@ -22,7 +22,6 @@ from lofi_fast.data.pipeline import FramePipeline, FrameRequest
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.encoder.weights import load_encoder_weights
 from lofi_fast.errors import InputError
-from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.head.gtad import GTAD
 from lofi_fast.log import RunLog
 from lofi_fast.memory.meter import Meter, is_out_of_memory
@@ -58,7 +57,7 @@ class Run:
         self.encoder = TSMResNet(config.encoder.name, config.encoder.width)
         if config.encoder.weights:
             log.say(load_encoder_weights(self.encoder, Path(config.encoder.weights)))
-        self.encoder.to(device, memory_format=torch.channels_last)
+        self.encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.head = self.new_head("joint")
         self.pipeline = FramePipeline(
             min(config.full.num_frames, DECODE_FRAMES), device.type, num_threads=min(os.cpu_count() or 1, 8)
@@ -150,7 +149,7 @@ class Run:
 
     def due(self, stage: str) -> Position | None:
         """Where to start `stage`, or None when it was not asked for or is already done."""
-        if stage not in self.config.stages or STAGES.index(stage) < STAGES.index(self.position.stage):  # type: ignore[arg-type]
+        if stage not in self.config.stages or STAGES.index(stage) < STAGES.index(self.position.stage):
             return None
         if self.position.stage != stage:
             self.position = Position(stage)
@@ -158,7 +157,7 @@ class Run:
 
     def finish(self, stage: str) -> None:
         """Move on to the next stage asked for and save."""
-        later = [name for name in self.config.stages if STAGES.index(name) > STAGES.index(stage)]  # type: ignore[arg-type]
+        later = [name for name in self.config.stages if STAGES.index(name) > STAGES.index(stage)]
         if later:
             self.save(Position(later[0]), None)
 
@@ -212,7 +211,7 @@ class Run:
             self.encoder.load_state_dict(content["encoder"])
             self.head.load_state_dict(content["head"])
         except RuntimeError:
-            raise InputError(f"{path}: another model; resume with the run's own --preset, --encoder and --width") from None
+            raise InputError(f"{path}: another model; resume with the run's own flags") from None
         self.position = Position(**content["position"])
         self.plans, self.best = content["plans"], content["best"]
         self._optimizer_state = content["optimizer"]
@@ -248,5 +247,3 @@ def environment(device: str, precision: Precision, kernels: str) -> dict[str, An
         "kernels": kernels,
         "packages": versions,
     }
-
-

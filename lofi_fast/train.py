@@ -109,7 +109,9 @@ def open_folder(config: Config, resume: bool) -> Path:
         now = json.loads(config.to_json())
         changed = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
         if changed:
-            raise InputError(f"{folder}: this run was started with another {changed[0]} setting; resume it with the same flags")
+            raise InputError(
+                f"{folder}: this run was started with another {changed[0]} setting; resume it with the same flags"
+            )
         checkpoint.load(folder / "checkpoints" / "last.pt")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +147,9 @@ def prepare(config: Config, log: RunLog) -> Dataset:
         annotations, videos = Path(config.data.annotations), Path(config.data.videos)
     else:
         with log.progress("demo videos", 1) as advance:
-            annotations, videos = demo.generate(root / "demo", progress=lambda done, total, name: advance(done, name, total))
+            annotations, videos = demo.generate(
+                root / "demo", progress=lambda done, total, name: advance(done, name, total)
+            )
     with log.progress("frame cache", 1) as advance:
         dataset = load_dataset(config, annotations, videos, root / "frames", lambda d, t, name: advance(d, name, t))
     for note in dataset.notes:
@@ -173,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        print(f"error: {error.filename}: {error.strerror}; change --out or --cache, or free some space", file=sys.stderr)
+        print(
+            f"error: {error.filename}: {error.strerror}; change --out or --cache, or free some space", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)

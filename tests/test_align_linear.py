@@ -228,9 +228,11 @@ def test_autocast_leaves_float64_alone() -> None:
 def test_a_grid_first_used_in_inference_mode_still_trains() -> None:
     with torch.inference_mode():
         grid = proposal_grid(9, 8, 3)
-        features, weight, bias = operands(1, 3, grid, 4)
+        features, weight, bias = operands(1, 3, grid, 4, torch.float32)
         align_linear(features, grid, weight, bias)
     assert not grid.cells.is_inference() and not grid.rois.is_inference()
+    for matrix in grid.matrices(torch.device("cpu")):
+        assert not any(part.is_inference() for part in matrix)
     inputs = operands(1, 3, grid, 4)
     torch.autograd.grad(align_linear(inputs[0], grid, *inputs[1:]).sum(), inputs)
 

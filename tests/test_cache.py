@@ -46,13 +46,18 @@ def number_of(rgb: np.ndarray) -> int:
 
 
 def write_video(
-    path: Path, num_frames: int, degrees: int = 0, rate: Fraction = Fraction(25), noise: bool = False
+    path: Path,
+    num_frames: int,
+    degrees: int = 0,
+    flip: str = "",
+    rate: Fraction = Fraction(25),
+    noise: bool = False,
 ) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"bf": "2", "g": "12", "crf": "15"})
         stream.width, stream.height, stream.pix_fmt = BITS * SQUARE, 48, "yuv420p"
-        if degrees:
-            stream.set_display_rotation(-degrees)
+        if degrees or flip:
+            stream.set_display_rotation(-degrees, hflip=flip == "hflip", vflip=flip == "vflip")
         for i in range(num_frames):
             pixels = np.random.default_rng(i).integers(0, 256, (48, 128, 3)).astype(np.uint8) if noise else numbered(i)
             container.mux(stream.encode(VideoFrame.from_ndarray(pixels, format="rgb24")))
@@ -195,12 +200,16 @@ def test_colours_become_bt601_full_range(
     np.testing.assert_allclose(centres, COLOURS, atol=3.5)
 
 
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_rotation_is_undone(degrees: int, tmp_path: Path) -> None:
-    video = prepare([request(write_video(tmp_path / "v.mp4", 3, degrees))], tmp_path / "cache", 48)[0]["v"]
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+@pytest.mark.parametrize("flip", ["", "hflip", "vflip"])
+def test_rotation_and_mirroring_are_undone(degrees: int, flip: str, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", 3, degrees, flip)
+    video = prepare([request(path)], tmp_path / "cache", 48)[0]["v"]
     assert (video.width, video.height) == ((48, 128) if degrees in (90, 270) else (128, 48))
     picture = decoded(video.read(np.array([2]))[0])
-    # turning the upright picture back must give the stored one
+    # undo by hand what the writer asked players to do: turn clockwise, and flip what is then shown
+    if flip:
+        picture = picture[:, ::-1] if flip == "hflip" else picture[::-1]
     assert number_of(np.rot90(picture, degrees // 90)) == 2
 
 

@@ -42,7 +42,7 @@ def test_same_arguments_same_set_whatever_the_workers(made: tuple[Path, Path], t
     names = sorted(file.name for file in made[1].iterdir())
     assert sorted(file.name for file in videos.iterdir()) == names
     for name in names:
-        np.testing.assert_array_equal(_decode(videos / name), _decode(made[1] / name))
+        assert (videos / name).read_bytes() == (made[1] / name).read_bytes()
     assert [step[:2] for step in seen] == [(1, 3), (2, 3), (3, 3)]
     assert sorted(f"{step[2]}.mp4" for step in seen) == names
 
@@ -63,7 +63,7 @@ def test_videos_are_h264_with_b_frames_and_the_annotated_duration(made: tuple[Pa
         np.testing.assert_allclose(
             [frame.time for frame in frames], np.arange(len(frames)) / demo.FRAME_RATE, atol=1e-6
         )
-        assert {frame.pict_type.name for frame in frames} == {"I", "P", "B"}
+        assert {av.video.frame.PictureType(frame.pict_type).name for frame in frames} == {"I", "P", "B"}
 
 
 def test_pixels_survive_the_encoder(made: tuple[Path, Path]) -> None:
@@ -186,7 +186,7 @@ def test_an_interrupted_call_leaves_nothing_that_looks_complete(tmp_path: Path) 
 
 def test_what_a_killed_call_left_is_replaced(tmp_path: Path) -> None:
     # A kill leaves the folder under its partial name, with a video cut short and no marker.
-    left = tmp_path / f"demo-v{demo.VERSION}-1-0-seed0.partial" / "videos"
+    left = tmp_path / f"demo-v{demo.VERSION}-1-0-seed0.partial-1" / "videos"
     left.mkdir(parents=True)
     (left / "demo_training_000.mp4").write_bytes(b"cut short")
     annotations, videos = demo.generate(tmp_path, num_training=1, num_validation=0, workers=1)

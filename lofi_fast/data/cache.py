@@ -463,7 +463,7 @@ def _write_pictures(request: CacheRequest, path: Path, short_side: int, threads:
         stream.codec_context.time_base = time_base
         stream.codec_context.thread_count = 1
         for index, frame in decode(info, request.frames, threads):
-            picture = _rotated(convert(frame), info.rotation)
+            picture = _upright(convert(frame), info.rotation, info.mirrored)
             picture.time_base = time_base
             if info.ticks is None:
                 picture.pts = round(info.pts[index] / time_base)
@@ -506,18 +506,18 @@ class _Converter:
         return picture
 
 
-def _rotated(frame: VideoFrame, degrees: int) -> VideoFrame:
-    """The frame turned clockwise by 0, 90, 180 or 270 degrees, plane by plane."""
-    if degrees == 0:
+def _upright(frame: VideoFrame, degrees: int, mirrored: bool) -> VideoFrame:
+    """The frame flipped left-right if `mirrored`, then turned clockwise by 0, 90, 180 or 270 degrees."""
+    if degrees == 0 and not mirrored:
         return frame
     width, height = frame.width, frame.height
     stacked = frame.to_ndarray().reshape(-1)
     luma, blue, red = np.split(stacked, (width * height, width * height * 5 // 4))
-    turned = [
-        np.rot90(plane.reshape(rows, -1), -degrees // 90).reshape(-1)
-        for plane, rows in ((luma, height), (blue, height // 2), (red, height // 2))
-    ]
-    rows = (height if degrees == 180 else width) * 3 // 2
+    turned = []
+    for plane, rows in ((luma, height), (blue, height // 2), (red, height // 2)):
+        pixels = plane.reshape(rows, -1)
+        turned.append(np.rot90(pixels[:, ::-1] if mirrored else pixels, -degrees // 90).reshape(-1))
+    rows = (width if degrees in (90, 270) else height) * 3 // 2
     upright = VideoFrame.from_ndarray(np.concatenate(turned).reshape(rows, -1).astype(np.uint8), format="yuvj420p")
     upright.color_range, upright.colorspace = frame.color_range, frame.colorspace
     return upright

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +69,8 @@ def _probe(path: Path) -> VideoInfo | InputError:
 
 
 def _probe_all(paths: dict[str, Path]) -> tuple[dict[str, VideoInfo], list[Skipped]]:
-    workers = min(len(paths), os.cpu_count() or 1)
-    if workers > 1 and len(paths) > 8:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            results = list(pool.map(_probe, paths.values(), chunksize=4))
-    else:
-        results = [_probe(path) for path in paths.values()]
+    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1) or 1) as pool:
+        results = list(pool.map(_probe, paths.values()))
     infos: dict[str, VideoInfo] = {}
     skipped = []
     for (name, path), result in zip(paths.items(), results, strict=True):
@@ -97,9 +92,7 @@ def _require(annotations: Annotations, readable: Sequence[Video], config: DataCo
     if not any(video.segments for video in training):
         raise InputError(f"{where}: no readable training video has a segment; check the subsets in --annotations")
     taught = {segment.label for video in training for segment in video.segments}
-    untaught = sorted(
-        {s.label for video in readable if video.subset == "validation" for s in video.segments} - taught
-    )
+    untaught = sorted({s.label for video in readable if video.subset == "validation" for s in video.segments} - taught)
     if untaught:
         raise InputError(
             f"{where}: class {untaught[0]!r}{f' and {len(untaught) - 1} more' if untaught[1:] else ''} occurs in "
@@ -155,9 +148,7 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
             touching = (segments[:, 1] > window.start) & (segments[:, 0] < window.end)
             entry = cached[video.name]
             positions = entry.positions(frames.ravel()).reshape(frames.shape)
-            samples[video.subset].append(
-                Sample(index, window, segments[touching], labels[touching], entry, positions)
-            )
+            samples[video.subset].append(Sample(index, window, segments[touching], labels[touching], entry, positions))
             index += 1
     return Dataset(
         classes,

@@ -162,11 +162,13 @@ def generate(
         with open(folder / ".demo.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_complete(target, marker, scripts):
-                # Under the lock nobody else is writing here, so whatever bears these names was left by a killed call.
-                partial = target.with_name(target.name + ".partial")
-                for leftover in (target, partial):
-                    if leftover.exists():
-                        shutil.rmtree(leftover)
+                # Under the lock nobody else is writing here, so whatever bears this name was left by a killed call.
+                for leftover in folder.glob(f"{target.name}.partial-*"):
+                    shutil.rmtree(leftover)
+                if target.exists():
+                    shutil.rmtree(target)
+                # A name of its own: a killed call's workers may outlive it for a video and write where it was.
+                partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
                 try:
                     _fill(partial, marker, scripts, workers, progress)
                     partial.rename(target)
@@ -311,8 +313,9 @@ def _draw_times(rng: np.random.Generator, duration: float) -> list[tuple[float, 
 
 def _write_video(script: _Script, path: Path) -> None:
     with av.open(str(path), "w") as container:
-        # One encoder thread: x264's bits depend on the number of threads, and the processes fill the CPUs already.
-        options = {"crf": "18", "preset": "veryfast", "bf": "3", "g": "60"}
+        # x264's bits depend on the number of threads, and its fast macroblock-tree code gives other bits from one run
+        # to the next (seen with core 165, frames of 96 x 96); cpu-independent leaves that code out.
+        options = {"crf": "18", "preset": "veryfast", "bf": "3", "g": "60", "x264-params": "cpu-independent=1"}
         stream = container.add_stream("libx264", rate=FRAME_RATE, options=options)
         context = stream.codec_context
         context.thread_count = 1
@@ -386,7 +389,7 @@ def _render_shot(rng: np.random.Generator, script: _Script, shot: list[_Stretch]
 
 
 def _smooth_noise(rng: np.random.Generator, side: int, wavelength: float) -> _Floats:
-    """Periodic noise of shape (side, side, 3), zero mean, unit deviation, without detail finer than `wavelength`."""
+    """Periodic noise of shape (side, side, 3), zero mean, unit deviation, little detail below `wavelength`."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     response = np.exp(-0.5 * (frequency * wavelength) ** 2 * 4)[..., None]
     spectrum = np.fft.rfft2(rng.standard_normal((side, side, 3)), axes=(0, 1)) * response
@@ -460,7 +463,7 @@ def _trace(rng: np.random.Generator, script: _Script, stretches: list[_Stretch],
 
     Height and radius are phases in [0, 1) that an action drives round and nothing else touches; the lamp is a bit that
     blinking toggles. So the state's distribution is the same in action and at rest. `switches`: the lamp may also
-    switch once in a rest, since to blink is to switch again and again.
+    switch once in a rest.
     """
     scale = script.height / 96
     low, high = _HEIGHT_RANGE[0] * script.height, _HEIGHT_RANGE[1] * script.height
@@ -480,6 +483,7 @@ def _trace(rng: np.random.Generator, script: _Script, stretches: list[_Stretch],
         amplitude = rng.uniform(*_SHAKE_AMPLITUDE) * scale
         climb = rng.uniform(*_VERTICAL_SPEED) * scale / (high - low) / FRAME_RATE
         growth = 1 / rng.uniform(*_GROWTH_SECONDS) / FRAME_RATE
+        # One switch at rest: to blink is to switch again and again.
         switch = int(rng.integers(num_frames)) if switches and label is None and rng.uniform() < 0.25 else -1
         side = 1 if rng.integers(2) else -1
         swing = 0.0

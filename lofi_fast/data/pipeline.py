@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import av
@@ -30,12 +31,15 @@ from lofi_fast.errors import InputError
 # (16 and 8 MiB) are for photographs; a cached frame is a few hundred kilobytes, and these bytes count in the budget.
 _NVJPEG_PADDING = 1 << 20
 
+_END_OF_IMAGE = b"\xff\xd9"  # the last marker of a JPEG picture
+
 
 @dataclass(frozen=True)
 class View:
     """The part of a cached frame that is kept, as fractions of its height and width, then resized to a square.
 
-    `top` and `left` are the corner, `height` and `width` the extent; `flip` mirrors left and right.
+    `top` and `left` are the corner, `height` and `width` the extent; `flip` mirrors left and right. The resize is
+    linear and antialiased; at the border of the view it looks at the pixels beyond, where the frame has them.
     Raises ValueError where the view does not lie inside the frame.
     """
 
@@ -72,6 +76,7 @@ class FramePipeline:
     `max_frames` bounds the pictures decoded at once (a larger request takes several runs, with the same result), hence
     the decode pool: about max_frames * cached height * cached width * 3 bytes. `depth` is how many requests may be in
     flight while the consumer works; each holds its tensor of num_frames * side^2 * 3 bytes. `num_threads` decode.
+    On the CPU, DALI keeps a pool that was ever larger than 32 MiB until the process ends, so prefer a smaller one.
     On "cuda" the pictures are decoded by nvJPEG and never come back to the host.
     """
 
@@ -89,15 +94,14 @@ class FramePipeline:
         if self._device.type == "cuda":
             if self._device.index is None:
                 self._device = torch.device("cuda", torch.cuda.current_device())
-            self._copy_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._copy_stream = torch.cuda.Stream(self._device)
         # Built here and not at the first request, so that its memory is already there when the planner measures.
         self._pipeline: Pipeline | None = self._build()
         self._worker = ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="frames",
             # A thread starts on device 0, whichever the process has chosen.
-            initializer=torch.cuda.set_device if self._copy_stream is not None else None,
-            initargs=(self._device,) if self._copy_stream is not None else (),
+            initializer=partial(torch.cuda.set_device, self._device) if self._device.type == "cuda" else None,
         )
 
     def stream(self, requests: Iterable[FrameRequest]) -> Iterator[torch.Tensor]:
@@ -149,7 +153,7 @@ class FramePipeline:
     def _load(self, request: FrameRequest, frames: torch.Tensor, allocated: torch.cuda.Event | None) -> torch.Tensor:
         for start in range(0, len(frames), self._max_frames):
             part = frames[start : start + self._max_frames]
-            # The copy is needed: DALI writes its next run into the same buffer. It also joins the runs of one request.
+            # The copy joins the runs of one request, and frees DALI's buffer before the next run needs one.
             decoded = self._decode(request, request.positions[start : start + self._max_frames])
             if self._copy_stream is None:
                 part.copy_(decoded)
@@ -164,6 +168,10 @@ class FramePipeline:
 
     def _decode(self, request: FrameRequest, positions: np.ndarray) -> torch.Tensor:
         jpegs = request.video.read(positions)
+        for position, jpeg in zip(positions, jpegs, strict=True):
+            # Zeros decode as grey blocks: a picture whose end was never written would pass.
+            if jpeg[-2:].tobytes() != _END_OF_IMAGE:
+                raise _damaged(request.video, position)
         try:
             return self._run(jpegs, request.view, request.side)
         except RuntimeError as error:
@@ -173,18 +181,15 @@ class FramePipeline:
         in_decoder = "decoders.image" in failure
         if in_decoder:
             for position, jpeg in zip(positions, jpegs, strict=True):
-                if _is_damaged(jpeg):
-                    raise InputError(
-                        f"picture {position} of the cache file {request.video.path} is damaged; "
-                        "delete the file and run again, it will be made anew"
-                    )
+                if not _is_decodable(jpeg):
+                    raise _damaged(request.video, position)
         if in_decoder or "alloc" in failure.lower():
             size = f"{request.video.width}x{request.video.height}"
             raise MemoryError(f"DALI got no memory to decode {len(jpegs)} frames of {size} pixels on {self._device}")
         raise RuntimeError(failure)
 
     def _run(self, jpegs: list[np.ndarray], view: View, side: int) -> torch.Tensor:
-        """One run: (len(jpegs), side, side, 3) uint8, on DALI's memory, valid until the next run."""
+        """One run: (len(jpegs), side, side, 3) uint8, in DALI's memory."""
         if self._pipeline is None:
             self._pipeline = self._build()
         top, left, bottom, right = view.top, view.left, view.top + view.height, view.left + view.width
@@ -246,15 +251,19 @@ class FramePipeline:
         return pipeline
 
 
-def _is_damaged(jpeg: np.ndarray) -> bool:
+def _is_decodable(jpeg: np.ndarray) -> bool:
     """A second opinion, from FFmpeg's decoder in its strict mode; it needs the memory of one picture."""
-    data = jpeg.tobytes()
-    if not data.endswith(b"\xff\xd9"):  # end of image; FFmpeg is content with pictures that lack their last rows
-        return True
     decoder = av.CodecContext.create("mjpeg", "r")
     decoder.options = {"err_detect": "explode"}
     try:
-        decoder.decode(av.Packet(data))
+        decoder.decode(av.Packet(jpeg.tobytes()))
     except av.InvalidDataError:
-        return True
-    return False
+        return False
+    return True
+
+
+def _damaged(video: CachedVideo, position: int) -> InputError:
+    return InputError(
+        f"picture {position} of the cache file {video.path} is damaged; delete the file and run again, "
+        "it will be made anew"
+    )

@@ -7,16 +7,19 @@ through PyAV.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
 from av.packet import Packet
+from av.sidedata.sidedata import SideDataContainer, Type
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -41,7 +44,8 @@ class VideoInfo:
 
     pts (num_frames,) float64: seconds of each frame in presentation order, ascending, the first is 0.
     duration: seconds, up to the end of the last frame. width, height: pixels as shown, after rotation.
-    rotation: degrees clockwise (0, 90, 180, 270) that turn a decoded frame upright. size, mtime_ns: of the file.
+    rotation: degrees clockwise (0, 90, 180, 270) that turn a decoded frame upright, after it is flipped left-right if
+    `mirrored`. size, mtime_ns: of the file.
     ticks (num_frames,) int64: the stamp each decoded frame carries, in units of time_base seconds; None where the
     decoder's stamps are wrong or missing and a frame is found by counting (MPEG-4 with packed B-frames).
     key_ticks: ascending stamps of frames from which decoding may start and still give the same pixels; may be empty.
@@ -60,6 +64,7 @@ class VideoInfo:
     time_base: Fraction = Fraction(1, 90000)
     ticks: np.ndarray | None = None
     key_ticks: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    mirrored: bool = False
 
     @property
     def fps(self) -> float:
@@ -112,7 +117,7 @@ def probe(path: Path) -> VideoInfo:
         length = float(np.median(np.diff(pts)))
     else:
         length = float(1 / rate) if rate else 0.0
-    rotation = round(-first.rotation / 90) % 4 * 90
+    rotation, mirrored = _orientation(first)
     width, height = (first.height, first.width) if rotation in (90, 270) else (first.width, first.height)
     return VideoInfo(
         path=path,
@@ -128,6 +133,7 @@ def probe(path: Path) -> VideoInfo:
         time_base=time_base,
         ticks=ticks,
         key_ticks=key_ticks,
+        mirrored=mirrored,
     )
 
 
@@ -169,8 +175,8 @@ def find_videos(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 def decode(info: VideoInfo, frames: np.ndarray, threads: int = 0) -> Iterator[tuple[int, VideoFrame]]:
     """Yields (index, frame) for each of the sorted unique indices `frames`, and stops reading after the last.
 
-    Frames come as they are stored: the caller turns them by `info.rotation`. `threads` of the decoder: 0 is one for
-    each core. Raises ValueError for indices that are unsorted, repeated or out of range, VideoError where the file
+    Frames come as they are stored: the caller flips and turns them as `info` says. `threads` of the decoder: 0 is one
+    for each core. Raises ValueError for indices that are unsorted, repeated or out of range, VideoError where the file
     fails or holds fewer frames than promised (what was decoded before has been yielded).
     """
     frames = np.asarray(frames, dtype=np.int64)
@@ -314,6 +320,22 @@ def _first_frame(path: Path) -> VideoFrame:
         for frame in container.decode(_best_stream(container, path)):
             return frame
     raise VideoError(f"video {path} has no decodable frame")
+
+
+def _orientation(frame: VideoFrame) -> tuple[int, bool]:
+    """(degrees clockwise, whether to flip left-right first) that the frame's display matrix asks for.
+
+    The matrix maps (x, y) to (a x + c y, b x + d y), y pointing down (ISO/IEC 14496-12 section 6.2.2).
+    """
+    # PyAV declares motion vectors only
+    matrix = cast(SideDataContainer, frame.side_data).get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return 0, False
+    a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].tolist()
+    mirrored = a * d - b * c < 0
+    if mirrored:
+        a, b = -a, -b
+    return round(math.degrees(math.atan2(b, a)) / 90) % 4 * 90, mirrored
 
 
 def _decoded_ticks(path: Path) -> list[int | None]:

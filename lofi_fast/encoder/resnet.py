@@ -149,5 +149,5 @@ class TSMResNet(nn.Module):
         for stage in self.stages:
             for block in stage:
                 x = block(x, num_frames)
-        x_NTC = x.float().mean(dim=(2, 3)).unflatten(0, (-1, num_frames))
+        x_NTC: Tensor = x.float().mean(dim=(2, 3)).unflatten(0, (-1, num_frames))
         return x_NTC.mean(dim=1)

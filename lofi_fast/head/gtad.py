@@ -85,7 +85,8 @@ class AlignLinear(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, bins: int, fan_in: int, bias: bool = True) -> None:
         super().__init__()
         bound = 1 / math.sqrt(fan_in)  # nn.Conv's own initialisation
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, bins).uniform_(-bound, bound))
+        stored_CRO = torch.empty(in_channels, bins, out_channels).uniform_(-bound, bound)
+        self.weight = nn.Parameter(stored_CRO.permute(2, 0, 1))  # (O, C, R), in the layout its products run fastest
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound)) if bias else None
 
 
@@ -151,4 +152,5 @@ class GTAD(nn.Module):
             x = dense_BODL
         x = F.relu(self.middle1(x))
         x = self.last(F.relu(self.middle2(x)))
-        return x[:, :, d, s] if self.config.middle_kernel > 1 else x.squeeze(3)
+        proposals_B2N: Tensor = x[:, :, d, s] if self.config.middle_kernel > 1 else x.squeeze(3)
+        return proposals_B2N

@@ -37,9 +37,10 @@ def cell_segments(cells: NDArray[np.int64], edges: Array) -> Array:
 
 def pairwise_iou(a: Array, b: Array) -> Array:
     """tIoU (len(a), len(b)) of segments (., 2); 0 where both are empty."""
-    inter = (np.minimum(a[:, None, 1], b[None, :, 1]) - np.maximum(a[:, None, 0], b[None, :, 0])).clip(0)
+    inter: Array = (np.minimum(a[:, None, 1], b[None, :, 1]) - np.maximum(a[:, None, 0], b[None, :, 0])).clip(0)
     union = (a[:, 1] - a[:, 0])[:, None] + (b[:, 1] - b[:, 0])[None, :] - inter
-    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+    iou: Array = np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+    return iou
 
 
 def boundary_overlap(edges: Array, times: Array) -> Array:

@@ -65,9 +65,7 @@ def settle_allocator(module: str, arguments: list[str]) -> None:
     """
     if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ:
         return
-    os.execve(
-        sys.executable, [sys.executable, "-m", module, *arguments], os.environ | {"GLIBC_TUNABLES": _ALLOCATOR}
-    )
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], os.environ | {"GLIBC_TUNABLES": _ALLOCATOR})
 
 
 class CpuMeter:
@@ -80,13 +78,14 @@ class CpuMeter:
         self.device = f"CPU, {os.cpu_count()} cores, {self.total() / 1e9:.1f} GB"
 
     def total(self) -> int:
-        return min(psutil.virtual_memory().total, self._group("memory.max", "memory.limit_in_bytes") or sys.maxsize)
+        installed = int(psutil.virtual_memory().total)
+        return min(installed, self._group("memory.max", "memory.limit_in_bytes") or installed)
 
     def own(self) -> int:
         return int(self._process.memory_info().rss)
 
     def available(self) -> int:
-        free = psutil.virtual_memory().available
+        free = int(psutil.virtual_memory().available)
         limit = self._group("memory.max", "memory.limit_in_bytes")
         used = self._group("memory.current", "memory.usage_in_bytes")
         if limit is not None and used is not None:
