@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lofi_fast.data.dataset import SUBSETS, Sample, iterate_windows
+from lofi_fast.data.dataset import SUBSETS, Sample, centre_requests
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.run import Run
@@ -49,7 +49,7 @@ def extract(run: Run) -> None:
     run.encoder.eval()
     chunk = _chunk(run, missing)
     with run.log.progress("features", len(missing)) as advance:
-        stream = run.frames(iterate_windows(missing, run.sampler, run.config.full))
+        stream = run.frames(centre_requests(missing, run.sampler, run.config.full))
         for done, (sample, frames) in enumerate(zip(missing, stream, strict=True), 1):
             _write(feature_path(run, sample), encode(run, frames, chunk))
             advance(done, sample.window.video)
@@ -75,7 +75,7 @@ def _chunk(run: Run, samples: Sequence[Sample]) -> int:
     first = samples[:1]
 
     def step(size: int) -> None:
-        for frames in run.frames(iterate_windows([*first, *first], run.sampler, run.config.full)):
+        for frames in run.frames(centre_requests([*first, *first], run.sampler, run.config.full)):
             encode(run, frames[: size * FRAMES_PER_SNIPPET], size)
             return
 

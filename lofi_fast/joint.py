@@ -48,12 +48,11 @@ def batches(run: Run, epoch: int, plan: Sequence[tuple[list[Sample], Fidelity]])
     sampler = run.sampler
     views = [[sampler.view(sample, "joint", epoch) for sample in samples] for samples, _ in plan]
     stream = run.frames(
-        sampler.request(sample, fidelity, view)
+        [sampler.request(sample, fidelity, view) for sample, (view, _) in zip(samples, augmented, strict=True)]
         for (samples, fidelity), augmented in zip(plan, views, strict=True)
-        for sample, (view, _) in zip(samples, augmented, strict=True)
     )
-    for (samples, fidelity), augmented in zip(plan, views, strict=True):
-        frames = torch.cat([run.jitter(next(stream), jitter) for _, jitter in augmented])
+    for frames, (samples, fidelity), augmented in zip(stream, plan, views, strict=True):
+        run.jitter(frames, [jitter for _, jitter in augmented])
         targets = tuple(targets_of(run, sample, fidelity, "joint", epoch) for sample in samples)
         yield Batch(tuple(samples), fidelity, frames, targets)
 

@@ -22,15 +22,13 @@ def clip_batches(run: Run, epoch: int, batches: list[list[Clip]]) -> Iterator[tu
     """(frames (B*8, side, side, 3), labels (B,)) of each batch, every clip with an augmentation of its own."""
     sampler = run.sampler
     views = [[sampler.view(c.sample, "pretrain", epoch, 1 + c.snippet) for c in clips] for clips in batches]
-    requests = (
-        sampler.clip_request(clip, view)
+    stream = run.frames(
+        [sampler.clip_request(clip, view) for clip, (view, _) in zip(clips, augmented, strict=True)]
         for clips, augmented in zip(batches, views, strict=True)
-        for clip, (view, _) in zip(clips, augmented, strict=True)
     )
-    stream = run.frames(requests)
-    for clips, augmented in zip(batches, views, strict=True):
-        frames = [run.jitter(next(stream), jitter) for _, jitter in augmented]
-        yield torch.cat(frames), torch.tensor([clip.label for clip in clips], device=run.device)
+    for frames, clips, augmented in zip(stream, batches, views, strict=True):
+        labels = torch.tensor([clip.label for clip in clips], device=run.device)
+        yield run.jitter(frames, [jitter for _, jitter in augmented]), labels
 
 
 def pretrain(run: Run, extra: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import re
 import shlex
 import sys
 import textwrap
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -441,6 +442,7 @@ def _ticks(duration: float) -> list[float]:
 
 
 def _cut(text: str, most: int) -> str:
+    text = text.encode(errors="replace").decode()  # file names may hold bytes that are no text
     return text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
@@ -673,7 +675,7 @@ def _style(background: str) -> Any:
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GRID, "xtick.color": GRID, "ytick.color": GRID,
         "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8,
         "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10,
-        "svg.fonttype": "none", "svg.hashsalt": "lofi_fast",
+        "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "lofi_fast",
     }  # fmt: skip
 
 
@@ -709,7 +711,8 @@ def overview(record: Record, shown: Mapping[str, Panel | str], rows: Sequence[Ti
     from matplotlib.figure import Figure
 
     heights = [1.0, 12.0, *([0.6 + 1.25 * ((len(rows) + 1) // 2)] if rows else [])]
-    with matplotlib.rc_context(_style("white")):
+    with matplotlib.rc_context(_style("white")), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks is drawn as boxes
         figure = Figure(figsize=(13, sum(heights)), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -754,7 +757,8 @@ def _draw_timelines(figure: FigureBase, rows: Sequence[Timeline]) -> None:
         ax.set_title(_cut(row.video, 60), loc="left", fontsize=8.5, pad=3)
     for ax in axes[len(rows) :]:
         ax.set_axis_off()
-    patches = [Patch(color=PALETTE[i], label=_cut(name, 24)) for name, i in colours.items()]
+    # The space: matplotlib leaves out labels that begin with an underscore.
+    patches = [Patch(color=PALETTE[i], label=f" {_cut(name, 24)}") for name, i in colours.items()]
     title = "Validation videos: ground truth above the top detections (fainter: lower score)"
     figure.suptitle(title, x=0.02, ha="left", weight="bold", fontsize=10.5)
     if len(patches) <= len(PALETTE):
@@ -1116,12 +1120,12 @@ p { margin: .4rem 0 }
 .value.long { font-size: 1.05rem }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.2rem;
   align-items: start }
-figure { margin: 0; min-width: 0 }
+.pair > * { margin: 0; min-width: 0 }
 figcaption, summary { font-weight: 600; font-size: .95rem }
 svg.plot { width: 100%; height: auto; display: block }
 svg.plot text { font-family: inherit !important }
 .scroll { overflow-x: auto; margin: .5rem 0 }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; font-variant-numeric: tabular-nums }
 caption { text-align: left; padding-bottom: .3rem }
 th, td { padding: .28rem .9rem .28rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid) }
 th { font-weight: 600; white-space: nowrap }
@@ -1156,7 +1160,7 @@ def write_report(folder: Path) -> Path:
     shown = panels(record)
     rows = timelines(record.ground_truth, record.predictions)
     _write(folder / "report.png", overview(record, shown, rows))
-    return _write(folder / "report.html", page(record, shown, rows).encode())
+    return _write(folder / "report.html", page(record, shown, rows).encode(errors="replace"))
 
 
 def _write(path: Path, content: bytes) -> Path:

@@ -78,15 +78,16 @@ class Run:
 
     # Frames
 
-    def frames(self, requests: Iterable[FrameRequest]) -> Iterator[Tensor]:
-        """uint8 frames (num_frames, side, side, 3) on the device for each request, decoded ahead of their use."""
-        return self.pipeline.stream(requests)
+    def frames(self, batches: Iterable[Sequence[FrameRequest]]) -> Iterator[Tensor]:
+        """uint8 frames (num_frames, side, side, 3) on the device for each batch, decoded ahead of their use."""
+        return self.pipeline.stream(batches)
 
-    def jitter(self, frames: Tensor, jitter: Jitter) -> Tensor:
-        """Apply a window's pixel jitter; uint8 in and out."""
-        if jitter == Jitter(1.0, 0.0):
-            return frames
-        return frames.float().mul_(jitter.gain).add_(255 * jitter.offset).clamp_(0, 255).to(torch.uint8)
+    def jitter(self, frames: Tensor, jitters: Sequence[Jitter]) -> Tensor:
+        """Apply each request's pixel jitter to its share of a batch's frames, in place; uint8."""
+        for part, jitter in zip(frames.chunk(len(jitters)), jitters, strict=True):
+            if jitter != Jitter(1.0, 0.0):
+                part.copy_(part.float().mul_(jitter.gain).add_(255 * jitter.offset).clamp_(0, 255))
+        return frames
 
     # Plans
 

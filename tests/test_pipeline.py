@@ -10,7 +10,7 @@ import pickle
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +88,11 @@ def ffmpeg_pictures(video: CachedVideo) -> torch.Tensor:
     return rgb.clamp(0, 255)
 
 
+def one_by_one(pipeline: FramePipeline, requests: Iterable[FrameRequest]) -> Iterator[torch.Tensor]:
+    """Each request as a batch of its own, read as lazily as the stream reads."""
+    return pipeline.stream([request] for request in requests)
+
+
 def assert_close(frames: torch.Tensor, expected: torch.Tensor, levels: int) -> None:
     assert frames.shape == expected.shape
     assert frames.dtype == torch.uint8
@@ -97,8 +102,23 @@ def assert_close(frames: torch.Tensor, expected: torch.Tensor, levels: int) -> N
     assert error.max() <= levels, f"largest error {error.max()} at {np.unravel_index(int(error.argmax()), error.shape)}"
 
 
+def test_requests_of_a_batch_follow_each_other_in_one_tensor(
+    pipeline: FramePipeline, square: CachedVideo, wide: CachedVideo
+) -> None:
+    views = (WHOLE, View(0.25, 0.5, 0.5, 0.375, True), View(0.0, 0.125, 1.0, 0.75, False))
+    requests = [
+        FrameRequest(video, ALL[:count], view, 20) for video, count, view in zip((wide, square, wide), (3, 1, 5), views, strict=True)
+    ]
+    (batch,) = pipeline.stream([requests])
+    assert torch.equal(batch, torch.cat(list(one_by_one(pipeline, requests))))
+    with pytest.raises(ValueError, match="one side"):
+        next(pipeline.stream([[requests[0], FrameRequest(wide, ALL, WHOLE, 24)]]))
+    with pytest.raises(ValueError, match="one side"):
+        next(pipeline.stream([[]]))
+
+
 def test_whole_frame_at_its_own_size_is_the_decoded_picture(pipeline: FramePipeline, square: CachedVideo) -> None:
-    (frames,) = pipeline.stream([FrameRequest(square, ALL, WHOLE, 64)])
+    (frames,) = one_by_one(pipeline, [FrameRequest(square, ALL, WHOLE, 64)])
     assert_close(frames, ffmpeg_pictures(square), levels=LEVELS)
     # and with what was drawn, so that FFmpeg's reading of the file is not the only judge of range and matrix
     original = torch.from_numpy(np.stack([drawn(index, 64, 64) for index in ALL]))
@@ -106,11 +126,12 @@ def test_whole_frame_at_its_own_size_is_the_decoded_picture(pipeline: FramePipel
 
 
 def test_crop_without_resize_is_a_slice(pipeline: FramePipeline, wide: CachedVideo, square: CachedVideo) -> None:
-    whole, part = pipeline.stream(
-        [FrameRequest(square, ALL, WHOLE, 64), FrameRequest(square, ALL, View(0.25, 0.5, 0.375, 0.375, False), 24)]
+    whole, part = one_by_one(
+        pipeline,
+        [FrameRequest(square, ALL, WHOLE, 64), FrameRequest(square, ALL, View(0.25, 0.5, 0.375, 0.375, False), 24)],
     )
     assert torch.equal(part, whole[:, 16:40, 32:56])
-    (part,) = pipeline.stream([FrameRequest(wide, ALL, View(0.25, 0.5, 0.5, 0.375, False), 36)])
+    (part,) = one_by_one(pipeline, [FrameRequest(wide, ALL, View(0.25, 0.5, 0.5, 0.375, False), 36)])
     assert_close(part, ffmpeg_pictures(wide)[:, 18:54, 48:84], levels=LEVELS)
 
 
@@ -129,7 +150,7 @@ def test_resize_is_linear_and_antialiased(
 ) -> None:
     (top, bottom), (left, right) = rows, columns
     view = View(top / 72, left / 96, (bottom - top) / 72, (right - left) / 96, False)
-    (frames,) = pipeline.stream([FrameRequest(wide, ALL, view, side)])
+    (frames,) = one_by_one(pipeline, [FrameRequest(wide, ALL, view, side)])
     region = ffmpeg_pictures(wide)[:, top:bottom, left:right].permute(0, 3, 1, 2).double()
     expected = torch.nn.functional.interpolate(region, (side, side), mode="bilinear", antialias=True)
     # at the border of a crop DALI looks at the pixels beyond it, which this region has not
@@ -140,8 +161,8 @@ def test_resize_is_linear_and_antialiased(
 
 def test_flip_is_the_exact_mirror_of_the_same_view(pipeline: FramePipeline, wide: CachedVideo) -> None:
     view = View(0.11, 0.07, 0.83, 0.61, False)
-    plain, flipped = pipeline.stream(
-        [FrameRequest(wide, ALL, view, 45), FrameRequest(wide, ALL, replace(view, flip=True), 45)]
+    plain, flipped = one_by_one(
+        pipeline, [FrameRequest(wide, ALL, view, 45), FrameRequest(wide, ALL, replace(view, flip=True), 45)]
     )
     assert torch.equal(flipped, plain.flip(2))
     assert not torch.equal(flipped, plain)
@@ -164,7 +185,7 @@ def test_order_is_kept_when_counts_and_sides_vary(square: CachedVideo, wide: Cac
         for index, (which, side) in enumerate(zip(positions, sides, strict=True))
     ]
     pipeline = FramePipeline(max_frames=NUM_FRAMES, depth=depth)
-    results = list(pipeline.stream(requests))
+    results = list(one_by_one(pipeline, requests))
     pipeline.close()
     assert len(results) == len(requests)
     for request, frames in zip(requests, results, strict=True):
@@ -179,7 +200,7 @@ def test_request_larger_than_a_run_gives_the_same_bits(
 ) -> None:
     requests = [FrameRequest(wide, ALL, View(0.1, 0.2, 0.7, 0.7, True), side) for side in (40, 21)]
     small = FramePipeline(max_frames=max_frames)
-    for whole, split in zip(pipeline.stream(requests), small.stream(requests), strict=True):
+    for whole, split in zip(one_by_one(pipeline, requests), one_by_one(small, requests), strict=True):
         assert torch.equal(whole, split)
     small.close()
 
@@ -187,11 +208,11 @@ def test_request_larger_than_a_run_gives_the_same_bits(
 def test_tensors_belong_to_the_consumer(pipeline: FramePipeline, wide: CachedVideo) -> None:
     requests = [FrameRequest(wide, ALL[start : start + 4], WHOLE, 48) for start in range(0, NUM_FRAMES, 4)]
     kept, copies = [], []
-    for frames in pipeline.stream(requests):
+    for frames in one_by_one(pipeline, requests):
         kept.append(frames)
         copies.append(frames.clone())
     assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
-    for frames in pipeline.stream(requests):
+    for frames in one_by_one(pipeline, requests):
         released = weakref.ref(frames)
         del frames
         assert released() is None, "the pipeline still holds a tensor that its consumer has dropped"
@@ -206,7 +227,7 @@ def test_requests_are_drawn_at_most_depth_ahead(pipeline: FramePipeline, square:
             drawn += 1
             yield FrameRequest(square, np.array([position]), WHOLE, 16)
 
-    stream = pipeline.stream(requests())
+    stream = one_by_one(pipeline, requests())
     assert drawn == 0
     for delivered, _ in enumerate(stream, start=1):
         assert drawn == min(delivered + 2, NUM_FRAMES)
@@ -214,17 +235,17 @@ def test_requests_are_drawn_at_most_depth_ahead(pipeline: FramePipeline, square:
 
 def test_stream_may_be_left_and_another_started(pipeline: FramePipeline, square: CachedVideo) -> None:
     requests = [FrameRequest(square, ALL[index:], WHOLE, 32) for index in range(6)]
-    expected = list(pipeline.stream(requests))
+    expected = list(one_by_one(pipeline, requests))
     for wanted in (0, 1, 3):
-        left = pipeline.stream(requests)
+        left = one_by_one(pipeline, requests)
         for _ in range(wanted):
             next(left)
         left.close()
-        assert all(torch.equal(a, b) for a, b in zip(pipeline.stream(requests), expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one_by_one(pipeline, requests), expected, strict=True))
     # the first one is not even closed
-    left = pipeline.stream(requests)
+    left = one_by_one(pipeline, requests)
     next(left)
-    assert all(torch.equal(a, b) for a, b in zip(pipeline.stream(requests), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one_by_one(pipeline, requests), expected, strict=True))
     assert torch.equal(next(left), expected[1])
 
 
@@ -233,12 +254,12 @@ def test_two_pipelines_of_different_threads_give_the_same_bits(square: CachedVid
     requests = [FrameRequest(video, ALL, view, side) for side in (19, 56) for video in (square, wide)]
     one, two = FramePipeline(NUM_FRAMES, num_threads=1), FramePipeline(NUM_FRAMES, num_threads=2, depth=3)
     count = 0
-    for a, b in zip(one.stream(requests), two.stream(requests), strict=True):
+    for a, b in zip(one_by_one(one, requests), one_by_one(two, requests), strict=True):
         assert torch.equal(a, b)
         count += 1
     assert count == 4
     one.close()
-    assert torch.equal(next(two.stream(requests[-1:])), a)
+    assert torch.equal(next(one_by_one(two, requests[-1:])), a)
     two.close()
 
 
@@ -256,13 +277,13 @@ def test_damaged_picture_names_the_file_and_the_pipeline_goes_on(
     damaged.path.write_bytes(content)
 
     good = FrameRequest(square, ALL, WHOLE, 32)
-    (expected,) = pipeline.stream([good])
-    stream = pipeline.stream([good, FrameRequest(damaged, ALL, WHOLE, 32), good])
+    (expected,) = one_by_one(pipeline, [good])
+    stream = one_by_one(pipeline, [good, FrameRequest(damaged, ALL, WHOLE, 32), good])
     assert torch.equal(next(stream), expected)
     with pytest.raises(InputError, match=rf"picture {bad} of the cache file .*damaged\.mov is damaged; delete"):
         next(stream)
     rest = FrameRequest(damaged, np.delete(ALL, bad), WHOLE, 32)
-    assert torch.equal(next(pipeline.stream([rest])), expected[rest.positions])
+    assert torch.equal(next(one_by_one(pipeline, [rest])), expected[rest.positions])
 
 
 def test_errors_of_the_requests_reach_the_consumer(pipeline: FramePipeline, square: CachedVideo) -> None:
@@ -273,16 +294,16 @@ def test_errors_of_the_requests_reach_the_consumer(pipeline: FramePipeline, squa
         raise KeyError("the sampler failed")
 
     with pytest.raises(KeyError, match="the sampler failed"):
-        list(pipeline.stream(requests()))
+        list(one_by_one(pipeline, requests()))
     missing = replace(square, path=square.path.with_name("gone.mov"))
     with pytest.raises(InputError, match=r"gone\.mov"):
-        list(pipeline.stream([replace(good, video=missing)]))
+        list(one_by_one(pipeline, [replace(good, video=missing)]))
     for positions in (np.array([0, NUM_FRAMES]), np.array([-1])):
         with pytest.raises(ValueError, match=f"from 0 to {NUM_FRAMES - 1}"):
-            list(pipeline.stream([replace(good, positions=positions)]))
+            list(one_by_one(pipeline, [replace(good, positions=positions)]))
     with pytest.raises(ValueError, match="side"):
-        list(pipeline.stream([replace(good, side=0)]))
-    assert len(list(pipeline.stream([good]))) == 1
+        list(one_by_one(pipeline, [replace(good, side=0)]))
+    assert len(list(one_by_one(pipeline, [good]))) == 1
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
@@ -304,16 +325,16 @@ from lofi_fast.data.pipeline import FramePipeline, FrameRequest, View
 video = pickle.loads(bytes.fromhex(sys.argv[1]))
 large = FrameRequest(video, np.zeros(256, dtype=np.int64), View(0.0, 0.0, 1.0, 1.0, False), 64)
 pipeline = FramePipeline(max_frames=256)
-(expected,) = pipeline.stream([FrameRequest(video, np.zeros(1, dtype=np.int64), large.view, 64)])
+(expected,) = pipeline.stream([[FrameRequest(video, np.zeros(1, dtype=np.int64), large.view, 64)]])
 
 in_use = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (in_use + 80 * 2**20, resource.RLIM_INFINITY))
 try:
-    next(pipeline.stream([large]))
+    next(pipeline.stream([[large]]))
 except MemoryError as error:
     print(type(error).__name__)
 resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-(again,) = pipeline.stream([large])
+(again,) = pipeline.stream([[large]])
 print(torch.equal(again, expected.expand_as(again)))
 """
 
@@ -335,7 +356,7 @@ def test_gpu_gives_the_pictures_of_the_cpu(pipeline: FramePipeline, square: Cach
         for video in (square, wide)
     ]
     on_gpu = FramePipeline(max_frames=10, device="cuda")
-    for frames, expected in zip(on_gpu.stream(requests), pipeline.stream(requests), strict=True):
+    for frames, expected in zip(one_by_one(on_gpu, requests), one_by_one(pipeline, requests), strict=True):
         assert frames.is_cuda
         assert_close(frames.cpu(), expected, levels=LEVELS)
     on_gpu.close()

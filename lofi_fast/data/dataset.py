@@ -257,7 +257,7 @@ def _square(cached: CachedVideo) -> tuple[float, float]:
     return side / cached.height, side / cached.width
 
 
-def iterate_windows(samples: Sequence[Sample], sampler: Sampler, fidelity: Fidelity) -> Iterator[FrameRequest]:
-    """Requests for the centre view of every sample, in order."""
+def centre_requests(samples: Sequence[Sample], sampler: Sampler, fidelity: Fidelity) -> Iterator[list[FrameRequest]]:
+    """The centre view of every sample, in order, each a batch of its own."""
     for sample in samples:
-        yield sampler.request(sample, fidelity, sampler.centre_view(sample))
+        yield [sampler.request(sample, fidelity, sampler.centre_view(sample))]

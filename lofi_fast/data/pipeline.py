@@ -2,7 +2,7 @@
 
 One background thread works through the requests: it reads the packets (pread), runs DALI and copies the pictures into
 a tensor that the consumer's thread has allocated. DALI's own `schedule_run` is asynchronous too, but leaves reading,
-feeding and copying to the consumer, and a request that needs several runs would stop prefetching after its first.
+feeding and copying to the consumer, and a batch that needs several runs would stop prefetching after its first.
 Here the consumer only waits, and DALI holds one run at a time: its memory is bounded by `max_frames` alone.
 
 DALI owns no randomness and no position. Every request says which frames and which view, so a request that failed, or
@@ -12,11 +12,11 @@ was never looked at, can be sent again and gives the same bits.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 
 import av
 import numpy as np
@@ -56,7 +56,7 @@ class View:
                 raise ValueError(f"a view must lie inside the frame (fractions from 0 to 1), got {self}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FrameRequest:
     """Frames of one video, all seen through one view.
 
@@ -70,11 +70,19 @@ class FrameRequest:
     side: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Picture:
+    """One frame of a request."""
+
+    request: FrameRequest
+    position: int
+
+
 class FramePipeline:
     """A DALI pipeline that serves frame requests on the CPU or on one GPU.
 
-    `max_frames` bounds the pictures decoded at once (a larger request takes several runs, with the same result), hence
-    the decode pool: about max_frames * cached height * cached width * 3 bytes. `depth` is how many requests may be in
+    `max_frames` bounds the pictures decoded at once (a larger batch takes several runs, with the same result), hence
+    the decode pool: about max_frames * cached height * cached width * 3 bytes. `depth` is how many batches may be in
     flight while the consumer works; each holds its tensor of num_frames * side^2 * 3 bytes. `num_threads` decode.
     On the CPU, DALI keeps a pool that was ever larger than 32 MiB until the process ends, so prefer a smaller one.
     On "cuda" the pictures are decoded by nvJPEG and never come back to the host.
@@ -104,28 +112,29 @@ class FramePipeline:
             initializer=partial(torch.cuda.set_device, self._device) if self._device.type == "cuda" else None,
         )
 
-    def stream(self, requests: Iterable[FrameRequest]) -> Iterator[torch.Tensor]:
-        """One uint8 tensor (num_frames, side, side, 3), RGB and contiguous, for each request, in order.
+    def stream(self, batches: Iterable[Sequence[FrameRequest]]) -> Iterator[torch.Tensor]:
+        """One uint8 tensor (num_frames, side, side, 3), RGB and contiguous, for each batch of requests, in order: the
+        frames of its requests one after the other. The requests of a batch share one side.
 
-        `requests` is read lazily in the consumer's thread, at most `depth` ahead of the tensor it holds; sides and
+        `batches` is read lazily in the consumer's thread, at most `depth` ahead of the tensor it holds; sides and
         frame counts may change from one to the next. The tensors belong to the consumer. A stream may be left at any
         time and a new one started.
 
         Raises InputError for a damaged picture, naming the cache file; MemoryError when DALI gets no memory (torch's
         own error when the tensor gets none); RuntimeError for any other failure of DALI. The pipeline is then rebuilt
-        at the next request, so what was not delivered can be asked for again. ValueError for a side below 1 or a
-        position outside the cache.
+        at the next batch, so what was not delivered can be asked for again. ValueError for a side below 1, a
+        position outside the cache, or a batch of several sides.
         """
-        incoming = iter(requests)
+        incoming = iter(batches)
         in_flight: deque[Future[torch.Tensor]] = deque()
         try:
-            for request in islice(incoming, self._depth):
-                in_flight.append(self._submit(request))
+            for batch in islice(incoming, self._depth):
+                in_flight.append(self._submit(batch))
             while in_flight:
                 # Held in a list and popped: a local variable would keep the tensor alive after the consumer drops it.
                 ready = [in_flight.popleft().result()]
-                for request in islice(incoming, 1):
-                    in_flight.append(self._submit(request))
+                for batch in islice(incoming, 1):
+                    in_flight.append(self._submit(batch))
                 yield ready.pop()
         finally:
             for future in in_flight:
@@ -136,25 +145,29 @@ class FramePipeline:
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._pipeline = None
 
-    def _submit(self, request: FrameRequest) -> Future[torch.Tensor]:
+    def _submit(self, batch: Sequence[FrameRequest]) -> Future[torch.Tensor]:
         """Allocate in the consumer's thread, where running out of memory can be handled, and queue the work."""
-        if request.side < 1:
-            raise ValueError(f"side must be at least 1 pixel, got {request.side}")
-        num_cached = len(request.video.frames)
-        if np.any((request.positions < 0) | (request.positions >= num_cached)):
-            raise ValueError(f"positions in {request.video.path} must be from 0 to {num_cached - 1}")
-        frames = torch.empty(
-            (len(request.positions), request.side, request.side, 3), dtype=torch.uint8, device=self._device
-        )
+        sides = {request.side for request in batch}
+        if len(sides) != 1 or min(sides) < 1:
+            raise ValueError(f"the requests of a batch need one side of at least 1 pixel, got {sorted(sides)}")
+        for request in batch:
+            num_cached = len(request.video.frames)
+            if np.any((request.positions < 0) | (request.positions >= num_cached)):
+                raise ValueError(f"positions in {request.video.path} must be from 0 to {num_cached - 1}")
+        num_frames, side = sum(len(request.positions) for request in batch), sides.pop()
+        frames = torch.empty((num_frames, side, side, 3), dtype=torch.uint8, device=self._device)
         # The allocator hands out memory that kernels queued on the consumer's stream may still be reading.
         allocated = None if self._copy_stream is None else torch.cuda.current_stream(self._device).record_event()
-        return self._worker.submit(self._load, request, frames, allocated)
+        return self._worker.submit(self._load, batch, frames, allocated)
 
-    def _load(self, request: FrameRequest, frames: torch.Tensor, allocated: torch.cuda.Event | None) -> torch.Tensor:
+    def _load(
+        self, batch: Sequence[FrameRequest], frames: torch.Tensor, allocated: torch.cuda.Event | None
+    ) -> torch.Tensor:
+        wanted = [_Picture(request, position) for request in batch for position in request.positions]
         for start in range(0, len(frames), self._max_frames):
             part = frames[start : start + self._max_frames]
-            # The copy joins the runs of one request, and frees DALI's buffer before the next run needs one.
-            decoded = self._decode(request, request.positions[start : start + self._max_frames])
+            # The copy is needed: DALI writes its next run into the same buffer. It also joins the runs of one batch.
+            decoded = self._decode(wanted[start : start + self._max_frames])
             if self._copy_stream is None:
                 part.copy_(decoded)
                 continue
@@ -166,41 +179,44 @@ class FramePipeline:
             self._copy_stream.synchronize()
         return frames
 
-    def _decode(self, request: FrameRequest, positions: np.ndarray) -> torch.Tensor:
-        jpegs = request.video.read(positions)
-        for position, jpeg in zip(positions, jpegs, strict=True):
+    def _decode(self, pictures: list[_Picture]) -> torch.Tensor:
+        jpegs: list[np.ndarray] = []
+        for request, group in groupby(pictures, key=lambda picture: picture.request):
+            jpegs += request.video.read(np.array([picture.position for picture in group]))
+        for picture, jpeg in zip(pictures, jpegs, strict=True):
             # Zeros decode as grey blocks: a picture whose end was never written would pass.
             if jpeg[-2:].tobytes() != _END_OF_IMAGE:
-                raise _damaged(request.video, position)
+                raise _damaged(picture)
         try:
-            return self._run(jpegs, request.view, request.side)
+            return self._run(jpegs, [picture.request.view for picture in pictures], pictures[0].request.side)
         except RuntimeError as error:
             failure = str(error)
         # Outside the handler, because the traceback holds the failed pipeline and all its memory. DALI's text alone
         # does not tell a damaged picture from a decoder that got no memory: both "failed to decode sample".
         in_decoder = "decoders.image" in failure
         if in_decoder:
-            for position, jpeg in zip(positions, jpegs, strict=True):
+            for picture, jpeg in zip(pictures, jpegs, strict=True):
                 if not _is_decodable(jpeg):
-                    raise _damaged(request.video, position)
+                    raise _damaged(picture)
         if in_decoder or "alloc" in failure.lower():
-            size = f"{request.video.width}x{request.video.height}"
+            video = pictures[0].request.video
+            size = f"{video.width}x{video.height}"
             raise MemoryError(f"DALI got no memory to decode {len(jpegs)} frames of {size} pixels on {self._device}")
         raise RuntimeError(failure)
 
-    def _run(self, jpegs: list[np.ndarray], view: View, side: int) -> torch.Tensor:
-        """One run: (len(jpegs), side, side, 3) uint8, in DALI's memory."""
+    def _run(self, jpegs: list[np.ndarray], views: list[View], side: int) -> torch.Tensor:
+        """One run: (len(jpegs), side, side, 3) uint8, on DALI's memory, valid until the next run."""
         if self._pipeline is None:
             self._pipeline = self._build()
-        top, left, bottom, right = view.top, view.left, view.top + view.height, view.left + view.width
-        count = len(jpegs)
+        corners = [(v.top, v.left, v.top + v.height, v.left + v.width) for v in views]
+        starts_ends = np.array(corners, dtype=np.float32)
         try:
             (batch,) = self._pipeline.run(
                 jpegs=jpegs,
-                start=np.tile(np.array([top, left], dtype=np.float32), (count, 1)),
-                end=np.tile(np.array([bottom, right], dtype=np.float32), (count, 1)),
-                size=np.full((count, 2), side, dtype=np.float32),
-                flip=np.full(count, view.flip, dtype=np.int32),
+                start=np.ascontiguousarray(starts_ends[:, :2]),
+                end=np.ascontiguousarray(starts_ends[:, 2:]),
+                size=np.full((len(jpegs), 2), side, dtype=np.float32),
+                flip=np.array([v.flip for v in views], dtype=np.int32),
             )
             return from_dlpack(batch.as_tensor())
         except Exception:
@@ -262,8 +278,8 @@ def _is_decodable(jpeg: np.ndarray) -> bool:
     return True
 
 
-def _damaged(video: CachedVideo, position: int) -> InputError:
+def _damaged(picture: _Picture) -> InputError:
     return InputError(
-        f"picture {position} of the cache file {video.path} is damaged; delete the file and run again, "
-        "it will be made anew"
+        f"picture {picture.position} of the cache file {picture.request.video.path} is damaged; delete the file and "
+        "run again, it will be made anew"
     )
