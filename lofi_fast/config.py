@@ -9,10 +9,12 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import MAX_CUT, MIN_SIDE, Fidelity, Pattern
@@ -207,7 +209,7 @@ def demo() -> Config:
         base,
         preset="demo",
         full=Fidelity(32, 64),
-        data=DataConfig(frame_stride=1, jitter=0.2, pretrain_background=True),
+        data=DataConfig(frame_stride=2, jitter=0.2, pretrain_background=True),
         joint=replace(base.joint, epochs=9, batch=4),
     )
 
@@ -221,15 +223,22 @@ PRESETS: dict[str, Callable[[], Config]] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """One sentence for a mistyped flag, as for every other bad input, and not the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m lofi_fast.train",
         description="Train a temporal action detector end to end within a memory budget. With no videos given, it "
         "trains on a small demo set that it makes itself.",
     )
     main = parser.add_argument_group("the job")
-    main.add_argument("--mem-budget", metavar="11GB", default="auto", help="memory this process may hold, as the driver "
-                      "shows it: 11GB, 11GiB, 80%% (of the device) or auto (what is free; the default)")  # fmt: skip
+    main.add_argument("--mem-budget", metavar="11GB", default="auto", help="memory this process may hold, as the "
+                      "driver shows it: 11GB, 11GiB, 80%% (of the device) or auto (what is free; default)")  # fmt: skip
     main.add_argument("--annotations", metavar="FILE", help="ActivityNet-form JSON, or a CSV: video,start,end,label")
     main.add_argument("--videos", metavar="DIR", help="folder of the videos that the annotations name")
     main.add_argument("--out", metavar="DIR", help="run folder (default: runs/<preset>)")
@@ -297,12 +306,17 @@ def _positive(args: argparse.Namespace) -> None:
             continue
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be a positive number")
+        if name != "seed" and value > sys.maxsize:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be a smaller number")
 
 
 def from_arguments(argv: Sequence[str] | None, *, cuda: bool) -> tuple[Config, bool]:
     """(config, resume) of a command line; `cuda` says whether a GPU is at hand, for the default preset."""
     args = _parser().parse_args(argv)
     _positive(args)
+    cores = os.cpu_count() or 1
+    if args.threads is not None and args.threads > cores:
+        raise InputError(f"--threads {args.threads}: this machine has {cores} cores; more threads than that only wait")
     if args.videos and not args.annotations:
         raise InputError("--videos is given without --annotations: name the file of labels too")
     if args.annotations and not args.videos:

@@ -37,21 +37,29 @@ def feature_path(run: Run, sample: Sample) -> Path:
 def extract(run: Run) -> None:
     """Write the features of all training and validation windows; those already there from the same encoder stay."""
     folder = run.folder / "features"
-    folder.mkdir(exist_ok=True)
     stamp, digest = folder / "encoder.txt", encoder_digest(run)
-    if not stamp.exists() or stamp.read_text() != digest:
-        for path in folder.glob("*.npy"):
-            path.unlink()
-        stamp.write_text(digest)
-    missing = [s for subset in SUBSETS for s in run.dataset.samples[subset] if not feature_path(run, s).exists()]
+    stale = not stamp.exists() or stamp.read_text() != digest
+    samples = [sample for subset in SUBSETS for sample in run.dataset.samples[subset]]
+    missing = [sample for sample in samples if stale or not feature_path(run, sample).exists()]
     if not missing:
         return
     run.encoder.eval()
-    chunk = _chunk(run, missing)
+    chunk = _chunk(run, missing)  # before the folder is touched: a refusal leaves nothing behind
+    if stale:
+        folder.mkdir(exist_ok=True)
+        for path in folder.glob("*.npy"):
+            path.unlink()
+        stamp.write_text(digest)
     with run.log.progress("features", len(missing)) as advance:
         stream = run.frames(centre_requests(missing, run.sampler, run.config.full))
         for done, (sample, frames) in enumerate(zip(missing, stream, strict=True), 1):
-            _write(feature_path(run, sample), encode(run, frames, chunk))
+            features = encode(run, frames, chunk)
+            if not np.isfinite(features).all():
+                raise InputError(
+                    f"the encoder's features of {sample.window.video} are not finite, its training has diverged: "
+                    "start again with a lower --pretrain-lr or --joint-lr, and another --out"
+                )
+            _write(feature_path(run, sample), features)
             advance(done, sample.window.video)
     run.log.event("features", windows=len(missing), chunk=chunk, encoder=digest)
 
@@ -91,4 +99,5 @@ def _write(path: Path, features: NDArray[np.float32]) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot write ({error.strerror}); free some space or change --out") from error
+        reason = error.strerror or error  # NumPy's own OSError, a file that became too short, has no strerror
+        raise InputError(f"{path}: cannot write ({reason}); free some space or change --out") from error

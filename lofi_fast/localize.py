@@ -12,6 +12,7 @@ from torch import Tensor
 from lofi_fast.checkpoint import Position
 from lofi_fast.data.dataset import Sample
 from lofi_fast.detect import Detection, WindowMaps, detections, load_video_scores, write_predictions
+from lofi_fast.errors import InputError
 from lofi_fast.evaluate import MapResult, mean_average_precision, metrics_table, parse_tiou
 from lofi_fast.extract import encoder_digest, extract, feature_path
 from lofi_fast.head.gtad import HeadOutput
@@ -47,7 +48,8 @@ def train_head(run: Run) -> None:
     optimizer = make_optimizer(config, run.head.parameters())
     if state := run.optimizer_state():
         optimizer.load_state_dict(state)
-    watch = 0 < len(run.dataset.samples["validation"]) <= WATCH_WINDOWS
+    scored = any(video.segments for video in run.dataset.videos["validation"])
+    watch = len(run.dataset.samples["validation"]) <= WATCH_WINDOWS
 
     for epoch in range(start.epoch, config.epochs):
         order = run.sampler.epoch("head", epoch, config.batch)
@@ -64,7 +66,7 @@ def train_head(run: Run) -> None:
                 run.log.event("step", stage="head", epoch=epoch, step=step, lr=lr, **numbers)
                 advance(step + 1, f"loss {total / (step + 1 - first):.3f}")
                 run.save_when_due(Position("head", epoch, step + 1), optimizer)
-        if watch or (epoch + 1 == config.epochs and run.dataset.samples["validation"]):
+        if scored and (watch or epoch + 1 == config.epochs):
             result = score(run, detect_subset(run, "validation"))
             run.log.event("validation", stage="head", epoch=epoch, average=result.average, map=list(result.map_by_tiou))
             run.save_best(epoch, result.average)
@@ -124,6 +126,12 @@ def detect_subset(run: Run, subset: str) -> dict[str, list[Detection]]:
         batch = samples[k : k + config.head_stage.batch]
         with run.precision.autocast(run.device):
             output = run.head(load_features(run, batch))
+        logits = (output.start_BL, output.end_BL, output.proposals_B2N, output.classes_BKN)
+        if not all(bool(part.isfinite().all()) for part in logits):
+            raise InputError(
+                f"the head's output on {batch[0].window.video} is not finite, its training has diverged: "
+                "start again with a lower --head-lr and another --out"
+            )
         for row, sample in enumerate(batch):
             maps[sample.window.video].append(window_maps(run, sample, output, row))
     durations = run.dataset.durations(subset)

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -205,7 +205,7 @@ def read_log(lines: Iterable[str]) -> Log:
         stage = str(event.get("stage") or str(event.get("plan", "")).partition(",")[0])
         if kind == "start":
             log.starts.append(event)
-            budget, before, skipped, readings = _number(event.get("budget")), None, {}, {}
+            budget, skipped, readings = _number(event.get("budget")), {}, {}
         elif kind == "skipped":
             skipped[str(event.get("video"))] = event
             stage = "data"
@@ -250,9 +250,10 @@ def read_log(lines: Iterable[str]) -> Log:
 
 def _time(event: Json) -> datetime | None:
     try:
-        return datetime.fromisoformat(str(event.get("time")))
+        when = datetime.fromisoformat(str(event.get("time")))
     except ValueError:
         return None
+    return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
 # What the page shows of it
@@ -637,9 +638,9 @@ def draw_by_epoch(axes: Axes, events: Sequence[Json], values: Floats, label: str
         i = int(np.nanargmax(values))
         axes.plot(x[i], 100 * values[i], "o", color=PALETTE[1], markersize=7)
         at = (float(x[i]), float(100 * values[i]))
-        axes.annotate(f"{at[1]:.2f}", at, (0, -15), textcoords="offset points", ha="center")
+        axes.annotate(f"{at[1]:.2f}", at, (0, 7), textcoords="offset points", ha="center")
     axes.set(xlabel="epoch", ylabel=label)
-    axes.set_ylim(0, 1.12 * max(np.nanmax(np.append(100 * values, 0.0)), 0.1))
+    axes.set_ylim(0, 1.15 * max(np.nanmax(np.append(100 * values, 0.0)), 0.1))
     axes.locator_params(axis="x", integer=True, nbins=8)
 
 
@@ -757,8 +758,7 @@ def _draw_timelines(figure: FigureBase, rows: Sequence[Timeline]) -> None:
         ax.set_title(_cut(row.video, 60), loc="left", fontsize=8.5, pad=3)
     for ax in axes[len(rows) :]:
         ax.set_axis_off()
-    # The space: matplotlib leaves out labels that begin with an underscore.
-    patches = [Patch(color=PALETTE[i], label=f" {_cut(name, 24)}") for name, i in colours.items()]
+    patches = [Patch(color=PALETTE[i], label=_cut(name, 24)) for name, i in colours.items()]
     title = "Validation videos: ground truth above the top detections (fainter: lower score)"
     figure.suptitle(title, x=0.02, ha="left", weight="bold", fontsize=10.5)
     if len(patches) <= len(PALETTE):

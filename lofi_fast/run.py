@@ -85,8 +85,9 @@ class Run:
     def jitter(self, frames: Tensor, jitters: Sequence[Jitter]) -> Tensor:
         """Apply each request's pixel jitter to its share of a batch's frames, in place; uint8."""
         for part, jitter in zip(frames.chunk(len(jitters)), jitters, strict=True):
-            if jitter != Jitter(1.0, 0.0):
-                part.copy_(part.float().mul_(jitter.gain).add_(255 * jitter.offset).clamp_(0, 255))
+            if self.config.data.jitter:
+                gain = torch.tensor(jitter.gain, device=frames.device)
+                part.copy_(part.float().mul_(gain).add_(255 * jitter.offset).clamp_(0, 255))
         return frames
 
     # Plans

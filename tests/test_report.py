@@ -214,7 +214,7 @@ def test_names_are_escaped(reported: Path) -> None:
     assert "jump &amp; &lt;script&gt;" in text and "v_&lt;broken&gt;" in text
 
 
-NAMES = ("$\\frac{", "_hidden", "\u8df3\u8dc3", "\udcff", "", "a" * 300, "{x}%s")
+NAMES = ("$\\frac{$", "_hidden", "\u8df3\u8dc3", "\udcff", "", "a" * 300, "{x}%s")
 
 
 def test_any_name_can_be_drawn(tmp_path: Path) -> None:
@@ -348,14 +348,16 @@ def test_peak_over_the_budget_warns(tmp_path: Path) -> None:
     lines.start()
     lines.joint(0, 0, peak=BUDGET + 1_000_000_000)
     lines.joint(0, 1, peak=BUDGET)
+    lines.add("measured", plan="joint, spatial", candidate="x", peak=BUDGET + 1, budget=BUDGET)
+    lines.add("plan", plan="joint, spatial", chosen="x", peak=BUDGET + 1, budget=BUDGET)  # says that reading again
     lines.start(budget=20_000_000_000)
     lines.joint(0, 2, peak=15_000_000_000, budget=20_000_000_000)  # within the budget of its own sitting
     folder = write_run(tmp_path, lines.lines)
     record = read_run(folder)
-    assert record.log.over == 1
+    assert record.log.over == 2
     peak = next(tile for tile in headline(record) if tile.name == "highest peak")
     assert (peak.value, peak.warns) == ("15.00 GB", True) and "75.0 % of the budget" in peak.note
-    assert "1 measured peak(s) lie above the budget" in render(folder)
+    assert "2 measured peak(s) lie above the budget" in render(folder)
 
 
 def test_plans_join_the_file_and_the_log(tmp_path: Path) -> None:

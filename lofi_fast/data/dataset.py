@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lofi_fast.config import Config, DataConfig
-from lofi_fast.data.annotations import Annotations, Video, clip_to_duration, load_annotations
+from lofi_fast.data.annotations import Video, clip_to_duration, load_annotations
 from lofi_fast.data.cache import CachedVideo, CacheRequest, Skipped, prepare
 from lofi_fast.data.pipeline import FrameRequest, View
 from lofi_fast.data.video import VideoInfo, find_videos, probe
@@ -81,22 +81,27 @@ def _probe_all(paths: dict[str, Path]) -> tuple[dict[str, VideoInfo], list[Skipp
     return infos, skipped
 
 
-def _require(annotations: Annotations, readable: Sequence[Video], config: DataConfig) -> None:
+def _require(readable: Sequence[Video], skipped: Sequence[Skipped], config: DataConfig) -> None:
     where = f"{config.annotations} with {config.videos}"
+    told = f" ({len(skipped)} skipped, first {skipped[0].name}: {skipped[0].reason})" if skipped else ""
     if not readable:
         raise InputError(
-            f"{where}: none of the {len(annotations.videos)} annotated videos is in the folder and readable; "
-            "check --videos (files are matched by name without extension)"
+            f"{where}: no annotated video can be used{told}; check --videos (files are matched by name without "
+            "extension) and the subsets in --annotations"
         )
     training = [video for video in readable if video.subset == "training"]
     if not any(video.segments for video in training):
-        raise InputError(f"{where}: no readable training video has a segment; check the subsets in --annotations")
+        raise InputError(
+            f"{where}: no usable training video has a segment within its duration{told}; "
+            "check the subsets in --annotations"
+        )
     taught = {segment.label for video in training for segment in video.segments}
     untaught = sorted({s.label for video in readable if video.subset == "validation" for s in video.segments} - taught)
     if untaught:
         raise InputError(
             f"{where}: class {untaught[0]!r}{f' and {len(untaught) - 1} more' if untaught[1:] else ''} occurs in "
-            "validation but in no readable training video, so it can never be found; mend the subsets in --annotations"
+            f"validation but in no usable training video{told}, so it can never be found; "
+            "mend the subsets in --annotations"
         )
 
 
@@ -117,8 +122,15 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
         Skipped(name, str(infos[name].path), f"{len(infos[name].pts)} frames are less than one snippet of 8")
         for name in sorted(short)
     ]
-    readable = [video for video in wanted if video.name in infos and video.name not in short]
-    _require(annotations, readable, config.data)
+    skipped += unreadable
+    notes = list(annotations.notes)
+    readable = []
+    for annotated in wanted:
+        if annotated.name in infos and annotated.name not in short:
+            video, clipped = clip_to_duration(annotated, infos[annotated.name].duration)
+            notes += clipped
+            readable.append(video)
+    _require(readable, skipped, config.data)
 
     windows = {
         video.name: cut_windows(video.name, infos[video.name].duration, config.data.window, config.data.overlap)
@@ -130,17 +142,15 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
         CacheRequest(name, infos[name], np.unique(np.concatenate([g.ravel() for g in grids[name]]))) for name in windows
     ]
     cached, undecodable = prepare(requests, cache, cache_side(config.full), progress=progress)
+    skipped += undecodable
     readable = [video for video in readable if video.name in cached]
-    _require(annotations, readable, config.data)
+    _require(readable, skipped, config.data)
 
     classes = tuple(sorted({s.label for v in readable if v.subset == "training" for s in v.segments}))
-    notes = list(annotations.notes)
     samples: dict[str, list[Sample]] = {subset: [] for subset in SUBSETS}
     kept: dict[str, list[Video]] = {subset: [] for subset in SUBSETS}
     index = 0
-    for annotated in readable:
-        video, clipped = clip_to_duration(annotated, cached[annotated.name].duration)
-        notes += clipped
+    for video in readable:
         kept[video.subset].append(video)
         segments = np.array([(s.start, s.end) for s in video.segments], dtype=np.float64).reshape(-1, 2)
         labels = np.array([classes.index(s.label) for s in video.segments], dtype=np.int64)
@@ -154,7 +164,7 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
         classes,
         {subset: tuple(samples[subset]) for subset in SUBSETS},
         {subset: tuple(kept[subset]) for subset in SUBSETS},
-        tuple(skipped + unreadable + undecodable),
+        tuple(skipped),
         tuple(notes),
     )
 
@@ -170,9 +180,9 @@ class Clip:
 
 @dataclass(frozen=True)
 class Jitter:
-    """Pixel values become gain * value + offset (of 255), clipped."""
+    """Pixel values become gain * value + offset (of 255), clipped; one gain for each of R, G, B."""
 
-    gain: float
+    gain: tuple[float, float, float]
     offset: float
 
 
@@ -199,6 +209,11 @@ class Sampler:
         """
         clips = self._clips()
         positive = [c for c in clips if c.label < len(self.dataset.classes)]
+        if not positive:
+            raise InputError(
+                f"no training segment is long enough to hold the centre of one of the {self.full.num_snippets} "
+                "snippets of a window; give more snippets (--fidelity), or a shorter --window"
+            )
         background = [c for c in clips if c.label == len(self.dataset.classes)]
         rng = self.rng("clips", epoch)
         if self.data.pretrain_background and background:
@@ -229,8 +244,9 @@ class Sampler:
             height, width = _square(sample.cached)
         top, left = rng.uniform(0, 1, 2) * (1 - height, 1 - width)
         flip = self.data.flip and bool(rng.random() < 0.5)
-        gain, offset = rng.uniform(-self.data.jitter, self.data.jitter, 2)
-        return View(float(top), float(left), float(height), float(width), flip), Jitter(1 + gain, offset)
+        red, green, blue, offset = rng.uniform(-self.data.jitter, self.data.jitter, 4).tolist()
+        jitter = Jitter((1 + red, 1 + green, 1 + blue), offset)
+        return View(float(top), float(left), float(height), float(width), flip), jitter
 
     def centre_view(self, sample: Sample) -> View:
         """What validation and feature extraction see: the centre square, or all of the frame when squashed."""

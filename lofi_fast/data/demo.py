@@ -4,8 +4,8 @@ Six classes (rise, sink, grow, shrink, blink, shake) are told by motion alone. E
 object (height, size, lamp, sideways position) through the very range that coordinate also has at rest, and an action
 starts from and leaves behind the state it finds. So one frame says neither which class it is nor whether anything
 happens, a horizontal flip changes no label, and a frozen encoder that knows appearance alone has nothing to go by.
-Camera, background, drift, spin and flicker follow the same law in action and at rest, and one or two bystanders drift
-and spin all the time.
+Camera, background, drift, spin and flicker follow the same law in action and at rest, and in some shots a
+bystander drifts and spins all the time.
 
 The files are real H.264 with B-frames, so the whole path (probe, cache, decode) runs on them.
 """
@@ -33,7 +33,7 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from lofi_fast.errors import InputError
 
-VERSION = 1
+VERSION = 4
 """Raised with every change of what is drawn: a folder of another version is never reused."""
 
 CLASSES = ("blink", "grow", "rise", "shake", "shrink", "sink")
@@ -49,15 +49,15 @@ _ACTION_SECONDS = (2.0, 5.5)
 _GAP_SECONDS = (0.7, 4.0)
 
 # Lengths below are pixels of a frame 96 pixels high; lower frames scale them.
-_RADIUS = (9.0, 22.0)
+_RADIUS = (12.0, 27.0)
 _HEIGHT_RANGE = (0.2, 0.8)  # of the frame's height, the object's centre
 _SIDE_RANGE = (0.22, 0.78)  # of the frame's width
 _VERTICAL_SPEED = (30.0, 42.0)  # per second: 10 pixels or more at 64 x 64 within 8 frames
 _GROWTH_SECONDS = (1.2, 1.6)  # for the whole range of radii
 _SHAKE_AMPLITUDE = (8.0, 11.0)
-_OSCILLATION_HERTZ = (2.4, 3.1)  # of blink and shake; 15 frames a second still show five phases
+_OSCILLATION_HERTZ = (1.6, 2.2)  # of blink and shake; every second frame still shows more than three phases
 _DRIFT_SPEED = (3.0, 9.0)
-_LAMP_OFF = 0.3
+_LAMP_OFF = 0.5
 
 _TEXTURE_SIDE = 64
 _BACKGROUND_SIDE = 192
@@ -119,7 +119,7 @@ class _Looks:
 def generate(
     folder: Path,
     *,
-    num_training: int = 40,
+    num_training: int = 80,
     num_validation: int = 12,
     seed: int = 0,
     workers: int | None = None,
@@ -367,7 +367,7 @@ def _render_shot(rng: np.random.Generator, script: _Script, shot: list[_Stretch]
     # Bystanders first: the object that acts is drawn over them and never hidden.
     cast = [
         (_draw_object(rng, hue), _trace(rng, script, [_Stretch(first, last, None)], switches=False))
-        for _ in range(1 + int(rng.uniform() < 0.3))
+        for _ in range(int(rng.uniform() < 0.3))
     ]
     cast.append((_draw_object(rng, hue), _trace(rng, script, shot, switches=True)))
 
@@ -405,8 +405,8 @@ def _colour(hue: float, saturation: float, value: float) -> _Floats:
 
 
 def _draw_background(rng: np.random.Generator, hue: float, script: _Script) -> _Floats:
-    base = _colour(hue, rng.uniform(0.15, 0.5), rng.uniform(0.5, 0.65))
-    noise = 13 * _smooth_noise(rng, _BACKGROUND_SIDE, 24.0) + 7 * _smooth_noise(rng, _BACKGROUND_SIDE, 5.0)
+    base = _colour(hue, rng.uniform(0.15, 0.5), rng.uniform(0.15, 0.35))
+    noise = 9 * _smooth_noise(rng, _BACKGROUND_SIDE, 24.0) + 4 * _smooth_noise(rng, _BACKGROUND_SIDE, 5.0)
     texture = np.clip(base + noise, 0, 255).astype(np.float32)
     # Repeated past its period so that every window is one plain slice.
     return np.pad(texture, ((0, script.height + 1), (0, script.width + 1), (0, 0)), mode="wrap")
@@ -416,7 +416,7 @@ def _draw_object(rng: np.random.Generator, background_hue: float) -> _Looks:
     shape = ("disc", "square", "star")[int(rng.integers(3))]
     # Away from the background's hue: the task is to see motion, not to find camouflage.
     base = _colour(background_hue + rng.uniform(0.25, 0.75), rng.uniform(0.5, 0.9), rng.uniform(0.85, 1.0))
-    noise = 45 * _smooth_noise(rng, _TEXTURE_SIDE, rng.uniform(6.0, 12.0))
+    noise = 30 * _smooth_noise(rng, _TEXTURE_SIDE, rng.uniform(6.0, 12.0))
     return _Looks(shape, np.clip(base + noise, 0, 255).astype(np.float32))
 
 

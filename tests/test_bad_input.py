@@ -1,0 +1,610 @@
+"""Bad input, through the real command line: one sentence, status 2, and nothing half written.
+
+Commands run in this process, for speed, except where the process itself matters: the budget and the command's stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from av.video.frame import VideoFrame
+
+from lofi_fast.train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+THREADS = str(min(2, os.cpu_count() or 1))
+TINY = (
+    "--preset small --fidelity 8x32 --window video --frame-stride 1 --width 8 --pretrain-epochs 1 --joint-epochs 1 "
+    f"--head-epochs 1 --batch 2 --min-cut 1 --device cpu --threads {THREADS}"
+).split()
+SECONDS, RATE = 6, 8
+LABELLED: list[dict[str, Any]] = [
+    {"segment": [1.0, 2.5], "label": "jump"},
+    {"segment": [3.5, 5.0], "label": "run"},
+]
+
+Database = dict[str, dict[str, Any]]
+
+
+def write_video(path: Path, num_frames: int, seed: int) -> Path:
+    """A 64x48 H.264 video of noise that moves: its frames differ, and its cache is larger than most."""
+    picture = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"preset": "ultrafast", "crf": "28"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(num_frames):
+            container.mux(stream.encode(VideoFrame.from_ndarray(np.roll(picture, i, axis=1), format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+@dataclass(frozen=True)
+class Data:
+    """Three training videos and one for validation, each with both classes, and a frame cache that tests share."""
+
+    videos: Path
+    annotations: Path
+    database: Database
+    cache: Path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder = tmp_path_factory.mktemp("data")
+    videos = folder / "videos"
+    videos.mkdir()
+    subsets = {"a": "training", "b": "training", "c": "training", "d": "validation"}
+    for seed, name in enumerate(subsets):
+        write_video(videos / f"{name}.mp4", SECONDS * RATE, seed)
+    database: Database = {name: {"subset": subset, "annotations": LABELLED} for name, subset in subsets.items()}
+    annotations = folder / "annotations.json"
+    annotations.write_text(json.dumps({"database": database}))
+    return Data(videos, annotations, database, folder / "cache")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+    def refused(self, *parts: str) -> str:
+        """The sentence of a refusal, which must be all that is on stderr and hold each of `parts`."""
+        assert self.status == 2, self.out + self.err
+        lines = self.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        for part in parts:
+            assert part in lines[0]
+        return lines[0]
+
+
+Train = Callable[..., Outcome]
+
+
+def command(
+    data: Data, out: Path, *flags: str, annotations: Path | None = None, videos: Path | None = None
+) -> list[str]:
+    """The tiny training, with more flags, or other data, or another cache (the last of two equal flags counts)."""
+    return [
+        *("--annotations", str(annotations or data.annotations), "--videos", str(videos or data.videos)),
+        *("--cache", str(data.cache), *TINY, "--out", str(out), *flags),
+    ]
+
+
+@pytest.fixture
+def train(data: Data, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Train]:
+    """Runs a command in this process; afterwards no temporary file may be left, whatever happened."""
+
+    def run(*flags: str, out: Path = tmp_path / "run", **other: Path) -> Outcome:
+        capfd.readouterr()
+        try:
+            status = main(command(data, out, *flags, **other))
+        except SystemExit as stop:  # argparse's own way out
+            status = int(stop.code or 0)
+        captured = capfd.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    yield run
+    leftovers = [path for folder in (tmp_path, data.cache) for path in folder.rglob("*.partial*")]
+    assert not leftovers
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below a folder with its time of change and its bytes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--mem-budget", "11 apples"], ['"11 apples"', "11GB", "--mem-budget"]),
+        (["--mem-budget", "0GB"], ["--mem-budget"]),
+        (["--mem-budget", "120%"], ["120%", "--mem-budget"]),
+        (["--fidelity", "100"], ['--fidelity "100"', "100x224"]),
+        (["--fidelity", "8x15"], ['--fidelity "8x15"', "even"]),
+        (["--fidelity", "2x32"], ["--fidelity", "at least 4 snippets"]),
+        (["--stages", "joint,heads"], ['--stages "joint,heads"', "pretrain, joint, head, eval"]),
+        (["--stages", ","], ["--stages"]),
+        (["--tiou", "0.5,high"], ["--tiou", "0.5,high"]),
+        (["--tiou", "0.5:0:0.9"], ["--tiou", "0.5:0:0.9"]),
+        (["--tiou", "1.5"], ["--tiou", "1.5"]),
+        (["--encoder-weights", "/nowhere/w.pt"], ["--encoder-weights /nowhere/w.pt", "no such file"]),
+        (["--video-scores", "/nowhere/s.json"], ["--video-scores /nowhere/s.json", "no such file"]),
+        (["--frame-stride", str(10**20)], ["--frame-stride", "smaller"]),
+        (["--joint-lr", "nan"], ["--joint-lr"]),
+        (["--window", "soon"], ['--window "soon"', "seconds"]),
+        (["--width", "wide"], ["--width", "'wide'"]),
+        (["--preset", "enormous"], ["--preset", "small"]),
+        (["--frobnicate"], ["--frobnicate", "--help"]),
+        (["--resume"], ["run", "no run to resume", "--out"]),
+    ],
+    ids=" ".join,
+)
+def test_a_bad_flag(train: Train, tmp_path: Path, flags: list[str], parts: list[str]) -> None:
+    train(*flags).refused(*parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_process_itself_says_one_sentence_and_ends_with_2(data: Data, tmp_path: Path) -> None:
+    done = run_process(command(data, tmp_path / "run", "--mem-budget", "11 apples"))
+    done.refused('"11 apples"', "--mem-budget")
+    assert done.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def run_process(flags: list[str]) -> Outcome:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    done = subprocess.run(
+        [sys.executable, "-m", "lofi_fast.train", *flags], capture_output=True, text=True, env=environment, check=False
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="the planner runs its first step under a cap below what the process already holds, and crashes",
+)
+def test_a_budget_too_small_for_anything(data: Data, tmp_path: Path) -> None:
+    done = run_process(command(data, tmp_path / "run", "--mem-budget", "300MB"))
+    done.refused("0.30 GB", "needs", "--mem-budget", "--fidelity")
+    assert not (tmp_path / "run").exists()
+
+
+# Annotations
+
+
+def changed(change: Callable[[Database], object]) -> Callable[[Database], str]:
+    def text(database: Database) -> str:
+        mine = json.loads(json.dumps(database))  # a deep copy would keep the list that all videos share
+        change(mine)
+        return json.dumps({"database": mine})
+
+    return text
+
+
+def in_subset(subset: str, *names: str) -> Callable[[Database], str]:
+    return changed(lambda database: [database[name].update(subset=subset) for name in names])
+
+
+def with_segment(segment: list[float]) -> Callable[[Database], str]:
+    """The second segment of video b, which is segment 1."""
+    return changed(lambda database: database["b"]["annotations"][1].update(segment=segment))
+
+
+def labelled_as(segment: list[float], *names: str) -> Callable[[Database], str]:
+    """All segments of some videos replaced by one."""
+    one = [{"segment": segment, "label": "run"}]
+    return changed(lambda database: [database[name].update(annotations=one) for name in names])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "parts"),
+    [
+        pytest.param("json", '{"database": {', ["not valid JSON", "line 1"], id="malformed JSON"),
+        pytest.param("json", "", ["not valid JSON"], id="empty file"),
+        pytest.param("json", "[]", ["ActivityNet form", '"database"'], id="JSON of another form"),
+        pytest.param("json", b"\xff\xfe\x00", ["--annotations", "UTF-8"], id="not text"),
+        pytest.param("txt", "a 1 2 run", ["--annotations", ".json", ".csv"], id="another kind of file"),
+        pytest.param("csv", "video,start,label\na,1,run\n", ["lacks end", "video,start,end,label"], id="CSV, no end"),
+        pytest.param("csv", "a,1,2,run\n", ["lacks video, start, end, label"], id="CSV without a first line"),
+        pytest.param("csv", "video,start,end,label\na,1,2\n", ["line 2", "3 cells"], id="CSV, short row"),
+        pytest.param("csv", "video,start,end,label\na,nan,2,run\n", ["line 2", "video a", "finite"], id="CSV, NaN"),
+        pytest.param("json", with_segment([5, 3]), ["video b, segment 1", "5.0 s", "3.0 s"], id="start after end"),
+        pytest.param(
+            "json", with_segment([float("nan"), 3]), ["video b, segment 1", "nan", "finite"], id="NaN seconds"
+        ),
+        pytest.param(
+            "json",
+            changed(lambda database: database["d"]["annotations"][0].update(label="swim")),
+            ["'swim'", "validation", "training", "--annotations"],
+            id="class seen only in validation",
+        ),
+        pytest.param("json", in_subset("validation", "a", "b", "c"), ["training", "--annotations"], id="no training"),
+        pytest.param("json", in_subset("testing", "a", "b", "c", "d"), ["subsets in --annotations"], id="testing only"),
+        pytest.param(
+            "json",
+            changed(lambda database: [database[name].update(annotations=[]) for name in "abc"]),
+            ["no usable training video has a segment", "--annotations"],
+            id="training without segments",
+        ),
+        pytest.param(
+            "json",
+            labelled_as([50, 60], "a", "b", "c"),
+            ["no usable training video has a segment within its duration"],
+            id="training segments after the end",
+        ),
+        pytest.param(
+            "json",
+            changed(lambda database: [database.update({f"other-{name}": database.pop(name)}) for name in "abcd"]),
+            ["4 skipped", "other-a: no video file of this name", "--videos"],
+            id="no matching video",
+        ),
+    ],
+)
+def test_bad_annotations(train: Train, data: Data, tmp_path: Path, suffix: str, content: Any, parts: list[str]) -> None:
+    path = tmp_path / f"labels.{suffix}"
+    text = content(data.database) if callable(content) else content
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    train(annotations=path).refused(str(path), *parts)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_annotations_file(train: Train, tmp_path: Path) -> None:
+    train(annotations=tmp_path / "none.json").refused("--annotations", str(tmp_path / "none.json"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_videos_folder(train: Train, tmp_path: Path) -> None:
+    train(videos=tmp_path / "none").refused("--videos", str(tmp_path / "none"), "not a folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_segments_that_no_snippet_meets(train: Train, data: Data, tmp_path: Path) -> None:
+    path = tmp_path / "labels.json"
+    path.write_text(labelled_as([1.0, 1.01], "a", "b", "c", "d")(data.database))
+    train(annotations=path).refused("no training segment", "8 snippets", "--fidelity", "--window")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_validation_without_segments_trains_and_says_that_nothing_is_evaluated(
+    train: Train, data: Data, tmp_path: Path
+) -> None:
+    path = tmp_path / "labels.json"
+    path.write_text(changed(lambda database: database["d"].update(annotations=[]))(data.database))
+    done = train("--stages", "head,eval", annotations=path)
+    assert (done.status, done.err) == (0, "")
+    assert "nothing to evaluate" in done.out
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+# Videos
+
+
+def test_bad_videos_are_skipped_counted_and_reported(train: Train, data: Data, tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    shutil.copytree(data.videos, videos)
+    good = (data.videos / "a.mp4").read_bytes()
+    third = len(good) // 3
+    (videos / "empty.mp4").write_bytes(b"")
+    (videos / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(50_000))
+    (videos / "cut.mp4").write_bytes(good[: 2 * third])
+    (videos / "damaged.mp4").write_bytes(good[:third] + b"\xaa" * (third // 2) + good[third + third // 2 :])
+    write_video(videos / "short.mp4", 5, seed=9)
+    reasons = {
+        "absent": "no video file of this name",
+        "empty": "empty file",
+        "noise": "cannot be decoded",
+        "cut": "cannot be decoded",
+        "damaged": "fails after",
+        "short": "5 frames are less than one snippet of 8",
+    }
+    bad = {name: {"subset": "training", "annotations": LABELLED} for name in reasons}
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps({"database": {**bad, **data.database}}))
+
+    done = train(annotations=path, videos=videos)
+    assert (done.status, done.err) == (0, "")
+    run = tmp_path / "run"
+    logged = {event["video"]: event["reason"] for event in events(run, "skipped")}
+    assert logged.keys() == reasons.keys()
+    for name, reason in reasons.items():
+        assert reason in logged[name]
+        assert f"skipped: {name}: {logged[name]}" in done.out
+    assert "3 training videos" in done.out and "6 videos skipped" in done.out
+    assert [event["skipped"] for event in events(run, "data")] == [6]
+    assert (run / "metrics.json").exists()
+    assert {path.stem for path in (run / "features").glob("*.npy")} == set("abcd")
+
+
+def test_all_videos_bad(train: Train, data: Data, tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name, content in (("a", b""), ("b", b"x" * 999), ("c", b"\0" * 5000), ("d", b"")):
+        (videos / f"{name}.mp4").write_bytes(content)
+    train(videos=videos).refused("4 skipped", f"video {videos / 'a.mp4'} is an empty file", "--videos")
+    assert list(tmp_path.iterdir()) == [videos]
+
+
+def test_the_only_training_videos_bad(train: Train, data: Data, tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    shutil.copytree(data.videos, videos)
+    for name in "abc":
+        (videos / f"{name}.mp4").write_bytes(b"")
+    train(videos=videos).refused("no usable training video", "3 skipped", "empty file")
+    assert list(tmp_path.iterdir()) == [videos]
+
+
+# Files given with flags
+
+
+def test_encoder_weights_that_are_none(train: Train, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pt"
+    weights.write_text("not weights")
+    train("--encoder-weights", str(weights)).refused(str(weights), "not a PyTorch checkpoint")
+    assert list(tmp_path.iterdir()) == [weights]
+
+
+def test_encoder_weights_of_another_model(train: Train, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pt"
+    torch.save({"fc.weight": torch.zeros(2, 2), "conv1.weight": torch.zeros(3, 3)}, weights)
+    train("--encoder-weights", str(weights)).refused(str(weights), "tsm_r18", "--encoder-weights")
+    assert list(tmp_path.iterdir()) == [weights]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{", ["not valid JSON", "--video-scores"]),
+        ('{"a": {"run": 1}}', ["'d'"]),
+        ('{"d": {"swim": 1}}', ["--video-scores", "none of the 2 classes"]),
+        ('{"d": {"run": "likely"}}', ["video d", "'run'", "'likely'"]),
+    ],
+    ids=["malformed", "without the video", "of other classes", "not numbers"],
+)
+def test_bad_video_scores_are_refused_before_the_training(
+    train: Train, tmp_path: Path, text: str, parts: list[str]
+) -> None:
+    scores = tmp_path / "scores.json"
+    scores.write_text(text)
+    train("--video-scores", str(scores)).refused(str(scores), *parts)
+    assert list(tmp_path.iterdir()) == [scores]
+
+
+# Folders that cannot be written
+
+
+def mounted(folder: Path, options: str) -> None:
+    """Mount a tmpfs, or skip the test, saying so, where that is not permitted."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """A small file system of its own, made with the mount options given."""
+    if sys.platform != "linux" or shutil.which("mount") is None:
+        pytest.skip("no mount command here")
+    folder = tmp_path_factory.mktemp("disk")
+
+    def make(options: str) -> Path:
+        mounted(folder, options)
+        return folder
+
+    yield make
+    subprocess.run(["umount", str(folder)], capture_output=True, check=False)
+
+
+@pytest.fixture(params=["below a file", "a file", "read-only mount", "immutable", "no permission"])
+def unwritable(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A path at which no folder can be made."""
+    folder = tmp_path_factory.mktemp("unwritable")
+    if request.param in ("below a file", "a file"):
+        (folder / "file").write_text("kept")
+        yield folder / "file" / "x" if request.param == "below a file" else folder / "file"
+        assert (folder / "file").read_text() == "kept"
+    elif request.param == "read-only mount":
+        make = request.getfixturevalue("disk")
+        yield make("ro,size=1m") / "x"
+    elif request.param == "immutable":
+        done = subprocess.run(["chattr", "+i", str(folder)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"a folder cannot be made immutable here: {done.stderr.strip()}")
+        yield folder / "x"
+        subprocess.run(["chattr", "-i", str(folder)], check=True)
+    else:
+        if os.geteuid() == 0:
+            pytest.skip("permissions do not bind root")
+        folder.chmod(0o555)
+        yield folder / "x"
+        folder.chmod(0o755)
+
+
+def test_out_cannot_be_written(train: Train, unwritable: Path) -> None:
+    train(out=unwritable).refused(str(unwritable), "cannot write", "--out")
+
+
+def test_cache_cannot_be_written(train: Train, unwritable: Path, tmp_path: Path) -> None:
+    train("--cache", str(unwritable)).refused(str(unwritable), "cannot be written", "--cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_of_out_is_full_from_the_start(train: Train, disk: Callable[[str], Path]) -> None:
+    folder = disk("size=4k")
+    (folder / "filler").write_bytes(b"x" * 4096)
+    train(out=folder / "run").refused(str(folder / "run"), "No space left", "--out")
+    assert [path.name for path in folder.iterdir()] == ["filler"]
+
+
+def test_disk_of_out_fills_up_at_the_log(train: Train, disk: Callable[[str], Path]) -> None:
+    folder = disk("size=1m,nr_inodes=3")  # the mount's root, the run folder, its config
+    train(out=folder / "run").refused(str(folder / "run"), "No space left", "--out")
+    assert list(folder.iterdir()) == []
+
+
+def test_disk_of_out_fills_up_at_a_checkpoint_and_the_run_goes_on_once_there_is_room(
+    train: Train, disk: Callable[[str], Path]
+) -> None:
+    folder = disk("size=64k")
+    run = folder / "run"
+    train(out=run).refused(str(run / "checkpoints" / "last.pt"), "free some space", "--out", "--resume")
+    assert not list(folder.rglob("*.partial*"))
+    assert not list(run.rglob("*.pt"))
+    train(out=run).refused(str(run), "already holds a run", "--resume")
+    subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+    done = train("--resume", out=run)
+    assert (done.status, done.err) == (0, "")
+    assert "starting again" in done.out
+    assert (run / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "parts"),
+    [("64k", ["GB free"]), ("300k", ["disk is full"])],
+    ids=["by the estimate", "while it is written"],
+)
+def test_disk_of_cache_is_full(
+    train: Train, disk: Callable[[str], Path], tmp_path: Path, size: str, parts: list[str]
+) -> None:
+    folder = disk(f"size={size}")
+    train("--cache", str(folder)).refused(str(folder), "--cache", *parts)
+    assert not list(folder.rglob("*.partial*"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Runs that are there already
+
+
+@pytest.fixture(scope="session")
+def finished(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main(command(data, folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be spoilt."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_out_holds_a_run(train: Train, run: Path) -> None:
+    before = contents(run)
+    train().refused(str(run), "already holds a run", "--resume", "--out")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--width", "16"], ["encoder.width 8, not 16"]),
+        (["--fidelity", "16x32"], ["full.num_snippets 8, not 16"]),
+        (["--seed", "3"], ["seed 0, not 3"]),
+        (["--annotations", "/elsewhere.json"], ["data.annotations", "not /elsewhere.json"]),
+    ],
+    ids=lambda value: value[0] if value[0].startswith("--") else "",
+)
+def test_resume_with_other_flags(train: Train, run: Path, flags: list[str], parts: list[str]) -> None:
+    before = contents(run)
+    train("--resume", *flags).refused(str(run), "--resume", *parts)
+    assert contents(run) == before
+
+
+def test_resume_takes_another_cache_and_other_cuts(train: Train, run: Path, tmp_path: Path) -> None:
+    done = train("--resume", "--cache", str(tmp_path / "cache"), "--min-cut", "2", "--max-cut", "8")
+    assert (done.status, done.err) == (0, "")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3"])
+def test_resume_with_a_spoilt_config(train: Train, run: Path, content: str) -> None:
+    (run / "config.json").write_text(content)
+    before = contents(run)
+    train("--resume").refused(str(run), "no run to resume", "config.json", "--out")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda whole: b"garbage",
+        lambda whole: b"",
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: bytes(len(whole)),
+    ],
+    ids=["garbage", "empty", "half", "zeros"],
+)
+def test_resume_with_a_spoilt_checkpoint(train: Train, run: Path, spoil: Callable[[bytes], bytes]) -> None:
+    last = run / "checkpoints" / "last.pt"
+    last.write_bytes(spoil(last.read_bytes()))
+    before = contents(run)
+    train("--resume").refused(str(last), "checkpoint", "--resume")
+    assert contents(run) == before
+
+
+def test_resume_with_a_file_of_something_else(train: Train, run: Path) -> None:
+    last = run / "checkpoints" / "last.pt"
+    torch.save([1, 2, 3], last)
+    before = contents(run)
+    train("--resume").refused(str(last), "not a checkpoint of a lofi_fast run")
+    assert contents(run) == before
+
+
+def test_resume_with_the_last_checkpoint_gone_overwrites_nothing(train: Train, run: Path) -> None:
+    (run / "checkpoints" / "last.pt").unlink()
+    before = contents(run)
+    train("--resume").refused("last.pt", "no checkpoint", "--out")
+    assert contents(run) == before
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_can_be_resumed_with_any_flags(train: Train, run: Path) -> None:
+    for path in run.iterdir():
+        if path.name not in ("config.json", "log.jsonl"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = train("--resume", "--stages", "eval", "--seed", "3")
+    assert (done.status, done.err) == (0, "")
+    assert "starting again" in done.out
+    assert json.loads((run / "config.json").read_text())["seed"] == 3
+
+
+def test_a_refused_command_leaves_what_was_in_its_folder(train: Train, tmp_path: Path) -> None:
+    notes = tmp_path / "run" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    train(videos=tmp_path / "none").refused("--videos")
+    assert [path.name for path in notes.parent.iterdir()] == ["notes.txt"]
+
+
+# Training that cannot go on
+
+
+def test_a_diverged_head(train: Train, tmp_path: Path) -> None:
+    train("--stages", "head,eval", "--head-lr", "1e12").refused("not finite", "diverged", "--head-lr")
+
+
+def test_a_diverged_encoder(train: Train, tmp_path: Path) -> None:
+    train("--stages", "joint,head", "--joint-lr", "1e12").refused("not finite", "diverged", "--joint-lr")

@@ -1,0 +1,188 @@
+"""Checkpoints: the old file or the new one, never half of one; and the same random numbers after a restart."""
+
+from __future__ import annotations
+
+import random
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lofi_fast.checkpoint import Position, load, position_fields, restore_rng, rng_state, save_atomic
+from lofi_fast.errors import InputError
+
+
+def checkpoint(value: float) -> dict[str, Any]:
+    return {"position": position_fields(Position("joint", 2, 7)), "encoder": {"w": torch.full((50_000,), value)}}
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing past `size` bytes fails in this process, as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.fixture(autouse=True)
+def generators_as_before() -> Iterator[None]:
+    state = rng_state()
+    yield
+    restore_rng(state)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "last.pt"
+    save_atomic(checkpoint(3.0), path)
+    content = load(path)
+    assert Position(**content["position"]) == Position("joint", 2, 7)
+    assert torch.equal(content["encoder"]["w"], torch.full((50_000,), 3.0))
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_a_save_replaces_the_old_file_and_what_a_killed_one_left(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_atomic(checkpoint(1.0), path)
+    (tmp_path / "last.pt.partial").write_bytes(b"half a checkpoint" * 100_000)
+    save_atomic(checkpoint(2.0), path)
+    assert load(path)["encoder"]["w"][0] == 2.0
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_full_disk_keeps_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_atomic(checkpoint(1.0), path)
+    before = path.read_bytes()
+    with pytest.raises(InputError) as error, largest_file(100_000):
+        save_atomic(checkpoint(2.0), path)
+    assert str(path) in str(error.value) and "--out" in str(error.value) and "--resume" in str(error.value)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    save_atomic(checkpoint(3.0), path)  # and the next one goes through
+    assert load(path)["encoder"]["w"][0] == 3.0
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(InputError, match="--out"):
+        save_atomic(checkpoint(1.0), tmp_path / "file" / "last.pt")
+
+
+def test_a_save_that_fails_for_any_reason_leaves_no_partial_file(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_atomic(checkpoint(1.0), path)
+    with pytest.raises(Exception, match="pickle"):
+        save_atomic(checkpoint(2.0) | {"plans": lambda: None}, path)
+    assert load(path)["encoder"]["w"][0] == 1.0
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no checkpoint to resume from; start without --resume"):
+        load(tmp_path / "last.pt")
+
+
+def legacy(content: object, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+# What people point a flag at by mistake, and what the bytes of damaged files look like to an unpickler.
+FOREIGN: dict[str, bytes] = {
+    "empty": b"",
+    "text": b"hello world\n",
+    "json": b'{"database": {}}',
+    "csv": b"video,start,end,label\na,1,2,b\n",
+    "markdown": b"# A title\n\nand text\n",
+    "dots": b"....",
+    "git-lfs-pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n",
+    "html": b"<!doctype html><html></html>",
+    "mp4": b"\x00\x00\x00\x18ftypmp42" + b"\x00" * 60,
+    "jpeg": b"\xff\xd8\xff\xe0\x00\x10JFIF" + b"\x00" * 60,
+    "gzip": b"\x1f\x8b\x08" + b"\x00" * 60,
+    "zip-header": b"PK\x03\x04" + b"\x00" * 60,
+    "letters": b"h" * 40,
+    "capitals": b"GIF89a",
+    "pickle-of-a-list": b"\x80\x02]q\x00.",
+    "pickle-cut-short": b"\x80\x02}q\x00(X\x08\x00\x00\x00posi",
+    "not-utf8": b"\x80\x02X\x04\x00\x00\x00\xff\xfe\xfd\xfc.",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_that_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    path.write_bytes(FOREIGN[name])
+    with pytest.raises(InputError) as error:
+        load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("write", [save_atomic, legacy], ids=["zip", "legacy"])
+def test_a_checkpoint_cut_short(write: Callable[[Any, Path], None], tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
+    write({"position": {}, "w": torch.arange(100.0)}, whole)
+    content = whole.read_bytes()
+    for size in range(0, len(content), len(content) // 40):
+        cut.write_bytes(content[:size])
+        with pytest.raises(InputError):
+            load(cut)
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"state_dict": {}}], ids=["list", "tensor", "other-dict"])
+def test_a_file_of_something_else(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(InputError, match="not a checkpoint of a lofi_fast run"):
+        load(tmp_path / "last.pt")
+
+
+def test_a_folder_in_its_place(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        load(tmp_path)
+
+
+def test_a_checkpoint_never_runs_code(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    torch.save({"position": {}, "hook": Path("p")}, path)
+    with pytest.raises(InputError):
+        load(path)
+
+
+def draws() -> list[Any]:
+    return [
+        [random.random(), random.gauss(0, 1)],
+        np.random.standard_normal(3).tolist(),
+        np.random.permutation(10).tolist(),
+        torch.randn(5).tolist(),
+        torch.randperm(10).tolist(),
+    ]
+
+
+def test_generators_go_on_where_they_stood(tmp_path: Path) -> None:
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    # An odd number of normals leaves python and numpy with one of a pair in hand, which is part of their state.
+    random.gauss(0, 1)
+    np.random.standard_normal(1)
+    save_atomic({"position": {}, "rng": rng_state()}, tmp_path / "last.pt")
+    expected = draws()
+    assert draws() != expected
+    restore_rng(load(tmp_path / "last.pt")["rng"])
+    assert draws() == expected
+
+
+@pytest.mark.gpu
+def test_gpu_generators_go_on_where_they_stood() -> None:
+    state = rng_state()
+    expected = torch.randn(5, device="cuda").tolist()
+    restore_rng(state)
+    assert torch.randn(5, device="cuda").tolist() == expected
