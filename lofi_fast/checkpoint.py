@@ -7,7 +7,6 @@ gradient scaler, RNG states of torch, numpy and python, position in the run, and
 from __future__ import annotations
 
 import os
-import pickle
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,11 +52,9 @@ def load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no checkpoint to resume from; start without --resume, or name the run's --out"
-        ) from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); drop --resume") from None
+        raise InputError(f"{path}: no checkpoint to resume from; name the --out of the run to go on with") from None
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); name another --out") from None
     if not isinstance(content, dict) or "position" not in content:
         raise InputError(f"{path}: not a checkpoint of a lofi_fast run")
     return content

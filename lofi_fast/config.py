@@ -72,7 +72,6 @@ class DataConfig:
     frame_stride: int = 8  # source frames from one frame of a snippet to the next
     resize: Literal["crop", "squash"] = "crop"  # a square out of the frame, or the whole frame made square
     flip: bool = True  # only where no class is told by left and right
-    pretrain_background: bool = False  # clips outside all actions as a class of their own in pre-training
     jitter: float = 0.0  # random gain and offset of the pixel values in training, as a fraction
 
 
@@ -138,7 +137,7 @@ class Config:
     min_cut: float = 1.0
     max_cut: float = MAX_CUT
     budget: Budget = field(default_factory=lambda: Budget.parse("auto"))
-    out: str = "runs/train"
+    out: str = ""  # empty: runs/<preset>, numbered when that is taken
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
@@ -187,7 +186,7 @@ def small() -> Config:
     return Config(
         preset="small",
         full=Fidelity(64, 96),
-        data=DataConfig(window=32.0, frame_stride=2, resize="squash", jitter=0.2, pretrain_background=True),
+        data=DataConfig(window=32.0, frame_stride=2, resize="squash", jitter=0.1),
         encoder=EncoderConfig(width=32),
         head=HeadConfig(
             hidden=128, groups=16, inner_bins=16, map_channels=256, positive_iou=0.7, sample_zero_iou=True, dropout=0.3
@@ -209,8 +208,10 @@ def demo() -> Config:
         base,
         preset="demo",
         full=Fidelity(32, 64),
-        data=DataConfig(frame_stride=2, jitter=0.2, pretrain_background=True),
-        joint=replace(base.joint, epochs=9, batch=4),
+        data=DataConfig(frame_stride=2, jitter=0.1),
+        pretrain=replace(base.pretrain, epochs=6),
+        joint=replace(base.joint, epochs=6, batch=4),
+        head_stage=replace(base.head_stage, epochs=25),
     )
 
 
@@ -357,7 +358,7 @@ def from_arguments(argv: Sequence[str] | None, *, cuda: bool) -> tuple[Config, b
         min_cut=args.min_cut or base.min_cut,
         max_cut=args.max_cut or max(base.max_cut, args.min_cut or base.min_cut),
         budget=Budget.parse(args.mem_budget),
-        out=args.out or f"runs/{preset}",
+        out=args.out or "",
         seed=args.seed,
         device=args.device,
         threads=args.threads,

@@ -82,10 +82,6 @@ def joint(run: Run) -> None:
     run.encoder.train()
     run.head.train()
     optimizer = make_optimizer(config, [*run.encoder.parameters(), *run.head.parameters()])
-    if "joint" not in run.plans:
-        run.plans["joint"] = plan_joint(run)
-        run.write_plans()
-        optimizer.zero_grad(set_to_none=True)
     rungs = {Pattern(name): Fidelity(*chosen["rung"]) for name, chosen in run.plans["joint"].items()}
     if state := run.optimizer_state():
         optimizer.load_state_dict(state)
@@ -140,8 +136,12 @@ def step_within_budget(run: Run, batch: Batch) -> tuple[LossTerms, int]:
 
 
 def plan_joint(run: Run) -> dict[str, dict[str, object]]:
-    """For each pattern of the run the highest rung whose step, run on real frames, fits the budget."""
+    """For each pattern of the run the highest rung whose step, run on real frames, fits the budget. Leaves no trace."""
     config = run.config
+    run.encoder.freeze_batchnorm()
+    run.encoder.train()
+    run.head.train()
+    optimizer = make_optimizer(config.joint, [*run.encoder.parameters(), *run.head.parameters()])
     samples = run.sampler.epoch("joint", 0, config.joint.batch)[0]
     plans: dict[str, dict[str, object]] = {}
     for pattern in CYCLE if config.pattern is Pattern.CYCLIC else (config.pattern,):
@@ -165,4 +165,5 @@ def plan_joint(run: Run) -> dict[str, dict[str, object]]:
             "peak": choice.peak,
             "measured": [[r.candidate.num_snippets, r.candidate.side, r.peak] for r in choice.readings],
         }
+    optimizer.zero_grad(set_to_none=True)
     return plans

@@ -26,7 +26,10 @@ class RunLog:
 
     def __init__(self, path: Path, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
+        torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
         self._file: TextIO = path.open("a", encoding="utf-8")
+        if torn:  # a killed run's last line: the next event starts a line of its own
+            self._file.write("\n")
         self._start = time.monotonic()
 
     def event(self, kind: str, **fields: Any) -> None:

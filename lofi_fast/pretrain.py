@@ -31,42 +31,43 @@ def clip_batches(run: Run, epoch: int, batches: list[list[Clip]]) -> Iterator[tu
         yield run.jitter(frames, [jitter for _, jitter in augmented]), labels
 
 
+def new_classifier(run: Run) -> nn.Linear:
+    """A linear classifier over the classes, initialised the same on every machine."""
+    torch.manual_seed(seed_of(run.config.seed, "pretrain"))
+    return nn.Linear(run.encoder.num_features, len(run.dataset.classes)).to(run.device)
+
+
+def clip_loss(run: Run, classifier: nn.Linear, frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(cross-entropy, number of right answers) of a batch of clips."""
+    with run.precision.autocast(run.device):
+        logits = classifier(run.encoder(frames, FRAMES_PER_SNIPPET))
+    return F.cross_entropy(logits.float(), labels), (logits.argmax(1) == labels).sum()
+
+
 def pretrain(run: Run, extra: dict[str, Any]) -> None:
     """Run the stage from where it stands. Logs loss and accuracy of each step and epoch."""
     start = run.due("pretrain")
     config = run.config.pretrain
     if start is None or config.epochs == 0:
         return
-    torch.manual_seed(seed_of(run.config.seed, "pretrain"))
-    num_outputs = len(run.dataset.classes) + int(run.config.data.pretrain_background)
-    classifier = nn.Linear(run.encoder.num_features, num_outputs).to(run.device)
+    classifier = new_classifier(run)
     if "classifier" in extra:
         classifier.load_state_dict(extra["classifier"])
+    run.encoder.freeze_batchnorm(False)
     run.encoder.train()
     optimizer = make_optimizer(config, [*run.encoder.parameters(), *classifier.parameters()])
-
-    def loss_of(frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with run.precision.autocast(run.device):
-            logits = classifier(run.encoder(frames, FRAMES_PER_SNIPPET))
-        return F.cross_entropy(logits.float(), labels), (logits.argmax(1) == labels).sum()
-
-    if "pretrain" not in run.plans:
-        run.plans["pretrain"] = _plan(run, loss_of)
-        optimizer.zero_grad(set_to_none=True)
-    batch = run.plans["pretrain"]["batch"]
     if state := run.optimizer_state():
         optimizer.load_state_dict(state)
 
     for epoch in range(start.epoch, config.epochs):
-        batches = run.sampler.clip_epoch(epoch, batch)
+        batches = run.sampler.clip_epoch(epoch, run.plans["pretrain"]["batch"])
         first = start.step if epoch == start.epoch else 0
         correct = torch.zeros((), device=run.device)
         seen = 0
         with run.log.progress(f"pretrain {epoch + 1}/{config.epochs}", len(batches), first) as advance:
             for step, (frames, labels) in enumerate(clip_batches(run, epoch, batches[first:]), first):
-                run.seed_step("pretrain", Position("pretrain", epoch, step))
                 set_learning_rate(optimizer, learning_rate(config, epoch, step, len(batches)))
-                loss, hits = loss_of(frames, labels)
+                loss, hits = clip_loss(run, classifier, frames, labels)
                 run.scaler.scale(loss).backward()
                 run.scaler.step(optimizer)
                 run.scaler.update()
@@ -81,24 +82,28 @@ def pretrain(run: Run, extra: dict[str, Any]) -> None:
     run.finish("pretrain")
 
 
-def _plan(run: Run, loss_of: Any) -> dict[str, Any]:
-    """The largest batch of clips that fits: the asked one, or a half, a quarter ... of it."""
-    asked = run.config.pretrain.batch
-    state = {name: value.clone() for name, value in run.encoder.state_dict().items()}
-    sizes = [asked]
+def plan_pretrain(run: Run) -> dict[str, Any]:
+    """The largest batch of clips that fits: the asked one, or a half, a quarter ... of it. Leaves no trace."""
+    config = run.config.pretrain
+    before = {name: value.clone() for name, value in run.encoder.state_dict().items()}
+    run.encoder.freeze_batchnorm(False)
+    run.encoder.train()
+    classifier = new_classifier(run)
+    optimizer = make_optimizer(config, [*run.encoder.parameters(), *classifier.parameters()])
+    sizes = [config.batch]
     while sizes[-1] // 2 >= LEAST_BATCH:
         sizes.append(sizes[-1] // 2)
 
     def step(size: int) -> None:
-        clips = run.sampler.clip_epoch(0, size)[0]
-        clips = (clips * size)[:size]
+        clips = (run.sampler.clip_epoch(0, size)[0] * size)[:size]
         for frames, labels in clip_batches(run, 0, [clips, clips]):
-            loss_of(frames, labels)[0].backward()
-            return
+            clip_loss(run, classifier, frames, labels)[0].backward()
+            return  # the second batch was there to be decoded ahead, as in training
 
     choice = run.plan(
-        "pretrain", sizes, float, step,
+        "pretrain, clips a step", sizes, float, step,
         "raise --mem-budget, or give a smaller --fidelity, or leave the stage out with --stages joint,head,eval",
     )  # fmt: skip
-    run.encoder.load_state_dict(state)  # the trial moved BN's running statistics
+    optimizer.zero_grad(set_to_none=True)
+    run.encoder.load_state_dict(before)  # the trial moved BN's running statistics
     return {"batch": choice.candidate, "peak": choice.peak}

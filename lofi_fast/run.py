@@ -112,9 +112,15 @@ class Run:
         """The highest candidate whose step, run for real, fits the budget; logged with all that was measured."""
         began = time.monotonic()
         limit = min(self.budget, self.meter.available())
+        if (own := self.meter.own()) >= limit:
+            raise InputError(
+                f"nothing fits: before its first step this process holds {gigabytes(own)} of a budget of "
+                f"{gigabytes(limit)}; {refusal}"
+            )
+        caps = iter((self.meter.available(),))  # the first and lowest runs freely: a refusal can then say its need
 
         def measure(candidate: T) -> int | None:
-            peak = self.measure(lambda: step(candidate), limit)
+            peak = self.measure(lambda: step(candidate), next(caps, limit))
             self.log.event("measured", plan=name, candidate=str(candidate), peak=peak, budget=limit)
             return peak
 
@@ -149,9 +155,13 @@ class Run:
 
     # Position, checkpoints
 
+    def ahead(self, stage: str) -> bool:
+        """Whether `stage` was asked for and is not done yet."""
+        return stage in self.config.stages and STAGES.index(stage) >= STAGES.index(self.position.stage)
+
     def due(self, stage: str) -> Position | None:
         """Where to start `stage`, or None when it was not asked for or is already done."""
-        if stage not in self.config.stages or STAGES.index(stage) < STAGES.index(self.position.stage):
+        if not self.ahead(stage):
             return None
         if self.position.stage != stage:
             self.position = Position(stage)
@@ -207,6 +217,10 @@ class Run:
         """Restore checkpoints/last.pt; returns the state of modules that only one stage has."""
         path = self.folder / "checkpoints" / "last.pt"
         content = checkpoint.load(path)
+        if missing := {"classes", "head", "plans", "best", "optimizer", "scaler", "rng", "extra"} - content.keys():
+            raise InputError(
+                f"{path}: not a checkpoint that a run can go on from (no {min(missing)}); name another --out"
+            )
         if content["classes"] != list(self.dataset.classes):
             raise InputError(f"{path}: trained on other classes than --annotations has; use the run's own annotations")
         try:

@@ -15,34 +15,31 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from lofi_fast import __version__, checkpoint
+from lofi_fast import __version__
 from lofi_fast.config import Config, from_arguments
 from lofi_fast.data import demo
 from lofi_fast.data.dataset import Dataset, load_dataset
 from lofi_fast.detect import load_video_scores
 from lofi_fast.errors import InputError
 from lofi_fast.evaluate import MapResult, parse_tiou
-from lofi_fast.joint import joint
+from lofi_fast.folder import DISK_FULL, PLANNED_FOR, choose_folder, has_checkpoint, run_folder
+from lofi_fast.joint import joint, plan_joint
 from lofi_fast.kernels import library
 from lofi_fast.localize import evaluate, train_head
 from lofi_fast.log import RunLog
 from lofi_fast.memory.meter import Meter, is_out_of_memory, open_meter, settle_allocator
 from lofi_fast.plan import gigabytes, resolve_budget
 from lofi_fast.precision import Precision, choose_device, choose_precision
-from lofi_fast.pretrain import pretrain
+from lofi_fast.pretrain import plan_pretrain, pretrain
 from lofi_fast.report import write_report
 from lofi_fast.run import Run, environment
 
-PLANNED_FOR = ("budget", "min_cut", "max_cut")  # when one of these changes, the plans are made again
-MAY_CHANGE = (*PLANNED_FOR, "stages", "threads", "device", "out", "data.cache")  # between a run and its --resume
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 RESULTS = ("metrics.json", "predictions.json", "ground_truth.json", "report.html", "plan.json", "log.jsonl",
            "checkpoints", "features")  # fmt: skip
 
@@ -75,11 +72,11 @@ def train(argv: Sequence[str] | None = None) -> MapResult | None:
         run.write_json("environment.json", environment(meter.device, precision, library.describe()))
 
         began = time.monotonic()
+        plan(run)
         pretrain(run, extra)
         joint(run)
         train_head(run)
         result = evaluate(run)
-        run.write_plans()
         log.event("done", seconds=round(time.monotonic() - began, 1))
         write_report(folder)
         log.say(f"trained in {time.monotonic() - began:.0f} s; written:")
@@ -89,108 +86,20 @@ def train(argv: Sequence[str] | None = None) -> MapResult | None:
         return result
 
 
+def plan(run: Run) -> None:
+    """Plan the stages to come before any of them trains: a refusal must not come hours late."""
+    for stage, planner in (("pretrain", plan_pretrain), ("joint", plan_joint)):
+        if run.ahead(stage) and stage not in run.plans:
+            run.plans[stage] = planner(run)
+    run.write_plans()
+
+
 def check_values(config: Config) -> None:
     """What would otherwise be found wrong only after hours of decoding or training."""
     parse_tiou(config.detect.tious)
     for flag, name in (("--encoder-weights", config.encoder.weights), ("--video-scores", config.data.video_scores)):
         if name and not os.path.isfile(name):
             raise InputError(f"{flag} {name}: no such file")
-
-
-def choose_folder(config: Config, resume: bool) -> Path:
-    """The run folder: --out, or runs/<preset>, numbered when that one is taken; with --resume the newest of these."""
-    asked = Path(config.out)
-    taken = (asked / "config.json").exists()
-    if asked != Path("runs") / config.preset:
-        if taken and not resume:
-            raise InputError(f"{asked} already holds a run: go on with it by --resume, or name another --out")
-        return asked
-    numbered = [asked, *(asked.with_name(f"{asked.name}-{n}") for n in range(2, 10_000))]
-    used = [folder for folder in numbered if (folder / "config.json").exists()]
-    if resume and used:
-        return max(used, key=lambda folder: (folder / "config.json").stat().st_mtime)
-    return next(folder for folder in numbered if not (folder / "config.json").exists())
-
-
-def has_checkpoint(config: Config) -> bool:
-    """Whether the run in --out has a checkpoint to go on from; one that ended before its first may start again.
-
-    Raises InputError when there is no run, when it is not the run of this command, or its checkpoint is unusable.
-    """
-    folder = Path(config.out)
-    try:
-        before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = None
-    if not isinstance(before, dict):
-        raise InputError(f"{folder}: no run to resume (no readable config.json); name the run's --out")
-    if not any((folder / name).exists() for name in ("checkpoints/last.pt", "checkpoints/best.pt", "metrics.json")):
-        return False
-    if change := first_change(before, json.loads(config.to_json())):
-        raise InputError(
-            f"{folder}: this run was started with {change}; give --resume the flags that it was started with"
-        )
-    checkpoint.load(folder / "checkpoints" / "last.pt")
-    return True
-
-
-def first_change(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> str:
-    """The first setting that differs and must not, like "encoder.width 8, not 16"; empty when there is none."""
-    for key, value in now.items():
-        name, old = section + key, before.get(key)
-        if name in MAY_CHANGE:
-            continue
-        if isinstance(value, dict) and isinstance(old, dict):
-            if change := first_change(old, value, f"{name}."):
-                return change
-        elif old != value:
-            return f"{name} {old}, not {value}"
-    return ""
-
-
-@contextmanager
-def run_folder(config: Config, resume: bool, going_on: bool) -> Iterator[Path]:
-    """Make the run folder, mark it as taken with the config, and see that it can be written to.
-
-    When a new run is refused before it has trained anything, what it wrote is removed: the next may want the name.
-    """
-    folder = Path(config.out)
-    made = not os.path.exists(folder)
-    partial = folder / "config.json.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(config.to_json() + "\n", encoding="utf-8")
-        if going_on:
-            partial.unlink()
-        else:
-            partial.replace(folder / "config.json")
-    except OSError as error:
-        discard(folder, [partial.name], made)
-        mend = "free some space or change --out" if error.errno in DISK_FULL else "change --out"
-        raise InputError(f"{folder}: cannot write there ({error.strerror}); {mend}") from None
-    try:
-        yield folder
-    except Exception as error:
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(folder)  # a failed write does not say where
-        if not resume and not has_trained(folder):
-            discard(folder, ["plan.json", "environment.json", "log.jsonl", "config.json"], made)
-        raise
-
-
-def has_trained(folder: Path) -> bool:
-    """Whether a run has done anything that would have to be done again."""
-    log = folder / "log.jsonl"
-    return any((folder / "checkpoints").glob("*.pt")) or (log.exists() and '"event": "step"' in log.read_text())
-
-
-def discard(folder: Path, names: Sequence[str], made: bool) -> None:
-    """Remove files of a run that came to nothing, and the folder if it was `made` for it."""
-    with suppress(OSError):
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
-        if made:
-            folder.rmdir()
 
 
 def introduce(log: RunLog, config: Config, meter: Meter, precision: Precision, budget: int) -> None:

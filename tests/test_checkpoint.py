@@ -86,7 +86,7 @@ def test_a_save_that_fails_for_any_reason_leaves_no_partial_file(tmp_path: Path)
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no checkpoint to resume from; start without --resume"):
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
         load(tmp_path / "last.pt")
 
 

@@ -267,10 +267,10 @@ def test_frozen_batchnorm_is_bit_identical_after_training(optimizer: Any) -> Non
     assert len(before) == 5 * 20  # a ResNet-18 has 20 BN layers of 5 tensors
     config = StageConfig(epochs=1, batch=1, optimizer=optimizer, lr=0.01, weight_decay=0.1)
     updates = make_optimizer(config, encoder.parameters())
-    for step in range(3):
+    for step in range(2):
         updates.zero_grad()
         encoder.train()
-        encoder(frames(16, seed=step), 8).square().mean().backward()
+        encoder(frames(8, seed=step), 4).square().mean().backward()
         updates.step()
     after = still(encoder)
     assert all(torch.equal(after[key], before[key]) for key in before)
@@ -285,6 +285,17 @@ def test_live_batchnorm_does_learn() -> None:
     after = still(encoder)
     assert not torch.equal(after["bn1.running_mean"], before["bn1.running_mean"])
     assert encoder.bn1.weight.grad is not None and encoder.bn1.weight.grad.abs().sum() > 0
+
+
+def test_batchnorm_can_be_let_live_again() -> None:
+    encoder = tiny().train()
+    encoder.freeze_batchnorm()
+    encoder.freeze_batchnorm(False)
+    before = still(encoder)
+    encoder(frames(8), 8).sum().backward()
+    assert all(m.training for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert not torch.equal(still(encoder)["bn1.running_var"], before["bn1.running_var"])
+    assert encoder.bn1.weight.grad is not None
 
 
 def test_freezing_keeps_the_mode_and_evaluation_stays_evaluation() -> None:
@@ -389,7 +400,9 @@ def test_errors_of_weights(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
 
 
-@pytest.mark.parametrize("content", [b"", b"hello world\n", b"<html></html>", b"GIF89a", b'{"a": 1}', b"PK\x03\x04    "])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello world\n", b"<html></html>", b"GIF89a", b'{"a": 1}', b"PK\x03\x04    "]
+)
 def test_a_file_that_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(InputError, match=r"w\.pth"):

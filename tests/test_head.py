@@ -320,7 +320,7 @@ def test_the_tal_loss_reaches_the_first_convolution_of_the_encoder() -> None:
     encoder, length, num_frames = TSMResNet("tsm_r18", 8), 6, 4
     encoder.freeze_batchnorm()
     encoder.train()
-    head = GTAD(SMALL, encoder.num_features, CLASSES, length).train()
+    head = GTAD(replace(SMALL, hidden=64, map_channels=64), encoder.num_features, CLASSES, length).train()
     frames = torch.from_numpy(
         np.random.RandomState(0).randint(0, 256, (2 * length * num_frames, 16, 16, 3)).astype(np.uint8)
     )

@@ -180,7 +180,9 @@ def test_beyond_the_cap_memory_runs_out_in_here_and_the_process_goes_on(probed: 
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
-        RuntimeError("ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"),
+        RuntimeError(
+            "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
+        ),
         RuntimeError("Critical error in pipeline:\nError in thread 3: CUDA allocation failed"),
         RuntimeError("Can't allocate 1073741824 bytes on device 0."),
     ],

@@ -107,7 +107,8 @@ def test_requests_of_a_batch_follow_each_other_in_one_tensor(
 ) -> None:
     views = (WHOLE, View(0.25, 0.5, 0.5, 0.375, True), View(0.0, 0.125, 1.0, 0.75, False))
     requests = [
-        FrameRequest(video, ALL[:count], view, 20) for video, count, view in zip((wide, square, wide), (3, 1, 5), views, strict=True)
+        FrameRequest(video, ALL[:count], view, 20)
+        for video, count, view in zip((wide, square, wide), (3, 1, 5), views, strict=True)
     ]
     (batch,) = pipeline.stream([requests])
     assert torch.equal(batch, torch.cat(list(one_by_one(pipeline, requests))))

@@ -69,9 +69,7 @@ def test_monotone_peaks_give_the_highest_that_fits(unordered: list[int], budget:
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.integers(0, 2 * 10**9), st.integers(10**8, 10**10), st.floats(0.0, 1.2, exclude_min=True), st.booleans()
-)
+@given(st.integers(0, 2 * 10**9), st.integers(10**8, 10**10), st.floats(0.0, 1.2, exclude_min=True), st.booleans())
 def test_few_runs_over_29_rungs(static: int, slope: int, where: float, capped: bool) -> None:
     # Memory is a constant plus a share of Omega; the budget ends anywhere between the lowest rung and the highest.
     measured = [int(static + slope * cost) for cost in COSTS]

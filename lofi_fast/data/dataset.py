@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +171,7 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
 
 @dataclass(frozen=True)
 class Clip:
-    """One snippet of a sample with the class it shows; `label` K is background."""
+    """One snippet of a sample with the class it shows."""
 
     sample: Sample
     snippet: int
@@ -204,35 +204,28 @@ class Sampler:
         return [[samples[i] for i in order[k : k + batch]] for k in range(0, len(order), batch)]
 
     def clip_epoch(self, epoch: int, batch: int) -> list[list[Clip]]:
-        """Pre-training clips of one epoch: every grid snippet whose centre lies in a segment, once, and, if asked
-        for, as many background snippets as a class has on average. A last batch too small for live BN is left out.
+        """Pre-training clips of one epoch in random order: every grid snippet whose centre lies in a segment, once.
+        A last batch too small for live BN is left out.
         """
-        clips = self._clips()
-        positive = [c for c in clips if c.label < len(self.dataset.classes)]
-        if not positive:
+        clips = self.clips
+        order = self.rng("clips", epoch).permutation(len(clips))
+        batches = [[clips[i] for i in order[k : k + batch]] for k in range(0, len(order), batch)]
+        return [b for b in batches if len(b) >= min(4, batch)] or batches
+
+    @cached_property
+    def clips(self) -> list[Clip]:
+        """All pre-training clips. Raises InputError when no segment holds the centre of a snippet."""
+        clips = []
+        for sample in self.dataset.samples["training"]:
+            for snippet, centre in enumerate(sample.window.centres(self.full.num_snippets)):
+                hit = np.flatnonzero((sample.segments[:, 0] <= centre) & (centre <= sample.segments[:, 1]))
+                if len(hit):
+                    clips.append(Clip(sample, snippet, int(sample.labels[hit[0]])))
+        if not clips:
             raise InputError(
                 f"no training segment is long enough to hold the centre of one of the {self.full.num_snippets} "
                 "snippets of a window; give more snippets (--fidelity), or a shorter --window"
             )
-        background = [c for c in clips if c.label == len(self.dataset.classes)]
-        rng = self.rng("clips", epoch)
-        if self.data.pretrain_background and background:
-            share = min(len(background), max(1, 2 * len(positive) // len(self.dataset.classes)))
-            positive += [background[i] for i in rng.choice(len(background), share, replace=False)]
-        order = rng.permutation(len(positive))
-        batches = [[positive[i] for i in order[k : k + batch]] for k in range(0, len(order), batch)]
-        return [b for b in batches if len(b) >= min(4, batch)] or batches
-
-    def _clips(self) -> list[Clip]:
-        clips = []
-        for sample in self.dataset.samples["training"]:
-            centres = sample.window.centres(self.full.num_snippets)
-            for snippet, centre in enumerate(centres):
-                if centre > sample.cached.duration:
-                    continue
-                hit = np.flatnonzero((sample.segments[:, 0] <= centre) & (centre <= sample.segments[:, 1]))
-                label = int(sample.labels[hit[0]]) if len(hit) else len(self.dataset.classes)
-                clips.append(Clip(sample, snippet, label))
         return clips
 
     def view(self, sample: Sample, stage: str, epoch: int, salt: int = 0) -> tuple[View, Jitter]:

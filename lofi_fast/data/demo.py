@@ -176,7 +176,7 @@ def generate(
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise InputError(f"the demo set cannot be written to {folder} ({reason}): choose another folder") from error
+        raise InputError(f"the demo set cannot be written to {folder} ({reason}): --cache names another") from error
     return target / "annotations.json", target / "videos"
 
 

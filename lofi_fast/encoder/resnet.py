@@ -120,14 +120,14 @@ class TSMResNet(nn.Module):
     def stages(self) -> tuple[nn.ModuleList, ...]:
         return tuple(cast(nn.ModuleList, getattr(self, f"layer{i}")) for i in (1, 2, 3, 4))
 
-    def freeze_batchnorm(self) -> None:
+    def freeze_batchnorm(self, frozen: bool = True) -> None:
         """Hold BN statistics and affine parameters still from now on, in training mode too (the habit of end-to-end
-        TAL; a block's backward then needs no convolution output).
+        TAL; a block's backward then needs no convolution output), or let them live again.
         """
-        self.frozen_batchnorm = True
+        self.frozen_batchnorm = frozen
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False)
+                module.requires_grad_(not frozen)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TSMResNet:
