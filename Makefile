@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 CXX_FILES := $(wildcard kernels/*/*.cpp)
 
-.PHONY: train test check format clean distclean
+.PHONY: train test check format report clean distclean
 
 train: $(VENV)/installed
 	$(BIN)/python -m lofi_fast.train --mem-budget $(BUDGET) $(ARGS)
@@ -43,6 +43,9 @@ $(VENV)/installed: $(VENV)/build-tools pyproject.toml setup.py CMakeLists.txt $(
 $(VENV)/tested-with: $(VENV)/installed
 	$(PIP) pytest hypothesis ruff mypy clang-format
 	@touch $@
+
+report: $(VENV)/installed
+	$(BIN)/python -m bench tables
 
 clean:
 	rm -rf build dist lofi_fast.egg-info kernels/_native.so .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -92,6 +92,7 @@ def joint(run: Run) -> None:
         steps = range(epoch * len(order), (epoch + 1) * len(order))
         patterns = [phase(run.config.pattern, epoch, step, run.config.short_cycle) for step in steps]
         plan = [(samples, rungs[pattern]) for samples, pattern in zip(order, patterns, strict=True)]
+        over: dict[Pattern, int] = {}
         with run.log.progress(f"joint {epoch + 1}/{config.epochs}", len(plan), first) as advance:
             for step, batch in enumerate(batches(run, epoch, plan[first:]), first):
                 run.seed_step("joint", Position("joint", epoch, step))
@@ -102,6 +103,8 @@ def joint(run: Run) -> None:
                 run.scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 numbers = terms.numbers()
+                if peak > run.budget:
+                    over[patterns[step]] = peak
                 run.log.event(
                     "step", stage="joint", epoch=epoch, step=step, pattern=patterns[step], lr=lr, peak=peak,
                     num_snippets=batch.fidelity.num_snippets, side=batch.fidelity.side, budget=run.budget,
@@ -109,6 +112,7 @@ def joint(run: Run) -> None:
                 )  # fmt: skip
                 advance(step + 1, f"{patterns[step]} {batch.fidelity} loss {numbers['loss']:.3f} {gigabytes(peak)}")
                 run.save_when_due(Position("joint", epoch, step + 1), optimizer)
+        rungs |= {pattern: step_down(run, pattern, peak) for pattern, peak in over.items()}
         run.save(Position("joint", epoch + 1), optimizer)
     run.finish("joint")
 
@@ -133,6 +137,19 @@ def step_within_budget(run: Run, batch: Batch) -> tuple[LossTerms, int]:
             "go on with --resume and a larger --min-cut, or more --mem-budget"
         )
     return terms, run.meter.peak()
+
+
+def step_down(run: Run, pattern: Pattern, peak: int) -> Fidelity:
+    """The rung below the planned one of `pattern`, from now on: a step's peak passed the budget."""
+    chosen = run.plans["joint"][pattern.value]
+    rungs = ladder(pattern, run.config.full, run.config.min_cut, run.config.max_cut)
+    now = Fidelity(*chosen["rung"])
+    lower = rungs[min(rungs.index(now) + 1, len(rungs) - 1)]
+    chosen |= {"rung": [lower.num_snippets, lower.side], "cut": round(run.config.full.omega / lower.omega, 2)}
+    run.write_plans()
+    run.log.say(f"{pattern}: a step at {now} held {gigabytes(peak)}, over the budget: {lower} from the next epoch on")
+    run.log.event("step_down", pattern=pattern.value, peak=peak, rung=chosen["rung"])
+    return lower
 
 
 def plan_joint(run: Run) -> dict[str, dict[str, object]]:

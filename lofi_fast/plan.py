@@ -1,8 +1,8 @@
 """The plan: which rung of a ladder fits the budget. Pure: what a rung needs is told by a function that runs it.
 
-This first planner measures by running: it climbs from the lowest rung, jumps to where a straight line through its
-readings says the budget ends, and closes in until the rung above is known not to fit. A line only proposes; what is
-chosen has been run. (Memory is not monotone in pixels: convolution algorithms change.)
+This first planner measures by running: it starts at the lowest rung, goes where a straight line through its readings
+says the budget ends, and closes in. A line only proposes; what is chosen has been run. (Memory is not monotone in
+pixels: convolution algorithms change.)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lofi_fast.errors import InputError
 
 T = TypeVar("T")
 MARGIN = 0.05  # of the budget, kept free: what one and the same step's peak was seen to vary by
+PATIENCE = 6  # readings after which lines are no longer trusted, and what is left is halved
 AUTO_SHARE = 0.9  # of what is free, for --mem-budget auto
 
 
@@ -52,13 +53,15 @@ def highest_fitting(
     cost: Callable[[T], float],
     measure: Callable[[T], int | None],
     budget: int,
+    held: int,
     refusal: str,
 ) -> Choice[T]:
-    """The highest of `candidates` (highest first) whose measured peak stays under the budget less the margin.
+    """The highest of `candidates` (highest first) found to have a measured peak under the budget less the margin.
 
     `cost` orders them (Omega, or a batch size); `measure` runs one and gives its peak in bytes, None for out of
-    memory. The rung above the choice was run and does not fit, or does not exist. Raises InputError, ending with
-    `refusal`, when not even the lowest fits.
+    memory; `held` is what the process holds before any. The rung above the choice was run and did not fit, or the
+    readings say that running it would pass the budget, or there is none. Raises InputError, ending with `refusal`,
+    when not even the lowest fits.
     """
     limit = int(budget * (1 - MARGIN))
     rising = list(reversed(candidates))
@@ -78,11 +81,15 @@ def highest_fitting(
         )
     good, bad = 0, len(rising)
     while bad - good > 1:
-        target = _propose([(cost(rising[i]), p) for i, p in peaks.items() if p is not None], limit)
-        inside = range(good + 1, bad)
-        index = max((i for i in inside if cost(rising[i]) <= target), default=good + 1)
-        if len(peaks) > 4:  # the line has had its chances: halve what is left
+        readings = [(cost(rising[i]), p) for i, p in peaks.items() if p is not None]
+        predicted = {i: _line([(0.0, held), *readings], cost(rising[i])) for i in range(good + 1, bad)}
+        index = max((i for i, peak in predicted.items() if peak <= limit), default=good + 1)
+        if len(peaks) > PATIENCE:
             index = (good + bad) // 2
+        if predicted[index] > budget:
+            index = good + 1
+        if predicted[index] > budget:
+            break
         if fits(index):
             good = index
         else:
@@ -92,11 +99,7 @@ def highest_fitting(
     return Choice(rising[good], peak, tuple(Reading(rising[i], p) for i, p in peaks.items()))
 
 
-def _propose(points: list[tuple[float, int]], limit: int) -> float:
-    """The cost at which a line through the two dearest readings meets `limit`; with one reading, 4 times its cost."""
-    points = sorted(points)
-    if len(points) < 2 or points[-1][0] == points[-2][0]:
-        return 4 * points[-1][0]
-    (x0, y0), (x1, y1) = points[-2:]
-    slope = (y1 - y0) / (x1 - x0)
-    return float("inf") if slope <= 0 else x1 + (limit - y1) / slope
+def _line(points: list[tuple[float, int]], cost: float) -> float:
+    """Peak at `cost` on the straight line through the two dearest readings."""
+    (x0, y0), (x1, y1) = sorted(points)[-2:]
+    return y1 if x1 == x0 else y1 + (y1 - y0) / (x1 - x0) * (cost - x1)

@@ -31,7 +31,7 @@ from lofi_fast.precision import Precision
 T = TypeVar("T")
 CHECKPOINT_SECONDS = 300.0  # within an epoch; each epoch's end is saved besides
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "numpy", "av", "nvidia-ml-py")
-DECODE_FRAMES = 512  # most frames of one DALI run: bounds its pools on long windows
+DECODE_BYTES = 32 << 20  # decoded by one DALI run: on a CPU, DALI never gives back a larger buffer
 
 
 def seed_of(*key: int | str) -> int:
@@ -59,8 +59,9 @@ class Run:
             log.say(load_encoder_weights(self.encoder, Path(config.encoder.weights)))
         self.encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.head = self.new_head("joint")
+        largest = max(s.cached.width * s.cached.height for samples in dataset.samples.values() for s in samples)
         self.pipeline = FramePipeline(
-            min(config.full.num_frames, DECODE_FRAMES), device.type, num_threads=min(os.cpu_count() or 1, 8)
+            max(DECODE_BYTES // (3 * largest), 1), device.type, num_threads=min(os.cpu_count() or 1, 8)
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.scaled)
         self.position = Position(config.stages[0])
@@ -124,7 +125,7 @@ class Run:
             self.log.event("measured", plan=name, candidate=str(candidate), peak=peak, budget=limit)
             return peak
 
-        choice = highest_fitting(candidates, cost, measure, limit, refusal)
+        choice = highest_fitting(candidates, cost, measure, limit, own, refusal)
         others = "".join(f", {_reading(r)}" for r in choice.readings if r.candidate != choice.candidate)
         self.log.say(
             f"plan {name}: {choice.candidate}, peak {gigabytes(choice.peak)} of {gigabytes(limit)}"

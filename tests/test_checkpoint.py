@@ -57,6 +57,17 @@ def test_a_save_replaces_the_old_file_and_what_a_killed_one_left(tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
+def test_who_reads_the_old_file_during_a_save_gets_all_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_atomic(checkpoint(1.0), path)
+    before = path.read_bytes()
+    with path.open("rb") as reader:
+        beginning = reader.read(1000)
+        save_atomic(checkpoint(2.0), path)
+        assert beginning + reader.read() == before
+    assert load(path)["encoder"]["w"][0] == 2.0
+
+
 def test_a_full_disk_keeps_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     save_atomic(checkpoint(1.0), path)

@@ -91,7 +91,10 @@ def frames(count: int, side: int = 32, seed: int = 0) -> Tensor:
 def poison() -> Iterator[None]:
     # In this mode PyTorch fills what torch.empty returns with NaN: an element that is never written shows.
     torch.use_deterministic_algorithms(True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small that a second thread is only waited for
     yield
+    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
 
 

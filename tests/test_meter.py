@@ -75,7 +75,7 @@ def backward():
 
 too_much = {
     "empty": lambda: torch.empty(2000 * MB, dtype=torch.uint8),
-    "zeros": lambda: torch.zeros(2000 * MB, dtype=torch.uint8),
+    "a little more": lambda: torch.zeros(500 * MB, dtype=torch.uint8),
     "numpy": lambda: np.ones(2000 * MB, dtype=np.uint8),
     "bytes": lambda: bytes(2000 * MB),
     "convolution": forward,

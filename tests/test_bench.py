@@ -1,0 +1,286 @@
+"""The bench: rows, the tables made from them, and the whole job run end to end at a tiny setting."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from av.video.frame import VideoFrame
+
+from bench import job, tables
+from bench.__main__ import main
+from bench.rows import ROOT, Row, append_row, environment, read_rows
+from lofi_fast.config import from_arguments
+from lofi_fast.data import demo
+from lofi_fast.errors import InputError
+
+TINY = (
+    "--preset small --fidelity 8x32 --window video --frame-stride 1 --width 8 --pretrain-epochs 1 --joint-epochs 1 "
+    f"--head-epochs 1 --batch 2 --min-cut 1 --device cpu --threads {min(2, os.cpu_count() or 1)}"
+).split()
+
+
+def row(**changes: Any) -> Row:
+    """A row as the job writes it, as far as the table looks at it."""
+    return {
+        "name": "demo", "labels": "true", "seed": 0, "date": "2026-01-02T03:04:05+00:00",
+        "average_map": 0.5, "map_by_tiou": {"0.3": 0.75, "0.5": 0.5, "0.7": 0.25}, "training_seconds": 90.0,
+        "peak": 1_500_000_000, "budget": 11_000_000_000, "settings": {"batch": 4}, "commit": "0123456789abcdef",
+        "dirty": False, "machine": "Some CPU, 2 cores, 8.0 GB", "device": "CPU, 2 cores, 8.0 GB",
+        "precision": "float32 (a CPU)", **changes,
+    }  # fmt: skip
+
+
+def line_of(table: str, what: str) -> str:
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {what} |")]
+    return line
+
+
+# Rows
+
+
+def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "job.jsonl"
+    assert read_rows(path) == []
+    rows = [{"name": "demo", "map": {"0.5": 0.1}, "peak": None}, {"name": "Grüße\u2028\nzwei"}]
+    for written in rows:
+        append_row(path, written)
+    assert read_rows(path) == rows
+    assert path.read_bytes().count(b"\n") == 2
+
+
+def test_a_row_without_a_json_form_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "job.jsonl"
+    append_row(path, {"average_map": 0.5})
+    before = path.read_bytes()
+    with pytest.raises(ValueError):
+        append_row(path, {"average_map": float("nan")})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("bad", ["{torn", "[1]", ""], ids=["torn", "no object", "empty line"])
+def test_a_malformed_line_is_named(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "job.jsonl"
+    path.write_text(f'{{"a": 1}}\n{bad}\n{{"a": 2}}\n')
+    with pytest.raises(InputError, match=r"job\.jsonl:2: "):
+        read_rows(path)
+
+
+def test_environment_says_where_and_when_without_paths() -> None:
+    found = environment()
+    assert set(found) == {"machine", "system", "date", "commit", "dirty"}
+    assert found["date"].endswith("+00:00") and "cores" in found["machine"]
+    assert str(ROOT) not in json.dumps(found)
+
+
+# Tables
+
+HEADER = (
+    "| what | seeds | mAP@0.3 (%) | mAP@0.5 (%) | mAP@0.7 (%) | average mAP (%) | training (min) | peak memory "
+    "| machine | date, commit |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+)
+NOT_MEASURED = " not measured |" * 9
+
+
+def test_table_of_no_rows() -> None:
+    assert tables.job_table([]) == (
+        f"{HEADER}| demo |{NOT_MEASURED}\n| demo, rolled labels |{NOT_MEASURED}\n| ceiling |{NOT_MEASURED}\n"
+    )
+
+
+def test_table_of_one_and_of_several_seeds() -> None:
+    rows = [
+        row(seed=2, average_map=0.25, map_by_tiou={"0.3": 0.5, "0.5": 0.25, "0.7": 0.0}, training_seconds=150.0),
+        row(seed=0, peak=2_000_000_000, date="2026-01-03T00:00:00+00:00"),
+        row(labels="rolled", average_map=None, map_by_tiou={}, peak=None, dirty=True),
+        row(name="mine", device="NVIDIA H100, 80.0 GB", precision="bfloat16 (compute capability 9.0)"),
+    ]
+    assert tables.job_table(rows) == (
+        f"{HEADER}"
+        "| demo | 0, 2 | 62.5 (50.0 to 75.0) | 37.5 (25.0 to 50.0) | 12.5 (0.0 to 25.0) | 37.5 (25.0 to 50.0) "
+        "| 2.0 (1.5 to 2.5) | 2.00 of 11.00 GB | Some CPU, 2 cores, 8.0 GB, float32 | 2026-01-03, 0123456 |\n"
+        "| demo, rolled labels | 0 | not measured | not measured | not measured | not measured "
+        "| 1.5 | not measured | Some CPU, 2 cores, 8.0 GB, float32 | 2026-01-02, 0123456 with changes |\n"
+        f"| ceiling |{NOT_MEASURED}\n"
+        "| mine | 0 | 75.0 | 50.0 | 25.0 | 50.0 | 1.5 | 1.50 of 11.00 GB | NVIDIA H100, 80.0 GB, bfloat16 "
+        "| 2026-01-02, 0123456 |\n"
+    )
+
+
+def test_the_newest_measurement_never_mixes_code_or_settings() -> None:
+    old = [row(seed=seed, average_map=0.1) for seed in (0, 1, 2)]
+    again = row(seed=1, average_map=0.4, date="2026-02-01T00:00:00+00:00")
+    assert [r["average_map"] for r in tables.newest_measurement([again, *old])] == [0.1, 0.4, 0.1]
+    for change in ({"commit": "fedcba"}, {"settings": {"batch": 8}}, {"device": "NVIDIA H100"}, {"dirty": True}):
+        newer = row(seed=1, date="2026-03-01T00:00:00+00:00", **change)
+        assert tables.newest_measurement([newer, again, *old]) == [newer]
+
+
+def test_tables_rewrites_between_the_markers_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text("# Title\n<!-- bench:job -->\nold\n<!-- /bench -->\nafter <!-- a comment -->\n")
+    append_row(results / "job.jsonl", row())
+    assert tables.main(["--check"], readme, results) == 1
+    assert "old" in readme.read_text()
+    assert tables.main([], readme, results) == 0
+    assert tables.main(["--check"], readme, results) == 0
+    expected = f"# Title\n<!-- bench:job -->\n{tables.job_table([row()])}<!-- /bench -->\nafter <!-- a comment -->\n"
+    assert readme.read_text() == expected
+    append_row(results / "job.jsonl", row(average_map=0.9, date="2026-05-05T00:00:00+00:00"))
+    assert tables.main(["--check"], readme, results) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("# Title\n", "<!-- bench:NAME -->"),
+        ("<!-- bench:job -->\nnever closed\n", "<!-- /bench -->"),
+        ("<!-- bench:jobs -->\n<!-- /bench -->\n", "no table is called jobs"),
+        ("<!-- bench:job -->\nnever closed\n<!-- bench:job -->\n<!-- /bench -->\n", "<!-- /bench -->"),
+    ],
+    ids=["no marker", "unclosed", "unknown", "one of two unclosed"],
+)
+def test_markers_that_cannot_be_filled_are_refused(tmp_path: Path, text: str, says: str) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(InputError, match=says):
+        tables.main([], readme, tmp_path)
+    assert readme.read_text() == text
+
+
+def test_the_readme_shows_the_rows_of_this_repository(capsys: pytest.CaptureFixture[str]) -> None:
+    if not (ROOT / "README.md").exists():
+        pytest.skip("README.md is not there yet: nothing to check the tables against")
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+
+
+# The job
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three training videos of 6 seconds, one for validation, and their labels without durations."""
+    folder = tmp_path_factory.mktemp("data")
+    database = {}
+    for seed, (name, subset) in enumerate({"a": "train", "b": "train", "c": "train", "d": "val"}.items()):
+        picture = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        with av.open(str(folder / f"{name}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=8, options={"preset": "ultrafast", "crf": "28"})
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            for i in range(48):
+                frame = VideoFrame.from_ndarray(np.roll(picture, i, axis=1), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        segments = [{"segment": [1.0, 2.5], "label": "jump"}, {"segment": [2.25, 4.25], "label": "run"}]
+        database[name] = {"subset": subset, "annotations": segments}
+    (folder / "labels.json").write_text(json.dumps({"database": database}))
+    return folder
+
+
+def test_the_whole_job_with_true_and_with_rolled_labels(data: Path, tmp_path: Path) -> None:
+    keep, results = tmp_path / "keep", tmp_path / "rows" / "job.jsonl"
+    training = ["--annotations", str(data / "labels.json"), f"--videos={data}", *TINY, "--mem-budget", "4GB"]
+    command = [sys.executable, "-m", "bench", "job", "--name", "tiny", "--results", str(results), "--keep", str(keep)]
+    short = ["--stages", "pretrain"]  # a job that stops early has a row too, without what was not measured
+    for flags in (["--"], ["--roll-labels", "--repeat-seeds", "3", "--", *short]):
+        done = subprocess.run([*command, *flags, *training], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "plan pretrain" in done.stdout  # the training's own words are passed on
+
+    true, rolled = read_rows(results)
+    assert [(r["name"], r["labels"], r["seed"]) for r in (true, rolled)] == [("tiny", "true", 0), ("tiny", "rolled", 3)]
+    for found, folder in ((true, keep / "tiny-true-seed0"), (rolled, keep / "tiny-rolled-seed3")):
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert found["peak"] == max(event.get("peak") or 0 for event in log)
+        assert found["budget"] == 4_000_000_000
+        assert found["resident_peak"] > 100_000_000  # what importing torch alone takes
+        assert found["seconds"] > found["training_seconds"] > 0 and found["seconds"] > found["prepare_seconds"] >= 0
+        assert found["settings"]["epochs"] == {"pretrain": 1, "joint": 1, "head": 1}
+        assert (found["settings"]["fidelity"], found["settings"]["width"]) == ([8, 32], 8)
+        assert found["device"].startswith("CPU,") and found["precision"].startswith("float32")
+        assert found["versions"]["torch"] and found["versions"]["numpy"]
+        for private in (tmp_path, data, ROOT, Path.home()):
+            assert f"{private}{os.sep}" not in json.dumps(found)
+
+    metrics = json.loads((keep / "tiny-true-seed0" / "metrics.json").read_text())
+    assert (true["average_map"], true["map_by_tiou"]) == (metrics["average_map"], metrics["map_by_tiou"])
+    assert (rolled["average_map"], rolled["map_by_tiou"], set(rolled["plan"])) == (None, {}, {"pretrain"})
+    plans = json.loads((keep / "tiny-true-seed0" / "plan.json").read_text())["plans"]
+    assert true["plan"]["pretrain"] == {"batch": plans["pretrain"]["batch"]}
+    assert true["plan"]["joint"].keys() == {"spatial", "temporal", "spatio_temporal"}
+    for pattern, planned in true["plan"]["joint"].items():
+        assert planned == {key: plans["joint"][pattern][key] for key in ("rung", "cut", "batch", "peak")}
+    assert "not measured" not in line_of(tables.job_table([true]), "tiny")
+    assert f"--annotations labels.json --videos={data.name} " in true["command"]
+    assert true["command"].endswith("--mem-budget 4GB --cache cache --seed 0 --out tiny-true-seed0")
+    assert rolled["command"].endswith(
+        f"--annotations tiny-rolled.json --videos {data.name} --seed 3 --out tiny-rolled-seed3"
+    )
+
+    moved = json.loads((keep / "tiny-rolled.json").read_text())["database"]
+    for name in ("a", "b", "c"):  # 6 seconds: 3 later, and round the end
+        assert [(s["segment"], s["label"]) for s in moved[name]["annotations"]] == [
+            ([0.0, 1.25], "run"), ([4.0, 5.5], "jump"), ([5.25, 6.0], "run"),
+        ]  # fmt: skip
+    assert [s["segment"] for s in moved["d"]["annotations"]] == [[1.0, 2.5], [2.25, 4.25]]
+
+
+def test_rolling_the_demo_set_keeps_its_preset_and_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "generate", partial(demo.generate, num_training=1, num_validation=1, workers=1))
+    config, _ = from_arguments([], cuda=False)
+    flags = job.rolled(config, tmp_path / "cache", tmp_path / "copy.json")
+    annotations, videos = demo.generate(tmp_path / "cache" / "demo")  # where a run with this cache looks for it
+    chosen, _ = from_arguments(flags, cuda=True)
+    assert (chosen.preset, chosen.data.annotations, chosen.data.videos) == (
+        "demo", str(tmp_path / "copy.json"), str(videos),
+    )  # fmt: skip
+    true = json.loads(annotations.read_text())
+    copy = json.loads((tmp_path / "copy.json").read_text())
+    assert copy["database"] == demo.roll_annotations(true)["database"] != true["database"]
+
+
+def test_a_training_that_fails_writes_no_row_and_passes_its_status_on(data: Path, tmp_path: Path) -> None:
+    results = tmp_path / "job.jsonl"
+    arguments = ["--annotations", str(data / "absent.json"), "--videos", str(data), *TINY]
+    assert main(["job", "--name", "x", "--results", str(results), "--", *arguments]) == 2
+    assert not results.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["job", "--", "--out", "x"], "--keep"),
+        (["job", "--", "--seed", "4"], "--repeat-seeds"),
+        (["job", "--", "--annotations", "a.json", "--videos", "v"], "--name"),
+        (["job", "--name", "a|b"], "--name"),
+        (["job", "--repeat-seeds", "0,x"], "--repeat-seeds"),
+        (["speed"], "no measurement is called speed"),
+    ],
+    ids=["out", "seed", "no name", "bad name", "bad seeds", "unknown command"],
+)
+def test_what_the_user_can_mend_is_one_sentence(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error and error.count("\n") == 1
+
+
+def test_paths_in_a_row_show_no_folder_of_the_user() -> None:
+    given = ["--videos", "/home/somebody/videos/", f"--cache={ROOT}/runs/cache", "--encoder-weights=/a/b=c/r18.pth",
+             "--tiou", "0.3:0.1:0.7"]  # fmt: skip
+    assert job.without_paths(given) == [
+        "--videos", "videos", "--cache=runs/cache", "--encoder-weights=r18.pth", "--tiou", "0.3:0.1:0.7"
+    ]  # fmt: skip
+
+
+def test_without_arguments_the_bench_says_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert "python -m bench job" in said and "python -m bench tables" in said and "bench/results" in said

@@ -1,0 +1,528 @@
+"""The main job on a small demo set: a whole run, kills and resumes, a budget that binds, stages by themselves.
+
+Runs whose process matters (its memory, its death) are processes of their own; the others run in this one, for speed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lofi_fast import checkpoint
+from lofi_fast import evaluate as evaluator
+from lofi_fast import run as run_room
+from lofi_fast.checkpoint import Position, restore_rng, rng_state
+from lofi_fast.config import Config, from_arguments
+from lofi_fast.data import demo
+from lofi_fast.extract import encoder_digest
+from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder
+from lofi_fast.joint import joint
+from lofi_fast.localize import train_head
+from lofi_fast.log import RunLog
+from lofi_fast.memory.meter import open_meter
+from lofi_fast.plan import MARGIN
+from lofi_fast.precision import choose_precision
+from lofi_fast.pretrain import pretrain
+from lofi_fast.run import Run
+from lofi_fast.train import main, plan, prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = (
+    "--preset demo --fidelity 8x32 --width 8 --batch 2 --min-cut 1 --pretrain-epochs 2 --joint-epochs 3 "
+    f"--head-epochs 2 --device cpu --threads {min(2, os.cpu_count() or 1)} --mem-budget 4GB"
+).split()
+# Large enough for memory to depend on the rung.
+LARGER = ["--fidelity", "16x64", "--width", "16", "--batch", "4", "--stages", "joint", "--joint-epochs", "1"]
+FEATURES = 64  # channels of the encoder's last stage at width 8
+PATIENCE = 120  # seconds after which a process that logs nothing more is given up
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Demo:
+    annotations: Path
+    videos: Path
+    cache: Path
+
+    def command(self, out: Path, *flags: str) -> list[str]:
+        """The small training; of two equal flags the last counts."""
+        data = ["--annotations", str(self.annotations), "--videos", str(self.videos), "--cache", str(self.cache)]
+        return [*data, *SETTINGS, "--out", str(out), *flags]
+
+
+@pytest.fixture(scope="session")
+def demo_set(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    folder = tmp_path_factory.mktemp("demo")
+    annotations, videos = demo.generate(folder, num_training=4, num_validation=2, seed=1)
+    return Demo(annotations, videos, folder / "cache")
+
+
+@pytest.fixture(autouse=True)
+def generators_as_before() -> Iterator[None]:
+    state = rng_state()
+    yield
+    restore_rng(state)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+def launch(command: list[str], out: Path, kill: Callable[[list[Event]], bool] | None = None) -> Outcome:
+    """Run the command as a process of its own, and SIGKILL it as soon as `kill` is true of the events in its log.
+
+    The allocator's settings are left to the command, as for a user.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "lofi_fast.train", *command], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        already = len(events(out)) if kill else 0
+        deadline = time.monotonic() + PATIENCE
+        while kill and process.poll() is None and time.monotonic() < deadline:
+            if kill(events(out)[already:]):
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        try:
+            text, errors = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return Outcome(process.returncode, text, errors)
+
+
+def events(folder: Path, kind: str | None = None, **fields: object) -> list[Event]:
+    """Events of a run's log by kind and fields; a last line that is not whole yet is left out."""
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("}\n")]
+    return [
+        event
+        for event in found
+        if kind in (None, event["event"]) and all(event.get(name) == value for name, value in fields.items())
+    ]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return checkpoint.load(folder / "checkpoints" / "last.pt")
+
+
+def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not equal to the last bit."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def same_results(a: Path, b: Path) -> None:
+    """Both runs ended with equal files and equal weights, to the last bit."""
+    for name in ("metrics.json", "predictions.json", "ground_truth.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    for part in ("encoder", "head"):
+        assert different(last(a)[part], last(b)[part]) == []
+
+
+@pytest.fixture(scope="session")
+def whole(demo_set: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an unbroken run of all stages, never changed by a test."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = launch(demo_set.command(folder), folder)
+    assert (done.status, done.err) == (0, ""), done.out + done.err
+    return folder
+
+
+# A whole run
+
+
+def test_a_run_writes_all_its_files_and_leaves_nothing_else(whole: Path) -> None:
+    names = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
+    videos = [*(f"demo_training_00{i}" for i in range(4)), "demo_validation_000", "demo_validation_001"]
+    expected = {
+        *("config.json", "environment.json", "plan.json", "log.jsonl", "metrics.json", "predictions.json"),
+        *("ground_truth.json", "report.html", "checkpoints/last.pt", "checkpoints/best.pt"),
+        *(f"features/{video}.npy" for video in videos),
+    }
+    assert expected <= names
+    assert {name for name in names - expected if not name.startswith("report.")} == {"features/encoder.txt"}
+    assert not list(whole.parent.rglob("*.partial*"))
+    assert not [name for name in names if (whole / name).stat().st_size == 0]
+    assert "<html" in (whole / "report.html").read_text()[:500]
+
+
+def test_config_and_environment_say_what_ran(whole: Path) -> None:
+    config, environment = read(whole / "config.json"), read(whole / "environment.json")
+    assert (config["full"], config["encoder"]["width"]) == ({"num_snippets": 8, "side": 32}, 8)
+    assert config["budget"]["amount"] == 4_000_000_000
+    assert config["stages"] == ["pretrain", "joint", "head", "eval"]
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["threads"] == config["threads"]
+
+
+def test_features_are_one_vector_a_snippet_from_the_encoder_that_was_saved(whole: Path) -> None:
+    for path in (whole / "features").glob("*.npy"):
+        features = np.load(path)
+        assert (features.shape, features.dtype) == ((FEATURES, 8), np.float32)
+        assert np.isfinite(features).all() and features.std(axis=1).max() > 0
+
+
+def test_the_evaluator_reads_the_predictions_and_finds_the_same_map(whole: Path, tmp_path: Path) -> None:
+    metrics = read(whole / "metrics.json")
+    assert list(metrics["map_by_tiou"]) == ["0.3", "0.4", "0.5", "0.6", "0.7"]
+    files = ["--ground-truth", whole / "ground_truth.json", "--predictions", whole / "predictions.json"]
+    written = tmp_path / "again.json"
+    assert evaluator.main([*map(str, files), "--tiou", "thumos", "--json", str(written)]) == 0
+    again = read(written)
+    assert again["map"] == list(metrics["map_by_tiou"].values())
+    assert again["average_map"] == metrics["average_map"]
+    assert again["average_precision"] == metrics["average_precision"]
+    assert (again["num_videos"], again["num_segments"]) == (metrics["videos"], metrics["segments"])
+    assert again["num_predictions"] > 0 and again["num_unknown_label"] == again["num_unknown_video"] == 0
+
+
+def test_predictions_lie_in_their_videos_and_are_in_the_form_of_activitynet(whole: Path, demo_set: Demo) -> None:
+    predictions, truth = read(whole / "predictions.json"), read(whole / "ground_truth.json")["database"]
+    annotated = read(demo_set.annotations)["database"]
+    validation = {name for name, video in annotated.items() if video["subset"] == "validation"}
+    assert predictions.keys() == {"version", "results", "external_data"}
+    assert predictions["results"].keys() == truth.keys() == validation
+    labels = {segment["label"] for video in annotated.values() for segment in video["annotations"]}
+    for name, found in predictions["results"].items():
+        assert truth[name]["duration"] == pytest.approx(annotated[name]["duration"], abs=0.1)
+        assert [s["label"] for s in truth[name]["annotations"]] == [s["label"] for s in annotated[name]["annotations"]]
+        for item in found:
+            start, end = item["segment"]
+            assert 0 <= start < end <= truth[name]["duration"] + 1e-6
+            assert 0 < item["score"] <= 1 and item["label"] in labels
+
+
+def test_the_joint_stage_visits_the_three_patterns_by_epoch_within_the_budget(whole: Path) -> None:
+    steps = events(whole, "step", stage="joint")
+    assert [(s["epoch"], s["step"]) for s in steps] == [(epoch, step) for epoch in range(3) for step in range(2)]
+    assert [s["pattern"] for s in steps] == [pattern for pattern in CYCLE for _ in range(2)]
+    plans = read(whole / "plan.json")["plans"]["joint"]
+    for step in steps:
+        assert [step["num_snippets"], step["side"]] == plans[step["pattern"]]["rung"] == [8, 32]
+        assert 0 < step["peak"] <= step["budget"] == 4_000_000_000
+        losses = [step[name] for name in ("loss", "boundary", "regression", "confidence", "classes")]
+        assert all(math.isfinite(loss) for loss in losses)
+    for epoch in range(3):
+        videos = [video for step in steps if step["epoch"] == epoch for video in step["videos"]]
+        assert sorted(videos) == [f"demo_training_00{i}" for i in range(4)]
+
+
+def test_every_stage_logs_its_steps_and_every_measurement_is_within_the_budget(whole: Path) -> None:
+    kinds = [event["event"] for event in events(whole)]
+    assert (kinds[0], kinds[-1]) == ("start", "done")
+    assert len(kinds) == len((whole / "log.jsonl").read_text().splitlines())
+    assert list(dict.fromkeys(s["stage"] for s in events(whole, "step"))) == ["pretrain", "joint", "head"]
+    assert all(math.isfinite(s["loss"]) for s in events(whole, "step"))
+    assert all(m["peak"] <= 4_000_000_000 for m in events(whole, "measured"))
+    averages = [event["average"] for event in events(whole, "validation")]
+    assert len(averages) == 2
+    best = checkpoint.load(whole / "checkpoints" / "best.pt")
+    assert best["best"] == {"epoch": averages.index(max(averages)), "average": max(averages)}
+    assert averages[-1] == read(whole / "metrics.json")["average_map"]
+
+
+# Steps
+
+
+@contextmanager
+def opened(config: Config) -> Iterator[Run]:
+    """A run as the main job makes it, in this process."""
+    folder = Path(config.out)
+    folder.mkdir(exist_ok=True)
+    device = torch.device("cpu")
+    with closing(RunLog(folder / "log.jsonl")) as log:
+        run = Run(
+            config, prepare(config, log), device, choose_precision(device), open_meter(device),
+            4_000_000_000, log,
+        )  # fmt: skip
+        with closing(run.pipeline):
+            yield run
+
+
+def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(module.state_dict())
+
+
+def batchnorm(module: torch.nn.Module) -> set[str]:
+    """Names in the state dict of all that belongs to BN layers."""
+    layers = [name for name, part in module.named_modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    return {key for key in module.state_dict() if key.rpartition(".")[0] in layers}
+
+
+def test_joint_steps_train_the_first_convolution_and_leave_batchnorm(demo_set: Demo, tmp_path: Path) -> None:
+    flags = ["--batch", "4", "--stages", "joint", "--joint-lr", "0.01"]  # three epochs of one step: S, T, ST
+    config, _ = from_arguments(demo_set.command(tmp_path / "run", *flags), cuda=False)
+    with opened(config) as run:
+        for module in run.encoder.modules():  # statistics as after some training: not those of a new layer
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.add_(0.1)
+                module.running_var.mul_(1.5)
+        before, head_before = snapshot(run.encoder), snapshot(run.head)
+        plan(run)
+        assert different(before, run.encoder.state_dict()) == [], "planning leaves no trace"
+        assert different(head_before, run.head.state_dict()) == []
+        assert all(parameter.grad is None for parameter in run.encoder.parameters())
+
+        gradients: list[torch.Tensor] = []
+        run.encoder.conv1.weight.register_hook(lambda gradient: gradients.append(gradient.clone()))
+        joint(run)
+        frozen = batchnorm(run.encoder)
+        assert len(frozen) >= 5 * 20
+        assert set(different(before, run.encoder.state_dict())) == before.keys() - frozen
+        assert different(head_before, run.head.state_dict())
+    assert len(gradients) == 3
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
+    steps = events(tmp_path / "run", "step")
+    assert [step["pattern"] for step in steps] == list(CYCLE)
+    assert all(math.isfinite(step["loss"]) for step in steps)
+
+
+def test_pretraining_moves_batchnorm_statistics_and_the_joint_stage_keeps_them(whole: Path) -> None:
+    mean = last(whole)["encoder"]["bn1.running_mean"]
+    assert mean.abs().max() > 0
+
+
+# Stages by themselves
+
+
+def test_the_head_stage_starts_afresh_on_the_encoder_as_it_is(whole: Path, demo_set: Demo, tmp_path: Path) -> None:
+    """Pretrain and joint by one command, head and eval by the next, equal all stages by one."""
+    folder = tmp_path / "run"
+    assert main(demo_set.command(folder, "--stages", "pretrain,joint")) == 0
+    before = last(folder)
+    assert main(demo_set.command(folder, "--stages", "head,eval", "--resume")) == 0
+    after = last(folder)
+    assert different(before["encoder"], after["encoder"]) == []
+    assert different(before["head"], after["head"])
+    same_results(folder, whole)
+
+    # Another command has the encoder alone: that its head is the same shows that none came from the joint stage.
+    alone = tmp_path / "alone"
+    weights = str(whole / "checkpoints" / "best.pt")
+    assert main(demo_set.command(alone, "--stages", "head,eval", "--encoder-weights", weights)) == 0
+    same_results(alone, whole)
+    assert (alone / "features" / "encoder.txt").read_text() == (whole / "features" / "encoder.txt").read_text()
+    for path in (whole / "features").glob("*.npy"):
+        np.testing.assert_array_equal(np.load(path), np.load(alone / "features" / path.name))
+    assert not events(alone, "step", stage="joint") and not events(alone, "step", stage="pretrain")
+
+
+@pytest.mark.parametrize("stages", ["head,eval", "eval"])
+def test_a_finished_run_can_be_evaluated_again(whole: Path, demo_set: Demo, tmp_path: Path, stages: str) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    for name in ("metrics.json", "predictions.json"):
+        (folder / name).unlink()
+    known = len(events(folder))
+    assert main(demo_set.command(folder, "--stages", stages, "--resume")) == 0
+    same_results(folder, whole)
+    assert not [event for event in events(folder)[known:] if event["event"] in ("step", "features", "measured")]
+
+
+# Kill and resume
+
+
+def test_a_run_that_is_killed_twice_ends_like_one_that_is_not(whole: Path, demo_set: Demo, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def second_joint_epoch(log: list[Event]) -> bool:
+        return any((e["event"], e.get("stage"), e.get("epoch")) == ("step", "joint", 1) for e in log)
+
+    def first_head_epoch(log: list[Event]) -> bool:
+        return any((e["event"], e.get("stage")) == ("validation", "head") for e in log)
+
+    killed = launch(demo_set.command(folder), folder, second_joint_epoch)
+    assert killed.status == -signal.SIGKILL, killed.out + killed.err
+    position = Position(**last(folder)["position"])
+    assert (position.stage, position.epoch >= 1) == ("joint", True)
+    assert not (folder / "metrics.json").exists()
+
+    killed = launch(demo_set.command(folder, "--resume"), folder, first_head_epoch)
+    assert killed.status == -signal.SIGKILL, killed.out + killed.err
+    assert Position(**last(folder)["position"]).stage in ("head", "eval")
+    assert not (folder / "metrics.json").exists()
+
+    done = launch(demo_set.command(folder, "--resume"), folder)
+    assert (done.status, done.err) == (0, ""), done.out + done.err
+    assert "resuming at" in done.out
+    same_results(folder, whole)
+    assert not list(folder.rglob("*.partial*"))
+    assert not events(folder, "step", stage="pretrain")[4:], "a stage that was done is not done again"
+
+
+class Interrupted(Exception):
+    pass
+
+
+STAGE: dict[str, Callable[[Run, dict[str, Any]], None]] = {
+    "pretrain": pretrain,
+    "joint": lambda run, extra: joint(run),
+    "head": lambda run, extra: train_head(run),
+}
+
+
+@pytest.mark.parametrize("stage", STAGE)
+def test_a_stage_that_stops_in_mid_epoch_goes_on_from_the_step_that_was_saved(
+    whole: Path, demo_set: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    weights = str(whole / "checkpoints" / "last.pt")
+    config, _ = from_arguments(
+        demo_set.command(tmp_path, "--stages", stage, "--joint-epochs", "2", "--encoder-weights", weights), cuda=False
+    )
+    config = replace(config, head_stage=replace(config.head_stage, batch=2))  # two steps an epoch in every stage
+
+    def go(folder: Path, going_on: bool) -> None:
+        with opened(replace(config, out=str(folder))) as run:
+            extra = run.resume() if going_on else {}
+            if going_on:
+                assert run.position == Position(stage, 1, 1)
+            plan(run)
+            STAGE[stage](run, extra)
+
+    go(tmp_path / "unbroken", False)
+    assert [(e["epoch"], e["step"]) for e in events(tmp_path / "unbroken", "step")] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+    def stop(self: RunLog, kind: str, **fields: Any) -> None:
+        if kind == "step" and (fields["epoch"], fields["step"]) == (1, 1):
+            raise Interrupted
+        event(self, kind, **fields)
+
+    event = RunLog.event
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(RunLog, "event", stop)
+        patched.setattr(run_room, "CHECKPOINT_SECONDS", -1.0)  # a checkpoint after every step
+        go(tmp_path / "broken", False)
+    go(tmp_path / "broken", True)
+
+    broken, unbroken = last(tmp_path / "broken"), last(tmp_path / "unbroken")
+    for part in ("encoder", "head", *(["classifier"] if stage == "pretrain" else [])):
+        a, b = ((c["extra"] if part == "classifier" else c)[part] for c in (broken, unbroken))
+        assert different(a, b) == [], part
+    assert broken["position"] == unbroken["position"] == {"stage": stage, "epoch": 2, "step": 0}
+    assert broken["best"] == unbroken["best"]
+    state, expected = (c["optimizer"]["state"] for c in (broken, unbroken))
+    assert all(different(state[i], expected[i]) == [] for i in expected)
+    numbers = [
+        [{k: v for k, v in e.items() if k not in ("time", "peak", "accuracy")} for e in events(folder, "step")]
+        for folder in (tmp_path / "broken", tmp_path / "unbroken")
+    ]
+    assert numbers[0] == numbers[1], "the step that was tried again drew what it drew before"
+
+
+def test_a_checkpoint_brings_back_all_that_a_stage_needs(demo_set: Demo, tmp_path: Path) -> None:
+    config, _ = from_arguments(demo_set.command(tmp_path / "run"), cuda=False)
+    with opened(config) as run:
+        run.plans, run.best = {"pretrain": {"batch": 8, "peak": 5}}, {"epoch": 1, "average": 0.25}
+        digest, drawn = encoder_digest(run), snapshot(run.head)
+        classifier = torch.nn.Linear(FEATURES, 6)
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=0.125)
+        classifier(torch.ones(1, FEATURES)).sum().backward()
+        optimizer.step()
+        run.save(Position("pretrain", 1, 7), optimizer, classifier=classifier)
+        after = torch.rand(3)
+    with opened(replace(config, seed=5)) as run:
+        assert encoder_digest(run) != digest
+        extra = run.resume()
+        assert torch.equal(torch.rand(3), after)
+        assert (encoder_digest(run), different(drawn, run.head.state_dict())) == (digest, [])
+        assert run.position == Position("pretrain", 1, 7)
+        assert (run.plans, run.best) == ({"pretrain": {"batch": 8, "peak": 5}}, {"epoch": 1, "average": 0.25})
+        assert different(extra["classifier"], classifier.state_dict()) == []
+        state = run.optimizer_state()
+        assert state is not None and state["param_groups"][0]["lr"] == 0.125 and len(state["state"]) == 2
+        assert run.optimizer_state() is None, "it belongs to the stage that was under way, and to no other"
+
+
+# A budget that binds
+
+
+@pytest.fixture(scope="session")
+def unbound(demo_set: Demo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """plan.json's joint part of a run at a larger fidelity that is given more memory than it can use."""
+    folder = tmp_path_factory.mktemp("unbound") / "run"
+    done = launch(demo_set.command(folder, *LARGER), folder)
+    assert (done.status, done.err) == (0, ""), done.out + done.err
+    plans: dict[str, Any] = read(folder / "plan.json")["plans"]["joint"]
+    assert plans.keys() == {pattern.value for pattern in CYCLE}
+    assert all(chosen["rung"] == [16, 64] and chosen["cut"] == 1 for chosen in plans.values())
+    return plans
+
+
+def lowest(plans: dict[str, Any]) -> list[int]:
+    return [min(peak for *_, peak in chosen["measured"]) for chosen in plans.values()]
+
+
+def test_a_budget_that_binds_takes_the_highest_rungs_that_fit(
+    unbound: dict[str, Any], demo_set: Demo, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    limit = (max(lowest(unbound)) + min(chosen["peak"] for chosen in unbound.values())) // 2
+    budget = int(limit / (1 - MARGIN))
+    done = launch(demo_set.command(folder, *LARGER, "--mem-budget", str(budget)), folder)
+    assert (done.status, done.err) == (0, ""), f"status {done.status}: {done.out}{done.err}"
+
+    full = Fidelity(16, 64)
+    written = read(folder / "plan.json")
+    assert written["budget"] == budget
+    for name, chosen in written["plans"]["joint"].items():
+        rungs = ladder(Pattern(name), full)
+        rung = Fidelity(*chosen["rung"])
+        assert rung in rungs[1:], "below the full fidelity"
+        assert chosen["cut"] == pytest.approx(full.omega / rung.omega, abs=0.01)
+        measured = {Fidelity(snippets, side): peak for snippets, side, peak in chosen["measured"]}
+        assert measured[rung] == chosen["peak"] <= (1 - MARGIN) * budget
+        above = measured[rungs[rungs.index(rung) - 1]]
+        assert above is None or above > int((1 - MARGIN) * budget), "the next rung was run and does not fit"
+        logged = [e["peak"] for e in events(folder, "measured", plan=f"joint, {name}")]
+        assert logged == [peak for *_, peak in chosen["measured"]]
+    steps = events(folder, "step", stage="joint")
+    assert steps
+    for step in steps:
+        assert step["peak"] <= step["budget"] == budget
+        assert [step["num_snippets"], step["side"]] == written["plans"]["joint"][step["pattern"]]["rung"]
+
+
+def test_a_budget_below_the_lowest_rung_is_refused_with_what_it_needs(
+    unbound: dict[str, Any], demo_set: Demo, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    budget = lowest(unbound)[0]  # which leaves no margin
+    done = launch(demo_set.command(folder, *LARGER, "--mem-budget", str(budget)), folder)
+    assert done.status == 2, done.out + done.err
+    held = re.search(r"this process holds ([\d.]+) GB", done.out)
+    assert held and float(held[1]) * 1e9 < budget
+    assert len(done.err.splitlines()) == 1 and done.err.startswith("error: nothing fits")
+    assert "smallest step (16 snippets x 16 px)" in done.err
+    needed = re.search(r"needs ([\d.]+) GB", done.err)
+    assert needed and float(needed[1]) * 1e9 == pytest.approx(budget, rel=MARGIN)
+    for flag in ("--mem-budget", "--batch", "--width"):
+        assert flag in done.err
+    assert not folder.exists()
