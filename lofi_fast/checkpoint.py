@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,19 +33,22 @@ def save_atomic(content: dict[str, Any], path: Path) -> None:
 
     Raises InputError when the disk is full or not writable; the old file stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
-        partial.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise InputError(
-            f"{path}: cannot write the checkpoint ({error}); free some space or change --out, then go on with --resume"
+            f"{path}: cannot write the checkpoint ({reason}); free some space or change --out, then go on with --resume"
         ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:

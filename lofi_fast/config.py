@@ -27,14 +27,14 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 def parse_bytes(text: str) -> int:
     """Bytes of "11GB" (11e9), "11GiB" (11 * 2^30), "512MB", "2000000000". Raises InputError for anything else."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE | re.ASCII)
     if match is None or (match[3] and not match[2]):
         raise InputError(f'"{text}" is not an amount of memory: write it like 11GB, 11GiB, 80% or auto (--mem-budget)')
     base = 1024 if match[3] else 1000
-    amount = round(float(match[1]) * float(base ** _UNITS[match[2].upper()]))
-    if amount <= 0:
-        raise InputError(f'"{text}" is no memory at all: give --mem-budget a positive amount, like 11GB')
-    return amount
+    amount = float(match[1]) * float(base ** _UNITS[match[2].upper()])
+    if not 0.5 < amount < float(2**63):
+        raise InputError(f'"{text}" is no memory that a machine has: give --mem-budget an amount like 11GB')
+    return round(amount)
 
 
 @dataclass(frozen=True)

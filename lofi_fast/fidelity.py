@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 FRAMES_PER_SNIPPET = 8
 MIN_SIDE = 16  # below this the last ResNet stage sees less than one pixel
 MAX_CUT = 16.0
-RUNGS_PER_OCTAVE = 7  # steps of 2^(1/7): at most 10% of Omega, and cut 4 is met exactly
+PAPER_CUT = 4.0
+LARGEST_STEP = 0.1  # of Omega, from one rung to the next, where whole snippets and even pixels allow it
 
 
 class Pattern(StrEnum):
@@ -76,16 +78,25 @@ def rung(pattern: Pattern, full: Fidelity, cut: float) -> Fidelity:
 def ladder(pattern: Pattern, full: Fidelity, min_cut: float = 1.0, max_cut: float = MAX_CUT) -> tuple[Fidelity, ...]:
     """A pattern's fidelities from the highest (cut `min_cut`) down to `max_cut`, in steps of at most 10% of Omega.
 
-    Rungs that rounding makes equal are listed once; rungs under 2 snippets or MIN_SIDE pixels are left out, but the
-    highest is always there.
+    The paper's cut of 4 is met exactly where it lies between. Rungs that rounding makes equal are listed once; rungs
+    under 2 snippets or MIN_SIDE pixels are left out, but the highest is always there.
     """
-    exponent = math.log2(min_cut) * RUNGS_PER_OCTAVE
-    last = math.log2(max_cut) * RUNGS_PER_OCTAVE
-    octave_steps = range(math.floor(exponent) + 1, math.floor(last + 1e-9) + 1)
-    cuts = [min_cut, *(2 ** (i / RUNGS_PER_OCTAVE) for i in octave_steps)]
-    rungs = dict.fromkeys(rung(pattern, full, cut) for cut in cuts)
-    usable = [f for f in rungs if f.num_snippets >= 2 and f.side >= MIN_SIDE]
-    return tuple(usable or list(rungs)[:1])
+    landmarks = sorted({min_cut, max_cut, *({PAPER_CUT} if min_cut < PAPER_CUT < max_cut else ())})
+    chosen: dict[Fidelity, None] = {}
+    for low, high in zip(landmarks, landmarks[1:] or landmarks, strict=False):
+        cuts = np.geomspace(low, high, 1 + math.ceil(1000 * math.log2(high / low)) if high > low else 1)
+        chosen |= dict.fromkeys(_thinned(list(dict.fromkeys(rung(pattern, full, float(cut)) for cut in cuts))))
+    usable = [f for f in chosen if f.num_snippets >= 2 and f.side >= MIN_SIDE]
+    return tuple(usable or list(chosen)[:1])
+
+
+def _thinned(rungs: list[Fidelity]) -> list[Fidelity]:
+    """First, last, and just as many between them that no step is larger than it has to be."""
+    kept = rungs[:1]
+    for candidate, following in pairwise(rungs):
+        if following.omega < (1 - LARGEST_STEP) * kept[-1].omega and candidate != kept[-1]:
+            kept.append(candidate)
+    return list(dict.fromkeys([*kept, rungs[-1]]))
 
 
 def phase(pattern: Pattern, epoch: int, step: int, short_cycle: int | None) -> Pattern:

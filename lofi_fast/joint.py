@@ -112,8 +112,10 @@ def joint(run: Run) -> None:
                 )  # fmt: skip
                 advance(step + 1, f"{patterns[step]} {batch.fidelity} loss {numbers['loss']:.3f} {gigabytes(peak)}")
                 run.save_when_due(Position("joint", epoch, step + 1), optimizer)
-        rungs |= {pattern: step_down(run, pattern, peak) for pattern, peak in over.items()}
         run.save(Position("joint", epoch + 1), optimizer)
+        if over:
+            rungs |= {pattern: step_down(run, pattern, peak) for pattern, peak in over.items()}
+            run.save(Position("joint", epoch + 1), optimizer)
     run.finish("joint")
 
 
@@ -140,12 +142,21 @@ def step_within_budget(run: Run, batch: Batch) -> tuple[LossTerms, int]:
 
 
 def step_down(run: Run, pattern: Pattern, peak: int) -> Fidelity:
-    """The rung below the planned one of `pattern`, from now on: a step's peak passed the budget."""
+    """The rung below the planned one of `pattern`, from now on: a step's peak passed the budget.
+
+    Raises InputError when there is none.
+    """
     chosen = run.plans["joint"][pattern.value]
     rungs = ladder(pattern, run.config.full, run.config.min_cut, run.config.max_cut)
     now = Fidelity(*chosen["rung"])
-    lower = rungs[min(rungs.index(now) + 1, len(rungs) - 1)]
-    chosen |= {"rung": [lower.num_snippets, lower.side], "cut": round(run.config.full.omega / lower.omega, 2)}
+    if now == rungs[-1]:
+        raise InputError(
+            f"a step at {now}, the lowest rung of the {pattern} pattern, held {gigabytes(peak)} of a budget of "
+            f"{gigabytes(run.budget)}; go on with --resume and more --mem-budget"
+        )
+    lower = rungs[rungs.index(now) + 1]
+    cut = round(run.config.full.omega / lower.omega, 2)
+    chosen |= {"rung": [lower.num_snippets, lower.side], "cut": cut, "peak": None, "stepped_down_from_peak": peak}
     run.write_plans()
     run.log.say(f"{pattern}: a step at {now} held {gigabytes(peak)}, over the budget: {lower} from the next epoch on")
     run.log.event("step_down", pattern=pattern.value, peak=peak, rung=chosen["rung"])

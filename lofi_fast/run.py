@@ -166,6 +166,7 @@ class Run:
             return None
         if self.position.stage != stage:
             self.position = Position(stage)
+            self._optimizer_state = None  # it belongs to the stage that was under way
         return self.position
 
     def finish(self, stage: str) -> None:

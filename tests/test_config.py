@@ -165,7 +165,7 @@ def test_stages_are_put_in_order_once() -> None:
         (["--preset", "activitynet", "--videos", "v"], "--annotations"),
         (["--mem-budget", "11 apples"], "11 apples"),
         (["--mem-budget=-3GB"], "--mem-budget"),
-        (["--mem-budget", "0"], "positive"),
+        (["--mem-budget", "0"], "--mem-budget"),
         (["--mem-budget", "120%"], "80%"),
         (["--stages", "joint,dance"], '--stages "joint,dance"'),
         (["--stages", ""], "--stages"),

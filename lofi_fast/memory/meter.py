@@ -7,6 +7,7 @@ containers). On a CPU it is the resident set.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,10 @@ from typing import Any, Protocol
 import psutil
 import torch
 
-_CPU_MESSAGES = ("can't allocate memory", "could not create a primitive", "could not create a memory", "bad_alloc")
+_OUT_OF_MEMORY = (
+    "out of memory", "can't allocate", "cannot allocate memory", "bad_alloc", "alloc_failed", "allocation_failed",
+    "allocation failed", "could not create a primitive", "could not create a memory",
+)  # fmt: skip
 _ALLOCATOR = "glibc.malloc.mmap_threshold=1048576:glibc.malloc.trim_threshold=1048576:glibc.malloc.hugetlb=1"
 
 
@@ -50,10 +54,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on a GPU or a CPU, whichever library raised it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        any(message in text for message in _CPU_MESSAGES) or "out of memory" in text.lower()
-    )
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
 
 
 def settle_allocator(module: str, arguments: list[str]) -> None:
