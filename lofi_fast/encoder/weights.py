@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ def load_encoder_weights(encoder: TSMResNet, path: Path) -> str:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the encoder's weights with --encoder-weights FILE") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a foreign file can make the unpickler raise anything
         raise InputError(f"{path}: not a PyTorch checkpoint that holds only tensors ({type(error).__name__})") from None
     for name in ("state_dict", "encoder", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
@@ -42,7 +41,7 @@ def load_encoder_weights(encoder: TSMResNet, path: Path) -> str:
         raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict; see --encoder-weights")
     state: dict[str, Tensor] = {}
     for key, value in content.items():
-        mapped = map_key(key)
+        mapped = map_key(str(key))
         if mapped is not None and isinstance(value, Tensor):
             state[mapped] = value
     expected = encoder.state_dict()

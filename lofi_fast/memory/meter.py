@@ -81,29 +81,42 @@ class CpuMeter:
         self.device = f"CPU, {os.cpu_count()} cores, {self.total() / 1e9:.1f} GB"
 
     def total(self) -> int:
-        installed = int(psutil.virtual_memory().total)
-        return min(installed, self._group("memory.max", "memory.limit_in_bytes") or installed)
+        return min([int(psutil.virtual_memory().total), *(limit for limit, _ in self._groups())])
 
     def own(self) -> int:
         return int(self._process.memory_info().rss)
 
     def available(self) -> int:
-        free = int(psutil.virtual_memory().available)
-        limit = self._group("memory.max", "memory.limit_in_bytes")
-        used = self._group("memory.current", "memory.usage_in_bytes")
-        if limit is not None and used is not None:
-            free = min(free, limit - used)
+        free = min([int(psutil.virtual_memory().available), *(limit - used for limit, used in self._groups())])
         return self.own() + max(free, 0)
 
     @staticmethod
-    def _group(v2: str, v1: str) -> int | None:
-        for path in (Path("/sys/fs/cgroup") / v2, Path("/sys/fs/cgroup/memory") / v1):
-            try:
-                text = path.read_text().strip()
-            except OSError:
-                continue
-            return None if text == "max" else int(text)
-        return None
+    def _groups() -> list[tuple[int, int]]:
+        """(limit, used) bytes of each control group that this process is in and that has a limit.
+
+        The page cache, which the kernel gives back, is not counted as used: reading the frame cache fills it.
+        """
+        groups = []
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            root = Path("/sys/fs/cgroup")
+            files, prefix = ("memory.max", "memory.current"), ""
+            if controllers:  # version 1
+                if "memory" not in controllers.split(","):
+                    continue
+                root, files, prefix = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
+            own = root / name.lstrip("/")
+            for folder in (own, *own.parents):
+                if folder.is_relative_to(root):
+                    try:
+                        limit, used = ((folder / file).read_text().strip() for file in files)
+                        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    except OSError:
+                        continue
+                    if limit != "max":
+                        cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                        groups.append((int(limit), int(used) - cached))
+        return groups
 
     def reset_peak(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
@@ -132,8 +145,8 @@ class GpuMeter:
     def __init__(self, device: torch.device) -> None:
         self._index = device.index or 0
         self._handle, self.source = self._open()
-        before = self._used()
-        torch.zeros(1, device=device)  # creates the context
+        before = self._used() if self._handle is not None else 0  # asking CUDA would create the context
+        torch.zeros(1, device=device)  # creates it
         torch.cuda.synchronize(device)
         self._outside_torch = 0
         self.settle(before)
@@ -147,7 +160,7 @@ class GpuMeter:
             uuid = str(torch.cuda.get_device_properties(self._index).uuid)
             return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"), "NVML, device level"
         except Exception as error:  # no library, no permission, a MIG slice: any of them, said once at the start
-            return None, f"cudaMemGetInfo (NVML: {error})"
+            return None, f"cudaMemGetInfo, where other processes' memory counts as ours (NVML: {error})"
 
     def _free_total(self) -> tuple[int, int]:
         if self._handle is not None:
