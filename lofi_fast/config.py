@@ -191,9 +191,9 @@ def small() -> Config:
         head=HeadConfig(
             hidden=128, groups=16, inner_bins=16, map_channels=256, positive_iou=0.7, sample_zero_iou=True, dropout=0.3
         ),
-        pretrain=StageConfig(epochs=20, batch=16, optimizer="adamw", lr=2e-3, weight_decay=0.02, schedule="cosine"),
+        pretrain=StageConfig(epochs=12, batch=16, optimizer="adamw", lr=2e-3, weight_decay=0.02, schedule="cosine"),
         joint=StageConfig(epochs=6, batch=2, optimizer="adamw", lr=5e-4, weight_decay=0.02, schedule="cosine"),
-        head_stage=StageConfig(epochs=15, batch=8, optimizer="adamw", lr=1e-3, weight_decay=0.02, schedule="cosine"),
+        head_stage=StageConfig(epochs=40, batch=8, optimizer="adamw", lr=1e-3, weight_decay=0.02, schedule="cosine"),
         detect=DetectConfig(tious="thumos", top_k=200),
         min_cut=4.0,
     )
