@@ -327,6 +327,8 @@ def from_arguments(argv: Sequence[str] | None, *, cuda: bool) -> tuple[Config, b
     if preset != "demo" and not args.annotations:
         raise InputError(f"--preset {preset} needs your data: add --annotations FILE --videos DIR")
     base = PRESETS[preset]()
+    if args.short_cycle and Pattern(args.pattern or base.pattern) is not Pattern.CYCLIC:
+        raise InputError(f"--short-cycle {args.short_cycle} goes with --pattern cyclic, not {args.pattern}")
     data: dict[str, Any] = {
         "annotations": args.annotations,
         "videos": args.videos,

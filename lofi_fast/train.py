@@ -97,6 +97,10 @@ def plan(run: Run) -> None:
 def check_values(config: Config) -> None:
     """What would otherwise be found wrong only after hours of decoding or training."""
     parse_tiou(config.detect.tious)
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise InputError(
+            f"started as one of {processes} processes: several GPUs are not supported yet, use plain python"
+        )
     for flag, name in (("--encoder-weights", config.encoder.weights), ("--video-scores", config.data.video_scores)):
         if name and not os.path.isfile(name):
             raise InputError(f"{flag} {name}: no such file")

@@ -156,6 +156,7 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
         (["--window", "soon"], ['--window "soon"', "seconds"]),
         (["--width", "wide"], ["--width", "'wide'"]),
         (["--preset", "enormous"], ["--preset", "small"]),
+        (["--short-cycle", "3", "--pattern", "spatial"], ["--short-cycle 3", "--pattern cyclic"]),
         (["--frobnicate"], ["--frobnicate", "--help"]),
         (["--resume"], ["run", "no run to resume", "--out"]),
     ],
@@ -163,6 +164,12 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 )
 def test_a_bad_flag(train: Train, tmp_path: Path, flags: list[str], parts: list[str]) -> None:
     train(*flags).refused(*parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    train().refused("one of 4 processes", "plain python")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -181,13 +188,9 @@ def run_process(flags: list[str]) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the planner runs its first step under a cap below what the process already holds, and crashes",
-)
 def test_a_budget_too_small_for_anything(data: Data, tmp_path: Path) -> None:
     done = run_process(command(data, tmp_path / "run", "--mem-budget", "300MB"))
-    done.refused("0.30 GB", "needs", "--mem-budget", "--fidelity")
+    done.refused("nothing fits", "0.30 GB", "holds", "--mem-budget", "--fidelity")
     assert not (tmp_path / "run").exists()
 
 
@@ -562,7 +565,7 @@ def test_resume_with_a_spoilt_checkpoint(train: Train, run: Path, spoil: Callabl
     last = run / "checkpoints" / "last.pt"
     last.write_bytes(spoil(last.read_bytes()))
     before = contents(run)
-    train("--resume").refused(str(last), "checkpoint", "--resume")
+    train("--resume").refused(str(last), "checkpoint", "--out")
     assert contents(run) == before
 
 

@@ -101,7 +101,7 @@ def test_every_flag_reaches_its_setting() -> None:
     config, resume = from_arguments(
         [*OWN, "--preset", "activitynet", "--mem-budget", "11GB", "--out", "o", "--stages", "head,joint", "--resume",
          "--encoder", "tsm_r34", "--width", "48", "--encoder-weights", "w.pth", "--fidelity", "64x160",
-         "--pattern", "temporal", "--short-cycle", "16", "--min-cut", "2", "--max-cut", "8", "--window", "51.2",
+         "--pattern", "cyclic", "--short-cycle", "16", "--min-cut", "2", "--max-cut", "8", "--window", "51.2",
          "--frame-stride", "4", "--resize", "squash", "--no-flip", "--cache", "c", "--video-scores", "s.json",
          "--pretrain-epochs", "0", "--pretrain-lr", "0.2", "--joint-epochs", "3", "--joint-lr", "0.3",
          "--head-epochs", "5", "--head-lr", "0.4", "--batch", "6", "--tiou", "0.3:0.1:0.7", "--seed", "0",
@@ -123,7 +123,7 @@ def test_every_flag_reaches_its_setting() -> None:
         head_stage=dataclasses.replace(base.head_stage, epochs=5, lr=0.4),
         detect=dataclasses.replace(base.detect, tious="0.3:0.1:0.7"),
         stages=("joint", "head"),
-        pattern=Pattern.TEMPORAL,
+        pattern=Pattern.CYCLIC,
         short_cycle=16,
         min_cut=2.0,
         max_cut=8.0,
