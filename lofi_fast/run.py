@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,8 +38,6 @@ DECODE_BYTES = 32 << 20  # decoded by one DALI run: on a CPU, DALI never gives b
 
 def seed_of(*key: int | str) -> int:
     """A 63-bit seed of a key, the same on every machine."""
-    import hashlib
-
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -95,6 +95,7 @@ class Run:
 
     def measure(self, step: Callable[[], None], limit: int) -> int | None:
         """Peak bytes of `step` run under a cap of `limit`, or None when it ran out of memory."""
+        self.meter.release()
         self.meter.reset_peak()
         failed = False
         with self.meter.cap(limit):
@@ -184,7 +185,7 @@ class Run:
         """Write checkpoints/last.pt; `position` is the next step to do."""
         self.position = position
         content = self._weights() | {
-            "position": checkpoint.position_fields(position),
+            "position": asdict(position),
             "optimizer": None if optimizer is None else optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": checkpoint.rng_state(),

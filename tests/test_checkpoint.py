@@ -6,6 +6,7 @@ import random
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from lofi_fast.checkpoint import Position, load, position_fields, restore_rng, rng_state, save_atomic
+from lofi_fast.checkpoint import Position, load, restore_rng, rng_state, save_atomic
 from lofi_fast.errors import InputError
 
 
 def checkpoint(value: float) -> dict[str, Any]:
-    return {"position": position_fields(Position("joint", 2, 7)), "encoder": {"w": torch.full((50_000,), value)}}
+    return {"position": asdict(Position("joint", 2, 7)), "encoder": {"w": torch.full((50_000,), value)}}
 
 
 @contextmanager

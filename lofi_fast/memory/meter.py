@@ -40,6 +40,9 @@ class Meter(Protocol):
     def available(self) -> int:
         """What this process could hold: its own plus what is free."""
 
+    def release(self) -> None:
+        """Give memory that is held but not used back to the device, where it can be given back."""
+
     def reset_peak(self) -> None:
         """Start a new peak measurement."""
 
@@ -118,6 +121,9 @@ class CpuMeter:
                         groups.append((int(limit), int(used) - cached))
         return groups
 
+    def release(self) -> None:
+        pass  # the allocator, as `settle_allocator` sets it, does so by itself
+
     def reset_peak(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
 
@@ -188,9 +194,11 @@ class GpuMeter:
     def available(self) -> int:
         return self.own() + self._free_total()[0]
 
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+
     def reset_peak(self) -> None:
         torch.cuda.synchronize(self._index)
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._index)
 
     def peak(self) -> int:
