@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ class RunLog:
 
     def __init__(self, path: Path, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
-        torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+        torn = _ends_torn(path)
         self._file: TextIO = path.open("a", encoding="utf-8")
         if torn:  # a killed run's last line: the next event starts a line of its own
             self._file.write("\n")
@@ -77,3 +78,12 @@ class RunLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _ends_torn(path: Path) -> bool:
+    """Whether a killed run left its last line without an end; only the last byte is read, for logs grow large."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
