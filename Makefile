@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
-CXX_FILES := $(wildcard kernels/*/*.cpp)
+CXX_FILES := $(wildcard kernels/*.h kernels/*/*.cpp)
 
 .PHONY: train test check format report clean distclean
 

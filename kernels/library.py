@@ -1,7 +1,8 @@
 """The torch operator library ``lofi_fast`` and the shared library that holds the C++ forms of its operators.
 
 Schemas, fakes and references are registered from Python, so every operator exists even where nothing was built; the
-shared library only adds CPU kernels to them (LibTorch stable ABI). ``describe()`` says which form of each runs.
+shared library only adds CPU kernels to them (LibTorch stable ABI), and Triton serves CUDA where it is installed.
+``describe()`` says which form of each runs.
 
 The environment variable ``LOFI_FAST_NATIVE`` decides at import: ``auto`` (default) loads the shared library if there is
 one, ``1`` raises ImportError when there is none, ``0`` leaves it alone.
@@ -9,7 +10,9 @@ one, ``1`` raises ImportError when there is none, ``0`` leaves it alone.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,8 @@ import torch
 # Owned here for the life of the process: the operators are unregistered when this object dies.
 LIBRARY = torch.library.Library("lofi_fast", "DEF")
 
-# Operator name -> the form that runs, filled by each operator's package as it is imported.
-forms: dict[str, str] = {}
+# Device type -> operator -> the form that runs, filled by each operator's package as it is imported.
+forms: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {}}
 
 
 def _setting() -> str:
@@ -50,6 +53,11 @@ def _load(setting: str) -> Path | None:
             raise ImportError(
                 "LOFI_FAST_NATIVE=1, but the C++ kernels are not built: install with a C++ compiler, or set it to auto"
             )
+        warnings.warn(
+            "lofi_fast: the C++ kernels are not built, so the slower references run on the CPU; install with a C++ "
+            "compiler to have them, or set LOFI_FAST_NATIVE=0 to be told no more",
+            stacklevel=2,
+        )
         return None
     try:
         torch.ops.load_library(path)
@@ -70,28 +78,53 @@ def native_available() -> bool:
     return native_path is not None
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define an operator for CPU tensors by its schema: the C++ kernel runs where it is loaded, else the reference.
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
-    The reference and the fake (output shapes and dtypes alone) take the arguments of the schema in their order. The
-    choice is recorded in ``forms``.
+
+triton_version = _triton_version()
+
+
+def define(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], triton: Callable[..., Any] | None = None
+) -> None:
+    """Define an operator by its schema, and choose its form for each device type.
+
+    On the CPU the C++ kernel runs where it is loaded, else the reference; on CUDA the Triton form, where the operator
+    has one and Triton is installed, else the reference. Every form and the fake (output shapes, strides and dtypes
+    alone) take the arguments of the schema in their order. The choice is recorded in ``forms``.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     torch.library.register_fake(f"lofi_fast::{name}", fake, lib=LIBRARY)
-    if _native_setting == "0":
-        forms[name] = "reference (LOFI_FAST_NATIVE=0)"
-    elif native_path is None:
-        forms[name] = "reference (not built)"
     # Asked of the dispatcher, since a library built before the operator was written does not have it.
-    elif torch._C._dispatch_has_kernel_for_dispatch_key(f"lofi_fast::{name}", "CPU"):
-        forms[name] = "C++"
-        return
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"lofi_fast::{name}", "CPU"):
+        forms["cpu"][name] = "C++"
     else:
-        forms[name] = f"reference (not in {native_path}: rebuild it)"
-    LIBRARY.impl(name, reference, "CPU")
+        LIBRARY.impl(name, reference, "CPU")
+        if _native_setting == "0":
+            forms["cpu"][name] = "reference (LOFI_FAST_NATIVE=0)"
+        elif native_path is None:
+            forms["cpu"][name] = "reference (not built)"
+        else:
+            forms["cpu"][name] = f"reference (not in {native_path}: rebuild it)"
+    if triton is not None and triton_version is not None:
+        LIBRARY.impl(name, triton, "CUDA")
+        forms["cuda"][name] = f"Triton {triton_version}"
+    elif triton is not None:
+        LIBRARY.impl(name, reference, "CUDA")
+        forms["cuda"][name] = "reference (Triton is not installed)"
 
 
-def describe() -> str:
-    """One line naming the form of every operator that runs: ``soft_nms: C++ · nms: C++``."""
-    return " · ".join(f"{name}: {form}" for name, form in forms.items())
+def describe(device: str = "cpu") -> str:
+    """One line naming the form of every operator that runs on ``device``: ``soft_nms, nms: C++ · stem: Triton 3.7.1``.
+
+    An operator without a form for a GPU (soft_nms) runs on the CPU there, and is named with that form.
+    """
+    operators: dict[str, list[str]] = {}
+    for name, form in (forms["cpu"] | forms[torch.device(device).type]).items():
+        operators.setdefault(form, []).append(name)
+    return " · ".join(f"{', '.join(names)}: {form}" for form, names in operators.items())

@@ -69,7 +69,7 @@ def train(argv: Sequence[str] | None = None) -> MapResult | None:
         elif resume:
             log.say("the run ended before its first checkpoint: starting again")
         run.write_json("config.json", json.loads(config.to_json()))
-        run.write_json("environment.json", environment(meter.device, precision, library.describe()))
+        run.write_json("environment.json", environment(meter.device, precision, library.describe(device.type)))
 
         began = time.monotonic()
         plan(run)

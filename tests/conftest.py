@@ -1,11 +1,19 @@
-"""Two threads everywhere, so results do not depend on the machine; tests marked `gpu` are skipped without CUDA."""
+"""Two threads everywhere, so results do not depend on the machine; tests marked `gpu` are skipped without CUDA.
+
+Without CUDA, Triton kernels run on the CPU through Triton's interpreter, which must be chosen before they are imported.
+"""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -14,3 +22,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False"))
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN (integers: their largest value): an element never written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def native() -> None:
+    """For tests of a C++ form: skipped where it is switched off, failed where it should be there and is not."""
+    if os.environ.get("LOFI_FAST_NATIVE") == "0":
+        pytest.skip("LOFI_FAST_NATIVE=0: the C++ form is switched off")
+    from lofi_fast import kernels
+
+    assert kernels.native_available(), "the C++ kernels are not built: `make test` builds them, or see CMakeLists.txt"

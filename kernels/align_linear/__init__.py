@@ -24,7 +24,7 @@ from .sampling import ProposalGrid, SamplingGrid, SparseRows, proposal_grid, roi
 
 __all__ = ["ProposalGrid", "SamplingGrid", "align_linear", "align_linear_reference", "proposal_grid", "roi_grid"]
 
-forms["align_linear"] = "PyTorch"
+forms["cpu"]["align_linear"] = "PyTorch"
 
 
 def align_linear(features: Tensor, grid: SamplingGrid, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from .reference import temporal_roi_align_reference
 
 __all__ = ["temporal_roi_align", "temporal_roi_align_reference"]
 
-forms["temporal_roi_align"] = "reference"
+forms["cpu"]["temporal_roi_align"] = "reference"
 
 
 def temporal_roi_align(features: Tensor, rois: Tensor, num_bins: int, sampling_ratio: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from .reference import temporal_shift_reference
 
 __all__ = ["temporal_shift", "temporal_shift_reference"]
 
-forms["temporal_shift"] = "PyTorch"
+forms["cpu"]["temporal_shift"] = "PyTorch"
 
 
 def temporal_shift(x: Tensor, num_frames: int, fold: int | None = None) -> Tensor:
