@@ -22,6 +22,7 @@ from lofi_fast.fidelity import MAX_CUT, MIN_SIDE, Fidelity, Pattern
 Stage = Literal["pretrain", "joint", "head", "eval"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 EncoderName = Literal["tsm_r18", "tsm_r34", "tsm_r50"]
+OptimizerImpl = Literal["auto", "apex", "torch"]
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -136,7 +137,10 @@ class Config:
     short_cycle: int | None = None
     min_cut: float = 1.0
     max_cut: float = MAX_CUT
+    micro_batch: int | None = None  # videos of a joint step in memory at once; None: all of them
+    recompute: bool = False
     budget: Budget = field(default_factory=lambda: Budget.parse("auto"))
+    optimizer_impl: OptimizerImpl = "auto"
     out: str = ""  # empty: runs/<preset>, numbered when that is taken
     seed: int = 0
     device: str = "auto"
@@ -271,6 +275,12 @@ def _parser() -> argparse.ArgumentParser:
         training.add_argument(f"--{stage}-epochs", type=int, metavar="N")
         training.add_argument(f"--{stage}-lr", type=float, metavar="LR")
     training.add_argument("--batch", type=int, metavar="B", help="videos of a joint step (16 in the paper)")
+    training.add_argument("--micro-batch", type=int, metavar="B", help="videos of a joint step in memory at once, at "
+                          "more time (default: all; the loss is the same)")  # fmt: skip
+    training.add_argument("--recompute", action="store_true", help="run the encoder forward a second time instead of "
+                          "keeping its maps (the gradients are the same)")  # fmt: skip
+    training.add_argument("--optimizer-impl", choices=get_args(OptimizerImpl), default="auto", help="whose kernels "
+                          "update the weights: NVIDIA's apex, torch's, or auto: apex where it is built")  # fmt: skip
     training.add_argument("--tiou", metavar="SPEC", help="activitynet, thumos, or like 0.3:0.1:0.7")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
@@ -359,7 +369,10 @@ def from_arguments(argv: Sequence[str] | None, *, cuda: bool) -> tuple[Config, b
         short_cycle=args.short_cycle,
         min_cut=args.min_cut or base.min_cut,
         max_cut=args.max_cut or max(base.max_cut, args.min_cut or base.min_cut),
+        micro_batch=args.micro_batch,
+        recompute=args.recompute,
         budget=Budget.parse(args.mem_budget),
+        optimizer_impl=args.optimizer_impl,
         out=args.out or "",
         seed=args.seed,
         device=args.device,

@@ -14,8 +14,15 @@ from lofi_fast import checkpoint
 from lofi_fast.config import Config
 from lofi_fast.errors import InputError
 
-PLANNED_FOR = ("budget", "min_cut", "max_cut")  # when one of these changes, the plans are made again
-MAY_CHANGE = (*PLANNED_FOR, "stages", "threads", "device", "out", "data.cache")  # between a run and its --resume
+PLANNED_FOR = (
+    "budget",
+    "min_cut",
+    "max_cut",
+    "micro_batch",
+    "recompute",
+)  # when one of these changes, the plans are made again
+# Between a run and its --resume.
+MAY_CHANGE = (*PLANNED_FOR, "stages", "threads", "device", "optimizer_impl", "out", "data.cache")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

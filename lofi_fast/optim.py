@@ -1,33 +1,180 @@
-"""Optimisers and learning-rate schedules of the stages."""
+"""Optimisers and learning-rate schedules of the stages.
+
+The update is computed by NVIDIA's apex or by torch's fused kernels: the same one to fp32 rounding. Neither makes
+temporary tensors, so a step needs no more memory than the plan measured before it; torch's foreach form makes some of
+the size of all parameters. Both keep their state in torch's form, so a checkpoint of one resumes under the other.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lofi_fast.config import StageConfig
+from lofi_fast.config import OptimizerImpl, StageConfig
+from lofi_fast.errors import InputError
 
 WARM_UP = 0.1  # share of a cosine schedule that rises from zero
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, of a parameter's shape, named alike by apex and torch
+FORM = ("fused", "foreach", "capturable", "differentiable")  # settings that choose a form of torch's, not an update
 
 
-def make_optimizer(config: StageConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+@dataclass(frozen=True)
+class Implementation:
+    """Whose kernels update the parameters."""
+
+    name: Literal["apex", "torch"]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'NVIDIA apex' if self.name == 'apex' else 'torch, fused'} ({self.reason})"
+
+
+def choose_implementation(asked: OptimizerImpl, device: torch.device) -> Implementation:
+    """apex where it can be used and torch is not asked for. Raises InputError when apex is asked for and cannot be."""
+    if asked == "torch":
+        return Implementation("torch", "asked for")
+    problem = apex_problem() if device.type == "cuda" else "apex's kernels need a CUDA device"
+    if problem is None:
+        return Implementation("apex", "asked for" if asked == "apex" else "installed with its kernels")
+    if asked == "apex":
+        raise InputError(
+            f"--optimizer-impl apex: {problem}; use --optimizer-impl auto, or build apex with its CUDA kernels from "
+            "NVIDIA's source on a machine with a GPU"
+        )
+    return Implementation("torch", problem)
+
+
+def apex_problem() -> str | None:
+    """Why NVIDIA's apex cannot be used from this Python, or None. Another package of that name is not imported."""
+    package = find_spec("apex")
+    if package is None:
+        return "apex is not installed"
+    folders = list(package.submodule_search_locations or [])
+    if PathFinder.find_spec("apex.optimizers", folders) is None:
+        where = package.origin or "".join(folders[:1])
+        return f"the apex at {where} is not NVIDIA's: PyPI's package of that name is another project"
+    if find_spec("amp_C") is None:
+        return "apex is installed without its CUDA kernels"
+    try:
+        kernels, optimizers = import_module("amp_C"), import_module("apex.optimizers")
+    except Exception as error:  # built for another torch, it can fail in any way
+        return f"apex is installed and does not load: {' '.join(str(error).split()) or type(error).__name__}"
+    needed = ((kernels, "multi_tensor_sgd"), (kernels, "multi_tensor_adam"), (optimizers, "FusedSGD"),
+              (optimizers, "FusedAdam"))  # fmt: skip
+    missing = [name for module, name in needed if not hasattr(module, name)]
+    return f"apex is installed without {', '.join(missing)}" if missing else None
+
+
+def make_optimizer(config: StageConfig, parameters: Iterable[nn.Parameter], asked: OptimizerImpl = "auto") -> Optimizer:
     """SGD without momentum (the paper's joint stage), Adam or AdamW, over the parameters that learn.
 
     Adam's state is allocated now: it is part of what a step needs, and a first update that runs out of memory halfway
-    could not be taken again.
+    could not be taken again. State dicts are in torch's form whichever implementation `asked` comes to.
     """
     learning = [p for p in parameters if p.requires_grad]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(learning, lr=config.lr, momentum=0.0, weight_decay=config.weight_decay)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    optimizer = kind(learning, lr=config.lr, weight_decay=config.weight_decay)
-    for parameter in learning:
-        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    apex = choose_implementation(asked, learning[0].device).name == "apex"
+    optimizer = _apex_optimizer(config, learning) if apex else _torch_optimizer(config, learning)
+    if config.optimizer != "sgd":
+        for parameter in learning:
+            moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
+            step = torch.zeros((), device="cpu" if apex else parameter.device)  # where each implementation counts
+            optimizer.state[parameter] = {"step": step, **moments}
+    optimizer.register_step_pre_hook(_lay_out_gradients)
+    optimizer.register_load_state_dict_pre_hook(_keep_form)
+    optimizer.register_load_state_dict_post_hook(_lay_out_moments)
     return optimizer
+
+
+def _torch_optimizer(config: StageConfig, learning: Sequence[nn.Parameter]) -> Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(learning, lr=config.lr, momentum=0.0, weight_decay=config.weight_decay, fused=True)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(learning, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+class _ApexForm(Optimizer):
+    """What has to differ in apex's optimisers to stand where torch's do; goes before them in the order of bases."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        Optimizer.zero_grad(self, set_to_none)  # apex's takes no argument
+
+    def get_momentums(self, parameters: list[Tensor]) -> tuple[list[Tensor], bool]:
+        """The buffers that FusedSGD hands to its kernel, which leaves them alone at momentum 0: the parameters stand
+        in for them, since apex would allocate as much again.
+        """
+        return parameters, True
+
+
+def _apex_optimizer(config: StageConfig, learning: Sequence[nn.Parameter]) -> Optimizer:
+    if other := {p.dtype for p in learning} - {torch.float32}:
+        raise ValueError(f"apex updates float32 parameters here, and was given {other}: ask for torch's optimisers")
+    apex = import_module("apex.optimizers")
+    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        return cast(Optimizer, type("FusedSGD", (_ApexForm, apex.FusedSGD), {})(learning, momentum=0.0, **settings))
+    fused_adam = type("FusedAdam", (_ApexForm, apex.FusedAdam), {})
+    optimizer = cast(Optimizer, fused_adam(learning, adam_w_mode=config.optimizer == "adamw", **settings))
+    optimizer.register_step_pre_hook(_count_steps)
+    return optimizer
+
+
+def _count_steps(optimizer: Optimizer, *_: object) -> None:
+    """Keep apex's count of steps as torch does: for each parameter, in its state, of the steps that it had a gradient
+    in. apex takes its bias correction from one count of the whole group, so these counts must agree.
+    """
+    for group in optimizer.param_groups:
+        counts = [optimizer.state[p]["step"] for p in group["params"] if p.grad is not None]
+        done = {int(count) for count in counts}
+        if len(done) > 1:
+            raise RuntimeError(
+                f"apex counts the steps of all parameters together, and these have had {sorted(done)} gradients: "
+                "use --optimizer-impl torch"
+            )
+        group["step"] = max(done, default=0)  # apex adds this step
+        for count in counts:
+            count += 1
+
+
+def _keep_form(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Take a saved state over with its settings, but for those that say how the update is computed: they, and the
+    ones that only one implementation knows, stay this optimiser's own.
+    """
+    groups = [
+        {name: own if name in FORM else saved.get(name, own) for name, own in group.items()}
+        for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+    ]
+    return state_dict | {"param_groups": groups}
+
+
+def _lay_out_gradients(optimizer: Optimizer, *_: object) -> None:
+    """Fused kernels walk a parameter, its gradient and its moments by one index into memory; unlike strides give wrong
+    updates without an error (apex, and torch on a CPU). Autograd's own gradients have the parameter's strides.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                p.grad = _laid_out_as(p, p.grad)
+
+
+def _lay_out_moments(optimizer: Optimizer) -> None:
+    for parameter, state in optimizer.state.items():
+        state.update({name: _laid_out_as(parameter, state[name]) for name in MOMENTS if name in state})
+
+
+def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    strides = zip(parameter.shape, parameter.stride(), tensor.stride(), strict=True)
+    if all(size == 1 or one == other for size, one, other in strides):
+        return tensor
+    return torch.empty_like(parameter).copy_(tensor)
 
 
 def learning_rate(config: StageConfig, epoch: int, step: int, steps: int) -> float:
@@ -42,6 +189,6 @@ def learning_rate(config: StageConfig, epoch: int, step: int, steps: int) -> flo
     return config.lr * 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr

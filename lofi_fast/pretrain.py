@@ -55,7 +55,8 @@ def pretrain(run: Run, extra: dict[str, Any]) -> None:
         classifier.load_state_dict(extra["classifier"])
     run.encoder.freeze_batchnorm(False)
     run.encoder.train()
-    optimizer = make_optimizer(config, [*run.encoder.parameters(), *classifier.parameters()])
+    parameters = [*run.encoder.parameters(), *classifier.parameters()]
+    optimizer = make_optimizer(config, parameters, run.config.optimizer_impl)
     if state := run.optimizer_state():
         optimizer.load_state_dict(state)
 
@@ -89,7 +90,8 @@ def plan_pretrain(run: Run) -> dict[str, Any]:
     run.encoder.freeze_batchnorm(False)
     run.encoder.train()
     classifier = new_classifier(run)
-    optimizer = make_optimizer(config, [*run.encoder.parameters(), *classifier.parameters()])
+    parameters = [*run.encoder.parameters(), *classifier.parameters()]
+    optimizer = make_optimizer(config, parameters, run.config.optimizer_impl)
     sizes = [config.batch]
     while sizes[-1] // 2 >= LEAST_BATCH:
         sizes.append(sizes[-1] // 2)

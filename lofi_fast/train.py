@@ -34,6 +34,7 @@ from lofi_fast.kernels import library
 from lofi_fast.localize import evaluate, train_head
 from lofi_fast.log import RunLog
 from lofi_fast.memory.meter import Meter, is_out_of_memory, open_meter, settle_allocator
+from lofi_fast.optim import Implementation, choose_implementation
 from lofi_fast.plan import gigabytes, resolve_budget
 from lofi_fast.precision import Precision, choose_device, choose_precision
 from lofi_fast.pretrain import plan_pretrain, pretrain
@@ -53,11 +54,12 @@ def train(argv: Sequence[str] | None = None) -> MapResult | None:
     if config.threads:
         torch.set_num_threads(config.threads)
     precision = choose_precision(device)
+    optimizers = choose_implementation(config.optimizer_impl, device)
     meter = open_meter(device)
     budget = resolve_budget(config.budget, meter.total(), meter.available())
     going_on = resume and has_checkpoint(config)
     with run_folder(config, resume, going_on) as folder, closing(RunLog(folder / "log.jsonl")) as log:
-        introduce(log, config, meter, precision, budget)
+        introduce(log, config, meter, precision, optimizers, budget)
         dataset = prepare(config, log)
         run = Run(config, dataset, device, precision, meter, budget, log)
         extra = run.resume() if going_on else {}
@@ -106,10 +108,13 @@ def check_values(config: Config) -> None:
             raise InputError(f"{flag} {name}: no such file")
 
 
-def introduce(log: RunLog, config: Config, meter: Meter, precision: Precision, budget: int) -> None:
+def introduce(
+    log: RunLog, config: Config, meter: Meter, precision: Precision, optimizers: Implementation, budget: int
+) -> None:
     """Say what runs where, and in how much memory."""
     log.say(f"lofi_fast {__version__} · {meter.device} · {torch.get_num_threads()} threads · {precision}")
     log.say(f"kernels: {library.describe()}")
+    log.say(f"optimisers: {optimizers}")
     room = meter.available()
     log.say(
         f"memory budget {config.budget.text}: {gigabytes(budget)} = {budget / 2**30:.2f} GiB of {meter.source}; "
@@ -120,7 +125,10 @@ def introduce(log: RunLog, config: Config, meter: Meter, precision: Precision, b
         f"preset {config.preset}: full fidelity {config.full}, {config.encoder.name} of width {config.encoder.width}, "
         f"pattern {config.pattern}, cut {config.min_cut:g} to {config.max_cut:g}, run folder {config.out}"
     )
-    log.event("start", device=meter.device, precision=str(precision), budget=budget, available=room, argv=sys.argv[1:])
+    log.event(
+        "start", device=meter.device, precision=str(precision), optimizers=str(optimizers), budget=budget,
+        available=room, argv=sys.argv[1:],
+    )  # fmt: skip
 
 
 def prepare(config: Config, log: RunLog) -> Dataset:

@@ -105,7 +105,7 @@ def test_every_flag_reaches_its_setting() -> None:
          "--frame-stride", "4", "--resize", "squash", "--no-flip", "--cache", "c", "--video-scores", "s.json",
          "--pretrain-epochs", "0", "--pretrain-lr", "0.2", "--joint-epochs", "3", "--joint-lr", "0.3",
          "--head-epochs", "5", "--head-lr", "0.4", "--batch", "6", "--tiou", "0.3:0.1:0.7", "--seed", "0",
-         "--device", "cpu", "--threads", "1"],
+         "--device", "cpu", "--optimizer-impl", "torch", "--threads", "1"],
         cuda=True,
     )  # fmt: skip
     base = PRESETS["activitynet"]()
@@ -128,6 +128,7 @@ def test_every_flag_reaches_its_setting() -> None:
         min_cut=2.0,
         max_cut=8.0,
         budget=Budget("11GB", amount=11 * 10**9),
+        optimizer_impl="torch",
         out="o",
         seed=0,
         device="cpu",
@@ -209,7 +210,16 @@ def test_errors_name_the_flag(argv: list[str], part: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("argv", [["--pattern", "sideways"], ["--batch", "many"], ["--mem-budget"], ["--unknown", "1"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--pattern", "sideways"],
+        ["--batch", "many"],
+        ["--optimizer-impl", "nvidia"],
+        ["--mem-budget"],
+        ["--unknown", "1"],
+    ],
+)
 def test_argparse_refuses_with_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         config_of(*argv)
