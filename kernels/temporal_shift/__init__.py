@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..library import forms
-from .reference import temporal_shift_reference
+from .. import library
+from . import reference
 
-__all__ = ["temporal_shift", "temporal_shift_reference"]
-
-forms["cpu"]["temporal_shift"] = "PyTorch"
+__all__ = ["check_snippets", "temporal_shift"]
 
 
 def temporal_shift(x: Tensor, num_frames: int, fold: int | None = None) -> Tensor:
@@ -28,56 +26,60 @@ def temporal_shift(x: Tensor, num_frames: int, fold: int | None = None) -> Tenso
 
     Returns:
         A new tensor of x's shape, dtype and memory format (channels-last stays channels-last). Never an alias of x.
+        The gradient is the opposite shift, so it can be differentiated any number of times; nothing is saved for it.
 
     Raises:
         ValueError: x is not 4-D, num_frames < 1, N*T is not a multiple of num_frames, or fold is outside [0, C // 2].
-
-    PyTorch form, called directly (no dispatcher operator yet): slice copies that read and write each element once, on
-    every device; the gradient is the opposite shift. The definition is ``temporal_shift_reference``.
     """
-    if x.dim() != 4:
-        raise ValueError(f"temporal_shift: x must be (N*T, C, H, W), got {x.dim()} dimensions")
-    num_images, channels = x.shape[:2]
-    if num_frames < 1:
-        raise ValueError(f"temporal_shift: num_frames must be at least 1, got {num_frames}")
-    if num_images % num_frames:
-        raise ValueError(
-            f"temporal_shift: {num_images} images are not a whole number of snippets of num_frames={num_frames}"
-        )
-    if fold is None:
-        fold = channels // 8
-    if not 0 <= 2 * fold <= channels:
-        raise ValueError(f"temporal_shift: fold={fold} does not fit in {channels} channels twice")
-    shifted: Tensor = _Shift.apply(x, num_frames, fold, False)  # type: ignore[no-untyped-call]
+    fold = check_snippets("temporal_shift", "x", x, num_frames, fold)
+    shifted: Tensor = torch.ops.lofi_fast.temporal_shift(x, num_frames, fold, False)
     return shifted
 
 
-def _shift(x: Tensor, num_frames: int, fold: int, adjoint: bool) -> Tensor:
-    # empty_like keeps the strides' order, so the copies below run along memory in both layouts.
-    y = torch.empty_like(x)
-    snippets = x.shape[0] // num_frames
-    x_NTCHW = x.view(snippets, num_frames, *x.shape[1:])
-    y_NTCHW = y.view(snippets, num_frames, *x.shape[1:])
-    first, second, still = slice(0, fold), slice(fold, 2 * fold), slice(2 * fold, None)
-    from_next, from_previous = (second, first) if adjoint else (first, second)
-    y_NTCHW[:, :-1, from_next] = x_NTCHW[:, 1:, from_next]
-    y_NTCHW[:, -1, from_next] = 0
-    y_NTCHW[:, 1:, from_previous] = x_NTCHW[:, :-1, from_previous]
-    y_NTCHW[:, 0, from_previous] = 0
-    y_NTCHW[:, :, still] = x_NTCHW[:, :, still]
-    return y
+def check_snippets(op: str, argument: str, x: Tensor, num_frames: int, fold: int | None) -> int:
+    """ValueError unless ``x`` is whole snippets of ``num_frames`` frames in which ``fold`` channels can be shifted.
+
+    Returns fold, or its default.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"{op}: {argument} must be (N*T, C, H, W), got {x.dim()} dimensions")
+    num_images, channels = x.shape[:2]
+    if num_frames < 1:
+        raise ValueError(f"{op}: num_frames must be at least 1, got {num_frames}")
+    if num_images % num_frames:
+        raise ValueError(f"{op}: {num_images} images are not a whole number of snippets of num_frames={num_frames}")
+    if fold is None:
+        fold = channels // 8
+    if not 0 <= 2 * fold <= channels:
+        raise ValueError(f"{op}: fold={fold} does not fit in {channels} channels twice")
+    return fold
 
 
-class _Shift(torch.autograd.Function):
-    """The shift, or its adjoint; each is the other's derivative, so it can be differentiated any number of times."""
+def _triton(x: Tensor, num_frames: int, fold: int, adjoint: bool) -> Tensor:
+    from . import kernel
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, num_frames: int, fold: int, adjoint: bool) -> Tensor:
-        ctx.arguments = (num_frames, fold, adjoint)
-        return _shift(x, num_frames, fold, adjoint)
+    return kernel.temporal_shift(x, num_frames, fold, adjoint)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        num_frames, fold, adjoint = ctx.arguments
-        grad_x = _Shift.apply(grads[0], num_frames, fold, not adjoint)  # type: ignore[no-untyped-call]
-        return grad_x, None, None, None
+
+def _fake(x: Tensor, num_frames: int, fold: int, adjoint: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, int, int, bool], output: Tensor) -> None:
+    _, *ctx.arguments = inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    num_frames, fold, adjoint = ctx.arguments
+    return torch.ops.lofi_fast.temporal_shift(grad, num_frames, fold, not adjoint), None, None, None
+
+
+library.define(
+    "temporal_shift(Tensor x, int num_frames, int fold, bool adjoint) -> Tensor",
+    reference.temporal_shift,
+    _fake,
+    triton=_triton,
+)
+torch.library.register_autograd(
+    "lofi_fast::temporal_shift", _backward, setup_context=_setup_context, lib=library.LIBRARY
+)
