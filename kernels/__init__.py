@@ -1,21 +1,42 @@
 """Operators of temporal action localization, one folder each; the reference in the folder is the definition."""
 
-from .align_linear import ProposalGrid, SamplingGrid, align_linear, proposal_grid, roi_grid
+from .align_linear import (
+    BoundaryMatchingGrid,
+    ProposalGrid,
+    SamplingGrid,
+    align_linear,
+    align_linear_sum,
+    boundary_matching_grid,
+    proposal_grid,
+    roi_grid,
+)
 from .library import describe, native_available
+from .residual_shift import residual_shift, residual_shift_backward
 from .soft_nms import nms, soft_nms
+from .stem import fold_normalization, stem, stem_backward, stem_forward, stem_input
 from .temporal_roi_align import temporal_roi_align
 from .temporal_shift import temporal_shift
 
 __all__ = [
+    "BoundaryMatchingGrid",
     "ProposalGrid",
     "SamplingGrid",
     "align_linear",
+    "align_linear_sum",
+    "boundary_matching_grid",
     "describe",
+    "fold_normalization",
     "native_available",
     "nms",
     "proposal_grid",
+    "residual_shift",
+    "residual_shift_backward",
     "roi_grid",
     "soft_nms",
+    "stem",
+    "stem_backward",
+    "stem_forward",
+    "stem_input",
     "temporal_roi_align",
     "temporal_shift",
 ]

@@ -90,9 +90,8 @@ def source_of(launch: Launch) -> ASTSource:
 
 def compile_launch(launch: Launch, target: int) -> Compiled:
     """Compile for compute capability target/10; raises whatever Triton or ptxas raise."""
-    kernel = triton.compile(
-        source_of(launch), target=GPUTarget("cuda", target, 32), options={"num_warps": launch.num_warps}
-    )
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": launch.fp_fusion}
+    kernel = triton.compile(source_of(launch), target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])

@@ -18,6 +18,7 @@ class Launch:
     arguments: dict[str, Tensor | int | float | None]
     constants: dict[str, Any] = field(default_factory=dict)  # the kernel's tl.constexpr parameters
     num_warps: int = 4
+    fp_fusion: bool = True  # False: a product and the sum after it round one by one, as in PyTorch
 
     def run(self) -> None:
         """Start the kernel on the current stream of its tensors' device. An empty grid starts nothing."""
@@ -31,4 +32,6 @@ class Launch:
             self._start()
 
     def _start(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps)
+        self.kernel[self.grid](
+            **self.arguments, **self.constants, num_warps=self.num_warps, enable_fp_fusion=self.fp_fusion
+        )

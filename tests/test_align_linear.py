@@ -1,27 +1,226 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import mmap
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from forms import assert_as_good_as
 from torch import Tensor
 
+from lofi_fast.kernels import library, temporal_roi_align
 from lofi_fast.kernels.align_linear import (
     SamplingGrid,
     align_linear,
     align_linear_reference,
+    align_linear_sum,
+    boundary_matching_grid,
     proposal_grid,
+    reference,
     roi_grid,
 )
-from lofi_fast.kernels.temporal_roi_align import temporal_roi_align
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+Gather = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+UNRESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # Linux's MAP_NORESERVE: not counted until it is touched
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    # In this mode PyTorch fills what torch.empty returns with NaN: an element that is never written shows.
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+@pytest.fixture(params=["reference", "C++", "Triton"])
+def gather(request: pytest.FixtureRequest) -> Gather:
+    """One form of gather_rows, for tensors on the CPU. Triton runs on a GPU where there is one."""
+    if request.param == "reference":
+        return reference.gather_rows
+    if request.param == "C++":
+        request.getfixturevalue("native")
+        assert library.forms["cpu"]["gather_rows"] == "C++"
+        op: Gather = torch.ops.lofi_fast.gather_rows
+        return op
+    pytest.importorskip("triton")
+    from lofi_fast.kernels.align_linear import kernel
+
+    def run(dense: Tensor, *rest: Any) -> Tensor:
+        moved = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in (dense, *rest)]
+        return kernel.gather_rows(*moved).cpu()
+
+    return run
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def sparse(num_rows: int, num_columns: int, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(offsets, columns, values): rows have ``counts`` entries in turn, ascending."""
+    generator = torch.Generator().manual_seed(num_rows)
+    rows = [torch.randperm(num_columns, generator=generator)[: counts[n % len(counts)]] for n in range(num_rows)]
+    offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).to(torch.int32)
+    columns = torch.cat([torch.zeros(0, dtype=torch.int64), *(row.sort().values for row in rows)]).to(torch.int32)
+    return offsets, columns, normal(len(columns), dtype=torch.float32, seed=1)
+
+
+def dense_of(offsets: Tensor, columns: Tensor, values: Tensor, num_columns: int) -> Tensor:
+    matrix = torch.zeros(len(offsets) - 1, num_columns, dtype=torch.float64)
+    rows = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff().long())
+    matrix[rows, columns.long()] = values.double()
+    return matrix
+
+
+# (B, num_rows, num_columns, O, entries of the rows in turn, row_step)
+SPARSE = {
+    "ordinary": (2, 12, 20, 16, (5, 3, 7), 1),
+    "in-steps-of-three": (2, 12, 20, 16, (5, 3, 7, 1), 3),
+    "one-row-a-step": (1, 6, 9, 8, (4,), 6),
+    "one-row": (1, 1, 9, 16, (9,), 1),
+    "one-entry": (2, 3, 5, 8, (1,), 1),
+    "empty-rows": (2, 11, 20, 16, (0, 9, 0), 1),
+    "no-entries": (2, 5, 4, 8, (0,), 1),
+    "no-rows": (2, 0, 4, 8, (0,), 1),
+    "no-batch": (0, 3, 4, 8, (2,), 1),
+    "no-outputs": (2, 3, 4, 0, (2,), 1),
+    "one-output": (2, 9, 20, 1, (6, 2), 1),
+    "nine-outputs": (3, 9, 7, 9, (6, 2), 3),
+    "several-blocks-of-outputs": (1, 5, 7, 150, (6, 2), 1),
+    "more-columns-than-a-block-holds": (1, 2, 5000, 40, (3,), 1),
+    "more-entries-than-a-row-holds": (1, 2, 400, 70, (200,), 1),
+}
+LAYOUTS = ("contiguous", "outputs-outside", "window", "expanded")
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    if layout == "outputs-outside":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "window":
+        wide = torch.full((len(x) + 1, 2 * x.shape[1], x.shape[2] + 3), torch.nan, dtype=x.dtype)
+        return wide[1:, ::2, 2:-1].copy_(x)
+    return x.contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SPARSE.values(), ids=SPARSE.keys())
+def test_every_form_of_gather_rows(gather: Gather, case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    batch, num_rows, num_columns, num_outputs, counts, row_step = case
+    number = list(SPARSE.values()).index(case)
+    offsets, columns, values = sparse(num_rows, num_columns, counts)
+    sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    values = values.to(sum_dtype)
+    bias = normal(num_outputs, dtype=sum_dtype, seed=2) if number % 2 else None
+    # One layout a case, so that each form meets all of them.
+    dense = laid_out(normal(batch, num_columns, num_outputs, dtype=dtype), LAYOUTS[number % 3])
+    out = gather(dense, offsets, columns, values, bias, row_step)
+    exact = dense_of(offsets, columns, values, num_columns) @ dense.double()
+    exact = exact if bias is None else exact + bias.double()
+    assert out.is_contiguous() and out.dtype == dtype
+    if dtype == torch.float64:
+        torch.testing.assert_close(out, exact, rtol=0, atol=1e-12)
+    else:
+        assert_as_good_as(out, reference.gather_rows(dense, offsets, columns, values, bias, row_step), exact)
+
+
+def test_gather_rows_of_expanded_memory(gather: Gather) -> None:
+    matrix = sparse(4, 6, (3, 2))
+    dense = torch.ones(1, 1, 1).expand(2, 6, 9)
+    torch.testing.assert_close(gather(dense, *matrix, None, 1), gather(dense.contiguous(), *matrix, None, 1))
+
+
+def test_gather_rows_reads_nothing_else(gather: Gather) -> None:
+    """A column without an entry is never read, and padding adds nothing, be it NaN."""
+    dense = torch.full((1, 8, 16), torch.nan)
+    dense[:, 3] = 2.0
+    offsets, columns = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 1, 2], [3, 3]))
+    out = gather(dense, offsets, columns, torch.tensor([1.0, 3.0]), None, 1)
+    assert out[0, :, 0].tolist() == [2.0, 0.0, 6.0] and torch.isfinite(out).all()
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("row_step", [1, 30])
+def test_threads_do_not_change_the_result(row_step: int, dtype: torch.dtype) -> None:
+    matrix = sparse(300, 200, (50, 3, 111))
+    dense = normal(2, 200, 150, dtype=dtype)
+    several = torch.ops.lofi_fast.gather_rows(dense, *matrix, None, row_step)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(torch.ops.lofi_fast.gather_rows(dense, *matrix, None, row_step), several)
+        assert torch.equal(torch.ops.lofi_fast.gather_rows(dense, *matrix, None, 1), several)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("native")
+def test_wrong_arguments_do_not_reach_memory_in_cpp() -> None:
+    dense, offsets, columns = torch.zeros(1, 5, 8), torch.tensor([0, 1, 3]).int(), torch.tensor([0, 4, 2]).int()
+    values = torch.ones(3)
+    right = (dense, offsets, columns, values, None, 1)
+    assert torch.ops.lofi_fast.gather_rows(*right).shape == (1, 2, 8)
+    for place, wrong in (
+        (0, dense[0]),
+        (0, dense.int()),
+        (0, dense.double()),
+        (1, offsets.long()),
+        (1, offsets + 1),
+        (1, torch.tensor([0, 4, 3]).int()),
+        (1, torch.tensor([0, 1, 2]).int()),
+        (1, offsets[:0]),
+        (2, columns + 1),
+        (2, columns - 1),
+        (2, columns[:2]),
+        (3, values[:2]),
+        (3, values.double()),
+        (4, torch.ones(7)),
+        (4, torch.ones(8).double()),
+        (5, 0),
+        (5, 3),
+    ):
+        arguments = list(right)
+        arguments[place] = wrong
+        with pytest.raises(RuntimeError, match="gather_rows"):
+            torch.ops.lofi_fast.gather_rows(*arguments)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
+def test_gather_rows_is_well_formed(layout: str, with_bias: bool) -> None:
+    offsets, columns, values = sparse(6, 5, (3, 0, 2))
+    dense = laid_out(normal(2, 5, 9), layout)
+    bias = normal(9) if with_bias else None
+    torch.library.opcheck(torch.ops.lofi_fast.gather_rows.default, (dense, offsets, columns, values.double(), bias, 2))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts on memory that is taken only where it is touched")
+def test_offsets_above_32_bits() -> None:
+    # The last of 2^28 + 1 columns of 16 outputs, of the second element of a batch; an offset that wraps around lands in
+    # the first 2^32 bytes, or ahead of them.
+    pytest.importorskip("triton")
+    from lofi_fast.kernels.align_linear import kernel
+
+    num_columns = 2**28 + 1
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * 32 * num_columns + 2**32, flags=UNRESERVED), dtype=torch.float16)
+    dense = memory[2**31 :].view(2, num_columns, 16)
+    dense[0, -1], dense[1, -1] = 3.0, 4.0
+    offsets, columns = torch.tensor([0, 1]).int(), torch.tensor([num_columns - 1]).int()
+    out = kernel.gather_rows(dense, offsets, columns, torch.tensor([2.0]), None, 1)
+    assert out[:, 0].unique(dim=1).tolist() == [[6.0], [8.0]]
+
+
+def test_launch_of_more_elements_than_32_bits_count() -> None:
+    pytest.importorskip("triton")
+    from lofi_fast.kernels.align_linear import kernel
+
+    dense = torch.empty(1024, 5050, 512, dtype=torch.float16, device="meta")
+    out = torch.empty(1024, 3600, 512, dtype=torch.float16, device="meta")
+    assert dense.numel() > 2**31
+    empty = torch.empty(3601, dtype=torch.int32, device="meta")
+    launch = kernel.gather_rows_launch(dense, empty, empty, empty.float(), None, 36, out)
+    # 13 tiles of 8 snippets in each of 36 steps.
+    assert launch.grid == (1024 * 13 * 36, 4)
+    assert launch.arguments["rows_of_step"] == 100
 
 
 def operands(
@@ -117,7 +316,7 @@ def test_a_grid_does_not_follow_later_changes_of_its_rois() -> None:
     assert grid.rois.tolist() == [[0.0, 3.0]]
 
 
-def test_two_calls_equal_one_convolution_over_concatenated_bins() -> None:
+def test_the_sum_equals_one_convolution_over_concatenated_bins() -> None:
     """G-TAD: 32 inner bins of one map and 4 context bins of another, concatenated, then a 1x1 convolution."""
     inner, around = proposal_grid(6, 6, 32), proposal_grid(6, 6, 4)
     graph, weight, bias = operands(2, 8, inner, 5)
@@ -129,9 +328,130 @@ def test_two_calls_equal_one_convolution_over_concatenated_bins() -> None:
     concatenated = torch.cat([x.flatten(1) for x in both], dim=1).view(2, inner.num_cells, -1).transpose(1, 2)
     kernel = torch.cat([weight.flatten(1), context_weight.flatten(1)], dim=1)
     expected = torch.nn.functional.conv1d(concatenated, kernel.unsqueeze(-1), bias)
-    out = align_linear(graph, inner, weight, bias) + align_linear(neighbours.flip(2), around, context_weight)
+    apart = align_linear(graph, inner, weight, bias) + align_linear(neighbours.flip(2), around, context_weight)
+    torch.testing.assert_close(apart, expected, rtol=0, atol=1e-12)
+    out = align_linear_sum([(graph, inner, weight), (neighbours.flip(2), around, context_weight)], bias)
+    assert out.transpose(1, 2).is_contiguous()
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_three_terms_of_other_rules_and_widths(batch: int) -> None:
+    grids = (proposal_grid(5, 4, 3), boundary_matching_grid(5, 4, 2), proposal_grid(5, 4, 1, expand=0.0))
+    inputs = []
+    for channels, grid in zip((2, 7, 4), grids, strict=True):
+        inputs += operands(batch, channels, grid, 6)[:2]
+    bias = normal(6).requires_grad_()
+    out = align_linear_sum([(inputs[2 * k], grids[k], inputs[2 * k + 1]) for k in range(3)], bias)
+    expected = bias.unsqueeze(1) + sum(
+        align_linear_reference(inputs[2 * k], grids[k], inputs[2 * k + 1]) for k in range(3)
+    )
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    grad = normal(*out.shape, seed=1)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, [*inputs, bias], grad),
+        torch.autograd.grad(expected, [*inputs, bias], grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+def test_joined_weights_are_cached() -> None:
+    from lofi_fast.kernels.align_linear.sampling import weights_of
+
+    inner, around = proposal_grid(6, 6, 32), proposal_grid(6, 6, 4)
+    assert weights_of((inner,)) is inner.weights
+    joined = weights_of((inner, around))
+    assert weights_of((inner, around)) is joined is not weights_of((around, inner))
+    assert joined.on(torch.device("cpu"))[0].values is joined.on(torch.device("cpu"))[0].values
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_inputs_alone_are_saved(autocast: bool) -> None:
+    """What autocast makes of them is made again in backward."""
+    grids = (proposal_grid(9, 9, 4), proposal_grid(9, 9, 2))
+    terms = [(*operands(2, 8, grid, 16, torch.float32)[:2], grid) for grid in grids]
+    bias = normal(16, dtype=torch.float32).requires_grad_()
+    saved: list[Tensor] = []
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x),
+    ):
+        out = align_linear_sum([(features, grid, weight) for features, weight, grid in terms], bias)
+    assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert [x.data_ptr() for x in saved] == [x.data_ptr() for term in terms for x in term[:2]]
+
+
+def test_a_snippet_outside_of_every_sample_has_no_influence() -> None:
+    grid = proposal_grid(8, 2, 2)
+    features, weight, bias = (x.detach() for x in operands(1, 3, grid, 4))
+    expected = align_linear(features, grid, weight, bias)
+    features[:, :, 7] = math.nan
+    far = (grid.rois[:, 1] < 6).nonzero().flatten()
+    assert len(far) > 5
+    assert torch.equal(align_linear(features, grid, weight, bias)[:, :, far], expected[:, :, far])
+
+
+def bmn_mask(num_snippets: int, d: int, s: int, num_bins: int, num_samples: int) -> list[list[float]]:
+    """Sampling weights (bin, snippet) of one cell in Python's own numbers, by the steps of BMN's published code."""
+    start, end = s - 0.5 * (d + 1), s + d + 0.5 * (d + 1)
+    positions = [start + (end - start) * j / (num_bins * num_samples - 1) for j in range(num_bins * num_samples)]
+    mask = []
+    for r in range(num_bins):
+        weights = [0.0] * num_snippets
+        for position in positions[r * num_samples : (r + 1) * num_samples]:
+            fraction, lower = math.modf(position)
+            upper = math.ceil(position)
+            if 0 <= int(lower) <= num_snippets - 1:
+                weights[int(lower)] += 1 - fraction
+            if 0 <= upper <= num_snippets - 1:
+                weights[upper] += fraction
+        mask.append([weight / num_samples for weight in weights])
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("num_snippets", "max_duration", "num_bins", "num_samples"),
+    [(7, 7, 4, 3), (6, 2, 32, 3), (1, 1, 2, 1), (5, 9, 3, 2), (4, 4, 1, 5)],
+)
+def test_boundary_matching_weights(num_snippets: int, max_duration: int, num_bins: int, num_samples: int) -> None:
+    grid = boundary_matching_grid(num_snippets, max_duration, num_bins, num_samples)
+    assert torch.equal(grid.cells, proposal_grid(num_snippets, max_duration, 1).cells)
+    assert torch.equal(grid.rois, proposal_grid(num_snippets, max_duration, 1).rois)
+    expected = torch.tensor(
+        [bmn_mask(num_snippets, d, s, num_bins, num_samples) for d, s in grid.cells.tolist()], dtype=torch.float64
+    ).transpose(1, 2)
+    torch.testing.assert_close(reference.boundary_matching_weights(grid), expected, rtol=0, atol=1e-14)
+    matrix, transposed = grid.matrices(torch.device("cpu"), torch.float64)
+    ours = dense_of(*matrix, num_snippets * num_bins)
+    torch.testing.assert_close(ours.view(expected.shape), expected, rtol=0, atol=1e-14)
+    assert torch.equal(dense_of(*transposed, grid.num_cells), ours.t())
+    assert (matrix.values != 0).all()
+
+
+def test_boundary_matching_by_hand() -> None:
+    # Two snippets, cell (0, 0): -0.5 to 0.5 in two bins of one sample: the first comes to snippet 0, the second is half
+    # of each. Cell (0, 1): 0.5 and 1.5, of which the second has half of snippet 1 and half of nothing. Cell (1, 0): -1,
+    # which counts for nothing, and 2, whose weight has faded to nothing.
+    grid = boundary_matching_grid(2, 2, 2, 1)
+    weights = reference.boundary_matching_weights(grid)
+    assert weights.tolist() == [[[1, 0.5], [0, 0.5]], [[0.5, 0], [0.5, 0.5]], [[0, 0], [0, 0]]]
+    assert boundary_matching_grid(2, 2, 2, 1) is grid
+    assert grid.num_weights == 6
+
+
+def test_boundary_matching_layer_and_its_convolution() -> None:
+    grid = boundary_matching_grid(9, 5)
+    assert (grid.num_bins, grid.num_samples) == (32, 3)
+    inputs = operands(2, 4, grid, 3)
+    out, expected = align_linear(inputs[0], grid, *inputs[1:]), align_linear_reference(inputs[0], grid, *inputs[1:])
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    grad = normal(*out.shape, seed=1)
     for ours, theirs in zip(
         torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
     ):
@@ -266,6 +586,29 @@ def test_refuses(features: Tensor, weight: Tensor, bias: Tensor | None, message:
         align_linear(features, GRID, weight, bias)
 
 
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ([], "terms must not be empty"),
+        ([(1, 3, GRID, 2), (2, 3, GRID, 2)], "batch and outputs, got 1 and 2, then 2 and 2"),
+        ([(1, 3, GRID, 2), (1, 3, GRID, 4)], "batch and outputs, got 1 and 2, then 1 and 4"),
+        ([(1, 3, GRID, 2), (1, 3, proposal_grid(5, 4, 4), 2)], "snippets and cells, got 5 and 15, then 5 and 14"),
+        ([(1, 3, GRID, 2), (1, 3, proposal_grid(6, 5, 4), 2)], "snippets and cells, got 5 and 15, then 6 and 20"),
+    ],
+)
+def test_the_sum_refuses(terms: list[tuple[int, int, SamplingGrid, int]], message: str) -> None:
+    with pytest.raises(ValueError, match=f"align_linear_sum: .*{message}"):
+        align_linear_sum(
+            [
+                (torch.zeros(batch, channels, grid.num_snippets), grid, torch.zeros(outputs, channels, grid.num_bins))
+                for batch, channels, grid, outputs in terms
+            ]
+        )
+    features, weight = torch.zeros(1, 3, 5), torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match="convert them or use autocast"):
+        align_linear_sum([(features, GRID, weight), (features.half(), GRID, weight.half())])
+
+
 def test_grids_refuse() -> None:
     with pytest.raises(ValueError, match="num_snippets"):
         proposal_grid(0, 1, 4)
@@ -275,9 +618,31 @@ def test_grids_refuse() -> None:
         proposal_grid(4, 4, 0)
     with pytest.raises(ValueError, match="expand"):
         proposal_grid(4, 4, 4, expand=-1.0)
+    for arguments in ((0, 4), (4, 0), (4, 4, 0), (4, 4, 4, 0)):
+        with pytest.raises(ValueError, match=r"must be >= 1|num_snippets >= 1"):
+            boundary_matching_grid(*arguments)
     with pytest.raises(ValueError, match="float32"):
         roi_grid(torch.zeros(3, 2, dtype=torch.float16), 4, 4)
     with pytest.raises(ValueError, match="finite"):
         roi_grid(torch.full((1, 2), torch.nan), 4, 4)
     with pytest.raises(ValueError, match="dtype"):
         GRID.matrices(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_the_gpu_at_a_head_shape(dtype: torch.dtype) -> None:
+    assert library.forms["cuda"]["gather_rows"].startswith("Triton")
+    grids = (proposal_grid(100, 100, 32), proposal_grid(100, 100, 4))
+    inputs = [x.detach().cuda().requires_grad_() for grid in grids for x in operands(2, 64, grid, 512, dtype)[:2]]
+    terms = [(inputs[0], grids[0], inputs[1]), (inputs[2], grids[1], inputs[3])]
+    out = align_linear_sum(terms)
+    grad = normal(*out.shape, dtype=dtype, seed=1).cuda()
+    first, second = (torch.autograd.grad(out, inputs, grad, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    exact_out = align_linear_sum([(exact[0], grids[0], exact[1]), (exact[2], grids[1], exact[3])])
+    exact_gradients = torch.autograd.grad(exact_out, exact, grad.double())
+    for ours, truth in zip((out, *first), (exact_out, *exact_gradients), strict=True):
+        # Two roundings: Z, or its gradient, and the result.
+        assert (ours.double() - truth).norm() <= 4 * torch.finfo(dtype).eps * truth.norm()

@@ -1,8 +1,8 @@
-"""The interpolation weights of a set of ROIs as one sparse matrix. They depend on geometry alone, never on features.
+"""The interpolation weights of a set of cells as one sparse matrix. They depend on geometry alone, never on features.
 
-Row n of A is ROI n, column t*R + r is (snippet t, bin r):
+Row n of A is cell n, column t*R + r is (snippet t, bin r). For cells that are ROIs:
 
-    temporal_roi_align(X, roi)[n, c, r] = sum_t A[n, t*R + r] * X[c, t]
+    temporal_roi_align(X, roi_n)[c, r] = sum_t A[n, t*R + r] * X[c, t]
 
 A and its transpose are both kept by rows: forward and backward are each a gather, summed in a fixed order, without
 atomics.
@@ -29,17 +29,39 @@ class SparseRows(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class SamplingWeights:
+    """A and A transposed, on the CPU in float64, and on every device where they were used."""
+
+    forward: SparseRows
+    transposed: SparseRows
+    _placed: dict[tuple[torch.device, torch.dtype], tuple[SparseRows, SparseRows]] = field(
+        default_factory=dict, init=False
+    )
+
+    def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[SparseRows, SparseRows]:
+        """(A, A transposed) on ``device`` with float32 or float64 values; moved once, at the first call for a pair."""
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"SamplingWeights.on: dtype must be float32 or float64, got {dtype}")
+        placed = self._placed.get((device, dtype))
+        if placed is None:
+            # Tensors made in inference mode could never serve training; a grid may well be used in evaluation first.
+            with torch.inference_mode(False):
+                placed = (_place(self.forward, device, dtype), _place(self.transposed, device, dtype))
+            self._placed[device, dtype] = placed
+        return placed
+
+
+@dataclass(frozen=True, eq=False)
 class SamplingGrid:
-    """ROIs over ``num_snippets`` snippets in ``num_bins`` bins, with their weights A. Made by ``roi_grid``."""
+    """Cells over ``num_snippets`` snippets, each sampled in ``num_bins`` bins, and the weights A of the samples.
+
+    Made by ``proposal_grid``, ``boundary_matching_grid`` and ``roi_grid``.
+    """
 
     num_snippets: int
     num_bins: int
     rois: Tensor  # (num_cells, 2) float32, start and end in snippet index units, on the CPU
-    _weights: SparseRows = field(repr=False)
-    _transposed: SparseRows = field(repr=False)
-    _placed: dict[tuple[torch.device, torch.dtype], tuple[SparseRows, SparseRows]] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    weights: SamplingWeights = field(repr=False)
 
     @property
     def num_cells(self) -> int:
@@ -48,22 +70,11 @@ class SamplingGrid:
     @property
     def num_weights(self) -> int:
         """Non-zero entries of A."""
-        return len(self._weights.values)
+        return len(self.weights.forward.values)
 
     def matrices(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[SparseRows, SparseRows]:
-        """(A, A transposed) on ``device`` with float32 or float64 values; moved once, at the first call for a pair.
-
-        A is (num_cells, num_snippets * num_bins). Raises ValueError for another dtype.
-        """
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"SamplingGrid.matrices: dtype must be float32 or float64, got {dtype}")
-        placed = self._placed.get((device, dtype))
-        if placed is None:
-            # Tensors made in inference mode could never serve training; a grid may well be used in evaluation first.
-            with torch.inference_mode(False):
-                placed = (_place(self._weights, device, dtype), _place(self._transposed, device, dtype))
-            self._placed[device, dtype] = placed
-        return placed
+        """(A, A transposed) on ``device``; A is (num_cells, num_snippets * num_bins). See ``SamplingWeights.on``."""
+        return self.weights.on(device, dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +84,15 @@ class ProposalGrid(SamplingGrid):
     max_duration: int
     expand: float
     cells: Tensor = field(repr=False)  # (num_cells, 2) int64 (d, s) in the order of rois: by d, then s; on the CPU
+
+
+@dataclass(frozen=True, eq=False)
+class BoundaryMatchingGrid(SamplingGrid):
+    """The same cells sampled by BMN's rule. Made by ``boundary_matching_grid``."""
+
+    max_duration: int
+    num_samples: int
+    cells: Tensor = field(repr=False)  # as in ProposalGrid
 
 
 @lru_cache(maxsize=32)
@@ -89,15 +109,51 @@ def proposal_grid(num_snippets: int, max_duration: int, num_bins: int, *, expand
     if max_duration < 1 or not 0 <= expand < float("inf"):
         raise ValueError(f"proposal_grid: max_duration must be >= 1 and expand >= 0, got {max_duration} and {expand}")
     with torch.inference_mode(False):
-        durations = torch.arange(max_duration).unsqueeze(1)
-        starts = torch.arange(max(num_snippets, 0)).unsqueeze(0)
-        cells = torch.nonzero(durations + starts < num_snippets)
-        d, s = cells.to(torch.float32).unbind(1)
-        margin = expand * (d + 1)
-        grid = roi_grid(torch.stack([s - margin, s + d + margin], dim=1), num_snippets, num_bins)
-        return ProposalGrid(
-            num_snippets, num_bins, grid.rois, grid._weights, grid._transposed, max_duration, expand, cells
+        cells, rois = _proposals(num_snippets, max_duration, expand)
+        grid = roi_grid(rois, num_snippets, num_bins)
+        return ProposalGrid(num_snippets, num_bins, grid.rois, grid.weights, max_duration, expand, cells)
+
+
+@lru_cache(maxsize=32)
+def boundary_matching_grid(
+    num_snippets: int, max_duration: int, num_bins: int = 32, num_samples: int = 3
+) -> BoundaryMatchingGrid:
+    """The samples of BMN's boundary-matching layer (Lin et al., ICCV 2019, section 3.2) in the same cells.
+
+    Cell (d, s) is the window a..b of ``proposal_grid`` with expand 0.5, in snippet index units. It has
+    J = num_bins * num_samples samples with both ends included, u_j = a + (b - a)*j/(J - 1), num_samples to a bin, which
+    is their mean. A sample weighs snippet trunc(u) by 1 - (u - trunc(u)) and snippet ceil(u) by u - trunc(u), each only
+    if it exists: left of the first snippet that comes to the first one, down to -1, and right of the last it fades to 0
+    at L. Positions are float64 and rounded as written here (released BMN code has a + j*((b - a)/(J - 1)), which can
+    put a sample that belongs on -1 beside it). Cached: the same arguments give the same object.
+
+    Raises:
+        ValueError: an argument below 1, or more weights than 32-bit offsets can count.
+    """
+    if max_duration < 1 or num_samples < 1:
+        raise ValueError(
+            f"boundary_matching_grid: max_duration and num_samples must be >= 1, got {max_duration} and {num_samples}"
         )
+    _check_sizes(num_snippets, num_bins)
+    with torch.inference_mode(False), torch.no_grad():
+        cells, rois = _proposals(num_snippets, max_duration, 0.5)
+        starts_N1, ends_N1 = rois.to(torch.float64).split(1, dim=1)
+        num_positions = num_bins * num_samples
+        positions_J = torch.arange(num_positions, dtype=torch.float64)
+        u_NJ = starts_N1 + (ends_N1 - starts_N1) * positions_J / max(num_positions - 1, 1)
+        lower_NJ, upper_NJ = u_NJ.trunc(), u_NJ.ceil()
+        fraction_NJ = u_NJ - lower_NJ
+        snippets = torch.stack([lower_NJ, upper_NJ])
+        values = torch.stack([1 - fraction_NJ, fraction_NJ]) / num_samples
+        bins = torch.arange(num_positions) // num_samples
+        rows = torch.arange(len(rois)).unsqueeze(1)
+        # trunc brings what lies between -1 and 0 to -0.0, which is the first snippet.
+        there = (snippets >= 0) & (snippets < num_snippets)
+        columns = snippets.to(torch.int64) * num_bins + bins
+        weights = _sum_taps(
+            rows.expand_as(columns)[there], columns[there], values[there], len(rois), num_snippets * num_bins
+        )
+        return BoundaryMatchingGrid(num_snippets, num_bins, rois, weights, max_duration, num_samples, cells)
 
 
 def roi_grid(rois: Tensor, num_snippets: int, num_bins: int) -> SamplingGrid:
@@ -115,28 +171,56 @@ def roi_grid(rois: Tensor, num_snippets: int, num_bins: int) -> SamplingGrid:
     """
     if rois.dim() != 2 or rois.shape[1] != 2 or rois.dtype != torch.float32:
         raise ValueError(f"roi_grid: rois must be float32 (R, 2), got {rois.dtype} of shape {tuple(rois.shape)}")
-    if num_snippets < 1 or num_bins < 1:
-        raise ValueError(f"a grid needs num_snippets >= 1 and num_bins >= 1, got {num_snippets} and {num_bins}")
+    _check_sizes(num_snippets, num_bins)
     with torch.inference_mode(False), torch.no_grad():
         rois = rois.detach().to("cpu", copy=True)
         if not bool(rois.isfinite().all()):
             raise ValueError("roi_grid: rois must be finite")
-        num_columns = num_snippets * num_bins
-        rows, columns, values = _weights(rois, num_snippets, num_bins)
-        if max(len(values), len(rois) * num_bins, num_columns) >= 2**31:
-            raise ValueError(f"roi_grid: {len(values)} weights do not fit 32-bit offsets; use fewer ROIs or num_bins")
-        by_snippet = torch.argsort(columns, stable=True)
-        return SamplingGrid(
-            num_snippets,
-            num_bins,
-            rois,
-            _compress(rows, columns, values, len(rois)),
-            _compress(columns[by_snippet], rows[by_snippet], values[by_snippet], num_columns),
-        )
+        return SamplingGrid(num_snippets, num_bins, rois, _roi_weights(rois, num_snippets, num_bins))
 
 
-def _weights(rois: Tensor, num_snippets: int, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The non-zero entries of A as (rows, columns, values), sorted by row, then column; values in float64."""
+def weights_of(grids: tuple[SamplingGrid, ...]) -> SamplingWeights:
+    """[A_1 | A_2 | ...]: the bins of all grids side by side, so that column t*R + r is (snippet t, bin r of all R).
+
+    The grids have the same cells and snippets. Joins are cached, for the last 32 tuples of grids.
+    """
+    return grids[0].weights if len(grids) == 1 else _join(grids)
+
+
+@lru_cache(maxsize=32)
+def _join(grids: tuple[SamplingGrid, ...]) -> SamplingWeights:
+    num_cells, num_snippets = grids[0].num_cells, grids[0].num_snippets
+    num_bins = sum(grid.num_bins for grid in grids)
+    with torch.inference_mode(False), torch.no_grad():
+        rows, columns, values = [], [], []
+        first_bin = 0
+        for grid in grids:
+            matrix = grid.weights.forward
+            counts = matrix.offsets.diff().to(torch.int64)
+            snippets, bins = matrix.columns // grid.num_bins, matrix.columns % grid.num_bins
+            rows.append(torch.repeat_interleave(torch.arange(num_cells), counts))
+            columns.append(snippets.to(torch.int64) * num_bins + bins + first_bin)
+            values.append(matrix.values)
+            first_bin += grid.num_bins
+        return _sum_taps(torch.cat(rows), torch.cat(columns), torch.cat(values), num_cells, num_snippets * num_bins)
+
+
+def _check_sizes(num_snippets: int, num_bins: int) -> None:
+    if num_snippets < 1 or num_bins < 1:
+        raise ValueError(f"a grid needs num_snippets >= 1 and num_bins >= 1, got {num_snippets} and {num_bins}")
+
+
+def _proposals(num_snippets: int, max_duration: int, expand: float) -> tuple[Tensor, Tensor]:
+    """Valid cells (d, s), and their windows widened by expand*len on either side."""
+    durations = torch.arange(max_duration).unsqueeze(1)
+    starts = torch.arange(max(num_snippets, 0)).unsqueeze(0)
+    cells = torch.nonzero(durations + starts < num_snippets)
+    d, s = cells.to(torch.float32).unbind(1)
+    margin = expand * (d + 1)
+    return cells, torch.stack([s - margin, s + d + margin], dim=1)
+
+
+def _roi_weights(rois: Tensor, num_snippets: int, num_bins: int) -> SamplingWeights:
     starts = rois[:, 0]
     lengths = (rois[:, 1] - starts).clamp(min=1)
     counts = sample_counts(lengths, num_bins, 0)
@@ -148,14 +232,24 @@ def _weights(rois: Tensor, num_snippets: int, num_bins: int) -> tuple[Tensor, Te
     bins, samples = nth // counts[roi], nth % counts[roi]
     positions = sample_positions(starts[roi], lengths[roi], counts[roi], bins, samples, num_bins)
     lower, upper, lower_weight, upper_weight = linear_weights(positions, num_snippets, torch.float64)
-
-    num_columns = num_snippets * num_bins
-    taps = torch.cat([lower, upper]) * num_bins + bins.repeat(2) + num_columns * roi.repeat(2)
+    columns = torch.cat([lower, upper]) * num_bins + bins.repeat(2)
     values = torch.cat([lower_weight, upper_weight]) / counts[roi].repeat(2)
     nonzero = values != 0
-    entries, entry_of_tap = torch.unique(taps[nonzero], sorted=True, return_inverse=True)
-    summed = torch.bincount(entry_of_tap, weights=values[nonzero], minlength=len(entries))
-    return entries // num_columns, entries % num_columns, summed
+    return _sum_taps(roi.repeat(2)[nonzero], columns[nonzero], values[nonzero], len(rois), num_snippets * num_bins)
+
+
+def _sum_taps(rows: Tensor, columns: Tensor, values: Tensor, num_rows: int, num_columns: int) -> SamplingWeights:
+    """A out of (row, column, value) in float64, in any order; values of one entry are summed in the order given."""
+    entries, entry_of_tap = torch.unique(rows * num_columns + columns, sorted=True, return_inverse=True)
+    summed = torch.bincount(entry_of_tap, weights=values, minlength=len(entries))
+    if max(len(entries), num_rows, num_columns) >= 2**31:
+        raise ValueError(f"{len(entries)} weights do not fit 32-bit offsets: use fewer ROIs or num_bins")
+    rows, columns = entries // num_columns, entries % num_columns
+    by_column = torch.argsort(columns, stable=True)
+    return SamplingWeights(
+        _compress(rows, columns, summed, num_rows),
+        _compress(columns[by_column], rows[by_column], summed[by_column], num_columns),
+    )
 
 
 def _compress(rows: Tensor, columns: Tensor, values: Tensor, num_rows: int) -> SparseRows:

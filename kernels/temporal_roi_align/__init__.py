@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..library import forms
+from .. import library
+from . import reference
 from .reference import temporal_roi_align_reference
 
 __all__ = ["temporal_roi_align", "temporal_roi_align_reference"]
-
-forms["cpu"]["temporal_roi_align"] = "reference"
 
 
 def temporal_roi_align(features: Tensor, rois: Tensor, num_bins: int, sampling_ratio: int = 0) -> Tensor:
@@ -25,15 +26,16 @@ def temporal_roi_align(features: Tensor, rois: Tensor, num_bins: int, sampling_r
         sampling_ratio: samples in each bin; 0 = adaptive, ceil(length / num_bins).
 
     Returns:
-        (R, C, num_bins) in the dtype of features; coordinates are always float32, sums at least float32.
+        (R, C, num_bins) in the dtype of features, as the transposed view of a contiguous (R, num_bins, C) tensor: a
+        linear layer over (bin, channel) reads ``out.transpose(1, 2).flatten(1)`` without a copy. Coordinates are always
+        float32, and which side of -1 or T a sample falls on is the same in every form; sums are at least float32.
 
     Raises:
         ValueError: a wrong shape, dtype or device, num_bins < 1, sampling_ratio < 0, or, among the ROI values, a
-            number that is not finite or a batch index outside [0, B).
+            number (or a length) that is not finite or a batch index outside [0, B).
 
-    Reference form (no dispatcher operator yet): this calls the definition, ``temporal_roi_align_reference``. Its time
-    and its memory under autograd grow with the longest ROI's sample count, and on a GPU each call waits for the device
-    to check the ROIs and to count the samples.
+    The gradient is a sum in a fixed order, without atomics, and for it only the ROIs are saved; differentiable once. On
+    a GPU each call waits for the device to check the ROIs.
     """
     if features.dim() != 3 or not features.is_floating_point():
         raise ValueError(
@@ -53,9 +55,64 @@ def temporal_roi_align(features: Tensor, rois: Tensor, num_bins: int, sampling_r
     if sampling_ratio < 0:
         raise ValueError(f"temporal_roi_align: sampling_ratio must be 0 (adaptive) or more, got {sampling_ratio}")
     rois = rois.detach()
-    batch = rois[:, 0]
-    if not bool((rois.isfinite().all() & (batch >= 0).all() & (batch < features.shape[0]).all()).item()):
+    batch, starts, ends = rois.unbind(1)
+    finite = starts.isfinite() & (ends - starts).isfinite()
+    if not bool((finite & (batch >= 0) & (batch < features.shape[0])).all().item()):
         raise ValueError(
             f"temporal_roi_align: rois must be finite, with a batch index in [0, {features.shape[0]}) in column 0"
         )
-    return temporal_roi_align_reference(features, rois, num_bins, sampling_ratio)
+    aligned: Tensor = torch.ops.lofi_fast.temporal_roi_align(features, rois, num_bins, sampling_ratio)
+    return aligned
+
+
+def _triton(features: Tensor, rois: Tensor, num_bins: int, sampling_ratio: int) -> Tensor:
+    from . import kernel
+
+    return kernel.temporal_roi_align(features, rois, num_bins, sampling_ratio)
+
+
+def _backward_triton(
+    grad: Tensor, rois: Tensor, batch: int, num_snippets: int, num_bins: int, sampling_ratio: int
+) -> Tensor:
+    from . import kernel
+
+    return kernel.temporal_roi_align_backward(grad, rois, batch, num_snippets, num_bins, sampling_ratio)
+
+
+def _fake(features: Tensor, rois: Tensor, num_bins: int, sampling_ratio: int) -> Tensor:
+    return features.new_empty(rois.shape[0], num_bins, features.shape[1]).transpose(1, 2)
+
+
+def _backward_fake(
+    grad: Tensor, rois: Tensor, batch: int, num_snippets: int, num_bins: int, sampling_ratio: int
+) -> Tensor:
+    return grad.new_empty(batch, num_snippets, grad.shape[1]).transpose(1, 2)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
+    features, rois, num_bins, sampling_ratio = inputs
+    ctx.save_for_backward(rois)
+    ctx.arguments = (features.shape[0], features.shape[2], num_bins, sampling_ratio)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+    (rois,) = ctx.saved_tensors
+    return torch.ops.lofi_fast.temporal_roi_align_backward(grad, rois, *ctx.arguments), None, None, None
+
+
+library.define(
+    "temporal_roi_align(Tensor features, Tensor rois, int num_bins, int sampling_ratio) -> Tensor",
+    reference.temporal_roi_align_reference,
+    _fake,
+    triton=_triton,
+)
+library.define(
+    "temporal_roi_align_backward(Tensor grad, Tensor rois, SymInt batch, SymInt num_snippets, int num_bins, "
+    "int sampling_ratio) -> Tensor",
+    reference.temporal_roi_align_backward_reference,
+    _backward_fake,
+    triton=_backward_triton,
+)
+torch.library.register_autograd(
+    "lofi_fast::temporal_roi_align", _backward, setup_context=_setup_context, lib=library.LIBRARY
+)

@@ -16,6 +16,8 @@ are: a sample that lands on -1 or T must fall on the same side in every form of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -24,14 +26,19 @@ def sample_counts(lengths: Tensor, num_bins: int, sampling_ratio: int) -> Tensor
     """g for each ROI: int64, the shape of ``lengths`` (float32 h = max(e - s, 1))."""
     if sampling_ratio > 0:
         return torch.full_like(lengths, sampling_ratio, dtype=torch.int64)
-    return torch.ceil(lengths / num_bins).to(torch.int64)
+    return torch.ceil(_bin_widths(lengths, num_bins)).to(torch.int64)
+
+
+def _bin_widths(lengths: Tensor, num_bins: int) -> Tensor:
+    """w. By a tensor: on a GPU PyTorch divides by a number through its reciprocal, which rounds to other positions."""
+    return lengths / torch.full_like(lengths, num_bins)
 
 
 def sample_positions(
     starts: Tensor, lengths: Tensor, counts: Tensor, bins: Tensor, samples: Tensor, num_bins: int
 ) -> Tensor:
     """t(p, i) in snippet index units, float32; s, h, g, p and i broadcast against each other."""
-    width = lengths / num_bins
+    width = _bin_widths(lengths, num_bins)
     return starts + bins * width + (samples + 0.5) * width / counts
 
 
@@ -48,17 +55,43 @@ def linear_weights(positions: Tensor, num_snippets: int, dtype: torch.dtype) -> 
 
 def temporal_roi_align_reference(features: Tensor, rois: Tensor, num_bins: int, sampling_ratio: int = 0) -> Tensor:
     """Align1D of ``features`` (B, C, T) at ``rois`` (R, 3) float32 (b, s, e): (R, C, num_bins), one sample a pass."""
-    num_snippets = features.shape[2]
-    # Half-precision features are summed in float32 and rounded once, at the end.
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    features_BTC = features.transpose(1, 2)
+    dtype = _sum_dtype(features)
+    aligned_RPC = torch.zeros(len(rois), num_bins, features.shape[1], dtype=dtype, device=features.device)
     batch_R1 = rois[:, :1].to(torch.int64)
+    for index_RP, weight_RP in _taps(rois, features.shape[2], num_bins, sampling_ratio, dtype):
+        aligned_RPC = aligned_RPC + weight_RP.unsqueeze(-1) * features_BTC[batch_R1, index_RP].to(dtype)
+    return aligned_RPC.transpose(1, 2).to(features.dtype)
+
+
+def temporal_roi_align_backward_reference(
+    grad: Tensor, rois: Tensor, batch: int, num_snippets: int, num_bins: int, sampling_ratio: int
+) -> Tensor:
+    """The adjoint: ``grad`` (R, C, num_bins) to the gradient (B, C, T) of the features."""
+    channels = grad.shape[1]
+    dtype = _sum_dtype(grad)
+    sums_BTC = torch.zeros(batch * num_snippets, channels, dtype=dtype, device=grad.device)
+    batch_R1 = rois[:, :1].to(torch.int64)
+    grad_RPC = grad.transpose(1, 2).to(dtype)
+    for index_RP, weight_RP in _taps(rois, num_snippets, num_bins, sampling_ratio, dtype):
+        rows_N = (batch_R1 * num_snippets + index_RP).flatten()
+        sums_BTC.index_add_(0, rows_N, (weight_RP.unsqueeze(-1) * grad_RPC).flatten(0, 1))
+    return sums_BTC.view(batch, num_snippets, channels).transpose(1, 2).to(grad.dtype)
+
+
+def _sum_dtype(values: Tensor) -> torch.dtype:
+    """Half-precision values are summed in float32 and rounded once, at the end."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def _taps(
+    rois: Tensor, num_snippets: int, num_bins: int, sampling_ratio: int, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Snippets and their weights (R, P): the i-th sample of every bin that has one, lower tap, then upper."""
     starts_R1 = rois[:, 1:2]
     lengths_R1 = (rois[:, 2:] - starts_R1).clamp(min=1)
     counts_R1 = sample_counts(lengths_R1, num_bins, sampling_ratio)
     bins_P = torch.arange(num_bins, device=rois.device)
-
-    features_BTC = features.transpose(1, 2)
-    aligned_RPC = torch.zeros(len(rois), num_bins, features.shape[1], dtype=dtype, device=features.device)
     # Without ROIs, one pass over nothing keeps the empty result in the graph of the features.
     for sample in range(int(counts_R1.max()) if len(rois) else 1):
         positions_RP = sample_positions(
@@ -66,6 +99,5 @@ def temporal_roi_align_reference(features: Tensor, rois: Tensor, num_bins: int, 
         )
         lower, upper, lower_weight, upper_weight = linear_weights(positions_RP, num_snippets, dtype)
         taken = (sample < counts_R1).to(dtype) / counts_R1
-        for index, weight in ((lower, lower_weight), (upper, upper_weight)):
-            aligned_RPC = aligned_RPC + (weight * taken).unsqueeze(-1) * features_BTC[batch_R1, index].to(dtype)
-    return aligned_RPC.transpose(1, 2).to(features.dtype)
+        yield lower, lower_weight * taken
+        yield upper, upper_weight * taken

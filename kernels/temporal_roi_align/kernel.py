@@ -1,0 +1,251 @@
+"""Triton form of temporal_roi_align and of its gradient; both are gathers with the channels innermost.
+
+Positions must round as the reference's do, since a sample on -1 or T counts and one beside it does not: no product is
+fused with the sum after it (``fp_fusion=False``), and divisions are IEEE ones. Which samples can matter is estimated
+with some to spare, and whether they do is decided by their exact positions.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import Launch
+
+BLOCK = 128  # channels of a program
+BINS = 8  # bins of a program of the forward kernel
+ROIS = 8  # ROIs that a program of the backward kernel goes through at once
+
+
+@triton.jit
+def bins_of(rois, roi, mask, NUM_BINS: tl.constexpr, RATIO: tl.constexpr):
+    """(start, width of a bin, samples in a bin, snippets from one to the next, those to spare), float32."""
+    start = tl.load(rois + roi * 3 + 1, mask=mask, other=0.0)
+    end = tl.load(rois + roi * 3 + 2, mask=mask, other=0.0)
+    width = tl.math.div_rn(tl.maximum(end - start, 1.0), tl.full(start.shape, NUM_BINS, tl.float32))
+    count = tl.full(start.shape, RATIO, tl.float32) if RATIO > 0 else tl.math.ceil(width)
+    # The estimates below err by less than 2^-21 of the samples they count.
+    return start, width, count, width / count, 2.0 + count * NUM_BINS * 1e-6
+
+
+@triton.jit
+def position_of(start, width, count, bin_index, sample):
+    """Of a sample in a bin, in the reference's order: (s + p*w) + ((i + 0.5)*w)/g."""
+    offset = tl.math.div_rn((sample.to(tl.float32) + 0.5) * width, count)
+    return start + bin_index.to(tl.float32) * width + offset
+
+
+@triton.jit
+def taps_of(position, num_snippets, SUM: tl.constexpr):
+    """(lower snippet, its weight, weight of the next one); the lower snippet is -2 for a sample that does not count."""
+    inside = (position >= -1.0) & (position <= num_snippets)
+    clamped = tl.minimum(tl.maximum(position, 0.0), num_snippets - 1.0)
+    lower = tl.math.floor(clamped)
+    fraction = (clamped - lower).to(SUM)
+    return tl.where(inside, lower, -2.0).to(tl.int64), 1.0 - fraction, fraction
+
+
+@triton.jit
+def whole(value, limit):
+    """A number of samples, at least 0 and at most ``limit``, for loops: no count comes near 2^62."""
+    return tl.minimum(tl.minimum(tl.maximum(value, 0.0), limit), 4611686018427387904.0).to(tl.int64)
+
+
+@triton.jit
+def align_kernel(
+    features,
+    rois,
+    out,
+    num_batches,
+    num_snippets,
+    channels,
+    NUM_BINS: tl.constexpr,
+    RATIO: tl.constexpr,
+    SUM: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    PARTS: tl.constexpr = (NUM_BINS + BINS - 1) // BINS
+    roi = (tl.program_id(0) // PARTS).to(tl.int64)
+    bins = tl.program_id(0) % PARTS * BINS + tl.arange(0, BINS)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    batch = tl.load(rois + roi * 3)
+    there = (batch >= 0.0) & (batch < num_batches)
+    rows = features + batch.to(tl.int64) * num_snippets * channels + channel[None, :]
+
+    each = bins * 0 + roi
+    start, width, count, spacing, spare = bins_of(rois, each, each >= 0, NUM_BINS, RATIO)
+    left = start + bins.to(tl.float32) * width
+    first = whole(tl.math.floor((-1.0 - left) / spacing - 0.5 - spare), count)
+    last = whole(tl.math.ceil((num_snippets - left) / spacing + 0.5 + spare), count)
+    last = tl.where(there, last, first)
+
+    sums = tl.zeros((BINS, BLOCK), SUM)
+    for step in range(0, tl.max(last - first)):
+        sample = first + step
+        lower, lower_weight, upper_weight = taps_of(position_of(start, width, count, bins, sample), num_snippets, SUM)
+        lower = tl.where(sample < last, lower, -2)
+        place = lower[:, None] * channels
+        limit = tl.where(lower >= 0, channels, 0)
+        x = tl.load(rows + place, mask=channel[None, :] < limit[:, None], other=0.0)
+        sums += lower_weight[:, None] * x.to(SUM)
+        # A snippet that weighs nothing has no influence, be it NaN; nor is there one after the last.
+        limit = tl.where((lower >= 0) & (upper_weight > 0.0), channels, 0)
+        x = tl.load(rows + (place + channels), mask=channel[None, :] < limit[:, None], other=0.0)
+        sums += upper_weight[:, None] * x.to(SUM)
+    sums *= (1.0 / count.to(SUM))[:, None]
+    limit = tl.where(bins < NUM_BINS, channels, 0)
+    to = out + (roi * NUM_BINS + bins)[:, None] * channels + channel[None, :]
+    tl.store(to, sums.to(out.dtype.element_ty), mask=channel[None, :] < limit[:, None])
+
+
+@triton.jit
+def align_backward_kernel(
+    grad,
+    rois,
+    order,
+    offsets,
+    out,
+    num_snippets,
+    channels,
+    NUM_BINS: tl.constexpr,
+    RATIO: tl.constexpr,
+    SUM: tl.constexpr,
+    ROIS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One snippet: the sum over the ROIs of its batch element, ROIS at a time, of the samples it has a part in."""
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // num_snippets
+    snippet = row % num_snippets
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    last_roi = tl.load(offsets + batch + 1)
+
+    sums = tl.zeros((ROIS, BLOCK), SUM)
+    for chunk in range(tl.load(offsets + batch), last_roi, ROIS):
+        place = chunk + tl.arange(0, ROIS)
+        there = place < last_roi
+        roi = tl.load(order + place, mask=there, other=0)
+        start, width, count, spacing, spare = bins_of(rois, roi, there, NUM_BINS, RATIO)
+        # All samples of a ROI are equally spaced; those within one snippet of this one have a part of it.
+        middle = (snippet.to(tl.float32) - start) / spacing - 0.5
+        reach = 1.0 / spacing + spare
+        first = whole(tl.math.floor(middle - reach), count * NUM_BINS)
+        last = whole(tl.math.ceil(middle + reach) + 1.0, count * NUM_BINS)
+        last = tl.where(there, last, first)
+        # first // count and first % count; the quotient of floats is at most one off.
+        each_bin = count.to(tl.int64)
+        bins = tl.math.floor(first.to(tl.float32) / count).to(tl.int64)
+        sample = first - bins * each_bin
+        correction = tl.where(sample < 0, -1, tl.where(sample >= each_bin, 1, 0))
+        bins += correction
+        sample -= correction * each_bin
+        share = 1.0 / count.to(SUM)
+        for step in range(0, tl.max(last - first)):
+            lower, lower_weight, upper_weight = taps_of(
+                position_of(start, width, count, bins, sample), num_snippets, SUM
+            )
+            lower = tl.where(first + step < last, lower, -2)
+            weight = tl.where(lower == snippet, lower_weight, tl.where(lower + 1 == snippet, upper_weight, 0.0))
+            limit = tl.where(weight > 0.0, channels, 0)
+            from_grad = grad + (roi * NUM_BINS + bins)[:, None] * channels + channel[None, :]
+            x = tl.load(from_grad, mask=channel[None, :] < limit[:, None], other=0.0)
+            sums += (weight * share)[:, None] * x.to(SUM)
+            sample += 1
+            bins += tl.where(sample == each_bin, 1, 0)
+            sample = tl.where(sample == each_bin, 0, sample)
+    total = tl.sum(sums, axis=0)
+    tl.store(out + row * channels + channel, total.to(out.dtype.element_ty), mask=channel < channels)
+
+
+def _constants(num_bins: int, sampling_ratio: int, dtype: torch.dtype) -> dict[str, object]:
+    sum_dtype = tl.float64 if dtype == torch.float64 else tl.float32
+    return {"NUM_BINS": num_bins, "RATIO": sampling_ratio, "SUM": sum_dtype, "BLOCK": BLOCK}
+
+
+def align_launch(features_BTC: Tensor, rois: Tensor, out_RPC: Tensor, sampling_ratio: int) -> Launch:
+    """All contiguous."""
+    batch, num_snippets, channels = features_BTC.shape
+    num_rois, num_bins, _ = out_RPC.shape
+    bins = min(BINS, triton.next_power_of_2(num_bins))
+    return Launch(
+        align_kernel,
+        (num_rois * triton.cdiv(num_bins, bins), triton.cdiv(channels, BLOCK)),
+        {
+            "features": features_BTC,
+            "rois": rois,
+            "out": out_RPC,
+            "num_batches": batch,
+            "num_snippets": num_snippets,
+            "channels": channels,
+        },
+        {"BINS": bins} | _constants(num_bins, sampling_ratio, features_BTC.dtype),
+        num_warps=max(bins * BLOCK // 256, 1),
+        fp_fusion=False,
+    )
+
+
+def align_backward_launch(
+    grad_RPC: Tensor, rois: Tensor, order: Tensor, offsets: Tensor, out_BTC: Tensor, sampling_ratio: int
+) -> Launch:
+    """All contiguous. ``order`` (R,) lists the ROIs by batch element, b's from ``offsets[b]`` (B + 1,) on; int64."""
+    batch, num_snippets, channels = out_BTC.shape
+    return Launch(
+        align_backward_kernel,
+        (batch * num_snippets, triton.cdiv(channels, BLOCK)),
+        {
+            "grad": grad_RPC,
+            "rois": rois,
+            "order": order,
+            "offsets": offsets,
+            "out": out_BTC,
+            "num_snippets": num_snippets,
+            "channels": channels,
+        },
+        {"ROIS": ROIS} | _constants(grad_RPC.shape[1], sampling_ratio, grad_RPC.dtype),
+        num_warps=4 if grad_RPC.itemsize == 2 else 8,
+        fp_fusion=False,
+    )
+
+
+def temporal_roi_align(features: Tensor, rois: Tensor, num_bins: int, sampling_ratio: int) -> Tensor:
+    out_RPC = features.new_empty(len(rois), num_bins, features.shape[1])
+    align_launch(features.transpose(1, 2).contiguous(), rois.contiguous(), out_RPC, sampling_ratio).run()
+    return out_RPC.transpose(1, 2)
+
+
+def temporal_roi_align_backward(
+    grad: Tensor, rois: Tensor, batch: int, num_snippets: int, num_bins: int, sampling_ratio: int
+) -> Tensor:
+    batches, order = torch.sort(rois[:, 0], stable=True)
+    offsets = torch.searchsorted(batches, torch.arange(batch + 1, dtype=batches.dtype, device=batches.device))
+    out_BTC = grad.new_empty(batch, num_snippets, grad.shape[1])
+    align_backward_launch(
+        grad.transpose(1, 2).contiguous(), rois.contiguous(), order, offsets, out_BTC, sampling_ratio
+    ).run()
+    return out_BTC.transpose(1, 2)
+
+
+def examples() -> dict[str, Launch]:
+    """G-TAD's inner and context bins at every proposal of 100 snippets; RoI pooling of few, wide features."""
+    launches = {}
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    cases = [(dtype, 256, 32, 0) for dtype in (half, brain, single)]
+    cases += [(single, 256, 4, 0), (brain, 512, 16, 2), (brain, 100, 16, 0)]
+    for dtype, channels, num_bins, ratio in cases:
+        features, rois = empty(2, 100, channels, dtype=dtype), empty(10100, 3, dtype=single)
+        aligned = empty(10100, num_bins, channels, dtype=dtype)
+        order, offsets = empty(10100, dtype=torch.int64), empty(3, dtype=torch.int64)
+        name = {half: "fp16", brain: "bf16", single: "fp32"}[dtype]
+        shape = f"{name} 100x{channels} {num_bins} bins {f'ratio {ratio}' if ratio else 'adaptive'}"
+        launches[f"temporal_roi_align {shape}"] = align_launch(features, rois, aligned, ratio)
+        launches[f"temporal_roi_align backward {shape}"] = align_backward_launch(
+            aligned, rois, order, offsets, features, ratio
+        )
+    return launches
