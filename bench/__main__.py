@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
-from bench import job, tables
 from bench.rows import RESULTS, ROOT, read_rows
 from lofi_fast.errors import InputError
+from lofi_fast.memory.meter import settle_allocator
 
-COMMANDS = {"job": job.main, "tables": tables.main}
+# Each is a module of this package, imported only when asked for: operators are measured on machines without decoders.
+COMMANDS = {
+    "ops": ("[options]", "every operator against plain PyTorch: time, memory, share of the machine's copy bandwidth"),
+    "kernels": (
+        "[--save]",
+        "every Triton kernel compiled for GPUs that need not be there: registers, spills, accesses",
+    ),
+    "job": ("[options] -- <arguments of lofi_fast.train>", "train as a user would and append a row for each seed"),
+    "tables": ("[--check]", "make the README's tables from the rows"),
+}
+IN_PROCESS = ("ops",)  # they measure themselves, so they need the allocator that training runs with
 
 
 def overview() -> str:
     """The commands, and the rows that were measured so far."""
-    lines = [
-        job.USAGE,
-        "    train as a user would and append a row for each seed; --help lists the options",
-        "python -m bench tables [--check]",
-        "    make the README's tables from the rows",
-        "",
-    ]
+    lines = []
+    for name, (arguments, what) in COMMANDS.items():
+        lines += [f"python -m bench {name} {arguments}", f"    {what}"]
+    lines += ["--help after a command lists its options.", ""]
     for path in sorted(RESULTS.glob("*.jsonl")):
         dates = [str(row["date"]) for row in read_rows(path)]
         lines.append(f"{path.relative_to(ROOT)}: {len(dates)} rows, the newest of {max(dates, default='never')}")
@@ -30,14 +38,17 @@ def overview() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 when done, 1 for tables out of date, 2 for what the user can mend, or a failed training's status."""
+    """0 when done, 1 for what does not hold (tables out of date, a gate not passed), 2 for what the user can mend, or a
+    failed training's status.
+    """
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(overview())
             return 0
         if argv[0] not in COMMANDS:
             raise InputError(f"no measurement is called {argv[0]}; there are: {', '.join(COMMANDS)}")
-        return COMMANDS[argv[0]](argv[1:])
+        status: int = importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
+        return status
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -46,4 +57,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] and sys.argv[1] in IN_PROCESS:
+        settle_allocator("bench", sys.argv[1:])
     sys.exit(main(sys.argv[1:]))

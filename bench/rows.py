@@ -8,12 +8,16 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
+import lofi_fast
 from lofi_fast.errors import InputError
+from lofi_fast.memory.meter import open_meter
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -67,6 +71,28 @@ def environment() -> Row:
         "commit": commit or "unknown",
         "dirty": bool(_git("status", "--porcelain", "--", ".", *WRITTEN_BY_BENCH)) if commit else None,
     }
+
+
+def software(device: torch.device, threads: int) -> Row:
+    """What a measurement on ``device`` ran with: the device in words, its free bytes, CPU threads, versions."""
+    versions = {"lofi_fast": lofi_fast.__version__, "python": platform.python_version()}
+    for package in ("torch", "triton"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    if device.type == "cuda":
+        versions["cuda"] = str(torch.version.cuda)
+        versions["driver"] = _driver()
+    meter = open_meter(device)
+    return {"device": meter.device, "threads": threads, "free": meter.available() - meter.own(), "versions": versions}
+
+
+def _driver() -> str:
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].partition("  ")[2].split()[0]
+    except (OSError, IndexError):
+        return "unknown"
 
 
 def _processor() -> str:

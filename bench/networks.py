@@ -1,0 +1,164 @@
+"""Forms of the encoder and of a whole training step that `bench memory` and `bench step` compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.gate import GateError
+from bench.peers.network import DenseHead, checkpointed, plain_features
+from lofi_fast.config import EncoderName, HeadConfig
+from lofi_fast.encoder.lean import default_chunk, encode
+from lofi_fast.encoder.resnet import TSMResNet
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET
+from lofi_fast.head.gtad import GTAD
+from lofi_fast.head.loss import Counts, tal_loss
+from lofi_fast.head.targets import Targets, make_targets
+
+CLASSES = 200  # ActivityNet's
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# ||gradient - plain gradient|| / ||plain gradient||, the mean over parameters. In float64 they agree to 1e-12 (tests);
+# here the random network's own rounding is what remains.
+LARGEST = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One forward and backward of the encoder alone, in several forms."""
+
+    encoder: TSMResNet
+    frames: Tensor
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(name: EncoderName, num_frames: int, side: int, dtype: str, device: torch.device) -> Encoded:
+        torch.manual_seed(0)
+        encoder = TSMResNet(name)
+        encoder.freeze_batchnorm()
+        encoder.train().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        frames = torch.randint(0, 256, (num_frames, side, side, 3), dtype=torch.uint8, device=device)
+        return Encoded(encoder, frames, DTYPES[dtype])
+
+    def forms(self) -> dict[str, Callable[[], Tensor]]:
+        """Name -> features. The first is plain PyTorch."""
+        snippets = len(self.frames) // FRAMES_PER_SNIPPET
+        chunk = min(default_chunk(FRAMES_PER_SNIPPET, self.frames.shape[1]), snippets)
+        lean = partial(encode, self.encoder, self.frames, FRAMES_PER_SNIPPET)
+        plain = partial(plain_features, self.encoder, self.frames, FRAMES_PER_SNIPPET)
+        forms: dict[str, Callable[[], Tensor]] = {
+            "plain PyTorch": plain,
+            "plain, checkpointed": partial(checkpointed, self.encoder, self.frames, FRAMES_PER_SNIPPET, chunk),
+            "lean, one graph": partial(lean, chunk=snippets),
+            "lean": lean,
+            "lean, recompute": partial(lean, recompute=True),
+        }
+        if self.frames.is_cuda:
+            compiled = torch.compile(plain_features)
+            forms["torch.compile"] = partial(compiled, self.encoder, self.frames, FRAMES_PER_SNIPPET)
+        return forms
+
+    def step(self, form: str) -> None:
+        """Forward and backward; the gradients of the step before are dropped first."""
+        self.encoder.zero_grad(set_to_none=True)
+        self.features(form).sum().backward()
+
+    def features(self, form: str) -> Tensor:
+        with torch.autocast(self.frames.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+            return self.forms()[form]()
+
+    def gate(self, names: Iterable[str]) -> None:
+        """Raise GateError unless the gradients of every form are those of plain PyTorch."""
+        _gate(self.encoder, self.step, names, "plain PyTorch", self.dtype)
+
+
+@dataclass(frozen=True)
+class WholeStep:
+    """Encoder, head and loss of one video, forward and backward: plain blocks and the dense-matrix SGAlign, or ours."""
+
+    encoder: TSMResNet
+    head: GTAD
+    dense: DenseHead
+    frames: Tensor
+    targets: Targets
+    counts: Counts
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(name: EncoderName, num_snippets: int, side: int, dtype: str, device: torch.device) -> WholeStep:
+        encoded = Encoded.of(name, num_snippets * FRAMES_PER_SNIPPET, side, dtype, device)
+        config = HeadConfig()
+        head = GTAD(config, encoded.encoder.num_features, CLASSES, num_snippets).to(device)
+        edges = np.arange(num_snippets + 1.0)
+        segments = np.array([[0.1, 0.3], [0.5, 0.9]]) * num_snippets
+        label = make_targets(
+            edges, segments, np.array([3, 7]), num_snippets, CLASSES, np.random.default_rng(0), with_zero=False
+        )
+        counts = Counts.of([label], CLASSES, config.positive_iou)
+        targets = Targets.stack([label], device)
+        dense = DenseHead(head, num_snippets).to(device)
+        return WholeStep(encoded.encoder, head, dense, encoded.frames, targets, counts, encoded.dtype)
+
+    FORMS = ("plain PyTorch, dense SGAlign", "lean", "lean, recompute")
+
+    def step(self, form: str) -> None:
+        plain = form == self.FORMS[0]
+        self.encoder.zero_grad(set_to_none=True)
+        self.head.zero_grad(set_to_none=True)
+        with torch.autocast(self.frames.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+            if plain:
+                features_NC = plain_features(self.encoder, self.frames, FRAMES_PER_SNIPPET)
+            else:
+                recompute = form == self.FORMS[2]
+                features_NC = encode(self.encoder, self.frames, FRAMES_PER_SNIPPET, recompute=recompute)
+            output = (self.dense if plain else self.head)(features_NC.t().unsqueeze(0))
+        tal_loss(output, self.targets, self.counts, positive_iou=0.9, class_weight=1.0).total.backward()
+
+    def head_step(self, form: str, features_BCL: Tensor) -> None:
+        """The head and its loss alone, with the gradient of the features."""
+        self.head.zero_grad(set_to_none=True)
+        features_BCL.grad = None
+        with torch.autocast(self.frames.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+            output = (self.dense if form == self.FORMS[0] else self.head)(features_BCL)
+        tal_loss(output, self.targets, self.counts, positive_iou=0.9, class_weight=1.0).total.backward()
+
+    def gate(self) -> None:
+        _gate(nn.ModuleList([self.encoder, self.head]), self.step, self.FORMS, self.FORMS[0], self.dtype)
+
+
+def _gate(module: nn.Module, step: Callable[[str], None], names: Iterable[str], plain: str, dtype: torch.dtype) -> None:
+    def gradients(name: str) -> dict[str, Tensor]:
+        step(name)
+        return {key: p.grad.clone() for key, p in module.named_parameters() if p.grad is not None}
+
+    expected = gradients(plain)
+    for name in names:
+        found = gradients(name)
+        if found.keys() != expected.keys():
+            raise GateError(f"{name}: gradients of other parameters than {plain}'s")
+        errors = [(found[k] - expected[k]).norm() / expected[k].norm().clamp(min=1e-20) for k in expected]
+        error = float(torch.stack(errors).mean())
+        if not error <= LARGEST[dtype]:
+            raise GateError(f"{name}: its gradients differ from {plain}'s by {error:.1e} of their norm")
+
+
+def kept_bytes(module: nn.Module, features: Callable[[], Tensor]) -> int:
+    """What autograd holds between forward and backward: every storage once, parameters and buffers excluded."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = features()
+    del kept
+    return sum(storages.values())

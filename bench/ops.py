@@ -1,0 +1,223 @@
+"""Operators against what people would otherwise use: on a CPU the C++ forms, on a GPU the Triton forms.
+
+Every case passes the gate first: all forms equal the definition, ours at most twice as far from it as plain PyTorch at
+the same dtype. Then times (`bench.measure`), and the peak memory of forward with backward above the start: of each form
+in a process of its own on a CPU, by torch's allocator on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from bench.cases import Case, Form, Problem, cases, form_of, forward, forward_backward
+from bench.gate import GateError, check_close, check_copies
+from bench.measure import ROOF, Stopwatch, in_child, interleaved, peak_above_start, roof, spread
+from bench.rows import RESULTS, Row, append_row, environment, software
+from bench.tables import aligned
+from lofi_fast.errors import InputError
+from lofi_fast.kernels import describe
+from lofi_fast.memory.meter import is_out_of_memory
+from lofi_fast.precision import choose_device
+
+USAGE = "python -m bench ops [options]"
+PASSES = ("forward", "forward_backward")
+SECONDS = 6.0  # that one form may take in one pass, at least three rounds: slow peers run fewer rounds
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, append rows, print a table; 0, or 1 when a case did not pass the gate."""
+    args = _parser().parse_args(argv)
+    device = choose_device(args.device)
+    chosen = _chosen(cases(device, args.quick), args.only)
+    if args.threads < 1 or (args.rounds is not None and args.rounds < 1):
+        raise InputError("--threads and --rounds must be at least 1")
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in every form
+    rounds = args.rounds or (3 if args.quick else 15)
+    start = environment() | software(device, args.threads) | {"quick": args.quick}
+    changed = " with changes" if start["dirty"] else ""
+    print(f"{start['device']}, {args.threads} thread(s), commit {start['commit'][:7]}{changed}")
+    print(f"kernels: {describe(device.type)}")
+    stopwatch = Stopwatch(device)
+    rows: list[Row] = []
+    failed = 0
+    for number, case in enumerate(chosen, start=1):
+        name = " ".join(case.key)
+        print(f"[{number}/{len(chosen)}] {name}: ", end="", flush=True)
+        try:
+            new = measure(case, device, stopwatch, rounds, args.quick)
+        except GateError as error:
+            print(f"does not pass the gate, and is not measured: {error}", flush=True)
+            failed += 1
+            continue
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print("not measured: it needs more memory than there is", flush=True)
+            continue
+        for row in new:
+            append_row(args.results, {"bench": "ops"} | row | start)
+        rows += new
+    print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
+    if failed:
+        print(f"error: {failed} of {len(chosen)} cases do not pass the gate", file=sys.stderr)
+    return min(failed, 1)
+
+
+def measure(case: Case, device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bool = False) -> list[Row]:
+    """A row for each form, ours first. Raises GateError."""
+    problem = case.problem(device)
+    gate(problem)
+    forms = {form_of(case.op, device): problem.ours} | problem.peers
+    ours = next(iter(forms))
+    rows = {name: _row(case, name, name == ours) for name in forms}
+    if case.timed:
+        for step in PASSES:
+            if step == "forward_backward" and not problem.ours.grads:
+                continue
+            for name, timed in _time(problem, forms, step, device, stopwatch, rounds).items():
+                rows[name][step] = timed
+    for name in forms:
+        rows[name]["peak"] = peak(case, name if name != ours else None, problem, device, quick)
+    print(_line(rows, ours), flush=True)
+    for name, reason in problem.left_out.items():
+        print(f"    without {name}: {reason}", flush=True)
+    return list(rows.values())
+
+
+def gate(problem: Problem) -> None:
+    """Raise GateError unless every form computes the operator."""
+    exact, exact_grads = problem.exact()
+    plain = None if problem.plain is None else tuple(chain(*problem.plain()))
+    for name, form in (*problem.peers.items(), ("ours", problem.ours)):
+        found, expected = tuple(chain(*forward_backward(form))), (*exact, *exact_grads)
+        if problem.copies:
+            check_copies(name, found, expected)
+        else:
+            check_close(name, found, expected, plain if form is problem.ours else None)
+            plain = found if plain is None else plain
+
+
+def peak(case: Case, name: str | None, problem: Problem, device: torch.device, quick: bool) -> int | None:
+    """Bytes above the start of a form (None: ours) in forward with backward, or forward where there is no backward."""
+    if device.type == "cuda":
+        return _peak(problem, name, device)
+    measured: int | None = in_child(_peak_in_child, case.key, name, quick, torch.get_num_threads())
+    return measured
+
+
+def _peak_in_child(key: tuple[str, str, str], name: str | None, quick: bool, threads: int) -> int:
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    case = next(case for case in cases(device, quick) if case.key == key)
+    return _peak(case.problem(device), name, device)
+
+
+def _peak(problem: Problem, name: str | None, device: torch.device) -> int:
+    form = problem.ours if name is None else problem.peers[name]
+    return peak_above_start(partial(forward_backward, form), device)
+
+
+def _time(
+    problem: Problem, forms: dict[str, Form], step: str, device: torch.device, stopwatch: Stopwatch, rounds: int
+) -> dict[str, Row]:
+    """Of each form: milliseconds, rate and share of the roof, and how many times as long as ours it took."""
+    copy, copied = roof(device)
+    run: Callable[[Form], object] = forward if step == "forward" else forward_backward
+    calls: dict[str, Callable[[], object]] = {name: partial(run, form) for name, form in forms.items()}
+    samples = interleaved(calls | {ROOF: copy}, stopwatch, rounds, SECONDS)
+    roof_rate = copied / spread(samples[ROOF]).median
+    moved = problem.bytes_forward
+    if step == "forward_backward" and moved is not None:
+        moved = None if problem.bytes_backward is None else moved + problem.bytes_backward
+    ours = samples[next(iter(forms))]
+    found = {}
+    for name in forms:
+        seconds = spread(samples[name])
+        # Of the same round, so that a moment in which the machine was slow counts on both sides.
+        ratios = spread([theirs / mine for theirs, mine in zip(samples[name], ours, strict=False)])
+        found[name] = {
+            "ms": [_digits(1e3 * value) for value in (seconds.median, seconds.p20, seconds.p80)],
+            "rounds": len(samples[name]),
+            "times_ours": [_digits(value) for value in (seconds.median / spread(ours).median, ratios.p20, ratios.p80)],
+            "bytes": moved,
+            "gbs": None if moved is None else _digits(moved / seconds.median / 1e9),
+            "roof_gbs": _digits(roof_rate / 1e9),
+            "of_roof": None if moved is None else _digits(moved / seconds.median / roof_rate),
+        }
+    return found
+
+
+def _digits(value: float) -> float:
+    """Four of them: a measurement has no more."""
+    return float(f"{value:.4g}")
+
+
+def _row(case: Case, form: str, ours: bool) -> Row:
+    op, shape, dtype = case.key
+    return {
+        "op": op,
+        "shape": shape,
+        "dtype": dtype,
+        "form": form,
+        "ours": ours,
+        "forward": None,
+        "forward_backward": None,
+    }
+
+
+def _line(rows: dict[str, Row], ours: str) -> str:
+    """Progress: ours in milliseconds, and how many times as long the others take."""
+    parts = []
+    for step in PASSES:
+        if (mine := rows[ours][step]) is not None:
+            others = (f"{name} {row[step]['times_ours'][0]:.1f}x" for name, row in rows.items() if name != ours)
+            parts.append(f"{step.replace('_', ' + ')} {mine['ms'][0]:.2f} ms, {', '.join(others)}")
+    return "; ".join(["gate passed", *parts])
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Rows as aligned text: milliseconds (how many times ours), share of the copy roof, MiB."""
+    lines = [("op", "shape", "dtype", "form", "forward ms", "", "roof", "+ backward ms", "", "roof", "peak MiB")]
+    for row in rows:
+        cells = [row["op"], row["shape"], row["dtype"], row["form"]]
+        for step in PASSES:
+            timed = row[step]
+            if timed is None:
+                cells += ["", "", ""]
+            else:
+                share = "" if timed["of_roof"] is None else f"{100 * timed['of_roof']:.0f}%"
+                cells += [f"{timed['ms'][0]:.2f}", f"{timed['times_ours'][0]:.1f}x", share]
+        lines.append((*cells, "" if row["peak"] is None else f"{row['peak'] / 2**20:.1f}"))
+    return aligned(lines, text=4)
+
+
+def _chosen(found: Sequence[Case], only: str | None) -> list[Case]:
+    if only is None:
+        return list(found)
+    known = list(dict.fromkeys(case.op for case in found))
+    names = [name.strip() for name in only.split(",")]
+    for name in names:
+        if name not in known:
+            raise InputError(f'--only "{only}": no operator is called {name!r}; there are: {", ".join(known)}')
+    return [case for case in found if case.op in names]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench ops", usage=USAGE, description=__doc__)
+    parser.add_argument("--only", metavar="NAME,...", help="operators to measure (default: all)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--rounds", type=int, help="rounds of each comparison (default: 15; with --quick 3)")
+    parser.add_argument("--quick", action="store_true", help="small shapes: does everything run? says nothing of speed")
+    parser.add_argument("--results", type=Path, default=RESULTS / "ops.jsonl", help="file of rows to append to")
+    return parser

@@ -1,0 +1,85 @@
+"""Two other ways to a linear layer over the ROI-aligned features of every proposal; both form those features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lofi_fast.kernels import ProposalGrid, temporal_roi_align
+from lofi_fast.kernels.temporal_roi_align import temporal_roi_align_reference
+
+CHUNK = 256  # ROIs at once, so that what the definition sums stays in the processor's cache
+
+
+def batched_rois(grid: ProposalGrid, batch: int, device: torch.device | None = None) -> Tensor:
+    """The grid's ROIs for every element of a batch: (batch * cells, 3) float32, batch index first."""
+    index = torch.arange(batch, dtype=torch.float32).repeat_interleave(grid.num_cells).unsqueeze(1)
+    return torch.cat([index, grid.rois.repeat(batch, 1)], dim=1).to(device)
+
+
+def sampling_matrix(grid: ProposalGrid, dtype: torch.dtype) -> Tensor:
+    """(L, R, cells) on the CPU: the alignment is linear, so this is its definition, applied to the identity matrix."""
+    identity = torch.eye(grid.num_snippets, dtype=torch.float64).unsqueeze(0)
+    matrix = torch.empty(grid.num_snippets, grid.num_bins, grid.num_cells, dtype=dtype)
+    for part in torch.arange(grid.num_cells).split(CHUNK):
+        rois = F.pad(grid.rois[part], (1, 0))  # of batch element 0
+        matrix[:, :, part] = temporal_roi_align_reference(identity, rois, grid.num_bins).permute(1, 2, 0).to(dtype)
+    return matrix
+
+
+class DenseSampling:
+    """BMN's boundary-matching layer (Lin et al. 2019, section 3.2), with the sampling rules of ``grids``.
+
+    Each source's features (B, C, L) @ a dense matrix (L, R*D*L), then a convolution over (C, R) at every (d, s). Cells
+    that would end after the video are sampled and convolved as well, as zeros; the last step leaves them out.
+    """
+
+    def __init__(self, grids: Sequence[ProposalGrid], like: Tensor) -> None:
+        self.shape = (grids[0].max_duration, grids[0].num_snippets)
+        d, s = grids[0].cells.unbind(1)
+        cells = d * grids[0].num_snippets + s
+        self.matrices = []
+        for grid in grids:
+            matrix = torch.zeros(grid.num_snippets, grid.num_bins, grid.max_duration * grid.num_snippets)
+            matrix[:, :, cells] = sampling_matrix(grid, torch.float32)
+            self.matrices.append(matrix.flatten(1).to(like))
+        self.cells = cells.to(like.device)
+
+    def __call__(self, features: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor) -> Tensor:
+        """(B, O, cells)."""
+        out = None
+        for source, matrix, weight in zip(features, self.matrices, weights, strict=True):
+            aligned = torch.matmul(source, matrix).view(len(source), -1, *self.shape)
+            kernel = weight.reshape(len(weight), -1, 1, 1)
+            part = F.conv2d(aligned, kernel, bias if out is None else None)
+            out = part if out is None else out + part
+        assert out is not None
+        return out.flatten(2).index_select(2, self.cells)
+
+    @staticmethod
+    def nbytes(grids: Sequence[ProposalGrid], like: Tensor) -> int:
+        """Of the sampling matrices, and of the aligned features with their gradients."""
+        batch, channels, length = like.shape
+        columns = sum(grid.num_bins for grid in grids) * grids[0].max_duration * length
+        return like.itemsize * columns * (length + 2 * batch * channels)
+
+
+class Materialised:
+    """The ROI-align kernel at the valid cells of ``grids`` alone, then one matrix product for each source."""
+
+    def __init__(self, grids: Sequence[ProposalGrid], like: Tensor) -> None:
+        self.batch = len(like)
+        self.bins = [grid.num_bins for grid in grids]
+        self.rois = [batched_rois(grid, len(like), like.device) for grid in grids]
+
+    def __call__(self, features: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor) -> Tensor:
+        """(B, O, cells)."""
+        out = bias
+        for source, rois, bins, weight in zip(features, self.rois, self.bins, weights, strict=True):
+            aligned = temporal_roi_align(source, rois, bins)
+            rows = aligned.transpose(1, 2).flatten(1)  # as the kernel writes them: a view
+            out = torch.addmm(out, rows, weight.transpose(1, 2).flatten(1).t())
+        return out.view(self.batch, -1, len(bias)).transpose(1, 2)

@@ -1,0 +1,130 @@
+"""Time of a training step, ours beside plain PyTorch: the encoder alone, the head alone, and all of it with the loss.
+
+Every case passes the gate first: the gradients of all forms agree. Forms alternate within one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench.gate import GateError
+from bench.measure import Stopwatch, in_child, interleaved, peak_above_start, spread
+from bench.networks import Encoded, WholeStep
+from bench.rows import RESULTS, Row, append_row, environment, software
+from bench.tables import aligned
+from lofi_fast.errors import InputError
+from lofi_fast.precision import choose_device
+
+USAGE = "python -m bench step [options]"
+ENCODER = ((64, 112), (64, 224), (256, 112))  # frames, side
+SNIPPETS, SIDE = 100, 112  # of the whole step
+SECONDS = 60.0  # that one form may take, at least three rounds
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, append rows, print a table; 0, or 1 when a form did not pass the gate."""
+    args = _parser().parse_args(argv)
+    if args.threads < 1 or args.rounds < 1:
+        raise InputError("--threads and --rounds must be at least 1")
+    device = choose_device(args.device)
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False
+    start = environment() | software(device, args.threads) | {"quick": args.quick}
+    print(f"{start['device']}; {args.threads} thread(s); commit {start['commit'][:7]}")
+    rows: list[Row] = []
+    stopwatch = Stopwatch(device)
+    try:
+        for part in (encoder_steps, whole_step):
+            for row in part(device, stopwatch, args.rounds, args.quick):
+                append_row(args.results, {"bench": "step"} | row | start)
+                rows.append(row)
+    except GateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
+    return 0
+
+
+def encoder_steps(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bool) -> Iterator[Row]:
+    """Forward and backward of TSM-R18; in bf16 the float32 lean form runs beside the others."""
+    for frames, side in ((16, 64),) if quick else ENCODER:
+        single = Encoded.of("tsm_r18", frames, side, "float32", device)
+        for dtype in ("float32", "bfloat16"):
+            case = single if dtype == "float32" else Encoded.of("tsm_r18", frames, side, dtype, device)
+            case.gate(case.forms())
+            calls: dict[str, Callable[[], object]] = {name: partial(case.step, name) for name in case.forms()}
+            if dtype != "float32":
+                calls["lean, float32"] = partial(single.step, "lean")
+            what = f"encoder, {frames} frames of {side} px"
+            yield from _rows(what, dtype, calls, stopwatch, rounds)
+
+
+def whole_step(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bool) -> Iterator[Row]:
+    """TSM-R18, G-TAD and the loss of one video."""
+    snippets, side = (12, 32) if quick else (SNIPPETS, SIDE)
+    case = WholeStep.of("tsm_r18", snippets, side, "float32", device)
+    case.gate()
+    features = torch.randn(1, case.encoder.num_features, snippets, device=device, requires_grad=True)
+    heads = {name: partial(case.head_step, name, features) for name in case.FORMS[:2]}
+    yield from _rows(f"head and loss, L={snippets}", "float32", heads, stopwatch, rounds)
+    steps = {name: partial(case.step, name) for name in case.FORMS}
+    rows = list(_rows(f"whole step, {snippets} snippets of {side} px", "float32", steps, stopwatch, rounds))
+    del case, features, heads, steps
+    for row in rows:
+        arguments = (snippets, side, row["form"], str(device), torch.get_num_threads())
+        row["peak"] = in_child(_peak, *arguments) if device.type == "cpu" else _peak(*arguments)
+        yield row
+
+
+def _peak(snippets: int, side: int, form: str, device: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    case = WholeStep.of("tsm_r18", snippets, side, "float32", torch.device(device))
+    return peak_above_start(partial(case.step, form), case.frames.device)
+
+
+def _rows(
+    what: str, dtype: str, calls: Mapping[str, Callable[[], object]], stopwatch: Stopwatch, rounds: int
+) -> Iterator[Row]:
+    samples = interleaved(calls, stopwatch, rounds, SECONDS)
+    plain = samples[next(iter(calls))]
+    for name, seconds in samples.items():
+        ratios = [theirs / mine for theirs, mine in zip(plain, seconds, strict=False)]
+        timed = spread(seconds)
+        ratio = spread(ratios)
+        yield {
+            "step": what, "dtype": dtype, "form": name, "rounds": len(seconds),
+            "ms": [round(1e3 * value, 3) for value in (timed.median, timed.p20, timed.p80)],
+            "faster_than_plain": [round(v, 3) for v in (spread(plain).median / timed.median, ratio.p20, ratio.p80)],
+            "peak": None,
+        }  # fmt: skip
+        faster = spread(plain).median / timed.median
+        print(f"{what}, {dtype}, {name}: {1e3 * timed.median:.0f} ms, {faster:.2f}x plain", flush=True)
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [("step", "dtype", "form", "ms", "speed of plain", "peak, MiB")]
+    for row in rows:
+        median, low, high = row["faster_than_plain"]
+        peak = "" if row["peak"] is None else f"{row['peak'] / 2**20:.0f}"
+        cells = (row["step"], row["dtype"], row["form"], f"{row['ms'][0]:.0f}")
+        lines.append((*cells, f"{median:.2f}x ({low:.2f} to {high:.2f})", peak))
+    return aligned(lines, text=3)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench step", usage=USAGE, description=__doc__)
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each comparison (default: 7)")
+    parser.add_argument("--quick", action="store_true", help="small cases: does everything run? says nothing of speed")
+    parser.add_argument("--results", type=Path, default=RESULTS / "step.jsonl", help="file of rows to append to")
+    return parser
