@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lofi_fast.checkpoint import Position
 from lofi_fast.data.dataset import Sample
+from lofi_fast.encoder.lean import encode
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, FRAMES_PER_SNIPPET, Fidelity, Pattern, ladder, phase
 from lofi_fast.head.loss import Counts, LossTerms, tal_loss
@@ -22,12 +23,23 @@ from lofi_fast.run import Run, seed_of
 
 @dataclass(frozen=True)
 class Batch:
-    """The videos of one optimiser step at one fidelity."""
+    """The videos of one optimiser step at one fidelity. Their frames arrive in micro-batches, each decoded while the
+    one before it is worked on.
+    """
 
     samples: tuple[Sample, ...]
     fidelity: Fidelity
-    frames: Tensor  # uint8 (B * L * 8, side, side, 3)
     targets: tuple[Targets, ...]
+    parts: Iterator[Part]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The videos of a batch that are in memory at once."""
+
+    samples: tuple[Sample, ...]
+    targets: tuple[Targets, ...]
+    frames: Tensor  # uint8 (B * L * 8, side, side, 3)
 
 
 def targets_of(run: Run, sample: Sample, fidelity: Fidelity, stage: str, epoch: int) -> Targets:
@@ -46,29 +58,57 @@ def targets_of(run: Run, sample: Sample, fidelity: Fidelity, stage: str, epoch: 
 def batches(run: Run, epoch: int, plan: Sequence[tuple[list[Sample], Fidelity]]) -> Iterator[Batch]:
     """Decode ahead and put together the batches of `plan`, each (samples, fidelity)."""
     sampler = run.sampler
-    views = [[sampler.view(sample, "joint", epoch) for sample in samples] for samples, _ in plan]
+    size = run.config.micro_batch or run.config.joint.batch
+    split = [[samples[k : k + size] for k in range(0, len(samples), size)] for samples, _ in plan]
     stream = run.frames(
-        [sampler.request(sample, fidelity, view) for sample, (view, _) in zip(samples, augmented, strict=True)]
-        for (samples, fidelity), augmented in zip(plan, views, strict=True)
+        [sampler.request(sample, fidelity, sampler.view(sample, "joint", epoch)[0]) for sample in part]
+        for parts, (_, fidelity) in zip(split, plan, strict=True)
+        for part in parts
     )
-    for frames, (samples, fidelity), augmented in zip(stream, plan, views, strict=True):
-        run.jitter(frames, [jitter for _, jitter in augmented])
+    for parts, (samples, fidelity) in zip(split, plan, strict=True):
         targets = tuple(targets_of(run, sample, fidelity, "joint", epoch) for sample in samples)
-        yield Batch(tuple(samples), fidelity, frames, targets)
+        arriving = _parts(run, epoch, parts, targets, stream)
+        yield Batch(tuple(samples), fidelity, targets, arriving)
+        for _ in arriving:  # what the consumer left, so that the next batch gets its own frames
+            pass
 
 
-def forward_backward(run: Run, batch: Batch) -> LossTerms:
-    """Loss of a batch, its gradients added to the parameters'."""
-    head = run.config.head
-    with run.precision.autocast(run.device):
-        features_NC = run.encoder(batch.frames, FRAMES_PER_SNIPPET)
-        features_BCL = features_NC.unflatten(0, (len(batch.samples), -1)).transpose(1, 2)
-        output = run.head(features_BCL)
-    counts = Counts.of(batch.targets, len(run.dataset.classes), head.positive_iou)
-    targets = Targets.stack(batch.targets, run.device)
-    terms = tal_loss(output, targets, counts, positive_iou=head.positive_iou, class_weight=run.config.joint.class_loss)
-    run.scaler.scale(terms.total).backward()
-    return terms
+def _parts(
+    run: Run, epoch: int, parts: Sequence[list[Sample]], targets: Sequence[Targets], stream: Iterator[Tensor]
+) -> Iterator[Part]:
+    done = 0
+    for samples in parts:
+        frames = next(stream)
+        run.jitter(frames, [run.sampler.view(sample, "joint", epoch)[1] for sample in samples])
+        yield Part(tuple(samples), tuple(targets[done : done + len(samples)]), frames)
+        del frames
+        done += len(samples)
+
+
+def forward_backward(run: Run, batch: Batch, epoch: int) -> LossTerms:
+    """Loss of a batch, its gradients added to the parameters'. Every term is divided by counts of the whole batch, so
+    that neither depends on the size of the micro-batches.
+    """
+    config = run.config
+    counts = Counts.of(batch.targets, len(run.dataset.classes), config.head.positive_iou)
+    terms = []
+    for part in batch.parts:
+        with run.precision.autocast(run.device):
+            features_NC = encode(run.encoder, part.frames, FRAMES_PER_SNIPPET, recompute=config.recompute)
+            features_BCL = features_NC.unflatten(0, (len(part.samples), -1)).transpose(1, 2)
+            output = run.head(run.dropout(features_BCL, part.samples, "joint", epoch))
+        terms.append(
+            tal_loss(
+                output,
+                Targets.stack(part.targets, run.device),
+                counts,
+                positive_iou=config.head.positive_iou,
+                class_weight=config.joint.class_loss,
+            )
+        )
+        run.scaler.scale(terms[-1].total).backward()
+        del part, features_NC, features_BCL, output  # before the next part's frames take their place
+    return LossTerms.sum(terms)
 
 
 def joint(run: Run) -> None:
@@ -81,7 +121,8 @@ def joint(run: Run) -> None:
     run.encoder.freeze_batchnorm()
     run.encoder.train()
     run.head.train()
-    optimizer = make_optimizer(config, [*run.encoder.parameters(), *run.head.parameters()])
+    parameters = [*run.encoder.parameters(), *run.head.parameters()]
+    optimizer = make_optimizer(config, parameters, run.config.optimizer_impl)
     rungs = {Pattern(name): Fidelity(*chosen["rung"]) for name, chosen in run.plans["joint"].items()}
     if state := run.optimizer_state():
         optimizer.load_state_dict(state)
@@ -95,10 +136,9 @@ def joint(run: Run) -> None:
         over: dict[Pattern, int] = {}
         with run.log.progress(f"joint {epoch + 1}/{config.epochs}", len(plan), first) as advance:
             for step, batch in enumerate(batches(run, epoch, plan[first:]), first):
-                run.seed_step("joint", Position("joint", epoch, step))
                 lr = learning_rate(config, epoch, step, len(plan))
                 set_learning_rate(optimizer, lr)
-                terms, peak = step_within_budget(run, batch)
+                terms, peak = step_within_budget(run, batch, epoch)
                 run.scaler.step(optimizer)
                 run.scaler.update()
                 optimizer.zero_grad(set_to_none=True)
@@ -119,7 +159,7 @@ def joint(run: Run) -> None:
     run.finish("joint")
 
 
-def step_within_budget(run: Run, batch: Batch) -> tuple[LossTerms, int]:
+def step_within_budget(run: Run, batch: Batch, epoch: int) -> tuple[LossTerms, int]:
     """`forward_backward` with its peak in bytes, under the cap of the budget.
 
     Running out of memory ends the run with a sentence; nothing is lost, since the last checkpoint stands.
@@ -128,7 +168,7 @@ def step_within_budget(run: Run, batch: Batch) -> tuple[LossTerms, int]:
     failed = ""
     with run.meter.cap(run.budget):
         try:
-            terms = forward_backward(run, batch)
+            terms = forward_backward(run, batch, epoch)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -169,14 +209,15 @@ def plan_joint(run: Run) -> dict[str, dict[str, object]]:
     run.encoder.freeze_batchnorm()
     run.encoder.train()
     run.head.train()
-    optimizer = make_optimizer(config.joint, [*run.encoder.parameters(), *run.head.parameters()])
+    parameters = [*run.encoder.parameters(), *run.head.parameters()]
+    optimizer = make_optimizer(config.joint, parameters, config.optimizer_impl)
     samples = run.sampler.epoch("joint", 0, config.joint.batch)[0]
     plans: dict[str, dict[str, object]] = {}
     for pattern in CYCLE if config.pattern is Pattern.CYCLIC else (config.pattern,):
 
         def step(fidelity: Fidelity) -> None:
             for batch in batches(run, 0, [(samples, fidelity), (samples, fidelity)]):
-                forward_backward(run, batch)
+                forward_backward(run, batch, 0)
                 return  # the second batch was there to be decoded ahead, as in training
 
         rungs = ladder(pattern, config.full, config.min_cut, config.max_cut)

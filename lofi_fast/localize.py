@@ -45,7 +45,7 @@ def train_head(run: Run) -> None:
         run.head = run.new_head("head")
         run.best = {}
     torch.manual_seed(seed_of(run.config.seed, "head"))
-    optimizer = make_optimizer(config, run.head.parameters())
+    optimizer = make_optimizer(config, run.head.parameters(), run.config.optimizer_impl)
     if state := run.optimizer_state():
         optimizer.load_state_dict(state)
     scored = any(video.segments for video in run.dataset.videos["validation"])
@@ -58,7 +58,6 @@ def train_head(run: Run) -> None:
         total = 0.0
         with run.log.progress(f"head {epoch + 1}/{config.epochs}", len(order), first) as advance:
             for step, samples in enumerate(order[first:], first):
-                run.seed_step("head", Position("head", epoch, step))
                 lr = learning_rate(config, epoch, step, len(order))
                 set_learning_rate(optimizer, lr)
                 numbers = head_step(run, samples, epoch, optimizer)
@@ -81,7 +80,7 @@ def head_step(run: Run, samples: Sequence[Sample], epoch: int, optimizer: torch.
     config = run.config
     targets = [targets_of(run, sample, config.full, "head", epoch) for sample in samples]
     with run.precision.autocast(run.device):
-        output = run.head(load_features(run, samples))
+        output = run.head(run.dropout(load_features(run, samples), samples, "head", epoch))
     terms = tal_loss(
         output,
         Targets.stack(targets, run.device),

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from lofi_fast import __version__, checkpoint
 from lofi_fast.checkpoint import Position
 from lofi_fast.config import STAGES, Config
-from lofi_fast.data.dataset import Dataset, Jitter, Sampler
+from lofi_fast.data.dataset import Dataset, Jitter, Sample, Sampler
 from lofi_fast.data.pipeline import FramePipeline, FrameRequest
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.encoder.weights import load_encoder_weights
 from lofi_fast.errors import InputError
-from lofi_fast.head.gtad import GTAD
+from lofi_fast.head.gtad import GTAD, video_dropout
 from lofi_fast.log import RunLog
 from lofi_fast.memory.meter import Meter, is_out_of_memory
 from lofi_fast.plan import Choice, Reading, gigabytes, highest_fitting
@@ -90,6 +90,13 @@ class Run:
                 gain = torch.tensor(jitter.gain, device=frames.device)
                 part.copy_(part.float().mul_(gain).add_(255 * jitter.offset).clamp_(0, 255))
         return frames
+
+    def dropout(self, features_BCL: Tensor, samples: Sequence[Sample], stage: str, epoch: int) -> Tensor:
+        """The head's dropout, a function of (seed, stage, epoch, window): a step tried again, resumed, or taken in
+        parts draws the same.
+        """
+        seeds = [seed_of(self.config.seed, "dropout", stage, epoch, sample.index) for sample in samples]
+        return video_dropout(features_BCL, self.config.head.dropout, seeds)
 
     # Plans
 
@@ -238,10 +245,6 @@ class Run:
         checkpoint.restore_rng(content["rng"])
         extra: dict[str, Any] = content["extra"]
         return extra
-
-    def seed_step(self, stage: str, position: Position) -> None:
-        """Make dropout a function of the step alone, so that a step tried again, or resumed, draws the same."""
-        torch.manual_seed(seed_of(self.config.seed, stage, position.epoch, position.step))
 
 
 def _reading(reading: Reading[Any]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import fill, frames
 from torch import Tensor
 
 from lofi_fast.config import EncoderName, StageConfig
@@ -60,31 +61,10 @@ def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in state.items()}
 
 
-def fill(module: torch.nn.Module, seed: int = 0) -> None:
-    """The same numbers whatever the initialisation, the torch version and the order of modules: variance-keeping
-    weights, BN parameters and statistics that are not the trivial ones.
-    """
-    with torch.no_grad():
-        for key, value in sorted(module.state_dict().items()):
-            random = np.random.RandomState([seed, *key.encode()])
-            if value.dim() > 1:
-                numbers = random.standard_normal(value.shape) * (2 / value[0].numel()) ** 0.5
-            elif key.endswith("running_var") or (key.endswith("weight") and value.dim() == 1):
-                numbers = random.uniform(0.5, 1.5, value.shape)
-            else:
-                numbers = random.uniform(-0.2, 0.2, value.shape)
-            if value.is_floating_point():
-                value.copy_(torch.from_numpy(np.asarray(numbers)))
-
-
 def tiny(name: EncoderName = "tsm_r18", width: int = 8) -> TSMResNet:
     encoder = TSMResNet(name, width)
     fill(encoder)
     return encoder.eval()
-
-
-def frames(count: int, side: int = 32, seed: int = 0) -> Tensor:
-    return torch.from_numpy(np.random.RandomState(seed).randint(0, 256, (count, side, side, 3)).astype(np.uint8))
 
 
 @pytest.fixture(autouse=True)

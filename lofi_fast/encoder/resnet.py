@@ -149,5 +149,6 @@ class TSMResNet(nn.Module):
         for stage in self.stages:
             for block in stage:
                 x = block(x, num_frames)
-        x_NTC: Tensor = x.float().mean(dim=(2, 3)).unflatten(0, (-1, num_frames))
+        sums = torch.promote_types(x.dtype, torch.float32)
+        x_NTC: Tensor = x.mean(dim=(2, 3), dtype=sums).unflatten(0, (-1, num_frames))
         return x_NTC.mean(dim=1)

@@ -18,6 +18,7 @@ from lofi_fast.head.gtad import HeadOutput
 from lofi_fast.head.targets import IGNORED, POSITIVE_BOUNDARY, Targets
 
 REGRESSION_WEIGHT = 10.0
+TERMS = ("boundary", "regression", "confidence", "classes")
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,14 @@ class LossTerms:
     def total(self) -> Tensor:
         return self.boundary + self.regression + self.confidence + self.classes
 
+    @staticmethod
+    def sum(parts: Sequence[LossTerms]) -> LossTerms:
+        """The terms of a batch from those of its parts, cut from the graph."""
+        return LossTerms(*(torch.stack([getattr(part, name).detach() for part in parts]).sum(0) for name in TERMS))
+
     def numbers(self) -> dict[str, float]:
         """The terms and their total as Python floats (synchronises with the device)."""
-        names = ("boundary", "regression", "confidence", "classes")
-        return {"loss": float(self.total.detach())} | {name: float(getattr(self, name).detach()) for name in names}
+        return {"loss": float(self.total.detach())} | {name: float(getattr(self, name).detach()) for name in TERMS}
 
 
 def _balanced(losses: Tensor, positive: Tensor, counts: tuple[int, int]) -> Tensor:

@@ -1,0 +1,236 @@
+"""The lean encoder: the plain network's features and gradients, from what the ledger says it keeps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from networks import fill, frames
+from torch import Tensor, distributed, multiprocessing
+
+from lofi_fast.config import EncoderName
+from lofi_fast.encoder import lean
+from lofi_fast.encoder.lean import encode
+from lofi_fast.encoder.resnet import TSMResNet
+
+NAMES: tuple[EncoderName, ...] = ("tsm_r18", "tsm_r34", "tsm_r50")
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the maps are so small that a second thread is only waited for
+    yield
+    torch.set_num_threads(threads)
+
+
+def frozen(name: EncoderName = "tsm_r18", width: int = 16, dtype: torch.dtype = torch.float64) -> TSMResNet:
+    encoder = TSMResNet(name, width)
+    fill(encoder)
+    encoder.freeze_batchnorm()
+    return encoder.train().to(dtype).to(memory_format=torch.channels_last)
+
+
+def gradients(encoder: TSMResNet, features: Tensor) -> dict[str, Tensor]:
+    """Of a loss that no direction of the features is blind to."""
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(features.shape, generator=generator, dtype=torch.float64).to(features.dtype)
+    learning = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad((features * direction).sum() + features.square().sum(), list(learning.values()))
+    return dict(zip(learning, found, strict=True))
+
+
+def largest_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Relative to the largest entry of each gradient, over all parameters."""
+    assert ours.keys() == theirs.keys()
+    return max(((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()).item() for name in theirs)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3], ids=["chunks_of_1", "chunks_of_2_and_1", "one_chunk"])
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_plain_autograd_in_float64(name: EncoderName, chunk: int) -> None:
+    encoder = frozen(name)
+    x = frames(3 * 4, side=34)  # odd maps after the stem
+    plain = encoder(x, 4)
+    expected = gradients(encoder, plain)
+    features = encode(encoder, x, 4, chunk=chunk)
+    torch.testing.assert_close(features, plain, rtol=1e-12, atol=1e-13)
+    assert largest_error(gradients(encoder, features), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recompute_gives_the_same_bits(name: EncoderName) -> None:
+    encoder = frozen(name, dtype=torch.float32)
+    x = frames(3 * 4)
+    kept, again = (encode(encoder, x, 4, chunk=2, recompute=r) for r in (False, True))
+    assert torch.equal(kept, again)
+    expected = gradients(encoder, kept)
+    for key, grad in gradients(encoder, again).items():
+        assert torch.equal(grad, expected[key]), key
+
+
+def test_frames_of_unequal_height_and_width_and_one_frame_snippets() -> None:
+    encoder = frozen()
+    x = frames(6, side=40)[:, 3:33]
+    for num_frames in (1, 2, 3, 6):
+        plain = encoder(x, num_frames)
+        features = encode(encoder, x, num_frames, chunk=2)
+        torch.testing.assert_close(features, plain, rtol=1e-12, atol=1e-13)
+        assert largest_error(gradients(encoder, features), gradients(encoder, plain)) <= 1e-12
+
+
+def test_blocks_that_are_not_shifted() -> None:
+    encoder = frozen()
+    for stage in encoder.stages:
+        stage[1].shifted = False
+    x = frames(8)
+    plain, features = encoder(x, 4), encode(encoder, x, 4)
+    torch.testing.assert_close(features, plain, rtol=1e-12, atol=1e-13)
+    assert largest_error(gradients(encoder, features), gradients(encoder, plain)) <= 1e-12
+
+
+def test_float32_is_as_good_as_plain_float32() -> None:
+    exact = frozen()
+    single = copy.deepcopy(exact).float()
+    x = frames(16)
+    expected = gradients(exact, exact(x, 8))
+    plain = {k: g.double() for k, g in gradients(single, single(x, 8)).items()}
+    ours = {k: g.double() for k, g in gradients(single, encode(single, x, 8)).items()}
+    assert largest_error(ours, expected) <= 2 * largest_error(plain, expected)
+
+
+def test_bfloat16_autocast_is_as_good_as_plain_autocast() -> None:
+    exact = frozen()
+    single = copy.deepcopy(exact).float()
+    x = frames(16)
+    expected = gradients(exact, exact(x, 8))
+
+    def error(found: dict[str, Tensor]) -> float:
+        differences = [(found[k].double() - expected[k]).norm() / expected[k].norm() for k in expected]
+        return float(torch.stack(differences).mean())
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, ours = single(x, 8), encode(single, x, 8)
+    assert ours.dtype == torch.float32
+    assert error(gradients(single, ours)) <= 1.5 * error(gradients(single, plain))
+    assert all(g.dtype == torch.float32 for g in gradients(single, encode(single, x, 8)).values())
+
+
+def test_live_batchnorm_takes_the_plain_path() -> None:
+    encoder = frozen(dtype=torch.float32)
+    encoder.freeze_batchnorm(False)
+    encoder.train()
+    x = frames(8)
+    before = encoder.bn1.running_mean.clone()
+    encode(encoder, x, 4)
+    assert not torch.equal(encoder.bn1.running_mean, before)
+    with pytest.raises(ValueError, match="recompute needs frozen batch norm"):
+        encode(encoder, x, 4, recompute=True)
+
+
+def test_an_encoder_that_does_not_learn_builds_no_graph() -> None:
+    encoder = frozen(dtype=torch.float32).requires_grad_(False)
+    assert not encode(encoder, frames(8), 4).requires_grad
+    encoder.conv1.weight.requires_grad_(True)
+    x = frames(8)
+    (grad,) = torch.autograd.grad(encode(encoder, x, 4).sum(), encoder.conv1.weight)
+    (expected,) = torch.autograd.grad(encoder(x, 4).sum(), encoder.conv1.weight)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_last_stage_learns() -> None:
+    encoder = frozen()
+    encoder.requires_grad_(False)
+    encoder.stages[3].requires_grad_(True)
+    encoder.freeze_batchnorm()
+    x = frames(8)
+    assert largest_error(gradients(encoder, encode(encoder, x, 4)), gradients(encoder, encoder(x, 4))) <= 1e-12
+
+
+def test_ten_steps_give_the_same_losses() -> None:
+    losses = []
+    for lean_way in (False, True):
+        encoder = frozen(width=8)
+        optimizer = torch.optim.SGD(encoder.parameters(), lr=1e-5)
+        losses.append([])
+        for step in range(10):
+            x = frames(16, seed=step)
+            features = encode(encoder, x, 8, chunk=1) if lean_way else encoder(x, 8)
+            loss = (features - 1).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < losses[0][0]
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-9, atol=0)
+
+
+def test_frames_that_are_no_whole_snippets_are_refused() -> None:
+    with pytest.raises(ValueError, match="10 frames are not a whole number of 4-frame snippets"):
+        encode(frozen(), frames(10), 4)
+
+
+def test_a_chunk_has_the_pixels_of_64_frames_at_112() -> None:
+    assert lean.default_chunk(8, 112) == 8
+    assert lean.default_chunk(8, 224) == 2
+    assert lean.default_chunk(8, 1024) == 1
+
+
+class Wrapped(torch.nn.Module):
+    """What DistributedDataParallel is to see: the encoder behind a forward of its own."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        self.encoder, self.recompute = frozen(), recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return encode(self.encoder, x, 4, chunk=1, recompute=self.recompute).square().sum()
+
+
+def rank_gradients(rank: int, folder: str) -> None:
+    """One of two processes: two micro-batches of two snippets each, gradients exchanged with the last backward only."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for recompute in (False, True):
+        model = torch.nn.parallel.DistributedDataParallel(Wrapped(recompute))
+        first, second = frames(32)[16 * rank : 16 * (rank + 1)].split(8)
+        with model.no_sync():
+            model(first).backward()
+        model(second).backward()
+        if rank == 0:
+            grads = {k: p.grad for k, p in model.module.encoder.named_parameters() if p.requires_grad}
+            torch.save(grads, f"{folder}/{recompute}.pt")
+    distributed.destroy_process_group()
+
+
+def test_several_processes_with_micro_batches_and_recompute(tmp_path: Path) -> None:
+    multiprocessing.spawn(rank_gradients, (str(tmp_path),), nprocs=2)
+    encoder = frozen()
+    encode(encoder, frames(32), 4, chunk=8).square().sum().backward()
+    expected = {k: p.grad / 2 for k, p in encoder.named_parameters() if p.grad is not None}  # the processes' mean
+    for recompute in (False, True):
+        assert largest_error(torch.load(tmp_path / f"{recompute}.pt"), expected) <= 1e-12
+
+
+def test_gradient_scaler_sees_what_plain_autograd_gives() -> None:
+    encoder = frozen(dtype=torch.float32)
+    optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x = frames(16)
+    before = {k: p.detach().clone() for k, p in encoder.named_parameters()}
+    for part in x.split(8):  # two micro-batches
+        scaler.scale(encode(encoder, part, 4, chunk=1, recompute=True).sum()).backward()
+    scaler.step(optimizer)
+    learning = {k: p for k, p in encoder.named_parameters() if p.requires_grad}
+    after = {k: p.detach().clone() for k, p in learning.items()}
+    with torch.no_grad():
+        for k, p in encoder.named_parameters():
+            p.copy_(before[k])
+    grads = torch.autograd.grad(encoder(x, 4).sum(), list(learning.values()))
+    for (k, value), grad in zip(after.items(), grads, strict=True):
+        torch.testing.assert_close(value, before[k] - 0.1 * grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()))
