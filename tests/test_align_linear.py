@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -22,13 +22,21 @@ from lofi_fast.kernels.align_linear import (
     roi_grid,
 )
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 
 Gather = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNRESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # Linux's MAP_NORESERVE: not counted until it is touched
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small that a second thread is only waited for
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["reference", "C++", "Triton"])
@@ -143,14 +151,10 @@ def test_gather_rows_reads_nothing_else(gather: Gather) -> None:
 def test_threads_do_not_change_the_result(row_step: int, dtype: torch.dtype) -> None:
     matrix = sparse(300, 200, (50, 3, 111))
     dense = normal(2, 200, 150, dtype=dtype)
-    several = torch.ops.lofi_fast.gather_rows(dense, *matrix, None, row_step)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert torch.equal(torch.ops.lofi_fast.gather_rows(dense, *matrix, None, row_step), several)
-        assert torch.equal(torch.ops.lofi_fast.gather_rows(dense, *matrix, None, 1), several)
-    finally:
-        torch.set_num_threads(threads)
+    one = torch.ops.lofi_fast.gather_rows(dense, *matrix, None, row_step)
+    torch.set_num_threads(3)
+    assert torch.equal(torch.ops.lofi_fast.gather_rows(dense, *matrix, None, row_step), one)
+    assert torch.equal(torch.ops.lofi_fast.gather_rows(dense, *matrix, None, 1), one)
 
 
 @pytest.mark.usefixtures("native")

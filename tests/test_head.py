@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lofi_fast.config import HeadConfig
 from lofi_fast.encoder.resnet import TSMResNet
-from lofi_fast.head.gtad import GTAD, GCNeXt, HeadOutput, gather_neighbours, nearest_neighbours
+from lofi_fast.head.gtad import GTAD, GCNeXt, HeadOutput, gather_neighbours, nearest_neighbours, video_dropout
 from lofi_fast.head.loss import Counts, tal_loss
 from lofi_fast.head.targets import Targets, make_targets, valid_cells
 
@@ -296,14 +296,15 @@ def test_the_defaults_are_the_papers_sizes() -> None:
     ]  # fmt: skip
 
 
-def test_dropout_acts_in_training_only() -> None:
-    head = gtad(replace(SMALL, dropout=0.5))
-    x = features(1, 6)
-    assert torch.equal(head(x).start_BL, head(x).start_BL)
-    head.train()
-    torch.manual_seed(0)
-    first, second = head(x), head(x)
-    assert not torch.equal(first.start_BL, second.start_BL)
+def test_dropout_of_a_video_depends_on_its_seed_alone() -> None:
+    x = torch.ones(3, 40, 25)
+    together = video_dropout(x, 0.25, [5, 6, 7])
+    assert sorted(together.unique().tolist()) == pytest.approx([0.0, 4 / 3])
+    assert 0.7 < (together > 0).float().mean() < 0.8
+    assert not torch.equal(together[0], together[1])
+    apart = torch.cat([video_dropout(x[:1], 0.25, [5]), video_dropout(x[1:], 0.25, [6, 7])])
+    assert torch.equal(together, apart)
+    assert video_dropout(x, 0.0, [5, 6, 7]) is x
 
 
 def loss_of(output: HeadOutput, batch: int, length: int) -> Tensor:

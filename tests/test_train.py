@@ -33,7 +33,7 @@ from lofi_fast.config import Config, from_arguments
 from lofi_fast.data import demo
 from lofi_fast.extract import encoder_digest
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder
-from lofi_fast.joint import joint
+from lofi_fast.joint import batches, forward_backward, joint
 from lofi_fast.localize import train_head
 from lofi_fast.log import RunLog
 from lofi_fast.memory.meter import open_meter
@@ -304,6 +304,43 @@ def test_joint_steps_train_the_first_convolution_and_leave_batchnorm(demo_set: D
     steps = events(tmp_path / "run", "step")
     assert [step["pattern"] for step in steps] == list(CYCLE)
     assert all(math.isfinite(step["loss"]) for step in steps)
+
+
+def test_micro_batches_and_recompute_leave_loss_and_gradients_as_they_are(demo_set: Demo, tmp_path: Path) -> None:
+    losses, gradients = {}, {}
+    for name, flags in {
+        "whole": [],
+        "parts": ["--micro-batch", "2"],
+        "again": ["--micro-batch", "1", "--recompute"],
+    }.items():
+        config, _ = from_arguments(demo_set.command(tmp_path / name, "--batch", "3", *flags), cuda=False)
+        with opened(config) as run:
+            run.encoder.freeze_batchnorm()
+            run.encoder.train()
+            run.head.train()
+            samples = run.sampler.epoch("joint", 0, 3)[0]
+            plan_of_two = [(samples, Fidelity(8, 32)), (samples[:1], Fidelity(4, 32))]
+            for batch in batches(run, 0, plan_of_two):
+                losses[name] = forward_backward(run, batch, 0).numbers()
+                break
+            parameters = [*run.encoder.named_parameters(), *run.head.named_parameters()]
+            gradients[name] = {key: p.grad for key, p in parameters if p.grad is not None}
+    for name in ("parts", "again"):
+        assert losses[name] == pytest.approx(losses["whole"], rel=1e-5)
+        assert gradients[name].keys() == gradients["whole"].keys()
+        for key, grad in gradients["whole"].items():
+            assert (gradients[name][key] - grad).norm() <= 1e-4 * grad.norm(), key
+
+
+def test_a_batch_left_half_way_does_not_shift_the_next_ones_frames(demo_set: Demo, tmp_path: Path) -> None:
+    config, _ = from_arguments(demo_set.command(tmp_path, "--batch", "3", "--micro-batch", "1"), cuda=False)
+    with opened(config) as run:
+        samples = run.sampler.epoch("joint", 0, 4)[0]
+        steps = [(samples[:3], Fidelity(8, 32)), (samples[3:], Fidelity(8, 32))]
+        whole = [[part.frames.clone() for part in batch.parts] for batch in batches(run, 0, steps)]
+        assert [len(parts) for parts in whole] == [3, 1]
+        for number, batch in enumerate(batches(run, 0, steps)):
+            assert torch.equal(next(batch.parts).frames, whole[number][0])  # and the rest is left
 
 
 def test_pretraining_moves_batchnorm_statistics_and_the_joint_stage_keeps_them(whole: Path) -> None:

@@ -21,13 +21,18 @@ ROIS = 8  # ROIs that a program of the backward kernel goes through at once
 
 @triton.jit
 def bins_of(rois, roi, mask, NUM_BINS: tl.constexpr, RATIO: tl.constexpr):
-    """(start, width of a bin, samples in a bin, snippets from one to the next, those to spare), float32."""
+    """(start, width of a bin, samples in a bin, snippets from one to the next), float32."""
     start = tl.load(rois + roi * 3 + 1, mask=mask, other=0.0)
     end = tl.load(rois + roi * 3 + 2, mask=mask, other=0.0)
     width = tl.math.div_rn(tl.maximum(end - start, 1.0), tl.full(start.shape, NUM_BINS, tl.float32))
     count = tl.full(start.shape, RATIO, tl.float32) if RATIO > 0 else tl.math.ceil(width)
-    # The estimates below err by less than 2^-21 of the samples they count.
-    return start, width, count, width / count, 2.0 + count * NUM_BINS * 1e-6
+    return start, width, count, width / count
+
+
+@triton.jit
+def spare_of(count):
+    """Samples to visit beyond an estimate: it and what it estimates are rounded a few times, by 2^-24 of the count."""
+    return 2.0 + count * 5e-7
 
 
 @triton.jit
@@ -76,10 +81,10 @@ def align_kernel(
     rows = features + batch.to(tl.int64) * num_snippets * channels + channel[None, :]
 
     each = bins * 0 + roi
-    start, width, count, spacing, spare = bins_of(rois, each, each >= 0, NUM_BINS, RATIO)
+    start, width, count, spacing = bins_of(rois, each, each >= 0, NUM_BINS, RATIO)
     left = start + bins.to(tl.float32) * width
-    first = whole(tl.math.floor((-1.0 - left) / spacing - 0.5 - spare), count)
-    last = whole(tl.math.ceil((num_snippets - left) / spacing + 0.5 + spare), count)
+    first = whole(tl.math.floor((-1.0 - left) / spacing - 0.5 - spare_of(count)), count)
+    last = whole(tl.math.ceil((num_snippets - left) / spacing + 0.5 + spare_of(count)), count)
     last = tl.where(there, last, first)
 
     sums = tl.zeros((BINS, BLOCK), SUM)
@@ -128,10 +133,10 @@ def align_backward_kernel(
         place = chunk + tl.arange(0, ROIS)
         there = place < last_roi
         roi = tl.load(order + place, mask=there, other=0)
-        start, width, count, spacing, spare = bins_of(rois, roi, there, NUM_BINS, RATIO)
+        start, width, count, spacing = bins_of(rois, roi, there, NUM_BINS, RATIO)
         # All samples of a ROI are equally spaced; those within one snippet of this one have a part of it.
         middle = (snippet.to(tl.float32) - start) / spacing - 0.5
-        reach = 1.0 / spacing + spare
+        reach = 1.0 / spacing + spare_of(count * NUM_BINS)
         first = whole(tl.math.floor(middle - reach), count * NUM_BINS)
         last = whole(tl.math.ceil(middle + reach) + 1.0, count * NUM_BINS)
         last = tl.where(there, last, first)

@@ -226,7 +226,7 @@ class LeanEncoder:
                     None if downsample is None else downsample[0],
                     num_frames,
                     _fold(module),
-                    0 if following is None else _fold(following),
+                    _fold(following),
                 )
             )
             weights.append((*(w for _, w in branch), *(() if downsample is None else (downsample[1],))))
@@ -253,8 +253,9 @@ class LeanEncoder:
             return x_NTC.mean(dim=1)
 
 
-def _fold(block: BasicBlock | Bottleneck) -> int:
-    return block.conv1.in_channels // 8 if block.shifted else 0
+def _fold(block: nn.Module | None) -> int:
+    """Channels that a block's shift moves each way; 0 for none."""
+    return block.conv1.in_channels // 8 if isinstance(block, BasicBlock | Bottleneck) and block.shifted else 0
 
 
 def _placed(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ Shapes: B windows, C channels, L snippets, D durations, N valid proposal cells (
 d < D; proposal (s, d) covers snippets s..s+d. K classes, index K of the class scores is background.
 
 The map (B, 2, D, L) of the paper is kept at its valid cells only, and SGAlign with the 1x1 convolution after it is one
-`align_linear`: the (C x bins) x L x L tensor never exists (method: project first, interpolate after).
+`align_linear_sum`: the (C x bins) x L x L tensor never exists (method: project first, interpolate after).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lofi_fast.config import HeadConfig
-from lofi_fast.kernels import align_linear, proposal_grid
+from lofi_fast.kernels import align_linear, align_linear_sum, proposal_grid
 
 NUM_NEIGHBOURS = 3
 
@@ -143,8 +143,9 @@ class GTAD(nn.Module):
         neighbours_BCL = gather_neighbours(graph_BCL, nearest_neighbours(graph_BCL)).mean(dim=3)
         inner_grid = proposal_grid(length, duration, self.config.inner_bins)
         context_grid = proposal_grid(length, duration, self.config.context_bins)
-        aligned_BON = align_linear(graph_BCL, inner_grid, self.inner.weight, self.inner.bias) + align_linear(
-            neighbours_BCL, context_grid, self.context.weight, None
+        aligned_BON = align_linear_sum(
+            [(graph_BCL, inner_grid, self.inner.weight), (neighbours_BCL, context_grid, self.context.weight)],
+            self.inner.bias,
         )
         cells_N2 = inner_grid.cells.to(features_BCL.device)
         proposals_B2N = self._map(F.relu(aligned_BON), cells_N2, duration, length)
