@@ -143,7 +143,7 @@ def _read(path: Path) -> Any:
 
 
 def _without_readings(value: Any) -> Any:
-    return {k: v for k, v in value.items() if k != "measured"} if isinstance(value, dict) else value
+    return {k: v for k, v in value.items() if k not in ("measured", "ladder")} if isinstance(value, dict) else value
 
 
 def rolled(config: Config, cache: Path, copy: Path) -> list[str]:

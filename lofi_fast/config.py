@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import MAX_CUT, MIN_SIDE, Fidelity, Pattern
+from lofi_fast.plan import Policy, Recompute
 
 Stage = Literal["pretrain", "joint", "head", "eval"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -138,7 +139,9 @@ class Config:
     min_cut: float = 1.0
     max_cut: float = MAX_CUT
     micro_batch: int | None = None  # videos of a joint step in memory at once; None: all of them
-    recompute: bool = False
+    policy: Policy = Policy.BATCH
+    recompute: Recompute = "auto"
+    replay: str | None = None  # log.jsonl of a run whose rungs are taken
     budget: Budget = field(default_factory=lambda: Budget.parse("auto"))
     optimizer_impl: OptimizerImpl = "auto"
     out: str = ""  # empty: runs/<preset>, numbered when that is taken
@@ -262,6 +265,17 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--min-cut", type=float, metavar="K", help="never train above 1/K of full fidelity")
     model.add_argument("--max-cut", type=float, metavar="K", help=f"never train below 1/K of it (default {MAX_CUT:g})")
 
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--policy", choices=[p.value for p in Policy], help="what gives way when memory is short: batch "
+                        "(default): all videos of a step are in memory at once, and the cut grows; fidelity: fewer at "
+                        "once, at more time, before the cut grows")  # fmt: skip
+    memory.add_argument("--micro-batch", type=int, metavar="B", help="videos of a joint step in memory at once (the "
+                        "loss is the same; default: the policy decides)")  # fmt: skip
+    memory.add_argument("--recompute", choices=get_args(Recompute), help="run the encoder forward a second time instead "
+                        "of keeping its maps; auto (default): where nothing fits without")  # fmt: skip
+    memory.add_argument("--replay-rungs", metavar="FILE", help="take the rungs of every joint step from the log.jsonl "
+                        "of another run")  # fmt: skip
+
     data = parser.add_argument_group("data")
     data.add_argument("--window", metavar="SECONDS", help="the head sees this much at once; 'video': all of it")
     data.add_argument("--frame-stride", type=int, metavar="N", help="source frames between frames of a snippet")
@@ -275,10 +289,6 @@ def _parser() -> argparse.ArgumentParser:
         training.add_argument(f"--{stage}-epochs", type=int, metavar="N")
         training.add_argument(f"--{stage}-lr", type=float, metavar="LR")
     training.add_argument("--batch", type=int, metavar="B", help="videos of a joint step (16 in the paper)")
-    training.add_argument("--micro-batch", type=int, metavar="B", help="videos of a joint step in memory at once, at "
-                          "more time (default: all; the loss is the same)")  # fmt: skip
-    training.add_argument("--recompute", action="store_true", help="run the encoder forward a second time instead of "
-                          "keeping its maps (the gradients are the same)")  # fmt: skip
     training.add_argument("--optimizer-impl", choices=get_args(OptimizerImpl), default="auto", help="whose kernels "
                           "update the weights: NVIDIA's apex, torch's, or auto: apex where it is built")  # fmt: skip
     training.add_argument("--tiou", metavar="SPEC", help="activitynet, thumos, or like 0.3:0.1:0.7")
@@ -321,8 +331,10 @@ def _positive(args: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be a smaller number")
 
 
-def from_arguments(argv: Sequence[str] | None, *, cuda: bool) -> tuple[Config, bool]:
-    """(config, resume) of a command line; `cuda` says whether a GPU is at hand, for the default preset."""
+def from_arguments(argv: Sequence[str] | None, *, cuda: bool, with_data: bool = True) -> tuple[Config, bool]:
+    """(config, resume) of a command line; `cuda` says whether a GPU is at hand, for the default preset. Without data
+    any preset goes, and the paper's is the default.
+    """
     args = _parser().parse_args(argv)
     _positive(args)
     cores = os.cpu_count() or 1
@@ -333,8 +345,8 @@ def from_arguments(argv: Sequence[str] | None, *, cuda: bool) -> tuple[Config, b
     if args.annotations and not args.videos:
         raise InputError("--annotations is given without --videos: name the folder of the videos too")
     own_data = "activitynet" if cuda and args.device != "cpu" else "small"
-    preset = args.preset or (own_data if args.annotations else "demo")
-    if preset != "demo" and not args.annotations:
+    preset = args.preset or (own_data if args.annotations else "demo" if with_data else "activitynet")
+    if preset != "demo" and not args.annotations and with_data:
         raise InputError(f"--preset {preset} needs your data: add --annotations FILE --videos DIR")
     base = PRESETS[preset]()
     if args.short_cycle and Pattern(args.pattern or base.pattern) is not Pattern.CYCLIC:
@@ -370,7 +382,9 @@ def from_arguments(argv: Sequence[str] | None, *, cuda: bool) -> tuple[Config, b
         min_cut=args.min_cut or base.min_cut,
         max_cut=args.max_cut or max(base.max_cut, args.min_cut or base.min_cut),
         micro_batch=args.micro_batch,
-        recompute=args.recompute,
+        policy=Policy(args.policy or base.policy),
+        recompute=args.recompute or base.recompute,
+        replay=args.replay_rungs,
         budget=Budget.parse(args.mem_budget),
         optimizer_impl=args.optimizer_impl,
         out=args.out or "",

@@ -14,16 +14,15 @@ from lofi_fast import checkpoint
 from lofi_fast.config import Config
 from lofi_fast.errors import InputError
 
-PLANNED_FOR = (
-    "budget",
-    "min_cut",
-    "max_cut",
-    "micro_batch",
-    "recompute",
-)  # when one of these changes, the plans are made again
+PLANNED_FOR = ("budget", "min_cut", "max_cut", "micro_batch", "policy", "recompute", "replay")  # changed: plan again
 # Between a run and its --resume.
 MAY_CHANGE = (*PLANNED_FOR, "stages", "threads", "device", "optimizer_impl", "out", "data.cache")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def cache_folder(config: Config) -> Path:
+    """Where the frame cache is, and what else is worth keeping for the next run: --cache, or beside the run folder."""
+    return Path(config.data.cache) if config.data.cache else Path(config.out).parent / "cache"
 
 
 def choose_folder(config: Config, resume: bool) -> Path:

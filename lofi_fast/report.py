@@ -48,7 +48,7 @@ Json = dict[str, Any]
 FILES = ("config.json", "environment.json", "log.jsonl", "plan.json", "metrics.json", "predictions.json",
          "ground_truth.json")  # fmt: skip
 LOSS_TERMS = ("boundary", "regression", "confidence", "classes")
-STEP_NUMBERS = ("epoch", "step", "loss", *LOSS_TERMS, "peak", "budget", "num_snippets", "side")
+STEP_NUMBERS = ("epoch", "step", "loss", *LOSS_TERMS, "peak", "budget", "predicted", "limit", "num_snippets", "side")
 MOST_POINTS = 300  # of one curve; longer ones are thinned
 MOST_VIDEOS = 8
 MOST_LANES = 5  # of detections under one video
@@ -294,6 +294,8 @@ def plan_rows(record: Record) -> list[PlanRow]:
 def _plan_row(name: str, chosen: str, plan: Json, readings: Iterable[tuple[str, object]]) -> PlanRow:
     others = tuple((text, None if peak is None else _number(peak)) for text, peak in readings if text != chosen)
     cut, batch, peak = (_number(plan.get(key)) for key in ("cut", "batch", "peak"))
+    if math.isnan(peak):
+        peak = _number(plan.get("predicted"))
     return PlanRow(name, chosen, cut, batch, peak, others)
 
 
@@ -578,12 +580,20 @@ def _legend(axes: Axes, columns: int) -> None:
 
 
 def draw_memory(axes: Axes, joint: Steps) -> None:
-    """Peak of every joint step, coloured by pattern, under the budget (GB)."""
+    """Peak of every joint step, coloured by pattern, what was predicted of it, and the budget above it (GB); where
+    others left less than the budget, that too.
+    """
     budgets = joint["budget"] / 1e9
     changes = np.flatnonzero(np.diff(np.nan_to_num(budgets, nan=-1.0), prepend=math.nan) != 0)
     for first, last in zip(changes, [*changes[1:], len(budgets)], strict=True):
         label = "budget" if first == 0 else None
         axes.plot([first + 0.5, last + 0.5], [budgets[first]] * 2, "--", color=INK, linewidth=1.4, label=label)
+    steps = np.arange(1, len(joint) + 1)
+    left = np.where(joint["limit"] < joint["budget"], joint["limit"], math.nan) / 1e9
+    if not np.isnan(left).all():
+        axes.plot(steps, left, ":", color=INK, linewidth=1.4, label="left by others")
+    if not np.isnan(joint["predicted"]).all():
+        axes.plot(steps, joint["predicted"] / 1e9, "-", color=INK, alpha=0.45, linewidth=0.9, label="predicted")
     for pattern, colour, marker, x, peaks in _by_pattern(joint, "peak"):
         axes.plot(x, peaks / 1e9, marker, color=colour, markersize=_dot(joint), markeredgewidth=0, label=pattern)
     _mark_epochs(axes, joint)
@@ -951,8 +961,8 @@ def _plan_table(record: Record) -> str:
             UNKNOWN if math.isnan(row.batch) else f"{row.batch:g}",
             _e(_bytes(row.peak) + share), _e(trained), f"<span class=wide>{_e(others.replace(' x ', TIMES))}</span>",
         ))  # fmt: skip
-    head = ("plan", "rung or size", "cut", "batch", "measured peak", "highest in training", "also measured")
-    return _table(head, cells, "The plan: what was chosen, by running it, to fit the budget", 2)
+    head = ("plan", "rung or size", "cut", "batch", "peak expected", "highest in training", "also measured")
+    return _table(head, cells, "The plan: what was chosen at the start to fit the budget", 2)
 
 
 def _timelines(record: Record, rows: Sequence[Timeline]) -> str:

@@ -24,8 +24,10 @@ from lofi_fast.data.pipeline import FramePipeline, FrameRequest
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.encoder.weights import load_encoder_weights
 from lofi_fast.errors import InputError
+from lofi_fast.folder import cache_folder
 from lofi_fast.head.gtad import GTAD, video_dropout
 from lofi_fast.log import RunLog
+from lofi_fast.memory.governor import Planner
 from lofi_fast.memory.meter import Meter, is_out_of_memory
 from lofi_fast.plan import Choice, Reading, gigabytes, highest_fitting
 from lofi_fast.precision import Precision
@@ -51,7 +53,7 @@ class Run:
     ) -> None:  # fmt: skip
         self.config, self.dataset, self.device, self.precision = config, dataset, device, precision
         self.meter, self.budget, self.log = meter, budget, log
-        self.folder = Path(config.out)
+        self.folder, self.cache = Path(config.out), cache_folder(config)
         self.sampler = Sampler(dataset, config.data, config.full, config.seed)
         torch.manual_seed(seed_of(config.seed, "encoder"))
         self.encoder = TSMResNet(config.encoder.name, config.encoder.width)
@@ -63,9 +65,11 @@ class Run:
         self.pipeline = FramePipeline(
             max(DECODE_BYTES // (3 * largest), 1), device.type, num_threads=min(os.cpu_count() or 1, 8)
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.scaled)
+        self.scaler = self.new_scaler()
         self.position = Position(config.stages[0])
         self.plans: dict[str, Any] = {}
+        self.planner: Planner | None = None  # of the joint stage
+        self._planner_state: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
         self._optimizer_state: dict[str, Any] | None = None
         self._last_saved = time.monotonic()
@@ -76,6 +80,12 @@ class Run:
         config = self.config
         head = GTAD(config.head, self.encoder.num_features, len(self.dataset.classes), config.full.num_snippets)
         return head.to(self.device)
+
+    def new_scaler(self, state: dict[str, Any] | None = None) -> torch.amp.GradScaler:
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scaled)
+        if state:
+            scaler.load_state_dict(state)
+        return scaler
 
     # Frames
 
@@ -105,7 +115,7 @@ class Run:
         self.meter.release()
         self.meter.reset_peak()
         failed = False
-        with self.meter.cap(limit):
+        with self.meter.settle("a trial step"), self.meter.cap(limit):
             try:
                 step()
             except Exception as error:
@@ -145,6 +155,29 @@ class Run:
         )  # fmt: skip
         return choice
 
+    def memory_key(self) -> dict[str, Any]:
+        """What readings of memory depend on beside the plan: another run with the same may start from them."""
+        config = self.config
+        return {
+            "device": self.meter.device,
+            "torch": torch.__version__,
+            "lofi_fast": __version__,
+            "precision": str(self.precision),
+            "threads": torch.get_num_threads(),
+            "allocator": os.environ.get("GLIBC_TUNABLES", ""),
+            "encoder": [config.encoder.name, config.encoder.width],
+            "head": asdict(config.head),
+            "classes": len(self.dataset.classes),
+            "full": [config.full.num_snippets, config.full.side],
+            "batch": config.joint.batch,
+            "optimizer": config.joint.optimizer,
+        }
+
+    def say_faults(self) -> None:
+        """Tell what went wrong with the meter's readings since the last call; each kind is told once."""
+        for fault in self.meter.faults():
+            self.log.say(f"memory readings: {fault}")
+
     def write_plans(self) -> None:
         self.write_json("plan.json", {"budget": self.budget, "plans": self.plans})
 
@@ -183,6 +216,10 @@ class Run:
         if later:
             self.save(Position(later[0]), None)
 
+    def planner_state(self) -> dict[str, Any]:
+        """The resumed state of the joint stage's planner; empty when it has to begin anew."""
+        return self._planner_state if "joint" in self.plans else {}
+
     def optimizer_state(self) -> dict[str, Any] | None:
         """The resumed optimiser state, once: for the stage that was under way."""
         state, self._optimizer_state = self._optimizer_state, None
@@ -197,6 +234,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "rng": checkpoint.rng_state(),
             "plans": self.plans,
+            "planner": self._planner_state if self.planner is None else self.planner.state_dict(),
             "best": self.best,
             "extra": {name: module.state_dict() for name, module in modules.items()},
         }
@@ -240,6 +278,7 @@ class Run:
             raise InputError(f"{path}: another model; resume with the run's own flags") from None
         self.position = Position(**content["position"])
         self.plans, self.best = content["plans"], content["best"]
+        self._planner_state = content.get("planner", {})
         self._optimizer_state = content["optimizer"]
         self.scaler.load_state_dict(content["scaler"])
         checkpoint.restore_rng(content["rng"])

@@ -28,7 +28,7 @@ from lofi_fast.data.dataset import Dataset, load_dataset
 from lofi_fast.detect import load_video_scores
 from lofi_fast.errors import InputError
 from lofi_fast.evaluate import MapResult, parse_tiou
-from lofi_fast.folder import DISK_FULL, PLANNED_FOR, choose_folder, has_checkpoint, run_folder
+from lofi_fast.folder import DISK_FULL, PLANNED_FOR, cache_folder, choose_folder, has_checkpoint, run_folder
 from lofi_fast.joint import joint, plan_joint
 from lofi_fast.kernels import library
 from lofi_fast.localize import evaluate, train_head
@@ -133,7 +133,7 @@ def introduce(
 
 def prepare(config: Config, log: RunLog) -> Dataset:
     """Make the demo set if no data is given, then index, decode into the frame cache, and cut windows."""
-    root = Path(config.data.cache) if config.data.cache else Path(config.out).parent / "cache"
+    root = cache_folder(config)
     if config.data.annotations and config.data.videos:
         annotations, videos = Path(config.data.annotations), Path(config.data.videos)
     else:

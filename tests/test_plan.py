@@ -1,7 +1,10 @@
-"""The search for the highest rung that fits: what it may choose, what it must refuse, and how little it may run."""
+"""Plans: what may be chosen, the search for the highest that fits, what real steps say about the ledger, refusals."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 from collections.abc import Sequence
 
 import pytest
@@ -11,7 +14,26 @@ from hypothesis import strategies as st
 from lofi_fast.config import Budget
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern, ladder
-from lofi_fast.plan import MARGIN, Choice, gigabytes, highest_fitting, resolve_budget
+from lofi_fast.plan import (
+    MARGIN,
+    PRIOR,
+    Choice,
+    Fit,
+    Plan,
+    Policy,
+    Prior,
+    Recompute,
+    candidates,
+    first_fitting,
+    fit,
+    gigabytes,
+    highest_fitting,
+    micro_batches,
+    refusal,
+    relative_cost,
+    remedies,
+    resolve_budget,
+)
 
 RUNGS = 29
 COSTS = [2 ** (-i / 7) for i in range(RUNGS)]  # candidate i is the i-th rung of a ladder, the highest first
@@ -145,3 +167,185 @@ def test_budget_in_bytes() -> None:
     assert resolve_budget(Budget.parse("25%"), total, available) == 6 * 10**9
     assert resolve_budget(Budget.parse("auto"), total, available) == 9 * 10**9
     assert gigabytes(11 * 2**30) == "11.81 GB"
+
+
+# What may be chosen
+
+HIGH, LOW = Fidelity(32, 64), Fidelity(32, 32)
+POLICIES, RECOMPUTES = st.sampled_from(Policy), st.sampled_from(["auto", "always", "never"])
+
+
+def told(plans: Sequence[Plan]) -> list[str]:
+    """ "H4" is the high rung with 4 videos at once, "H4r" with recomputation."""
+    return [f"{'HL'[p.fidelity == LOW]}{p.micro_batch}{'r' if p.recompute else ''}" for p in plans]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((4, Policy.BATCH), "H4 L4 H4r L4r"),
+        ((4, Policy.BATCH, None, "never"), "H4 L4"),
+        ((4, Policy.BATCH, None, "always"), "H4r L4r"),
+        ((4, Policy.BATCH, 2, "never"), "H2 L2"),
+        ((4, Policy.FIDELITY), "H4 H2 H1 L4 L2 L1 H4r H2r H1r L4r L2r L1r"),
+        ((5, Policy.FIDELITY, None, "never"), "H5 H3 H2 H1 L5 L3 L2 L1"),
+        ((4, Policy.FIDELITY, 2, "never"), "H2 L2"),
+        ((4, Policy.BATCH, 9, "never"), "H4 L4"),
+    ],
+    ids=str,
+)
+def test_candidates_by_hand(arguments: tuple[int, Policy, int | None, Recompute], expected: str) -> None:
+    assert told(candidates([HIGH, LOW], *arguments)) == expected.split()
+
+
+@given(st.integers(1, 64), POLICIES, st.none() | st.integers(1, 64), RECOMPUTES)
+def test_candidates_are_best_first(batch: int, policy: Policy, micro: int | None, recompute: Recompute) -> None:
+    rungs = ladder(Pattern.SPATIO_TEMPORAL, Fidelity(32, 64))
+    plans = candidates(rungs, batch, policy, micro, recompute)
+    assert len(set(plans)) == len(plans)
+    assert plans == tuple(sorted(plans, key=lambda p: (p.recompute, -p.omega, -p.micro_batch)))
+    assert {p.fidelity for p in plans} == set(rungs)
+    assert {p.recompute for p in plans} == {"auto": {False, True}, "always": {True}, "never": {False}}[recompute]
+    sizes = {p.micro_batch for p in plans}
+    if micro is not None:
+        assert sizes == {min(micro, batch)}
+    else:
+        assert max(sizes) == batch
+        assert (min(sizes) == 1) == (policy is Policy.FIDELITY or batch == 1)
+
+
+@given(st.integers(1, 1000))
+def test_micro_batches_are_halved_down_to_one(batch: int) -> None:
+    sizes = micro_batches(batch)
+    assert (sizes[0], sizes[-1]) == (batch, 1)
+    assert all(a == 2 * b or a == 2 * b - 1 for a, b in itertools.pairwise(sizes))
+
+
+def test_a_plan_in_words_and_as_json() -> None:
+    assert str(Plan(Fidelity(50, 158), 16)) == "50 snippets x 158 px, 16 at once"
+    plan = Plan(Fidelity(50, 158), 1, True)
+    assert str(plan) == "50 snippets x 158 px, 1 at once, recompute"
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    for wrong in ([], [50, 158, 1], [50, 158, 0, 0], [50, "158", 1, 0], [50, 158, 1.0, 0]):
+        with pytest.raises(ValueError, match="not a plan"):
+            Plan.from_json(wrong)
+
+
+def test_cost_follows_omega_and_costs_a_third_more_when_recomputed() -> None:
+    many = relative_cost(Plan(HIGH, 10**6), HIGH)
+    assert many == pytest.approx(1, abs=1e-6)
+    assert relative_cost(Plan(LOW, 10**6), HIGH) == pytest.approx(many / 4)
+    assert relative_cost(Plan(HIGH, 4, True), HIGH) == pytest.approx(4 / 3 * relative_cost(Plan(HIGH, 4), HIGH))
+    one, two, sixteen = (relative_cost(Plan(HIGH, n), HIGH) for n in (1, 2, 16))
+    assert many < sixteen < two < one < 1.2 * many
+
+
+# What is chosen
+
+
+@given(st.lists(PEAKS, min_size=1, max_size=30), st.integers(0, 10**10), st.integers(0, 10**9))
+def test_the_first_that_fits_and_more_room_is_never_worse(needs: list[int], room: int, more: int) -> None:
+    plans = [Plan(Fidelity(100 - i, 64), 4) for i in range(len(needs))]
+    predict = dict(zip(plans, needs, strict=True)).__getitem__
+    chosen = first_fitting(plans, predict, room)
+    assert (chosen is None) == (min(needs) > room)
+    if chosen is not None:
+        assert predict(chosen) <= room
+        assert all(predict(plan) > room for plan in plans[: plans.index(chosen)])
+        better = first_fitting(plans, predict, room + more)
+        assert better is not None and plans.index(better) <= plans.index(chosen)
+
+
+LEDGERS = st.integers(0, 10**11)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(LEDGERS, LEDGERS), max_size=20), LEDGERS)
+def test_a_fit_never_predicts_under_the_ledger(readings: list[tuple[int, int]], ledger: int) -> None:
+    found = fit(readings, PRIOR)
+    assert found.scale >= 1 and found.extra >= 0
+    assert found.added(ledger) >= ledger
+    assert fit(readings, PRIOR) == found
+
+
+@given(st.floats(1, 1.3), st.integers(0, 3 * 10**8), st.integers(10**9, 10**10))
+def test_three_readings_tell_both_scalars(scale: float, extra: int, largest: int) -> None:
+    readings = [(ledger, round(scale * ledger + extra)) for ledger in (largest, largest // 2, largest // 4)]
+    found = fit(readings, PRIOR)
+    for ledger, added in readings:
+        assert found.added(ledger) == pytest.approx(added, rel=0.03)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(10**8, 10**10), st.floats(0.7, 1.5)), min_size=1, max_size=8))
+def test_the_fit_is_the_most_probable_of_all(points: list[tuple[int, float]]) -> None:
+    readings = [(ledger, round(ledger * factor)) for ledger, factor in points]
+
+    def improbable(scale: float, extra: float) -> float:
+        misses = (((scale * x + extra - y) / (PRIOR.noise * max(x, y))) ** 2 for x, y in readings)
+        scale_off = (scale - PRIOR.likely.scale) / PRIOR.scale_spread
+        return sum(misses) + scale_off**2 + ((extra - PRIOR.likely.extra) / PRIOR.extra_spread) ** 2
+
+    found = fit(readings, PRIOR)
+    best = improbable(found.scale, found.extra)
+    for scale, extra in itertools.product((-0.01, 0, 0.01), (-1e7, 0, 1e7)):  # convex: no better near, no better at all
+        assert improbable(max(found.scale + scale, 1), max(found.extra + extra, 0)) >= best * (1 - 1e-9) - 1e-9
+
+
+def test_without_readings_the_prior_is_careful() -> None:
+    assert fit([], PRIOR) == PRIOR.careful
+    assert PRIOR.careful.added(10**9) == 1_300_000_000 + 128_000_000
+    other = dataclasses.replace(PRIOR, careful=Fit(2.0, 0.0))
+    assert isinstance(other, Prior) and fit([], other).added(5) == 10
+
+
+# When nothing fits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((4, Policy.BATCH, None, "auto"), "--policy fidelity: L1r"),
+        ((4, Policy.BATCH, None, "never"), "--recompute auto: L4r; --policy fidelity: L1; "
+                                           "--policy fidelity --recompute auto: L1r"),
+        ((4, Policy.BATCH, 2, "always"), "--micro-batch 1: L1r"),
+        ((4, Policy.FIDELITY, None, "never"), "--recompute auto: L1r"),
+        ((1, Policy.BATCH, None, "auto"), ""),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_remedies_by_hand(arguments: tuple[int, Policy, int | None, Recompute], expected: str) -> None:
+    offers = remedies([HIGH, LOW], *arguments)
+    assert "; ".join(f"{flag}: {told([plan])[0]}" for flag, plan in offers) == expected
+
+
+def test_a_lower_rung_is_a_remedy() -> None:
+    lower = Fidelity(32, 24)
+    offers = remedies([HIGH, LOW], 1, recompute="never", lower=[("--max-cut 32", lower)])
+    assert ("--max-cut 32", Plan(lower, 1, False)) in offers
+    assert ("--max-cut 32", Plan(lower, 1, True)) in remedies([HIGH, LOW], 1, lower=[("--max-cut 32", lower)])
+
+
+def test_the_refusal_names_the_flags_that_would_do_and_no_other() -> None:
+    plans = candidates([HIGH, LOW], 4, recompute="never")
+    need = {"H4": 9, "L4": 5, "L1": 2, "L4r": 4, "L1r": 1}
+    offers = remedies([HIGH, LOW], 4, recompute="never")
+
+    def say(limit: int, room: int, budget: int) -> str:
+        return refusal(plans, lambda p: need[told([p])[0]] * 10**9, limit * 10**9, room * 10**8, budget * 10**9, offers)
+
+    sentence = say(4, 35, 4)
+    for part in ("a budget of 4.00 GB", "3.50 GB can be planned", "32 snippets x 32 px, 4 at once", "needs 5.00 GB"):
+        assert part in sentence
+    # 5 GB planned with as 3.5 of 4 are takes 5.72.
+    assert sentence.endswith(
+        "; --policy fidelity (2.00 GB) or --policy fidelity --recompute auto (1.00 GB) or --mem-budget 5.72GB would do"
+    )
+    assert "--recompute auto (4.00 GB)" not in sentence
+    others = say(3, 15, 8)
+    assert "the 3.00 GB that others leave" in others
+    assert "free some memory (a step needs 10.00 GB to be left)" in others and "--mem-budget" not in others
+    hopeless = say(1, 5, 1)
+    assert "--policy" not in hopeless and "a smaller --batch, --encoder or --width" in hopeless
+    assert "--mem-budget 10.00GB" in hopeless
+    assert "0.00 GB can be planned" in say(1, -3, 1)

@@ -254,9 +254,14 @@ class Sampler:
     def clip_request(self, clip: Clip, view: View) -> FrameRequest:
         return FrameRequest(clip.sample.cached, clip.sample.grid[clip.snippet], view, self.full.side)
 
-    def edges(self, sample: Sample, fidelity: Fidelity) -> Array:
-        """Boundary times (L+1,) in seconds of the snippets that `request` shows."""
-        chosen = select_snippets(self.full.num_snippets, fidelity.num_snippets)
+    def edges(self, sample: Sample, fidelity: Fidelity, decoded: Fidelity | None = None) -> Array:
+        """Boundary times (L+1,) in seconds of the snippets that `request` shows; of those that `shrink` keeps of them
+        where they were asked for at a higher fidelity, `decoded`.
+        """
+        if decoded is None:
+            decoded = fidelity
+        chosen = select_snippets(self.full.num_snippets, decoded.num_snippets)
+        chosen = chosen[select_snippets(decoded.num_snippets, fidelity.num_snippets)]
         return sample.window.edges(chosen, self.full.num_snippets)
 
 

@@ -21,17 +21,44 @@ from itertools import groupby, islice
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 from nvidia.dali import Pipeline, fn, types
 from torch.utils.dlpack import from_dlpack
 
 from lofi_fast.data.cache import CachedVideo
 from lofi_fast.errors import InputError
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, select_snippets
 
 # nvJPEG takes this much device and pinned memory for each thread at the start, and grows by itself. DALI's defaults
 # (16 and 8 MiB) are for photographs; a cached frame is a few hundred kilobytes, and these bytes count in the budget.
 _NVJPEG_PADDING = 1 << 20
 
 _END_OF_IMAGE = b"\xff\xd9"  # the last marker of a JPEG picture
+
+
+def shrink(frames: torch.Tensor, decoded: Fidelity, fidelity: Fidelity) -> torch.Tensor:
+    """Frames that were decoded at a higher fidelity, brought to a lower one on their device: when memory has shrunk
+    since they were asked for, they need not be decoded again. The pixels differ a little from decoded ones.
+
+    Args:
+        frames: uint8 (B * L * 8, side, side, 3) of whole videos at `decoded`.
+        fidelity: no more snippets and no larger a side. Its snippets are nearest to equally spaced among those decoded.
+    """
+    if decoded == fidelity:
+        return frames
+    snippets_BL = frames.unflatten(0, (-1, decoded.num_snippets, FRAMES_PER_SNIPPET))
+    chosen = torch.from_numpy(select_snippets(decoded.num_snippets, fidelity.num_snippets)).to(frames.device)
+    frames = snippets_BL.index_select(1, chosen).flatten(0, 2)
+    if decoded.side == fidelity.side:
+        return frames
+    side = fidelity.side
+    small = frames.new_empty((len(frames), side, side, 3))
+    step = 8 * FRAMES_PER_SNIPPET  # at once, since they are floats in between
+    for source, target in zip(frames.split(step), small.split(step), strict=True):
+        x_NCHW = source.permute(0, 3, 1, 2).float()
+        resized = F.interpolate(x_NCHW, (side, side), mode="bilinear", antialias=True)
+        target.copy_(resized.round_().clamp_(0, 255).permute(0, 2, 3, 1))
+    return small
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,14 @@ class LossTerms:
     def total(self) -> Tensor:
         return self.boundary + self.regression + self.confidence + self.classes
 
+    def detach(self) -> LossTerms:
+        """The same numbers, cut from the graph."""
+        return LossTerms(*(getattr(self, name).detach() for name in TERMS))
+
     @staticmethod
     def sum(parts: Sequence[LossTerms]) -> LossTerms:
-        """The terms of a batch from those of its parts, cut from the graph."""
-        return LossTerms(*(torch.stack([getattr(part, name).detach() for part in parts]).sum(0) for name in TERMS))
+        """The terms of a batch from those of its parts."""
+        return LossTerms(*(torch.stack([getattr(part, name) for part in parts]).sum(0) for name in TERMS))
 
     def numbers(self) -> dict[str, float]:
         """The terms and their total as Python floats (synchronises with the device)."""

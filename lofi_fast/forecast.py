@@ -1,0 +1,179 @@
+"""What will fit? The ladder against a budget, by arithmetic alone: `python -m lofi_fast.plan`. Needs no GPU, no data.
+
+Bytes of tensors come from the ledger (memory/model.py), which is exact; what a card holds beside them is assumed
+(memory/profiles.py), and so is what the allocator adds (`plan.PRIOR`). A training run measures both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lofi_fast.config import Config, from_arguments
+from lofi_fast.errors import InputError
+from lofi_fast.fidelity import CYCLE, PAPER_CUT, Fidelity, Pattern, ladder
+from lofi_fast.memory.model import Setting, step_bytes
+from lofi_fast.memory.profiles import Profile, profile_for, profile_named
+from lofi_fast.plan import PRIOR, Plan, candidates, first_fitting, gigabytes, refusal, relative_cost, remedies
+from lofi_fast.precision import BF16_CAPABILITY
+
+CPU_BASE = 400_000_000  # resident set of Python with torch and DALI before a step; assumed, as for a card
+NUM_CLASSES = 200  # ActivityNet's and HACS's
+KEPT_FREE = 0.02  # of the budget: the governor's smallest margin
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Predicted peaks, in bytes as the driver shows them, of a run that was not made."""
+
+    config: Config
+    setting: Setting
+    device: str  # in words
+    assumed: int  # what the process holds beside tensors
+    budget: int
+
+    @staticmethod
+    def of(config: Config, card: Profile | None, classes: int) -> Forecast:
+        """`card` None: a CPU. Raises InputError for a budget that is no amount."""
+        if config.budget.amount is None and config.budget.share is None:
+            raise InputError(f'--mem-budget "{config.budget.text}": give an amount like 11GB, or a share of a --card')
+        if card is None:
+            if config.budget.amount is None:
+                raise InputError(f'--mem-budget "{config.budget.text}": give an amount like 8GB for a CPU')
+            return Forecast(config, Setting.of(config, classes, 4), "a CPU, float32", CPU_BASE, config.budget.amount)
+        amount = config.budget.amount or round((config.budget.share or 0) * card.usable)
+        precision = "bfloat16" if card.capability >= BF16_CAPABILITY else "float16"
+        setting = Setting.of(config, classes, 2)
+        return Forecast(config, setting, f"{card}, {precision}", card.outside_torch, min(amount, card.usable))
+
+    @property
+    def room(self) -> int:
+        return int((1 - KEPT_FREE) * self.budget)
+
+    def peak(self, plan: Plan) -> int:
+        parted = plan.micro_batch < self.config.joint.batch
+        step = step_bytes(
+            self.setting, plan.fidelity, plan.micro_batch, recompute=plan.recompute, accumulates=parted
+        )  # fmt: skip
+        return self.assumed + step.between + PRIOR.likely.added(step.added)
+
+    def patterns(self) -> tuple[Pattern, ...]:
+        return CYCLE if self.config.pattern is Pattern.CYCLIC else (self.config.pattern,)
+
+    def rungs(self, pattern: Pattern) -> tuple[Fidelity, ...]:
+        return ladder(pattern, self.config.full, self.config.min_cut, self.config.max_cut)
+
+    def chosen(self, pattern: Pattern) -> Plan | None:
+        c = self.config
+        plans = candidates(self.rungs(pattern), c.joint.batch, c.policy, c.micro_batch, c.recompute)
+        return first_fitting(plans, self.peak, self.room)
+
+    def refusal(self, pattern: Pattern) -> str:
+        c = self.config
+        levers = (self.rungs(pattern), c.joint.batch, c.policy, c.micro_batch, c.recompute)
+        return refusal(candidates(*levers), self.peak, self.budget, self.room, self.budget, remedies(*levers))
+
+    def levers(self) -> tuple[tuple[int, bool], ...]:
+        """(videos at once, recompute), the columns of the table."""
+        sizes = dict.fromkeys((self.config.joint.batch, 1))
+        return tuple((size, recompute) for size in sizes for recompute in (False, True))
+
+    def rows(self, pattern: Pattern) -> list[dict[str, Any]]:
+        """One for each rung, highest first."""
+        full = self.config.full
+        return [
+            {
+                "pattern": pattern.value,
+                "num_snippets": rung.num_snippets,
+                "side": rung.side,
+                "cut": round(full.omega / rung.omega, 2),
+                "relative_cost": round(relative_cost(Plan(rung, self.config.joint.batch), full), 3),
+                "peaks": [
+                    {"micro_batch": size, "recompute": again, "peak": self.peak(Plan(rung, size, again))}
+                    for size, again in self.levers()
+                ],
+            }
+            for rung in self.rungs(pattern)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        chosen = {pattern: self.chosen(pattern) for pattern in self.patterns()}
+        return {
+            "device": self.device,
+            "budget": self.budget,
+            "room": self.room,
+            "policy": self.config.policy.value,
+            "assumed": {
+                "beside_tensors": self.assumed,
+                "allocator_scale": PRIOR.likely.scale,
+                "allocator_extra": PRIOR.likely.extra,
+            },
+            "ladders": {pattern.value: self.rows(pattern) for pattern in self.patterns()},
+            "chosen": {pattern.value: None if plan is None else plan.to_json() for pattern, plan in chosen.items()},
+        }
+
+    def text(self, everything: bool) -> str:
+        config = self.config
+        lines = [
+            f"{config.encoder.name} of width {config.encoder.width}, full fidelity {config.full}, "
+            f"{config.joint.batch} videos a step, policy {config.policy}; {self.device}",
+            f"budget {gigabytes(self.budget)}, of which {gigabytes(self.room)} can be planned with",
+            f"computed: the bytes of every tensor. assumed: {gigabytes(self.assumed)} beside them, and "
+            f"{PRIOR.likely.scale:g} times + {gigabytes(round(PRIOR.likely.extra))} for allocator and workspaces. "
+            "A training run measures what is assumed here.",
+        ]
+        for pattern in self.patterns():
+            lines += ["", *self._table(pattern, everything)]
+        return "\n".join(lines)
+
+    def _table(self, pattern: Pattern, everything: bool) -> list[str]:
+        plan, rows = self.chosen(pattern), self.rows(pattern)
+        rungs = self.rungs(pattern)
+        at = len(rows) - 1 if plan is None else rungs.index(plan.fidelity)
+        cuts = [abs(row["cut"] - PAPER_CUT) for row in rows]
+        shown = {0, at - 1, at, at + 1, cuts.index(min(cuts)), len(rows) - 1}
+        heads = [f"{size} at once{', recompute' if again else ''}" for size, again in self.levers()]
+        lines = [f"{pattern}: predicted peak in GB (* does not fit)"]
+        lines.append(f"  {'rung':<24}{'cut':>6}{'cost':>7}" + "".join(f"{head:>{len(head) + 3}}" for head in heads))
+        for index, row in enumerate(rows):
+            if not everything and index not in shown:
+                continue
+            rung = rungs[index]
+            cells = ""
+            for head, cell in zip(heads, row["peaks"], strict=True):
+                mark = "*" if cell["peak"] > self.room else " "
+                cells += f"{cell['peak'] / 1e9:>{len(head) + 2}.2f}{mark}"
+            taken = plan is not None and plan.fidelity == rung
+            note = f"   <- {plan.micro_batch} at once{', recompute' * plan.recompute}" if plan and taken else ""
+            lines.append(f"  {rung!s:<24}{row['cut']:>6.2f}{row['relative_cost']:>7.3f}{cells}{note}")
+        if plan is None:
+            lines.append(f"  {self.refusal(pattern)}")
+        return lines
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the forecast; 1 when some pattern has no plan that fits, 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lofi_fast.plan",
+        description="What will fit? Takes the flags of lofi_fast.train that memory depends on, and these:",
+    )
+    parser.add_argument("--card", help='a card to plan for, like "2080ti" (default: the class that the budget means)')
+    parser.add_argument("--classes", type=int, default=NUM_CLASSES, help=f"in the data (default: {NUM_CLASSES})")
+    parser.add_argument("--all", action="store_true", help="every rung of the ladder")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    args, rest = parser.parse_known_args(argv)
+    try:
+        config, _ = from_arguments(rest, cuda=True, with_data=False)
+        card = None
+        if config.device != "cpu":
+            card = profile_named(args.card) if args.card else profile_for(config.budget.amount or 0)
+        forecast = Forecast.of(config, card, args.classes)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(forecast.to_json(), indent=1) if args.json else forecast.text(args.all))
+    return int(any(forecast.chosen(pattern) is None for pattern in forecast.patterns()))

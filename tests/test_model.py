@@ -1,0 +1,533 @@
+"""The ledger of bytes: held to what autograd saves and to the tensors that are alive in real steps."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import fill, frames
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lofi_fast.config import EncoderName, HeadConfig, StageConfig, activitynet, demo, thumos
+from lofi_fast.data.pipeline import FramePipeline
+from lofi_fast.encoder import lean
+from lofi_fast.encoder.lean import encode
+from lofi_fast.encoder.resnet import STAGES, TSMResNet
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
+from lofi_fast.head import gtad
+from lofi_fast.head.gtad import GTAD, video_dropout
+from lofi_fast.head.loss import Counts, LossTerms, tal_loss
+from lofi_fast.head.targets import Targets, make_targets
+from lofi_fast.kernels import proposal_grid
+from lofi_fast.memory import model
+from lofi_fast.memory.model import Setting, StepBytes, step_bytes
+from lofi_fast.optim import make_optimizer
+
+SMALL = HeadConfig(hidden=32, groups=4, inner_bins=5, context_bins=2, map_channels=24, class_bins=3)
+LARGE = HeadConfig(hidden=128, groups=16, inner_bins=16, map_channels=256)
+NUM_CLASSES = 6
+FP32, BF16 = 4, 2
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the maps are so small that a second thread is only waited for
+    yield
+    torch.set_num_threads(threads)
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all storages that operators made and that are still alive, and the most there were.
+
+    What an operator takes for itself and gives back is not seen. `known` storages are not counted.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {storage(tensor) for tensor in known}
+        self._alive: dict[int, Any] = {}
+        self._weight_gradients: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution_backward.default and out[1] is not None:
+            self._weight_gradients.add(storage(out[1]))
+        # Autograd adds the chunks' gradients of a weight in place, but not where a dispatch mode looks on: so the sum
+        # takes the place of its first operand, which is given back as soon as this returns.
+        summed = func is torch.ops.aten.add.Tensor and storage(args[0]) in self._weight_gradients
+        if summed:
+            self._weight_gradients.add(storage(out))
+            self.now -= out.untyped_storage().nbytes()
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        if summed:
+            self.now += out.untyped_storage().nbytes()
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        made = tensor.untyped_storage()
+        key, size = made._cdata, made.nbytes()
+        if key in self._known or key in self._alive:
+            return
+
+        def gone(reference: object) -> None:
+            if self._alive.get(key) is reference:
+                del self._alive[key]
+                self._weight_gradients.discard(key)
+                self.now -= size
+
+        self._alive[key] = weakref.ref(made, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def saved_bytes(known: list[Tensor], forward: Callable[[], object]) -> int:
+    """What autograd holds of `forward`, whose results are alive: every storage once, `known` ones not."""
+    ours = {storage(tensor) for tensor in known}
+    saved: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if storage(tensor) not in ours:
+            saved[storage(tensor)] = weakref.ref(tensor.untyped_storage())
+        return tensor.detach()  # a function's own result would otherwise hold its own graph
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    alive = sum(made.nbytes() for reference in saved.values() if (made := reference()) is not None)
+    del result
+    return alive
+
+
+def precision(map_bytes: int) -> AbstractContextManager[None]:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=map_bytes == BF16)
+
+
+def frozen(name: EncoderName, width: int) -> TSMResNet:
+    encoder = TSMResNet(name, width)
+    fill(encoder)
+    encoder.freeze_batchnorm()
+    return encoder.train().to(memory_format=torch.channels_last)
+
+
+# Kept
+
+
+ENCODED = [  # encoder, width, side, snippets, chunk, bytes of a number
+    ("tsm_r18", 8, 64, 1, 1, FP32),
+    ("tsm_r18", 16, 50, 3, 2, BF16),
+    ("tsm_r18", 8, 33, 2, 5, FP32),
+    ("tsm_r34", 8, 46, 3, 1, FP32),
+    ("tsm_r34", 8, 31, 2, 1, BF16),
+    ("tsm_r50", 8, 38, 2, 2, FP32),
+    ("tsm_r50", 8, 57, 3, 2, BF16),
+]
+
+
+@pytest.mark.parametrize(("name", "width", "side", "snippets", "chunk", "map_bytes"), ENCODED)
+def test_kept_by_the_encoder_to_the_byte(
+    name: EncoderName, width: int, side: int, snippets: int, chunk: int, map_bytes: int
+) -> None:
+    encoder = frozen(name, width)
+    x = frames(snippets * FRAMES_PER_SNIPPET, side)
+    known = [*encoder.parameters(), *encoder.buffers()]
+    arguments = (name, width, side, len(x), map_bytes)
+
+    def forward(recompute: bool) -> Tensor:
+        return encode(encoder, x, FRAMES_PER_SNIPPET, chunk=chunk, recompute=recompute)
+
+    with precision(map_bytes):
+        assert saved_bytes(known, lambda: forward(False)) == model.lean_kept_bytes(*arguments)
+        assert saved_bytes(known, lambda: forward(True)) == model.lean_kept_bytes(*arguments, recompute=True)
+        plain = saved_bytes(known, lambda: encoder(x, FRAMES_PER_SNIPPET))
+    assert plain == model.plain_kept_bytes(*arguments)
+
+
+@dataclass
+class HeadCase:
+    config: HeadConfig
+    full: int
+    batch: int
+    length: int
+    map_bytes: int
+    class_loss: bool
+
+    def head(self, num_features: int) -> GTAD:
+        torch.manual_seed(0)
+        return GTAD(self.config, num_features, NUM_CLASSES, self.full).train()
+
+    def labels(self, head: GTAD) -> tuple[Targets, Counts]:
+        edges, segments = np.arange(self.length + 1.0), np.array([[0.0, 1.0], [1.0, 2.0]])
+        duration, rng = head.max_duration(self.length), np.random.default_rng(0)
+        each = [
+            make_targets(edges, segments, np.array([0, 2]), duration, NUM_CLASSES, rng, with_zero=False)
+            for _ in range(self.batch)
+        ]
+        return Targets.stack(each, torch.device("cpu")), Counts.of(each, NUM_CLASSES, 0.9)
+
+    def cells(self, head: GTAD) -> list[Tensor]:
+        """The grids' own cells, which the head looks at and has not made."""
+        duration = head.max_duration(self.length)
+        return [proposal_grid(self.length, duration, bins).cells for bins in (self.config.inner_bins,)]
+
+    def forward(self, head: GTAD, features_NC: Tensor) -> tuple[object, LossTerms, Tensor]:
+        """The output, the terms and their sum: what the joint stage holds."""
+        with precision(self.map_bytes):
+            features_BCL = features_NC.unflatten(0, (self.batch, -1)).transpose(1, 2)
+            output = head(video_dropout(features_BCL, self.config.dropout, range(self.batch)))
+        targets, counts = self.labels(head)
+        terms = tal_loss(output, targets, counts, positive_iou=0.9, class_weight=float(self.class_loss))
+        return output, terms, terms.total
+
+
+HEADS = [
+    HeadCase(replace(SMALL, middle_kernel=kernel, dropout=dropout), 12, batch, length, map_bytes, class_loss)
+    for (kernel, dropout, map_bytes, class_loss), (batch, length) in product(
+        product((1, 3), (0.0, 0.3), (FP32, BF16), (True, False)), ((1, 12), (3, 7))
+    )
+] + [
+    HeadCase(replace(SMALL, middle_kernel=kernel, max_duration=duration), 24, 2, length, FP32, True)
+    for kernel, duration, length in ((1, 9, 12), (3, 9, 12), (3, 1, 5), (3, 40, 2), (1, 5, 24))
+]
+
+
+def test_kept_by_the_head_and_the_loss_to_the_byte() -> None:
+    num_features = 40
+    for case in HEADS:
+        head = case.head(num_features)
+        sizes = model.Head.of(case.config, num_features, NUM_CLASSES, case.full, case.batch, case.length)
+        assert sizes.cells == case.labels(head)[0].iou.numel(), case
+        assert sizes.duration == head.max_duration(case.length), case
+        made = torch.randn(case.batch * case.length, num_features, requires_grad=True)
+        known = [*head.parameters(), *case.cells(head), made]
+        dropout = case.config.dropout > 0
+        kept = sum(stage.kept for stage in model._head_stages(sizes, case.map_bytes, dropout, case.class_loss))
+        held = model._head_held(sizes, case.map_bytes, dropout, case.class_loss)
+
+        def forward(case: HeadCase = case, head: GTAD = head, made: Tensor = made) -> tuple[object, ...]:
+            features_NC = made * 1  # a new tensor, as the encoder's
+            return features_NC, *case.forward(head, features_NC)
+
+        assert saved_bytes(known, forward) == kept + held.saved, case
+        with Alive(known) as alive:
+            result = forward()
+        assert alive.now == kept + sum(held), case
+        del result
+
+
+# The peak
+
+
+@dataclass(frozen=True)
+class StepCase:
+    name: EncoderName
+    width: int
+    side: int
+    length: int
+    batch: int
+    head: HeadConfig
+    map_bytes: int = FP32
+    recompute: bool = False
+    chunk: int | None = None
+    accumulates: bool = False
+    class_loss: bool = True
+    full: int | None = None
+
+    def predicted(self) -> StepBytes:
+        setting = Setting(
+            self.name, self.width, self.head, NUM_CLASSES, self.full or self.length, self.map_bytes, self.class_loss,
+            "sgd",
+        )  # fmt: skip
+        return step_bytes(
+            setting, Fidelity(self.length, self.side), self.batch, recompute=self.recompute, chunk=self.chunk,
+            accumulates=self.accumulates,
+        )  # fmt: skip
+
+    def measured(self) -> tuple[int, int]:
+        """(alive when forward is done, the most that was) of a real step's tensors beyond parameters and frames, and
+        gradients that were there before.
+        """
+        encoder = frozen(self.name, self.width)
+        case = HeadCase(self.head, self.full or self.length, self.batch, self.length, self.map_bytes, self.class_loss)
+        head = case.head(encoder.num_features)
+        learning = [p for module in (encoder, head) for p in module.parameters()]
+        case.forward(head, torch.zeros(self.batch * self.length, encoder.num_features))  # the grids, which stay
+        if self.accumulates:
+            for parameter in learning:
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        x = frames(self.batch * self.length * FRAMES_PER_SNIPPET, self.side)
+        gradients = [p.grad for p in learning if p.grad is not None]
+        with Alive([*learning, *encoder.buffers(), x, *case.cells(head), *gradients]) as alive:
+            with precision(self.map_bytes):
+                features = encode(encoder, x, FRAMES_PER_SNIPPET, chunk=self.chunk, recompute=self.recompute)
+            output, terms, total = case.forward(head, features)
+            kept = alive.now
+            total.backward()
+            del features, output, terms
+        assert alive.now <= kept + sum(p.numel() * 4 for p in learning)  # nothing is left but gradients
+        return kept, alive.peak
+
+
+THREE = replace(SMALL, middle_kernel=3, dropout=0.3)
+STEPS = {
+    "one_chunk": StepCase("tsm_r18", 8, 46, 4, 1, SMALL, chunk=9),
+    "chunks": StepCase("tsm_r18", 16, 64, 7, 1, SMALL, chunk=2),
+    "default_chunk": StepCase("tsm_r18", 8, 90, 6, 2, SMALL),
+    "few_pixels": StepCase("tsm_r18", 16, 32, 4, 2, LARGE, chunk=2),
+    "bf16": StepCase("tsm_r18", 16, 50, 5, 2, THREE, BF16, chunk=3),
+    "bf16_one_chunk": StepCase("tsm_r18", 16, 32, 4, 1, THREE, BF16, chunk=4),
+    "again": StepCase("tsm_r18", 8, 64, 8, 2, SMALL, recompute=True, chunk=3),
+    "again_one_chunk": StepCase("tsm_r18", 8, 46, 3, 1, THREE, recompute=True, chunk=3),
+    "again_bf16": StepCase("tsm_r18", 8, 64, 8, 1, THREE, BF16, recompute=True, chunk=2),
+    "again_large_head": StepCase("tsm_r18", 8, 32, 16, 2, LARGE, recompute=True, chunk=1, full=32),
+    "again_large_head_bf16": StepCase("tsm_r18", 8, 32, 16, 1, LARGE, BF16, recompute=True, chunk=2),
+    "again_3x3": StepCase("tsm_r18", 8, 32, 24, 2, replace(LARGE, middle_kernel=3, max_duration=16), recompute=True,
+                          chunk=8, accumulates=True, full=48),
+    "many_classes": StepCase("tsm_r18", 8, 32, 24, 3, replace(SMALL, class_bins=8), recompute=True, chunk=1,
+                             accumulates=True),
+    "adds": StepCase("tsm_r18", 8, 46, 6, 1, LARGE, chunk=2, accumulates=True),
+    "adds_again_bf16": StepCase("tsm_r18", 8, 46, 6, 2, THREE, BF16, True, 2, True),
+    "no_class_loss": StepCase("tsm_r18", 8, 40, 9, 2, THREE, chunk=4, class_loss=False),
+    "no_class_loss_again": StepCase("tsm_r18", 8, 40, 9, 2, LARGE, BF16, True, 4, class_loss=False),
+    "r34": StepCase("tsm_r34", 8, 46, 5, 1, SMALL, chunk=2),
+    "r34_again_bf16": StepCase("tsm_r34", 8, 46, 5, 1, THREE, BF16, True, 2, True),
+    "r50": StepCase("tsm_r50", 8, 46, 5, 1, THREE, chunk=2),
+    "r50_bf16": StepCase("tsm_r50", 8, 50, 4, 1, SMALL, BF16, chunk=3, accumulates=True),
+    "r50_again": StepCase("tsm_r50", 8, 46, 6, 1, SMALL, recompute=True, chunk=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
+def test_a_step_keeps_and_needs_what_is_predicted(case: StepCase) -> None:
+    kept, peak = case.measured()
+    predicted = case.predicted()
+    assert predicted.kept_encoder + predicted.kept_head == kept
+    step = predicted.kept_encoder + predicted.kept_head + predicted.transient
+    assert peak <= step <= 1.02 * peak
+
+
+@pytest.mark.parametrize(("snippets", "chunk"), [(5, 2), (3, 3), (4, 1)])
+@pytest.mark.parametrize("map_bytes", [FP32, BF16])
+@pytest.mark.parametrize("name", ["tsm_r18", "tsm_r50"])
+def test_features_without_gradients(name: EncoderName, map_bytes: int, snippets: int, chunk: int) -> None:
+    encoder = frozen(name, 8)
+    x = frames(snippets * FRAMES_PER_SNIPPET, 46)
+    known = [*encoder.parameters(), *encoder.buffers(), x]
+    with torch.no_grad(), Alive(known) as alive, precision(map_bytes):
+        features = encode(encoder, x, FRAMES_PER_SNIPPET, chunk=chunk)
+    predicted = model.features_bytes(name, 8, 46, snippets, map_bytes, chunk)
+    assert alive.peak <= predicted <= 1.02 * alive.peak
+    assert features.shape[0] == snippets
+
+
+# What does not change from step to step
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("class_loss", [True, False])
+def test_parameters_gradients_and_optimizer_state(
+    name: EncoderName, optimizer: Literal["sgd", "adamw"], class_loss: bool
+) -> None:
+    encoder, head = frozen(name, 8), GTAD(THREE, model.network(name, 8, 32).num_features, NUM_CLASSES, 10)
+    setting = Setting(name, 8, THREE, NUM_CLASSES, 10, FP32, class_loss, optimizer)
+    bytes_ = step_bytes(setting, Fidelity(10, 32), 1, accumulates=True)
+    learning = [p for module in (encoder, head) for p in module.parameters() if p.requires_grad]
+    tensors = [t for module in (encoder, head) for t in (*module.parameters(), *module.buffers())]
+    assert bytes_.parameters == sum(t.nbytes for t in tensors)
+    without = [] if class_loss else list(head.classifier.parameters())
+    assert bytes_.gradients == sum(p.nbytes for p in learning) - sum(p.nbytes for p in without)
+    made = make_optimizer(StageConfig(epochs=1, batch=1, optimizer=optimizer, lr=0.1), learning, "torch")
+    state = [t for of in made.state.values() for t in of.values() if isinstance(t, Tensor)]
+    assert bytes_.optimizer == sum(t.nbytes for t in state)
+
+
+@pytest.mark.parametrize(
+    ("head", "full", "length"),
+    [(SMALL, 12, 12), (replace(SMALL, inner_bins=16), 40, 9), (replace(LARGE, max_duration=64), 256, 100),
+     (replace(SMALL, max_duration=30), 12, 4)],
+)  # fmt: skip
+def test_sampling_grids_to_the_byte(head: HeadConfig, full: int, length: int) -> None:
+    proposal_grid.cache_clear()
+    module = GTAD(head, 8, NUM_CLASSES, full)
+    module(torch.randn(1, 8, length))
+    duration = module.max_duration(length)
+    bins = ((head.inner_bins, 0.5), (head.context_bins, 0.5), (head.class_bins, 0.0))
+    inner, context, classes = (
+        proposal_grid(length, duration, n, expand=expand) if expand == 0 else proposal_grid(length, duration, n)
+        for n, expand in bins
+    )
+    joined = weights_of((inner, context))
+    used: dict[int, int] = {}
+    device: list[Tensor] = []
+    for weights in (inner.weights, context.weights, classes.weights, joined):
+        for rows in (weights.forward, weights.transposed):
+            used |= {storage(t): t.nbytes for t in rows}
+        for pair in weights._placed.values():
+            device += [t for rows in pair for t in rows]
+            used |= {storage(t): t.nbytes for rows in pair for t in rows}
+    for grid in (inner, context, classes):
+        used |= {storage(t): t.nbytes for t in (grid.rois, grid.cells)}
+    assert model.grid_bytes(head, full, length, "cpu") == sum(used.values())
+    assert model.grid_bytes(head, full, length, "cuda") == sum(t.nbytes for t in device)
+
+
+def weights_of(grids: tuple[Any, ...]) -> Any:
+    from lofi_fast.kernels.align_linear.sampling import weights_of as joined
+
+    return joined(grids)
+
+
+def test_the_tables_are_the_networks() -> None:
+    assert model.BLOCKS == STAGES
+    assert model.NUM_NEIGHBOURS == gtad.NUM_NEIGHBOURS
+    assert len(list(GTAD(THREE, 8, 2, 4).parameters())) == model.HEAD_TENSORS
+    assert [model.default_chunk(side) for side in range(1, 600)] == [
+        lean.default_chunk(FRAMES_PER_SNIPPET, side) for side in range(1, 600)
+    ]
+    depth = inspect.signature(FramePipeline).parameters["depth"].default
+    assert Setting.of(demo(), 6, FP32).decoded_ahead == depth
+    for name in STAGES:
+        convs = [p.numel() for p in TSMResNet(name, 8).parameters() if p.dim() == 4]
+        assert sorted(conv.weight for conv in model.network(name, 8, 64).convs) == sorted(convs)
+
+
+# Settings and terms
+
+
+def test_a_setting_is_read_from_a_config() -> None:
+    assert Setting.of(thumos(), 20, BF16) == Setting(
+        "tsm_r18", 64, thumos().head, 20, 256, BF16, class_loss=False, optimizer="sgd", jitter=False
+    )
+    assert Setting.of(demo(), 6, FP32) == Setting(
+        "tsm_r18", 32, demo().head, 6, 32, FP32, class_loss=True, optimizer="adamw", jitter=True
+    )
+
+
+def test_bytes_a_frame_at_224_pixels() -> None:
+    def frame(of: Callable[..., int], name: EncoderName, map_bytes: int) -> int:
+        return of(name, 64, 224, 2, map_bytes) - of(name, 64, 224, 1, map_bytes)
+
+    assert [frame(model.lean_kept_bytes, "tsm_r18", b) for b in (FP32, BF16)] == [7_175_168, 3_763_200]
+    assert [frame(model.plain_kept_bytes, "tsm_r18", b) for b in (FP32, BF16)] == [25_088_000, 13_346_816]
+    assert frame(model.plain_kept_bytes, "tsm_r50", BF16) > 2.5 * frame(model.lean_kept_bytes, "tsm_r50", BF16)
+
+
+def test_frames_and_jitter() -> None:
+    setting = Setting.of(activitynet(), 200, BF16)
+    of_video = 100 * 8 * 224 * 224 * 3
+    full = step_bytes(setting, Fidelity(100, 224), 2)
+    assert full.frames == 3 * 2 * of_video
+    assert step_bytes(replace(setting, decoded_ahead=1), Fidelity(100, 224), 2).frames == 2 * 2 * of_video
+    jittered = step_bytes(replace(setting, jitter=True), Fidelity(100, 224), 2)
+    assert jittered == full  # in floats a video is smaller than what is kept of two
+    again, jittered_again = (
+        step_bytes(replace(setting, jitter=jitter), Fidelity(100, 224), 1, recompute=True) for jitter in (False, True)
+    )
+    assert again.total < jittered_again.total == again.between + again.gradients + again.frames + 4 * of_video
+
+
+def test_the_update_may_be_the_peak() -> None:
+    setting = Setting("tsm_r50", 64, HeadConfig(), 200, 100, BF16, True, "adamw")
+    small = step_bytes(setting, Fidelity(2, 16), 1)
+    assert small.total >= small.parameters + small.optimizer + (small.optimizer - 4 * (53 + 71)) // 2 + small.frames
+
+
+def test_the_decoders_pool() -> None:
+    assert model.decode_pool(10, 256 * 340, 112) == 3 * 10 * (256 * 340 + 2 * 112 * 112)
+
+
+def test_torch_is_not_loaded() -> None:
+    code = "import sys, lofi_fast.memory.model; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Properties
+
+SETTINGS = st.builds(
+    Setting,
+    encoder=st.sampled_from(sorted(STAGES)),
+    width=st.sampled_from([8, 32, 64]),
+    head=st.builds(
+        HeadConfig, hidden=st.sampled_from([32, 256]), groups=st.just(8), map_channels=st.sampled_from([24, 512]),
+        max_duration=st.sampled_from([None, 16, 64]), middle_kernel=st.sampled_from([1, 3]),
+        dropout=st.sampled_from([0.0, 0.3]),
+    ),
+    num_classes=st.sampled_from([1, 20, 200]),
+    full_snippets=st.just(100),
+    map_bytes=st.sampled_from([FP32, BF16]),
+    class_loss=st.booleans(),
+    optimizer=st.sampled_from(["sgd", "adam"]),
+    jitter=st.booleans(),
+)  # fmt: skip
+LENGTHS, SIDES, BATCHES, CHUNKS = st.integers(2, 100), st.integers(16, 224), st.integers(1, 16), st.integers(1, 40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SETTINGS, LENGTHS, SIDES, BATCHES, CHUNKS, st.booleans(), st.booleans())
+def test_more_needs_more(
+    setting: Setting, length: int, side: int, batch: int, chunk: int, recompute: bool, accumulates: bool
+) -> None:
+    def of(**changes: Any) -> StepBytes:
+        values = {"length": length, "side": side, "batch": batch, "chunk": chunk, "accumulates": accumulates} | changes
+        fidelity = Fidelity(values["length"], values["side"])
+        return step_bytes(
+            setting, fidelity, values["batch"], recompute=recompute, chunk=values["chunk"],
+            accumulates=values["accumulates"],
+        )  # fmt: skip
+
+    here = of()
+    assert here.transient >= 0
+    assert here.total == here.between + here.added
+    for more in (of(length=length + 1), of(side=side + 1), of(batch=batch + 1)):
+        assert more.total >= here.total
+        assert more.kept_encoder >= here.kept_encoder
+    assert of(side=side + 1).frames > here.frames
+    assert of(accumulates=True).total >= of(accumulates=False).total
+    assert of(chunk=chunk + 1).kept_encoder == here.kept_encoder
+
+
+@settings(max_examples=100, deadline=None)
+@given(SETTINGS, LENGTHS, SIDES, st.integers(1, 8))
+def test_what_is_kept_grows_by_the_video(setting: Setting, length: int, side: int, batch: int) -> None:
+    none, one, two = (step_bytes(setting, Fidelity(length, side), n, chunk=3) for n in (batch, batch + 1, batch + 2))
+    for name in ("frames", "kept_encoder", "kept_head"):
+        assert getattr(two, name) - getattr(one, name) == getattr(one, name) - getattr(none, name) > 0
+    assert one.frames * batch == none.frames * (batch + 1)
+    a_video = model.lean_kept_bytes(setting.encoder, setting.width, side, 8 * length * (batch + 1), setting.map_bytes)
+    a_video -= model.lean_kept_bytes(setting.encoder, setting.width, side, 8 * length * batch, setting.map_bytes)
+    assert one.kept_encoder - none.kept_encoder == a_video - 8 * length * 3 * side**2
+
+
+@settings(max_examples=200, deadline=None)
+@given(SETTINGS, LENGTHS, SIDES, BATCHES, CHUNKS)
+def test_recomputing_keeps_the_weights_alone_and_never_needs_more_than_all_maps(
+    setting: Setting, length: int, side: int, batch: int, chunk: int
+) -> None:
+    kept = step_bytes(setting, Fidelity(length, side), batch, chunk=chunk)
+    again = step_bytes(setting, Fidelity(length, side), batch, chunk=chunk, recompute=True)
+    net = model.network(setting.encoder, setting.width, side)
+    assert again.kept_encoder == setting.map_bytes * net.weights + 8 * net.channels <= kept.kept_encoder
+    assert again.kept_head == kept.kept_head
+    if length * batch >= 3 * chunk:  # else most maps are there at once in any case
+        assert again.total <= kept.total
