@@ -18,11 +18,13 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lofi_fast.data.cache import CachedVideo, CacheRequest, prepare
-from lofi_fast.data.pipeline import FramePipeline, FrameRequest, View
+from lofi_fast.data.pipeline import FramePipeline, FrameRequest, View, shrink
 from lofi_fast.data.video import probe
 from lofi_fast.errors import InputError
+from lofi_fast.fidelity import Fidelity, select_snippets
 
 NUM_FRAMES = 24
 WHOLE = View(0.0, 0.0, 1.0, 1.0, False)
@@ -361,3 +363,29 @@ def test_gpu_gives_the_pictures_of_the_cpu(pipeline: FramePipeline, square: Cach
         assert frames.is_cuda
         assert_close(frames.cpu(), expected, levels=LEVELS)
     on_gpu.close()
+
+
+# Frames that were asked for at more memory than is left
+
+
+def test_shrink_keeps_the_snippets_nearest_to_equal_spacing() -> None:
+    decoded, lower = Fidelity(6, 16), Fidelity(3, 16)
+    frames = torch.arange(2 * 6, dtype=torch.uint8).repeat_interleave(8).view(-1, 1, 1, 1).expand(-1, 16, 16, 3)
+    small = shrink(frames, decoded, lower)
+    assert small.shape == (2 * 3 * 8, 16, 16, 3)
+    chosen = select_snippets(6, 3).tolist()
+    assert small[::8, 0, 0, 0].tolist() == [*chosen, *(6 + c for c in chosen)]
+    assert small.unflatten(0, (-1, 8)).flatten(1).float().std(dim=1).max() == 0, "whole snippets"
+
+
+def test_shrink_resizes_like_the_mean_of_pixels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (2 * 8, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    frames = F.interpolate(frames.permute(0, 3, 1, 2).float(), scale_factor=4, mode="bilinear").permute(0, 2, 3, 1)
+    frames = frames.round().to(torch.uint8)  # smooth: 128 px that 32 px describe
+    small = shrink(frames, Fidelity(2, 128), Fidelity(2, 64))
+    expected = F.avg_pool2d(frames.permute(0, 3, 1, 2).float(), 2).permute(0, 2, 3, 1)
+    assert small.dtype == torch.uint8 and small.is_contiguous()
+    assert (small.float() - expected).abs().mean() < 4
+    same = shrink(frames, Fidelity(2, 128), Fidelity(2, 128))
+    assert same is frames

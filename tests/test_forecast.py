@@ -1,0 +1,90 @@
+"""python -m lofi_fast.plan: what would fit a card that is not here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from lofi_fast.forecast import main
+from lofi_fast.memory.profiles import PROFILES
+
+
+def forecast(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    assert main([*flags, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_module_is_a_command() -> None:
+    command = [sys.executable, "-m", "lofi_fast.plan", "--mem-budget", "11GB"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "100 snippets x 224 px" in done.stdout and done.stdout.count("<- 16 at once") == 3
+    assert "assumed" in done.stdout and "GeForce RTX 2080 Ti" in done.stdout
+
+
+@pytest.mark.parametrize("policy", ["batch", "fidelity"])
+def test_what_is_chosen_is_the_highest_rung_that_fits(capsys: pytest.CaptureFixture[str], policy: str) -> None:
+    found = forecast(capsys, "--mem-budget", "6GB", "--policy", policy)
+    for pattern, rows in found["ladders"].items():
+        length, side, micro_batch, recompute = found["chosen"][pattern]
+        at = next(i for i, row in enumerate(rows) if (row["num_snippets"], row["side"]) == (length, side))
+        assert not recompute and (micro_batch == 16 or policy == "fidelity")
+        for row in rows[:at]:  # none above fits with as few videos at once as the policy allows
+            least = min(
+                p["peak"]
+                for p in row["peaks"]
+                if not p["recompute"] and (policy == "fidelity" or p["micro_batch"] == 16)
+            )
+            assert least > found["room"]
+        assert [row["cut"] for row in rows] == sorted(row["cut"] for row in rows)
+
+
+def test_more_memory_never_plans_lower(capsys: pytest.CaptureFixture[str]) -> None:
+    cuts = []
+    for profile in PROFILES:
+        found = forecast(capsys, "--mem-budget", "100%", "--card", profile.name, "--pattern", "spatial")
+        side = found["chosen"]["spatial"][1]
+        cuts.append((found["budget"] - found["assumed"]["beside_tensors"], side))
+    assert [side for _, side in sorted(cuts)] == sorted(side for _, side in cuts)
+    assert cuts[0][1] < cuts[-1][1]
+
+
+def test_full_fidelity_of_the_papers_batch_fits_an_11_gb_card_with_recompute(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = forecast(capsys, "--mem-budget", "11GB", "--recompute", "always")
+    assert all(plan == [100, 224, 16, 1] for plan in found["chosen"].values())
+
+
+def test_a_cpu_and_other_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    found = forecast(capsys, "--mem-budget", "11GB", "--device", "cpu", "--preset", "demo")
+    assert found["device"] == "a CPU, float32"
+    assert found["chosen"]["spatial"] == [32, 32, 4, 0]
+    assert forecast(capsys, "--mem-budget", "11GB", "--preset", "thumos")["chosen"].keys() == found["chosen"].keys()
+
+
+def test_nothing_fits_says_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--mem-budget", "2GB", "--recompute", "never", "--max-cut", "2"]) == 1
+    out = capsys.readouterr().out
+    assert "nothing fits: of a budget of 2.00 GB" in out and "--policy fidelity --recompute auto" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--mem-budget", "auto"], "give an amount like 11GB"),
+        (["--mem-budget", "11 apples"], "is not an amount of memory"),
+        (["--mem-budget", "11GB", "--card", "voodoo"], "no known card"),
+        (["--mem-budget", "80%", "--device", "cpu"], "give an amount like 8GB"),
+        (["--mem-budget", "900GB"], "no known card holds 900.0 GB"),
+    ],
+)
+def test_bad_input_is_one_sentence(capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1
