@@ -8,9 +8,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
-CXX_FILES := $(wildcard kernels/*.h kernels/*/*.cpp)
+CXX_FILES := $(wildcard kernels/*.h kernels/*/*.h kernels/*/*.cpp)
 
-.PHONY: train test check format report clean distclean
+.PHONY: train test check format report kernels-report clean distclean
 
 train: $(VENV)/installed
 	$(BIN)/python -m lofi_fast.train --mem-budget $(BUDGET) $(ARGS)
@@ -46,6 +46,9 @@ $(VENV)/tested-with: $(VENV)/installed
 
 report: $(VENV)/installed
 	$(BIN)/python -m bench tables
+
+kernels-report: $(VENV)/installed
+	$(BIN)/python -m bench kernels
 
 clean:
 	rm -rf build dist lofi_fast.egg-info kernels/_native.so .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from bench.rows import RESULTS, ROOT, read_rows
 from lofi_fast.errors import InputError
-from lofi_fast.memory.meter import settle_allocator
 
 # Each is a module of this package, imported only when asked for: operators are measured on machines without decoders.
 COMMANDS = {
@@ -17,10 +16,12 @@ COMMANDS = {
         "[--save]",
         "every Triton kernel compiled for GPUs that need not be there: registers, spills, accesses",
     ),
+    "memory": ("[options]", "what autograd keeps of a frame, and the peak of a step: lean against plain PyTorch"),
+    "step": ("[options]", "time of the encoder, the head and the whole step: ours against plain PyTorch"),
+    "planner": ("[options]", "predicted and measured peaks over many budgets, alone or beside a neighbour"),
     "job": ("[options] -- <arguments of lofi_fast.train>", "train as a user would and append a row for each seed"),
     "tables": ("[--check]", "make the README's tables from the rows"),
 }
-IN_PROCESS = ("ops",)  # they measure themselves, so they need the allocator that training runs with
 
 
 def overview() -> str:
@@ -57,6 +58,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] and sys.argv[1] in IN_PROCESS:
-        settle_allocator("bench", sys.argv[1:])
     sys.exit(main(sys.argv[1:]))

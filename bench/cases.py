@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from bench.peers.blocks import eager_block_end, eager_stem, eager_stem_input, fr
 from bench.peers.shift import published_shift
 from bench.peers.soft_nms import published_soft_nms
 from lofi_fast.kernels import align_linear_sum, proposal_grid, soft_nms, temporal_roi_align, temporal_shift
-from lofi_fast.kernels.align_linear.sampling import weights_of
+from lofi_fast.kernels.align_linear.sampling import SparseRows, weights_of
 from lofi_fast.kernels.library import forms
 from lofi_fast.kernels.residual_shift import reference as residual_shift_reference
 from lofi_fast.kernels.residual_shift import residual_shift
@@ -54,7 +54,8 @@ class Problem:
     ours: Form
     peers: dict[str, Form]
     exact: Callable[[], tuple[Outputs, Outputs]]  # results and gradients by the definition, in float64
-    # The same in plain PyTorch at our dtype, which tells what rounding error is allowed. None: the first peer's.
+    # The same sums in plain PyTorch at our dtype, which tell what rounding error is allowed. None: the first peer's. It
+    # is another than the peers' where they are matrix products, which sum in blocks and so come closer.
     plain: Callable[[], tuple[Outputs, Outputs]] | None = None
     bytes_forward: int | None = None
     bytes_backward: int | None = None
@@ -275,7 +276,7 @@ def _temporal_roi_align(length: int, duration: int, dtype: torch.dtype, device: 
         ours=ours,
         peers={"PyTorch, dense matrix": Form(by_matrix, (features,), (as_rows,))},
         exact=partial(_double, by_matrix, ours),
-        plain=plain,  # a matrix product sums in another order, and closer to exactly
+        plain=plain,
         bytes_forward=features.nbytes + rois.nbytes + grad.nbytes,
         bytes_backward=grad.nbytes + rois.nbytes + features.nbytes,
     )
@@ -314,6 +315,12 @@ def _align_linear(length: int, duration: int, batch: int, dtype: torch.dtype, de
             out = out + torch.matmul(part.flatten(1), aligned)
         return (out,)
 
+    def projected(inner: Tensor, context: Tensor, weight: Tensor, context_weight: Tensor, bias: Tensor) -> Outputs:
+        pairs = ((inner, weight), (context, context_weight))
+        rows = torch.cat([torch.einsum("bcl,ocr->blro", *pair) for pair in pairs], dim=2).flatten(1, 2)
+        sums = [_bags(weights_of(tuple(grids)).on(device)[0], element) for element in rows]
+        return ((torch.stack(sums) + bias).transpose(1, 2),)
+
     peers = {
         "materialised": Form(
             lambda a, b, v, w, bias: (materialised()((a, b), (v, w), bias),),
@@ -342,6 +349,7 @@ def _align_linear(length: int, duration: int, batch: int, dtype: torch.dtype, de
         ours=ours,
         peers=peers,
         exact=partial(_double, definition, ours),
+        plain=partial(forward_backward, replace(ours, run=projected)),
         left_out=left_out,
     )
 
@@ -358,15 +366,10 @@ def _gather_rows(length: int, duration: int, way: str, dtype: torch.dtype, devic
     def ours(dense: Tensor) -> Outputs:
         return (torch.ops.lofi_fast.gather_rows(dense, offsets, columns, values, None, row_step),)
 
-    @cache
-    def weights(dtype: torch.dtype) -> Tensor:  # embedding_bag wants them in the dtype of what it sums
-        return values.to(dtype)
+    weights = cache(values.to)  # embedding_bag wants them in the dtype of what it sums
 
     def bags(dense: Tensor) -> Outputs:
-        sums = F.embedding_bag(
-            columns, dense[0], offsets, mode="sum", per_sample_weights=weights(dense.dtype), include_last_offset=True
-        )
-        return (sums.unsqueeze(0),)
+        return (_bags(SparseRows(offsets, columns, weights(dense.dtype)), dense[0]).unsqueeze(0),)
 
     results = (len(offsets) - 1) * OUTPUTS * dtype.itemsize
     return Problem(
@@ -374,6 +377,18 @@ def _gather_rows(length: int, duration: int, way: str, dtype: torch.dtype, devic
         peers={"embedding_bag": Form(bags, (dense,))},
         exact=partial(_double, bags, Form(ours, (dense,))),
         bytes_forward=dense.nbytes + offsets.nbytes + columns.nbytes + values.nbytes + results,
+    )
+
+
+def _bags(matrix: SparseRows, dense: Tensor) -> Tensor:
+    """matrix @ dense (columns, O), by PyTorch's own sparse sum."""
+    return F.embedding_bag(
+        matrix.columns,
+        dense,
+        matrix.offsets,
+        mode="sum",
+        per_sample_weights=matrix.values.to(dense.dtype),
+        include_last_offset=True,
     )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lofi_fast.memory.meter import CpuMeter, is_out_of_memory
+from lofi_fast.memory.meter import GLIBC_TUNABLES, CpuMeter, is_out_of_memory
 
 MIB = 2**20
 ROOF = "copy"  # the name of the copy among the calls
@@ -119,7 +120,12 @@ def peak_above_start(call: Call, device: torch.device, warm: bool = True) -> int
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns in a process of its own; None where memory runs out there."""
+    """What `function` returns in a process of its own; None where memory runs out there.
+
+    It runs under the allocator's settings of training (`settle_allocator`), without which the peak of one and the same
+    call varies. Times are taken in the calling process, under the settings that PyTorch's users have.
+    """
+    os.environ.setdefault("GLIBC_TUNABLES", GLIBC_TUNABLES)  # read when the server below starts
     # The server imports torch once, and each child starts as a copy of it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.cases"])

@@ -266,13 +266,13 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--max-cut", type=float, metavar="K", help=f"never train below 1/K of it (default {MAX_CUT:g})")
 
     memory = parser.add_argument_group("memory")
-    memory.add_argument("--policy", choices=[p.value for p in Policy], help="what gives way when memory is short: batch "
-                        "(default): all videos of a step are in memory at once, and the cut grows; fidelity: fewer at "
-                        "once, at more time, before the cut grows")  # fmt: skip
+    memory.add_argument("--policy", choices=[p.value for p in Policy], help="what gives way when memory is short: "
+                        "batch (default): all videos of a step are in memory at once, and the cut grows; fidelity: "
+                        "fewer at once, at more time, before the cut grows")  # fmt: skip
     memory.add_argument("--micro-batch", type=int, metavar="B", help="videos of a joint step in memory at once (the "
                         "loss is the same; default: the policy decides)")  # fmt: skip
-    memory.add_argument("--recompute", choices=get_args(Recompute), help="run the encoder forward a second time instead "
-                        "of keeping its maps; auto (default): where nothing fits without")  # fmt: skip
+    memory.add_argument("--recompute", choices=get_args(Recompute), help="run the encoder forward a second time "
+                        "instead of keeping its maps; auto (default): where nothing fits without")  # fmt: skip
     memory.add_argument("--replay-rungs", metavar="FILE", help="take the rungs of every joint step from the log.jsonl "
                         "of another run")  # fmt: skip
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ def feed_from(run: Run, planner: Planner, epoch: int, order: Sequence[Sequence[S
 
 def take_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batch: Batch) -> Taken:
     """One optimiser step. When memory runs out, the same videos are taken again, lower: none is lost, none repeated."""
-    decision = patiently(run, lambda: planner.recheck(batch.decision))
+    decision = patiently(run, partial(planner.recheck, batch.decision))
     retries = 0
     if decision.changed:
         run.meter.release()
@@ -207,14 +208,14 @@ def take_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batc
             return Taken(terms, decision, peak, retries)
         retries += 1
         run.meter.release()
-        failed, decision = decision, patiently(run, lambda: planner.failed(decision))
+        failed, decision = decision, patiently(run, partial(planner.failed, decision))
         run.log.event(
             "out_of_memory", stage="joint", epoch=failed.epoch, step=failed.step, reason=reason, peak=peak,
             plan=failed.plan.to_json(), next=decision.plan.to_json(), limit=failed.limit,
         )  # fmt: skip
         # Decoded again, as the lower plan asks: the frames of the failed attempt may be gone, or half of them.
         decision = replace(decision, requested=decision.plan)
-        batch = next(batches(run, decision.epoch, [batch.samples], lambda _: decision))
+        batch = next(batches(run, decision.epoch, [batch.samples], [decision].__getitem__))
 
 
 def attempt(

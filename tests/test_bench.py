@@ -453,7 +453,9 @@ def test_the_whole_job_with_true_and_with_rolled_labels(data: Path, tmp_path: Pa
     assert true["plan"]["pretrain"] == {"batch": plans["pretrain"]["batch"]}
     assert true["plan"]["joint"].keys() == {"spatial", "temporal", "spatio_temporal"}
     for pattern, planned in true["plan"]["joint"].items():
-        assert planned == {key: plans["joint"][pattern][key] for key in ("rung", "cut", "batch", "peak")}
+        readings = {"measured", "ladder"}  # what the planner tried on the way
+        assert planned == {key: value for key, value in plans["joint"][pattern].items() if key not in readings}
+        assert {"rung", "cut", "batch", "peak"} <= planned.keys()
     assert "not measured" not in line_of(tables.job_table([true]), "tiny")
     assert f"--annotations labels.json --videos={data.name} " in true["command"]
     assert true["command"].endswith("--mem-budget 4GB --cache cache --seed 0 --out tiny-true-seed0")

@@ -420,7 +420,7 @@ def test_a_run_that_is_killed_twice_ends_like_one_that_is_not(whole: Path, demo_
     assert not events(folder, "step", stage="pretrain")[4:], "a stage that was done is not done again"
 
 
-READINGS_OF_A_STEP = ("peak", "predicted", "limit", "room", "free", "reason")
+READINGS_OF_A_STEP = ("peak", "predicted", "base", "limit", "room", "free", "reason")
 EPOCHS = ["--pretrain-epochs", "2", "--joint-epochs", "2", "--head-epochs", "2"]
 
 

@@ -1,4 +1,4 @@
-"""The whole network in plain PyTorch, with the modules of ours: what a step costs without lean blocks and align_linear."""
+"""The whole network in plain PyTorch, with our modules: what a step costs without lean blocks and align_linear."""
 
 from __future__ import annotations
 

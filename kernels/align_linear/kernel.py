@@ -106,7 +106,9 @@ def gather_rows(
 ) -> Tensor:
     out = dense.new_empty(len(dense), len(offsets) - 1, dense.shape[2])
     if out.numel():
-        gather_rows_launch(dense.contiguous(), offsets, columns, values, bias, row_step, out).run()
+        dense, offsets, columns, values = (x.contiguous() for x in (dense, offsets, columns, values))
+        bias = None if bias is None else bias.contiguous()
+        gather_rows_launch(dense, offsets, columns, values, bias, row_step, out).run()
     return out
 
 

@@ -49,7 +49,7 @@ def boundary_matching_weights(grid: BoundaryMatchingGrid) -> Tensor:
     )
     fraction_NRS1 = u_NRS1 - u_NRS1.trunc()
     t_T = torch.arange(grid.num_snippets)
-    weights_NRST = (u_NRS1.trunc() == t_T) * (1 - fraction_NRS1) + (u_NRS1.ceil() == t_T) * fraction_NRS1
+    weights_NRST: Tensor = (u_NRS1.trunc() == t_T) * (1 - fraction_NRS1) + (u_NRS1.ceil() == t_T) * fraction_NRS1
     return weights_NRST.mean(dim=2).transpose(1, 2)
 
 

@@ -94,6 +94,7 @@ class Decision:
             "recompute": self.plan.recompute,
             "reduced_from": None if source is None else [source.num_snippets, source.side],
             "predicted": self.predicted,
+            "base": self.base,
             "limit": self.limit,
             "room": self.room,
             "free": self.free,

@@ -31,7 +31,7 @@ _OUT_OF_MEMORY = (
 # In a kernel of ours built against the stable ABI of torch before 2.13, a failed call loses its reason. Calls that do
 # nothing but allocate (for `contiguous`, and copy) fail for want of memory alone.
 _ALLOCATING_CALL = re.compile(r"(aten::|aoti_torch_(aten_)?)(new_)?(empty|contiguous)\w*.* api call failed", re.DOTALL)
-_TUNABLES = "glibc.malloc.mmap_threshold=1048576:glibc.malloc.trim_threshold=1048576:glibc.malloc.hugetlb=1"
+GLIBC_TUNABLES = "glibc.malloc.mmap_threshold=1048576:glibc.malloc.trim_threshold=1048576:glibc.malloc.hugetlb=1"
 
 SEGMENT = 20 << 20  # torch maps its expandable segments in pieces of this size: so far a cap can be overrun
 SAME_DEVICE = (0.9, 1.02)  # CUDA's total memory over NVML's: below, NVML shows the whole card and CUDA a slice of it
@@ -139,7 +139,7 @@ def settle_allocator(module: str, arguments: list[str]) -> None:
     wanted = {}
     if sys.platform.startswith("linux"):
         if "GLIBC_TUNABLES" not in os.environ:
-            wanted["GLIBC_TUNABLES"] = _TUNABLES
+            wanted["GLIBC_TUNABLES"] = GLIBC_TUNABLES
         if "PYTORCH_ALLOC_CONF" not in os.environ and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
             wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if wanted:
