@@ -61,8 +61,9 @@ std::vector<Roi> read_rois(const Tensor& rois, int64_t num_batches) {
     const float start = data[n * row + column];
     const float end = data[n * row + 2 * column];
     // Anything else would be read from outside the features, or has no number of samples.
-    STD_TORCH_CHECK(std::isfinite(start) && std::isfinite(end - start) && batch >= 0 && batch < static_cast<float>(num_batches),
-                    "temporal_roi_align: roi ", n, " must be finite, with a batch index in [0, ", num_batches, ")");
+    STD_TORCH_CHECK(
+        std::isfinite(start) && std::isfinite(end - start) && batch >= 0 && batch < static_cast<float>(num_batches),
+        "temporal_roi_align: roi ", n, " must be finite, with a batch index in [0, ", num_batches, ")");
     read.push_back({static_cast<int64_t>(batch), start, std::max(end - start, 1.0f)});
   }
   return read;
