@@ -156,7 +156,7 @@ def kept_bytes(module: nn.Module, features: Callable[[], Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a result that held itself would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = features()

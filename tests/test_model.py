@@ -33,6 +33,7 @@ from lofi_fast.head.gtad import GTAD, video_dropout
 from lofi_fast.head.loss import Counts, LossTerms, tal_loss
 from lofi_fast.head.targets import Targets, make_targets
 from lofi_fast.kernels import proposal_grid
+from lofi_fast.kernels.align_linear.sampling import weights_of
 from lofi_fast.memory import model
 from lofi_fast.memory.model import Setting, StepBytes, step_bytes
 from lofi_fast.optim import make_optimizer
@@ -186,9 +187,8 @@ class HeadCase:
         return Targets.stack(each, torch.device("cpu")), Counts.of(each, NUM_CLASSES, 0.9)
 
     def cells(self, head: GTAD) -> list[Tensor]:
-        """The grids' own cells, which the head looks at and has not made."""
-        duration = head.max_duration(self.length)
-        return [proposal_grid(self.length, duration, bins).cells for bins in (self.config.inner_bins,)]
+        """Of its grid: the head looks at them, and has not made them."""
+        return [proposal_grid(self.length, head.max_duration(self.length), self.config.inner_bins).cells]
 
     def forward(self, head: GTAD, features_NC: Tensor) -> tuple[object, LossTerms, Tensor]:
         """The output, the terms and their sum: what the joint stage holds."""
@@ -372,11 +372,8 @@ def test_sampling_grids_to_the_byte(head: HeadConfig, full: int, length: int) ->
     module = GTAD(head, 8, NUM_CLASSES, full)
     module(torch.randn(1, 8, length))
     duration = module.max_duration(length)
-    bins = ((head.inner_bins, 0.5), (head.context_bins, 0.5), (head.class_bins, 0.0))
-    inner, context, classes = (
-        proposal_grid(length, duration, n, expand=expand) if expand == 0 else proposal_grid(length, duration, n)
-        for n, expand in bins
-    )
+    inner, context = (proposal_grid(length, duration, bins) for bins in (head.inner_bins, head.context_bins))
+    classes = proposal_grid(length, duration, head.class_bins, expand=0.0)
     joined = weights_of((inner, context))
     used: dict[int, int] = {}
     device: list[Tensor] = []
@@ -390,12 +387,6 @@ def test_sampling_grids_to_the_byte(head: HeadConfig, full: int, length: int) ->
         used |= {storage(t): t.nbytes for t in (grid.rois, grid.cells)}
     assert model.grid_bytes(head, full, length, "cpu") == sum(used.values())
     assert model.grid_bytes(head, full, length, "cuda") == sum(t.nbytes for t in device)
-
-
-def weights_of(grids: tuple[Any, ...]) -> Any:
-    from lofi_fast.kernels.align_linear.sampling import weights_of as joined
-
-    return joined(grids)
 
 
 def test_the_tables_are_the_networks() -> None:
