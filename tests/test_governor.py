@@ -398,9 +398,9 @@ def test_free_memory_that_swings_by_less_than_a_rung_moves_nothing(
     for step in range(6 * STEADY):
         machine.left = low if step % period == 0 else round(low + chance.random() * swing)
         ranks.append(rank(take(made, machine)))
-    # A plan that was new may have turned out larger than the fit said; a way up there is none.
-    assert all(a <= b for a, b in itertools.pairwise(ranks))
-    assert ranks[-1] <= ranks[0] + 1
+    # What the first runs of a plan teach may move it once or twice; following the swing would be 12 moves or more.
+    assert sum(a != b for a, b in itertools.pairwise(ranks)) <= 3
+    assert abs(ranks[-1] - ranks[0]) <= 1
 
 
 def test_after_nothing_fitted_the_smallest_comes_first() -> None:
@@ -674,6 +674,15 @@ def test_seconds_are_measured_or_in_proportion_to_the_cost() -> None:
     assert [row["plan"] for row in measured] == [decision.plan.to_json()]
     assert measured[0]["predicted"] == measured[0]["measured"] and measured[0]["seconds"] == 3.0
     json.dumps(rows)
+
+
+def test_a_step_says_whether_its_plan_was_ever_run() -> None:
+    machine = Machine(bump=0, noise=0)
+    made = governor(machine)
+    first = made.recheck(made.choose(S))
+    assert first.new
+    made.learn(first, machine.run(first.plan))
+    assert not made.recheck(first).new
 
 
 def test_a_step_says_whether_what_is_cached_should_go_first() -> None:
