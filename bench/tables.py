@@ -201,6 +201,95 @@ def kernels_table(rows: Sequence[Row]) -> str:
     return f"{versions}; {', '.join(targets)}; {_when(rows)}:\n\n{_markdown(KERNELS_HEADER, lines)}"
 
 
+def memory_table(rows: Sequence[Row]) -> str:
+    """What autograd keeps of a frame, then the peaks of a step: lean beside plain PyTorch."""
+    kept = _newest(rows, ("measured", "encoder", "side", "dtype", "form"), "kept")
+    peaks = _newest(rows, ("measured", "encoder", "frames", "side", "dtype", "form"), "peak")
+    if not kept and not peaks:
+        return f"{MISSING}\n"
+    cells: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in kept:
+        key = (row["encoder"], row["side"])
+        cells.setdefault(key, {})[f"{row['form']}, {row['dtype']}"] = row["bytes_a_frame"]
+    forms = [f"{form}, {dtype}" for dtype in ("float32", "bfloat16") for form in ("plain PyTorch", "lean")]
+    lines = []
+    for (encoder, side), found in cells.items():
+        numbers = [f"{found[form] / 1e6:.2f}" if form in found else MISSING for form in forms]
+        lines.append((encoder, f"{side} px", *numbers))
+    parts = [f"Kept of a frame from forward to backward, MB; {_when(kept)}:\n"]
+    parts.append(_markdown(("encoder", "side", *forms), lines))
+    lines = []
+    plain: dict[tuple[Any, ...], int] = {}
+    for row in peaks:
+        key = (row["frames"], row["side"], row["dtype"])
+        plain.setdefault(key, row["peak"])
+        lines.append((
+            f"{row['frames']} frames of {row['side']} px", row["dtype"], row["form"], f"{row['peak'] / 2**20:.0f}",
+            f"{plain[key] / row['peak']:.1f}x less",
+        ))  # fmt: skip
+    where = "; ".join(dict.fromkeys(_where(_place(row)) for row in peaks))
+    parts.append(f"Peak of one forward and backward above the process before it; {where}; {_when(peaks)}:\n")
+    parts.append(_markdown(("step", "dtype", "form", "peak, MiB", "against plain"), lines))
+    return "\n".join(parts)
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    """Speeds relative to plain PyTorch, from the newest run of each step."""
+    rows = _newest(rows, ("step", "dtype", "form"))
+    if not rows:
+        return f"{MISSING}\n"
+    plain: dict[tuple[Any, ...], int | None] = {}
+    lines = []
+    for row in rows:
+        median, low, high = row["faster_than_plain"]
+        first = plain.setdefault((row["step"], row["dtype"]), row["peak"])
+        peak = "" if not row["peak"] or not first else f"{row['peak'] / 2**20:.0f}, {first / row['peak']:.1f}x less"
+        lines.append((row["step"], row["dtype"], row["form"], f"{median:.2f}x ({low:.2f} to {high:.2f})", peak))
+    where = "; ".join(dict.fromkeys(_where(_place(row)) for row in rows))
+    header = ("step", "dtype", "form", "speed of plain PyTorch, median (p20 to p80)", "peak, MiB")
+    return f"{where}; {_when(rows)}:\n\n{_markdown(header, lines)}"
+
+
+def planner_table(rows: Sequence[Row]) -> str:
+    """Over the budgets of each model in its newest run: how well peaks were predicted, and kept to."""
+    if not rows:
+        return f"{MISSING}\n"
+    lines = []
+    for model, pressure in dict.fromkeys((row["model"], row["pressure"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["pressure"]) == (model, pressure)]
+        newest = max(row["date"] for row in mine)
+        run = [row for row in mine if row["date"] == newest]
+        went = [row for row in run if not row["refused"]]
+        if not went:
+            continue
+        bound = [row["used"][1] for row in went if row["bound"]] or [0.0]
+        span = [row["budget"] / 1e9 for row in run]
+        errors = [f"{100 * max(row[key][0] for row in went):.1f}%" for key in ("error_of_peak", "error_of_added")]
+        lines.append((
+            model + ", beside a neighbour" * pressure, f"{len(run)}, {min(span):.2f} to {max(span):.2f} GB",
+            str(sum(row["steps"] for row in went)), *errors, f"{100 * min(bound):.0f}% to {100 * max(bound):.0f}%",
+            str(sum(row["violations"] for row in went)), str(sum(row["lost"] for row in went)),
+            f"{sum(row['down'] for row in went)} / {sum(row['up'] for row in went)}", _when(run),
+        ))  # fmt: skip
+    header = (
+        "model", "budgets", "steps", "largest error of the peak", "of what a step adds", "budget used where it binds",
+        "violations", "lost or repeated videos", "rungs down / up", "date, commit",
+    )  # fmt: skip
+    return _markdown(header, lines)
+
+
+def _newest(rows: Sequence[Row], names: Sequence[str], measured: str | None = None) -> list[Row]:
+    """Of rows alike in `names`, the newest; in the order they were first measured."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if row.get("quick") or (measured is not None and row["measured"] != measured):
+            continue
+        key = (*_place(row), *(row[name] for name in names))
+        if key not in found or row["date"] >= found[key]["date"]:
+            found[key] = row
+    return list(found.values())
+
+
 def aligned(lines: Sequence[Sequence[str]], text: int) -> str:
     """Lines of cells as columns for a terminal: the first `text` of them flush left, the others flush right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -218,4 +307,11 @@ def _range(values: Iterable[int]) -> str:
     return " to ".join(str(value) for value in (known if len(known) < 2 else (known[0], known[-1]))) or "none"
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"job": job_table, "ops": ops_table, "kernels": kernels_table}
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "job": job_table,
+    "ops": ops_table,
+    "kernels": kernels_table,
+    "memory": memory_table,
+    "step": step_table,
+    "planner": planner_table,
+}
