@@ -321,6 +321,7 @@ def plan_joint(run: Run) -> dict[str, dict[str, Any]]:
         return peak
 
     readings, key = run.cache / READINGS, run.memory_key()
+    trial(planner.warm_up())
     known = planner.load_readings(readings, key)
     planner.calibrate(trial)
     planner.save_readings(readings, key)

@@ -1092,3 +1092,11 @@ def test_two_processes_take_the_same_plan(tmp_path: Path) -> None:
     before = [plan.to_json() for plan in PLANS[T]].index(first["before"])
     assert first["around"] == PLANS[T][before + 2].to_json()
     assert first["refused"]
+
+
+def test_the_first_step_of_a_process_is_the_smallest_and_teaches_nothing() -> None:
+    machine = Machine()
+    gov = governor(machine)
+    warm = gov.warm_up()
+    assert ledger(warm.plan) == min(ledger(plan) for plans in PLANS.values() for plan in plans)
+    assert all(row["measured"] is None for pattern in CYCLE for row in gov.table(pattern, FULL))

@@ -342,6 +342,17 @@ class Governor:
 
     # Calibration
 
+    def warm_up(self) -> Decision:
+        """The smallest plan of all, to be run before the trials and not to be learned from: the first step of a process
+        loads code and takes memory that stays, which would be read as the plan's own.
+        """
+        self._read()
+        pattern, plan = min(
+            ((pattern, plan) for pattern, plans in self._plans.items() for plan in plans),
+            key=lambda pair: self._ledger[pair[1]],
+        )
+        return self._decide(pattern, 0, 0, plan, "the first step of the process")
+
     def calibrate(self, measure: Callable[[Decision], int | None]) -> None:
         """Run the trials: `measure` runs a step and gives its peak, or None when memory ran out. Raises NothingFits."""
         while (trial := self.probe()) is not None:
