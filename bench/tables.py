@@ -1,4 +1,4 @@
-"""The README's tables, made from rows: what stands between `<!-- bench:NAME -->` and `<!-- /bench -->`."""
+"""The tables of both README.md, made from rows: what stands between `<!-- bench:NAME -->` and `<!-- /bench -->`."""
 
 from __future__ import annotations
 
@@ -27,33 +27,39 @@ KERNELS_HEADER = (
     "operator", "kernel", "layout", "launches", "registers", "spilled bytes", "shared bytes",
     "widest load / store (bits)",
 )  # fmt: skip
+PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
-def main(argv: Sequence[str], readme: Path = ROOT / "README.md", results: Path = RESULTS) -> int:
-    """Bring the README up to date; with --check only say whether it is (0) or not (1)."""
+def main(argv: Sequence[str], pages: Sequence[Path] = PAGES, results: Path = RESULTS) -> int:
+    """Bring the pages up to date; with --check only say whether they are (0) or not (1)."""
     parser = argparse.ArgumentParser(prog="python -m bench tables", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; status 1 when README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 when a page is out of date")
     args = parser.parse_args(argv)
+    texts = [_read(page) for page in pages]
+    status = 0
+    for name in TABLES:
+        if read_rows(results / f"{name}.jsonl") and not any(f"<!-- bench:{name} -->" in text for text in texts):
+            print(f"no page has a place for the rows of {name}.jsonl: add <!-- bench:{name} --> and <!-- /bench -->")
+            status = int(args.check)
+    for page, before in zip(pages, texts, strict=True):
+        after = filled(before, results)
+        if before == after:
+            print(f"{page.name} is up to date")
+        elif args.check:
+            print(f"{page.name} is out of date: run python -m bench tables")
+            status = 1
+        else:
+            page.write_text(after, encoding="utf-8")
+            print(f"{page.name} rewritten")
+    return status
+
+
+def _read(page: Path) -> str:
     try:
-        before = readme.read_text(encoding="utf-8")
+        return page.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{readme.name}: {error.strerror}; it holds the markers that tables go between") from error
-    after = filled(before, results)
-    missing = [
-        name for name in TABLES if read_rows(results / f"{name}.jsonl") and f"<!-- bench:{name} -->" not in after
-    ]
-    for name in missing:
-        print(f"{readme.name} has no place for the rows of {name}.jsonl: add <!-- bench:{name} --> and <!-- /bench -->")
-    if before == after:
-        print(f"{readme.name} is up to date" if not missing else f"{readme.name}: its own tables are up to date")
-        return 1 if args.check and missing else 0
-    if args.check:
-        print(f"{readme.name} is out of date: run python -m bench tables")
-        return 1
-    readme.write_text(after, encoding="utf-8")
-    print(f"{readme.name} rewritten")
-    return 0
+        raise InputError(f"{page.name}: {error.strerror}; it holds the markers that tables go between") from error
 
 
 def filled(text: str, results: Path) -> str:

@@ -130,14 +130,14 @@ def test_tables_rewrites_between_the_markers_alone(tmp_path: Path, capsys: pytes
     readme, results = tmp_path / "README.md", tmp_path / "results"
     readme.write_text("# Title\n<!-- bench:job -->\nold\n<!-- /bench -->\nafter <!-- a comment -->\n")
     append_row(results / "job.jsonl", row())
-    assert tables.main(["--check"], readme, results) == 1
+    assert tables.main(["--check"], (readme,), results) == 1
     assert "old" in readme.read_text()
-    assert tables.main([], readme, results) == 0
-    assert tables.main(["--check"], readme, results) == 0
+    assert tables.main([], (readme,), results) == 0
+    assert tables.main(["--check"], (readme,), results) == 0
     expected = f"# Title\n<!-- bench:job -->\n{tables.job_table([row()])}<!-- /bench -->\nafter <!-- a comment -->\n"
     assert readme.read_text() == expected
     append_row(results / "job.jsonl", row(average_map=0.9, date="2026-05-05T00:00:00+00:00"))
-    assert tables.main(["--check"], readme, results) == 1
+    assert tables.main(["--check"], (readme,), results) == 1
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_markers_that_cannot_be_filled_are_refused(tmp_path: Path, text: str, sa
     readme = tmp_path / "README.md"
     readme.write_text(text)
     with pytest.raises(InputError, match=says):
-        tables.main([], readme, tmp_path)
+        tables.main([], (readme,), tmp_path)
     assert readme.read_text() == text
 
 
@@ -369,13 +369,13 @@ def test_table_of_kernels_merges_the_launches_of_the_newest_run() -> None:
 def test_rows_without_a_place_in_the_readme_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results"
     readme.write_text(f"<!-- bench:job -->\n{tables.job_table([])}<!-- /bench -->\n")
-    assert tables.main(["--check"], readme, results) == 0
+    assert tables.main(["--check"], (readme,), results) == 0
     append_row(results / "kernels.jsonl", kernel_row("stem_kernel", 40))
-    assert tables.main(["--check"], readme, results) == 1
+    assert tables.main(["--check"], (readme,), results) == 1
     assert "add <!-- bench:kernels --> and <!-- /bench -->" in capsys.readouterr().out
     readme.write_text(readme.read_text() + "<!-- bench:kernels -->\n<!-- /bench -->\n")
-    assert tables.main([], readme, results) == 0
-    assert tables.main(["--check"], readme, results) == 0
+    assert tables.main([], (readme,), results) == 0
+    assert tables.main(["--check"], (readme,), results) == 0
 
 
 def test_launches_that_share_their_code_are_compiled_once_and_thinned_evenly() -> None:
