@@ -96,7 +96,7 @@ def compile_launch(launch: Launch, target: int) -> Compiled:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin)
-        code = _run(knobs.nvidia.nvdisasm.path, "--print-code", cubin)
+        code = _run(knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow", cubin)
     fields = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage))
     return Compiled(
         target=target,
