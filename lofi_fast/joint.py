@@ -230,7 +230,7 @@ def attempt(
     versions = [p._version for p in parameters]
     reason = ""
     # A plan's first step may take memory outside torch for good: workspaces, code that is loaded at its first use.
-    settling = run.meter.settle(f"a step at {decision.plan}") if decision.changed else nullcontext()
+    settling = run.meter.settle(f"a step at {decision.plan}") if decision.new else nullcontext()
     with settling, run.meter.cap(decision.limit):
         try:
             terms = forward_backward(run, batch, decision)
