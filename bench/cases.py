@@ -29,6 +29,7 @@ from lofi_fast.memory.meter import open_meter
 
 FRAMES, SNIPPET = 64, 8  # images of an encoder case, and frames in a snippet
 STAGES = ((56, 64), (28, 128), (14, 256), (7, 512))  # side and channels of a ResNet-18's stages at 224 pixels
+TINY_STAGES = ((3, 16),)
 GRIDS = ((25, 25), (50, 50), (100, 100), (256, 64))  # snippets and longest duration: ActivityNet's rungs, THUMOS
 CHANNELS, OUTPUTS, BINS = 256, 512, (32, 4)  # G-TAD's map: inner and context bins
 PROPOSALS, KEPT, SIGMA = 14_000, 100, 0.84  # of one ActivityNet video before suppression
@@ -102,8 +103,11 @@ def form_of(op: str, device: torch.device) -> str:
     return (forms["cpu"] | forms[device.type])[operator].partition(" (")[0]
 
 
-def cases(device: torch.device, quick: bool = False) -> list[Case]:
-    """All of them, in the order of a training step. Quick ones are small and few, and say nothing about speed."""
+def cases(device: torch.device, quick: bool = False, tiny: bool = False) -> list[Case]:
+    """All of them, in the order of a training step. Quick ones are small and few, and say nothing about speed; tiny
+    ones are quick ones that Triton's interpreter can run.
+    """
+    quick = quick or tiny
     half = torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
     head = (torch.float32, half) if device.type == "cuda" else (torch.float32,)  # on a CPU the head is float32
     found: list[Case] = []
@@ -111,18 +115,19 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     def add(op: str, shape: str, dtypes: tuple[torch.dtype, ...], build: Any, *args: Any, timed: bool = True) -> None:
         found.extend(Case(op, shape, dtype, partial(build, *args), timed) for dtype in dtypes)
 
-    frames, side = (16, 28) if quick else (FRAMES, 224)
+    frames, side = (8, 8) if tiny else (16, 28) if quick else (FRAMES, 224)
+    stages = TINY_STAGES if tiny else STAGES[-1:] if quick else STAGES
     add("stem_input", f"{side}x{side}x3, {frames} frames", (torch.float32, half), _stem_input, frames, side)
     add("stem", f"{side // 2}x{side // 2}x64, {frames} frames", (torch.float32, half), _stem, frames, side // 2)
-    for stage_side, channels in STAGES[-1:] if quick else STAGES:
+    for stage_side, channels in stages:
         shape = f"{stage_side}x{stage_side}x{channels}, {frames} frames"
         add("temporal_shift", shape, (torch.float32, half), _temporal_shift, frames, stage_side, channels)
         add("residual_shift", shape, (torch.float32, half), _residual_shift, frames, stage_side, channels, "")
-    side, channels = STAGES[-1] if quick else STAGES[1]
+    side, channels = stages[0] if quick else STAGES[1]
     for variant in ("downsample", "no shift", "no identity, no shift"):
         shape = f"{side}x{side}x{channels}, {frames} frames, {variant}"
         add("residual_shift", shape, (torch.float32, half), _residual_shift, frames, side, channels, variant)
-    for length, duration in ((12, 12),) if quick else GRIDS:
+    for length, duration in ((3, 2),) if tiny else ((12, 12),) if quick else GRIDS:
         shape = f"L={length}, D={duration}"
         add("temporal_roi_align", f"{shape}, {BINS[0]} bins", head, _temporal_roi_align, length, duration)
         add("align_linear", shape, head, _align_linear, length, duration, 1)
@@ -130,7 +135,7 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
             add("gather_rows", f"{shape}, {way}", head, _gather_rows, length, duration, way)
     if not quick:
         add("align_linear", "L=100, D=100, batch 4", head, _align_linear, 100, 100, 4, timed=False)
-    if device.type == "cpu":  # it has no form for a GPU
+    if device.type == "cpu" and not tiny:  # it has no form for a GPU
         proposals = 500 if quick else PROPOSALS
         add("soft_nms", f"{proposals:,} proposals, {KEPT} kept", (torch.float64,), _soft_nms, proposals)
     return found

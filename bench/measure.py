@@ -83,9 +83,10 @@ def interleaved(
 
     A slow call takes part in the first rounds only: as many as fit in `seconds`, and no fewer than `least`.
     """
-    limits = {}
+    limits = dict.fromkeys(calls, rounds)
     for name, call in calls.items():
-        limits[name] = min(rounds, max(least, int(seconds / stopwatch(call))))  # this first run warms up too
+        if rounds > 1:  # one round tells no times, so it needs no warm-up
+            limits[name] = min(rounds, max(least, int(seconds / stopwatch(call))))
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for number in range(max(limits.values())):
@@ -119,16 +120,18 @@ def peak_above_start(call: Call, device: torch.device, warm: bool = True) -> int
     return max(meter.peak() - before, 0)
 
 
-def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns in a process of its own; None where memory runs out there.
+def in_child(function: Callable[..., Any], *arguments: Any, cuda: bool = False) -> Any:
+    """What `function` returns in a process of its own; None where memory runs out there. `cuda`: it uses the GPU.
 
     It runs under the allocator's settings of training (`settle_allocator`), without which the peak of one and the same
     call varies. Times are taken in the calling process, under the settings that PyTorch's users have.
     """
     os.environ.setdefault("GLIBC_TUNABLES", GLIBC_TUNABLES)  # read when the server below starts
-    # The server imports torch once, and each child starts as a copy of it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.cases"])
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # The server imports torch once, and each child starts as a copy of it; CUDA does not work in copies.
+    context = multiprocessing.get_context("spawn" if cuda else "forkserver")
+    if not cuda:
+        context.set_forkserver_preload(["bench.cases"])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_send, args=(sender, function, *arguments))
     child.start()

@@ -1,7 +1,8 @@
 """Memory of the encoder's step: what autograd keeps of a frame, and the peak of one forward and backward.
 
 Kept bytes are counted exactly, in the storages that autograd saves. Peaks are each measured in a process of its own,
-above what that process held before the step: the resident set on a CPU, torch's allocator on a GPU.
+above what that process held before the step: the resident set on a CPU; on a GPU torch's allocator, and beside it what
+the driver shows.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import get_args
 
 import torch
 
+from bench.against import add_against, comparison, read_against
 from bench.gate import GateError
 from bench.measure import in_child, peak_above_start
-from bench.networks import DTYPES, Encoded, kept_bytes
+from bench.networks import COMPILED, DTYPES, TINY_WIDTH, WIDTH, Encoded, WholeStep, half, kept_bytes
 from bench.rows import RESULTS, Row, append_row, environment, software
 from bench.tables import aligned
 from lofi_fast.config import EncoderName
@@ -28,6 +31,8 @@ from lofi_fast.precision import choose_device
 USAGE = "python -m bench memory [options]"
 SIDES = (224, 158, 112)  # of (100, 224) and (25, 224), (50, 158), (100, 112)
 PEAKS = ((64, 224), (256, 112))  # frames, side
+GPU_PEAKS = ((1, 100, 224), (16, 50, 158))  # videos, snippets, side: full fidelity, and the paper's batch at a cut of 4
+KEY = ("measured", "encoder", "videos", "snippets", "frames", "side", "dtype", "form")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,28 +42,40 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--threads {args.threads}: must be at least 1")
     device = choose_device(args.device)
     torch.set_num_threads(args.threads)
-    start = environment() | software(device, args.threads) | {"quick": args.quick}
+    old = read_against(args.against)
+    quick = args.quick or args.tiny
+    start = environment() | software(device, args.threads) | {"quick": quick}
     print(f"{start['device']}; {args.threads} thread(s); commit {start['commit'][:7]}")
     rows: list[Row] = []
     try:
-        for row in (*kept(device, args.quick), *peaks(device, args.quick)):
+        for row in chain(*_parts(device, quick, args.tiny)):
             append_row(args.results, {"bench": "memory"} | row | start)
-            rows.append(row)
+            rows.append(row | start)
     except GateError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
         print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
+        if args.against:
+            print(comparison(rows, old, KEY, {"kept": ("bytes_a_frame",), "peak": ("peak",), "driver": ("driver",)}))
     return 0
 
 
-def kept(device: torch.device, quick: bool = False) -> Iterator[Row]:
+def _parts(device: torch.device, quick: bool, tiny: bool) -> list[Iterator[Row]]:
+    """On a GPU the peaks are those of the whole step, as the driver sees them too."""
+    if tiny:
+        return [kept(device, quick, tiny), whole_peaks(device, tiny)]
+    return [kept(device, quick), whole_peaks(device, quick) if device.type == "cuda" else peaks(device, quick)]
+
+
+def kept(device: torch.device, quick: bool = False, tiny: bool = False) -> Iterator[Row]:
     """One snippet tells the bytes of a frame: what is kept is proportional to the frames."""
     for name in get_args(EncoderName)[: 1 if quick else None]:
-        for side in (64,) if quick else SIDES:
-            for dtype in ("float32", "bfloat16"):
-                case = Encoded.of(name, FRAMES_PER_SNIPPET, side, dtype, device)
-                frames = Encoded.of(name, 2 * FRAMES_PER_SNIPPET, side, dtype, device)
+        for side in (16,) if tiny else (64,) if quick else SIDES:
+            for dtype in ("bfloat16",) if tiny else ("float32", "bfloat16"):
+                width = TINY_WIDTH if tiny else WIDTH
+                case = Encoded.of(name, FRAMES_PER_SNIPPET, side, dtype, device, width)
+                frames = Encoded.of(name, 2 * FRAMES_PER_SNIPPET, side, dtype, device, width)
                 for form in ("plain PyTorch", "lean"):
                     # Two runs, so that what does not grow with the frames (folded weights) is told apart.
                     once, twice = (kept_bytes(c.encoder, partial(c.features, form)) for c in (case, frames))
@@ -74,13 +91,12 @@ def peaks(device: torch.device, quick: bool = False) -> Iterator[Row]:
     for frames, side in ((16, 64),) if quick else PEAKS:
         for dtype in dtypes:
             case = Encoded.of("tsm_r18", frames, side, dtype, device)
-            names = [name for name in case.forms() if name != "torch.compile"]
+            names = list(case.forms())
             if side == min(side for _, side in PEAKS) or quick:
                 case.gate(names)
             del case
             for form in names:
-                arguments = (frames, side, dtype, form, str(device), torch.get_num_threads())
-                peak = in_child(_peak, *arguments) if device.type == "cpu" else _peak(*arguments)
+                peak = in_child(_peak, frames, side, dtype, form, str(device), torch.get_num_threads())
                 yield {
                     "measured": "peak", "encoder": "tsm_r18", "frames": frames, "side": side, "dtype": dtype,
                     "form": form, "peak": peak,
@@ -94,6 +110,42 @@ def _peak(frames: int, side: int, dtype: str, form: str, device: str, threads: i
     # The first snippet loads code and makes the gradients, which stay; then the peak is the step's own.
     Encoded(case.encoder, case.frames[:FRAMES_PER_SNIPPET], DTYPES[dtype]).step(form)
     return peak_above_start(partial(case.step, form), case.frames.device, warm=False)
+
+
+def whole_peaks(device: torch.device, quick: bool = False) -> Iterator[Row]:
+    """Encoder, head and loss, forward and backward, without an optimizer; each form in a process of its own.
+
+    `peak`: above the start, by torch's allocator. `driver`: what the device shows for the process after the step: the
+    context and the libraries' own memory with all that torch reserved.
+    """
+    for videos, snippets, side in ((2, 3, 16),) if quick else GPU_PEAKS:
+        for form in (*WholeStep.FORMS, *([COMPILED] if device.type == "cuda" else [])):
+            width = TINY_WIDTH if quick else WIDTH
+            arguments = (videos, snippets, side, half(device), form, str(device), torch.get_num_threads(), width)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                found = in_child(_whole_peak, *arguments, torch.cuda.mem_get_info(device)[0], cuda=True)
+            else:
+                found = _whole_peak(*arguments)
+            peak, driver = (None, None) if found is None else found
+            yield {
+                "measured": "step", "encoder": "tsm_r18", "videos": videos, "snippets": snippets, "side": side,
+                "dtype": half(device), "form": form, "peak": peak, "driver": driver,
+            }  # fmt: skip
+            numbers = "more than there is" if peak is None else f"{peak / 1e9:.2f} GB, {(driver or 0) / 1e9:.2f} in all"
+            print(f"step: {videos} videos, {snippets} x {side} px, {form}: {numbers}", flush=True)
+
+
+def _whole_peak(
+    videos: int, snippets: int, side: int, dtype: str, form: str, device_name: str, threads: int, width: int,
+    free: int = 0,
+) -> tuple[int, int | None]:  # fmt: skip
+    """`free`: bytes of the device that were free before this process began."""
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    case = WholeStep.of("tsm_r18", snippets, side, dtype, device, videos, width)
+    peak = peak_above_start(partial(case.step, form), device, warm=device.type == "cuda")
+    return peak, free - torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -110,7 +162,18 @@ def table(rows: Sequence[Row]) -> str:
         plain.setdefault(key, row["peak"])
         cells = (f"{row['frames']} frames of {row['side']} px", row["dtype"], row["form"])
         peaked.append((*cells, f"{row['peak'] / 2**20:.0f}", f"{plain[key] / row['peak']:.2f}x less"))
-    return f"{aligned(lines, text=4)}\n\n{aligned(peaked, text=3)}"
+    steps = [("whole step", "dtype", "form", "peak, GB", "as the driver shows it", "against plain")]
+    for row in (row for row in rows if row["measured"] == "step"):
+        what = f"{row['videos']} videos, {row['snippets']} snippets of {row['side']} px"
+        if row["peak"] is None:
+            steps.append((what, row["dtype"], row["form"], "does not fit", "", ""))
+            continue
+        plain.setdefault(what, row["peak"])
+        driver = "" if row["driver"] is None else f"{row['driver'] / 1e9:.2f}"
+        less = f"{plain[what] / row['peak']:.2f}x less" if row["peak"] else ""
+        steps.append((what, row["dtype"], row["form"], f"{row['peak'] / 1e9:.2f}", driver, less))
+    parts = ((lines, 4), (peaked, 3), (steps, 3))
+    return "\n\n".join(aligned(lines, text=text) for lines, text in parts if len(lines) > 1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,5 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--quick", action="store_true", help="one small case: does everything run?")
+    parser.add_argument("--tiny", action="store_true", help="smaller still, in one process: for Triton's interpreter")
     parser.add_argument("--results", type=Path, default=RESULTS / "memory.jsonl", help="file of rows to append to")
+    add_against(parser)
     return parser

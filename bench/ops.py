@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
+from bench.against import add_against, comparison, read_against
 from bench.cases import Case, Form, Problem, cases, form_of, forward, forward_backward
 from bench.gate import GateError, check_close, check_copies
 from bench.measure import ROOF, Stopwatch, in_child, interleaved, peak_above_start, roof, spread
-from bench.rows import RESULTS, Row, append_row, environment, software
+from bench.rows import RESULTS, Row, alike, append_row, environment, read_rows, software
 from bench.tables import aligned
 from lofi_fast.errors import InputError
 from lofi_fast.kernels import describe
@@ -28,6 +29,7 @@ from lofi_fast.precision import choose_device
 
 USAGE = "python -m bench ops [options]"
 PASSES = ("forward", "forward_backward")
+TIMES = {"forward ms": ("forward", "ms"), "forward + backward ms": ("forward_backward", "ms"), "peak": ("peak",)}
 SECONDS = 6.0  # that one form may take in one pass, at least three rounds: slow peers run fewer rounds
 
 
@@ -35,13 +37,19 @@ def main(argv: Sequence[str]) -> int:
     """Measure, append rows, print a table; 0, or 1 when a case did not pass the gate."""
     args = _parser().parse_args(argv)
     device = choose_device(args.device)
-    chosen = _chosen(cases(device, args.quick), args.only)
+    old = read_against(args.against)
+    quick = args.quick or args.tiny
+    chosen = _chosen(cases(device, args.quick, args.tiny), args.only)
     if args.threads < 1 or (args.rounds is not None and args.rounds < 1):
         raise InputError("--threads and --rounds must be at least 1")
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in every form
-    rounds = args.rounds or (3 if args.quick else 15)
-    start = environment() | software(device, args.threads) | {"quick": args.quick}
+    rounds = args.rounds or (3 if quick else 15)
+    start = environment() | software(device, args.threads) | {"quick": quick}
+    if args.skip_measured:
+        known = {(row["op"], row["shape"], row["dtype"]) for row in alike(read_rows(args.results), start)}
+        print(f"{sum(case.key in known for case in chosen)} of {len(chosen)} cases were measured before")
+        chosen = [case for case in chosen if case.key not in known]
     changed = " with changes" if start["dirty"] else ""
     print(f"{start['device']}, {args.threads} thread(s), commit {start['commit'][:7]}{changed}")
     print(f"kernels: {describe(device.type)}")
@@ -52,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         name = " ".join(case.key)
         print(f"[{number}/{len(chosen)}] {name}: ", end="", flush=True)
         try:
-            new = measure(case, device, stopwatch, rounds, args.quick)
+            new = measure(case, device, stopwatch, rounds, args.quick, args.tiny)
         except GateError as error:
             print(f"does not pass the gate, and is not measured: {error}", flush=True)
             failed += 1
@@ -66,12 +74,16 @@ def main(argv: Sequence[str]) -> int:
             append_row(args.results, {"bench": "ops"} | row | start)
         rows += new
     print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
+    if args.against:
+        print(comparison([row | start for row in rows], old, ("op", "shape", "dtype", "form"), TIMES))
     if failed:
         print(f"error: {failed} of {len(chosen)} cases do not pass the gate", file=sys.stderr)
     return min(failed, 1)
 
 
-def measure(case: Case, device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bool = False) -> list[Row]:
+def measure(
+    case: Case, device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bool = False, tiny: bool = False
+) -> list[Row]:
     """A row for each form, ours first. Raises GateError."""
     problem = case.problem(device)
     gate(problem)
@@ -85,7 +97,8 @@ def measure(case: Case, device: torch.device, stopwatch: Stopwatch, rounds: int,
             for name, timed in _time(problem, forms, step, device, stopwatch, rounds).items():
                 rows[name][step] = timed
     for name in forms:
-        rows[name]["peak"] = peak(case, name if name != ours else None, problem, device, quick)
+        other = name if name != ours else None
+        rows[name]["peak"] = None if tiny else peak(case, other, problem, device, quick)
     print(_line(rows, ours), flush=True)
     for name, reason in problem.left_out.items():
         print(f"    without {name}: {reason}", flush=True)
@@ -219,5 +232,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--rounds", type=int, help="rounds of each comparison (default: 15; with --quick 3)")
     parser.add_argument("--quick", action="store_true", help="small shapes: does everything run? says nothing of speed")
+    parser.add_argument("--tiny", action="store_true", help="smaller still, and no peaks: for Triton's interpreter")
+    parser.add_argument("--skip-measured", action="store_true", help="leave out what these results hold of this commit")
     parser.add_argument("--results", type=Path, default=RESULTS / "ops.jsonl", help="file of rows to append to")
+    add_against(parser)
     return parser

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -64,14 +64,21 @@ def read_rows(path: Path) -> list[Row]:
 
 def environment() -> Row:
     """Where and when: machine in words, UTC date, and the commit whose code runs (dirty: with changes of its own)."""
-    commit = _git("rev-parse", "HEAD")
+    in_clone = _git("rev-parse", "HEAD")
+    commit = in_clone or os.environ.get("LOFI_FAST_COMMIT", "")  # of a copy without its history
     return {
         "machine": f"{_processor()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.1f} GB",
         "system": platform.system(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit or "unknown",
-        "dirty": bool(_git("status", "--porcelain", "--", ".", *WRITTEN_BY_BENCH)) if commit else None,
+        "dirty": bool(_git("status", "--porcelain", "--", ".", *WRITTEN_BY_BENCH)) if in_clone else None,
     }
+
+
+def alike(rows: Iterable[Row], start: Row) -> list[Row]:
+    """Those that the same code made on the same device as `start` describes."""
+    same = ("machine", "device", "commit", "dirty", "threads", "quick")
+    return [row for row in rows if all(row.get(key) == start.get(key) for key in same)]
 
 
 def software(device: torch.device, threads: int) -> Row:

@@ -1,6 +1,7 @@
 """Time of a training step, ours beside plain PyTorch: the encoder alone, the head alone, and all of it with the loss.
 
-Every case passes the gate first: the gradients of all forms agree. Forms alternate within one process.
+Every case passes the gate first: the gradients of all forms agree. Forms alternate within one process. On a GPU the
+cases are one video at full fidelity in mixed precision, with torch.compile of plain PyTorch among the forms.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ from pathlib import Path
 
 import torch
 
+from bench.against import add_against, comparison, read_against
 from bench.gate import GateError
 from bench.measure import Stopwatch, in_child, interleaved, peak_above_start, spread
-from bench.networks import Encoded, WholeStep
+from bench.networks import COMPILED, TINY_WIDTH, WIDTH, Encoded, WholeStep, half
 from bench.rows import RESULTS, Row, append_row, environment, software
 from bench.tables import aligned
 from lofi_fast.errors import InputError
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.precision import choose_device
 
 USAGE = "python -m bench step [options]"
 ENCODER = ((64, 112), (64, 224), (256, 112))  # frames, side
 SNIPPETS, SIDE = 100, 112  # of the whole step
+GPU_SIDE = 224  # full fidelity
+UNRELATED = 0.7  # gradients of a wrong formula differ by more
 SECONDS = 60.0  # that one form may take, at least three rounds
 
 
@@ -35,20 +40,24 @@ def main(argv: Sequence[str]) -> int:
     device = choose_device(args.device)
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False
-    start = environment() | software(device, args.threads) | {"quick": args.quick}
+    old = read_against(args.against)
+    start = environment() | software(device, args.threads) | {"quick": args.quick or args.tiny}
     print(f"{start['device']}; {args.threads} thread(s); commit {start['commit'][:7]}")
     rows: list[Row] = []
     stopwatch = Stopwatch(device)
+    parts = (gpu_steps,) if args.tiny or device.type == "cuda" else (encoder_steps, whole_step)
     try:
-        for part in (encoder_steps, whole_step):
-            for row in part(device, stopwatch, args.rounds, args.quick):
+        for part in parts:
+            for row in part(device, stopwatch, args.rounds, args.quick or args.tiny):
                 append_row(args.results, {"bench": "step"} | row | start)
-                rows.append(row)
+                rows.append(row | start)
     except GateError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
         print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
+        if args.against:
+            print(comparison(rows, old, ("step", "dtype", "form"), {"ms": ("ms",), "peak": ("peak",)}))
     return 0
 
 
@@ -78,9 +87,44 @@ def whole_step(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: b
     rows = list(_rows(f"whole step, {snippets} snippets of {side} px", "float32", steps, stopwatch, rounds))
     del case, features, heads, steps
     for row in rows:
-        arguments = (snippets, side, row["form"], str(device), torch.get_num_threads())
-        row["peak"] = in_child(_peak, *arguments) if device.type == "cpu" else _peak(*arguments)
+        row["peak"] = in_child(_peak, snippets, side, row["form"], str(device), torch.get_num_threads())
         yield row
+
+
+def gpu_steps(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bool) -> Iterator[Row]:
+    """TSM-R18 alone, then with head and loss, at full fidelity in mixed precision; peaks are `bench memory`'s."""
+    snippets, side = (2, 32) if quick else (SNIPPETS, GPU_SIDE)
+    dtype = half(device)
+    width = TINY_WIDTH if quick else WIDTH
+    frames = FRAMES_PER_SNIPPET * (1 if quick else snippets)
+    encoded = Encoded.of("tsm_r18", frames, side, dtype, device, width)
+    names = [name for name in encoded.forms() if name != COMPILED]
+    names = _passing(encoded.gate, names[::3] if quick else names)
+    calls = {name: partial(encoded.step, name) for name in names}
+    yield from _rows(f"encoder, {frames} frames of {side} px", dtype, calls, stopwatch, rounds)
+    del encoded, calls
+    forms = WholeStep.FORMS[:2] if quick else WholeStep.FORMS
+    WholeStep.of("tsm_r18", snippets, side, "float32", device, width=width).gate(forms)
+    case = WholeStep.of("tsm_r18", snippets, side, dtype, device, width=width)
+    names = _passing(partial(case.gate, largest=UNRELATED), forms)
+    calls = {name: partial(case.step, name) for name in names}
+    yield from _rows(f"whole step, {snippets} snippets of {side} px", dtype, calls, stopwatch, rounds)
+    features = torch.randn(1, case.encoder.num_features, snippets, device=device, requires_grad=True)
+    calls = {name: partial(case.head_step, name, features) for name in names if name != case.FORMS[2]}
+    yield from _rows(f"head and loss, L={snippets}", dtype, calls, stopwatch, rounds)
+
+
+def _passing(gate: Callable[[Sequence[str]], None], names: Sequence[str]) -> list[str]:
+    """Those, and torch.compile where it can compile the network; GateError when one does not compute the same."""
+    gate(names)
+    try:
+        gate([COMPILED])
+    except (GateError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the compiler's own, of many types
+        print(f"without {COMPILED}: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
+        return list(names)
+    return [*names, COMPILED]
 
 
 def _peak(snippets: int, side: int, form: str, device: str, threads: int) -> int:
@@ -126,5 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each comparison (default: 7)")
     parser.add_argument("--quick", action="store_true", help="small cases: does everything run? says nothing of speed")
+    parser.add_argument("--tiny", action="store_true", help="a GPU's cases, small enough for Triton's interpreter")
     parser.add_argument("--results", type=Path, default=RESULTS / "step.jsonl", help="file of rows to append to")
+    add_against(parser)
     return parser

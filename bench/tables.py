@@ -211,7 +211,8 @@ def memory_table(rows: Sequence[Row]) -> str:
     """What autograd keeps of a frame, then the peaks of a step: lean beside plain PyTorch."""
     kept = _newest(rows, ("measured", "encoder", "side", "dtype", "form"), "kept")
     peaks = _newest(rows, ("measured", "encoder", "frames", "side", "dtype", "form"), "peak")
-    if not kept and not peaks:
+    steps = _newest(rows, ("measured", "encoder", "videos", "snippets", "side", "dtype", "form"), "step")
+    if not kept and not peaks and not steps:
         return f"{MISSING}\n"
     cells: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in kept:
@@ -236,7 +237,27 @@ def memory_table(rows: Sequence[Row]) -> str:
     where = "; ".join(dict.fromkeys(_where(_place(row)) for row in peaks))
     parts.append(f"Peak of one forward and backward above the process before it; {where}; {_when(peaks)}:\n")
     parts.append(_markdown(("step", "dtype", "form", "peak, MiB", "against plain"), lines))
+    for place, here in _by_place(steps):
+        lines = []
+        for row in here:
+            what = f"{row['videos']} x {row['snippets']} snippets of {row['side']} px"
+            if row["peak"] is None:
+                lines.append((what, row["dtype"], row["form"], "does not fit", "", ""))
+                continue
+            key = (place, what)
+            plain.setdefault(key, row["peak"])
+            driver = MISSING if row["driver"] is None else f"{row['driver'] / 1e9:.2f}"
+            less = f"{plain[key] / row['peak']:.1f}x less"
+            lines.append((what, row["dtype"], row["form"], f"{row['peak'] / 1e9:.2f}", driver, less))
+        header = ("step", "dtype", "form", "above the start, GB", "as the driver shows it, GB", "against plain")
+        parts.append(f"Whole step (encoder, head, loss); {_where(place)}; {_when(here)}:\n")
+        parts.append(_markdown(header, lines))
     return "\n".join(parts)
+
+
+def _by_place(rows: Sequence[Row]) -> list[tuple[tuple[Any, ...], list[Row]]]:
+    """Rows of each machine, in the order of its first."""
+    return [(place, [row for row in rows if _place(row) == place]) for place in dict.fromkeys(map(_place, rows))]
 
 
 def step_table(rows: Sequence[Row]) -> str:
@@ -244,16 +265,18 @@ def step_table(rows: Sequence[Row]) -> str:
     rows = _newest(rows, ("step", "dtype", "form"))
     if not rows:
         return f"{MISSING}\n"
-    plain: dict[tuple[Any, ...], int | None] = {}
-    lines = []
-    for row in rows:
-        median, low, high = row["faster_than_plain"]
-        first = plain.setdefault((row["step"], row["dtype"]), row["peak"])
-        peak = "" if not row["peak"] or not first else f"{row['peak'] / 2**20:.0f}, {first / row['peak']:.1f}x less"
-        lines.append((row["step"], row["dtype"], row["form"], f"{median:.2f}x ({low:.2f} to {high:.2f})", peak))
-    where = "; ".join(dict.fromkeys(_where(_place(row)) for row in rows))
     header = ("step", "dtype", "form", "speed of plain PyTorch, median (p20 to p80)", "peak, MiB")
-    return f"{where}; {_when(rows)}:\n\n{_markdown(header, lines)}"
+    parts = []
+    for place, here in _by_place(rows):
+        plain: dict[tuple[Any, ...], int | None] = {}
+        lines = []
+        for row in here:
+            median, low, high = row["faster_than_plain"]
+            first = plain.setdefault((row["step"], row["dtype"]), row["peak"])
+            peak = "" if not row["peak"] or not first else f"{row['peak'] / 2**20:.0f}, {first / row['peak']:.1f}x less"
+            lines.append((row["step"], row["dtype"], row["form"], f"{median:.2f}x ({low:.2f} to {high:.2f})", peak))
+        parts.append(f"{_where(place)}; {_when(here)}:\n\n{_markdown(header, lines)}")
+    return "\n".join(parts)
 
 
 def planner_table(rows: Sequence[Row]) -> str:
@@ -282,6 +305,32 @@ def planner_table(rows: Sequence[Row]) -> str:
         "violations", "lost or repeated videos", "rungs down / up", "date, commit",
     )  # fmt: skip
     return _markdown(header, lines)
+
+
+def gpu_planner_table(rows: Sequence[Row]) -> str:
+    """Each budget's newest run beside a neighbour."""
+    rows = _newest(rows, ("model", "pressure", "budget"))
+    header = (
+        "budget", "steps, of them with less left", "largest error of the peak", "of what a step adds",
+        "used, median", "most that the driver showed", "violations", "lost or repeated videos", "rungs down / up",
+        "retries",
+    )  # fmt: skip
+    parts = []
+    for place, here in _by_place(rows):
+        lines: list[Sequence[str]] = []
+        for row in here:
+            budget = f"{row['budget'] / 1e9:.2f} GB"
+            if row["refused"]:
+                lines.append((budget, f"refused: {row['refused']}", *[""] * (len(header) - 2)))
+                continue
+            errors = [f"{100 * row[key][0]:.1f}%" for key in ("error_of_peak", "error_of_added")]
+            lines.append((
+                budget, f"{row['steps']}, {row['short']}", *errors, f"{100 * row['used'][1]:.0f}%",
+                f"{100 * row['seen_of_budget']:.0f}% of the budget", str(row["violations"]), str(row["lost"]),
+                f"{row['down']} / {row['up']}", str(row["retries"]),
+            ))  # fmt: skip
+        parts.append(f"{_where(place)}; {_when(here)}:\n\n{_markdown(header, lines)}")
+    return "\n".join(parts) or f"{MISSING}\n"
 
 
 def _newest(rows: Sequence[Row], names: Sequence[str], measured: str | None = None) -> list[Row]:
@@ -320,4 +369,5 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "memory": memory_table,
     "step": step_table,
     "planner": planner_table,
+    "gpu_planner": gpu_planner_table,
 }

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 from av.video.frame import VideoFrame
 
-from bench import cases, gate, job, kernels, measure, ops, tables
+from bench import against, cases, gate, gpu, gpu_planner, job, kernels, measure, ops, tables
 from bench.__main__ import main
 from bench.peers.shift import published_shift
 from bench.rows import ROOT, Row, append_row, environment, read_rows
@@ -398,6 +399,147 @@ def test_where_kernels_cannot_be_compiled_a_sentence_says_so(
     assert error.startswith("error: ") and says in error and error.count("\n") == 1
 
 
+# On a GPU, without one
+
+
+@pytest.fixture(scope="module")
+def decoders_absent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a machine that only computes: PyAV, DALI and apex cannot be imported."""
+    folder = tmp_path_factory.mktemp("absent")
+    for name in ("av", "nvidia", "apex"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise ImportError('not here')\n")
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
+def test_the_dry_run_goes_through_tests_and_decoding_and_resumes(
+    tmp_path: Path, decoders_absent: dict[str, str]
+) -> None:
+    command = [sys.executable, "-m", "bench", "gpu", "--dry-run", "--part", "data,tests", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left out: av and nvidia.dali not installed here" in done.stdout
+    assert "test_pipeline.py: left out: av, nvidia.dali not installed here" in done.stdout
+    (found,) = read_rows(tmp_path / "tests.jsonl")
+    files = found["file"].split(", ")
+    assert {f"test_{operator}.py" for operator in gpu.OPERATORS} < set(files) and "test_meter.py" in files
+    assert found["failed"] == 0 and found["skipped"] > 40 and not found["failures"]
+    assert [(row["part"], row["complete"]) for row in read_rows(tmp_path / "gpu.jsonl")] == [
+        ("data", True), ("tests", True),
+    ]  # fmt: skip
+    again = subprocess.run([*command, "--resume"], cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.count("was complete") == 2
+
+
+def test_the_dry_run_measures_interpreted_kernels(tmp_path: Path, decoders_absent: dict[str, str]) -> None:
+    results = tmp_path / "ops.jsonl"
+    command = [sys.executable, "-m", "bench.interpreted", "ops", "--tiny", "--device", "cpu", "--rounds", "1"]
+    command += ["--only", "stem_input,temporal_shift", "--results", str(results)]
+    done = subprocess.run(command, cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_rows(results)
+    ours = {row["op"] for row in rows if row["ours"] and row["form"].endswith(", interpreted")}
+    assert ours == {"stem_input", "temporal_shift"} and len(rows) == 8 and all(row["quick"] for row in rows)
+    done = subprocess.run([*command, "--skip-measured"], cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
+    assert "4 of 4 cases were measured before" in done.stdout and len(read_rows(results)) == 8
+
+
+def test_the_planner_trains_without_a_decoder_beside_a_neighbour(
+    tmp_path: Path, decoders_absent: dict[str, str]
+) -> None:
+    results = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "bench", "gpu_planner", "--tiny", "--device", "cpu", "--results", str(results)]
+    done = subprocess.run(
+        [*command, "--budgets", "10MB,2GB", "--seconds", "0.5"],
+        cwd=ROOT, env=decoders_absent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    refused, went = read_rows(results)
+    assert "nothing fits: of a budget of 0.01 GB" in refused["refused"]
+    assert went["refused"] is None and went["steps"] > 0 and went["violations"] == went["lost"] == 0
+    assert 0 < went["used"][0] <= went["used"][2] < 1 and went["seen"] > 10**8 and went["turns"] > 0
+
+
+def planner_step(epoch: int, videos: str, peak: int = 90, **changes: Any) -> Row:
+    return {
+        "epoch": epoch, "videos": list(videos), "peak": peak, "predicted": 80, "base": 40, "budget": 100, "limit": 100,
+        "num_snippets": 8, "side": 16, "micro_batch": 2, "recompute": False, "reduced_from": None, "retries": 0,
+        "pattern": "spatial", "time": f"2026-01-01T00:00:0{epoch}", **changes,
+    }  # fmt: skip
+
+
+def test_what_a_log_says_of_the_planner() -> None:
+    steps = [
+        planner_step(0, "ab"), planner_step(0, "cd", side=8, limit=80), planner_step(1, "ab"), planner_step(1, "aa"),
+        planner_step(2, "b", pattern="temporal", side=4, retries=1, reduced_from=[8, 16]),
+    ]  # fmt: skip
+    found = gpu_planner.summary(steps, [{"peak": 101, "budget": 100}, {"peak": None, "budget": 1}], 95)
+    assert found["violations"] == 2  # one step, one trial
+    assert found["lost"] == 4  # c and d in the second epoch, and a came three times
+    assert (found["down"], found["up"], found["short"], found["rungs"]) == (1, 1, 1, 3)
+    assert found["error_of_peak"] == [round(10 / 90, 4)] * 2 and found["error_of_added"] == [0.25, 0.25]
+    assert (found["seen_of_budget"], found["retries"], found["reduced"]) == (0.95, 1, 1)
+    assert found["steps_a_second"] == 2.5
+
+
+def test_a_part_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path) -> None:
+    child = f"import time; time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert gpu.run([sys.executable, "-c", script], 1.0) == (False, 0)
+    assert gpu.run([sys.executable, "-c", "raise SystemExit(3)"], 60.0) == (True, 3)
+    time.sleep(2.5)
+    assert not (tmp_path / "late").exists()
+
+
+def test_parts_share_the_time_and_what_is_cut_off_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, float] = {}
+    ends = {"a": (True, 0), "b": (False, 0), "c": (True, 1)}
+
+    def part(name: str, setting: gpu.Setting, limit: float) -> tuple[bool, int]:
+        given[name] = limit
+        return ends[name]
+
+    monkeypatch.setattr(gpu, "PARTS", {name: gpu.Part(name, 10, partial(part, name)) for name in ends})
+    setting = gpu.Setting("cuda", 1, tmp_path, True, False, {"commit": "abc", "date": "2026"})
+    assert gpu.parts(setting, list(ends), 60.0) == 1
+    assert given == {name: pytest.approx(20, abs=1) for name in ends}
+    assert [(row["part"], row["complete"], row["status"]) for row in read_rows(tmp_path / "gpu.jsonl")] == [
+        ("a", True, 0), ("b", False, 0), ("c", True, 1),
+    ]  # fmt: skip
+    given.clear()
+    assert gpu.parts(setting, list(ends), 60.0) == 1 and set(given) == {"b"}
+    assert "cut off: go on with --resume" in capsys.readouterr().out
+
+
+def test_what_a_file_needs_is_found_without_importing_it() -> None:
+    computing = {"numpy", "psutil", "torch"}
+    for module in ("gpu", "gpu_planner", "ops", "memory", "step", "tables"):
+        assert gpu.needs(ROOT / "bench" / f"{module}.py") <= computing, module
+    assert {"av", "nvidia.dali"} <= gpu.needs(ROOT / "lofi_fast" / "joint.py")
+    assert gpu.needs(ROOT / "tests" / "test_soft_nms.py") == {"hypothesis", "pytest", "torch"}
+
+
+def test_new_rows_are_compared_with_the_newest_old_ones() -> None:
+    old = [op_row("C++", date="2026-01-01T00:00:00+00:00", peak=1), op_row("C++"), op_row("gone")]
+    new = [op_row("C++", forward=timed(3.0, 1.0, 0.5), forward_backward=None), op_row("new")]
+    said = against.comparison(new, old, ("op", "dtype", "form"), ops.TIMES)
+    assert said.splitlines()[0] == "new / old:" and len(said.splitlines()) == 3
+    assert said.splitlines()[2].split() == [
+        "temporal_shift",
+        "float32",
+        "C++",
+        "3.00x",
+        "1.00x",
+        "2026-01-02",
+        "0123456",
+    ]
+    other = [op_row("C++", device="NVIDIA H100, 80.0 GB")]
+    assert against.comparison(new, other, ("op", "dtype", "form"), ops.TIMES).endswith("0123456, NVIDIA H100, 80.0 GB")
+    assert against.comparison(new, [], ("op",), ops.TIMES) == "new / old: no case in common"
+
+
 # The job
 
 
@@ -503,8 +645,25 @@ def test_a_training_that_fails_writes_no_row_and_passes_its_status_on(data: Path
         (["speed"], "no measurement is called speed"),
         (["ops", "--only", "temporal_shift,swirl"], "no operator is called 'swirl'"),
         (["ops", "--threads", "0"], "--threads"),
+        (["ops", "--against", "absent.jsonl"], "--against absent.jsonl"),
+        (["gpu", "--dry-run", "--part", "ops,speed"], "no part is called speed"),
+        (["gpu", "--dry-run", "--minutes", "0"], "--minutes"),
+        (["gpu_planner", "--device", "cpu"], "there is no GPU here"),
     ],
-    ids=["out", "seed", "no name", "bad name", "bad seeds", "unknown command", "unknown operator", "no thread"],
+    ids=[
+        "out",
+        "seed",
+        "no name",
+        "bad name",
+        "bad seeds",
+        "unknown command",
+        "unknown operator",
+        "no thread",
+        "no old rows",
+        "unknown part",
+        "no time",
+        "planner without GPU",
+    ],
 )
 def test_what_the_user_can_mend_is_one_sentence(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2

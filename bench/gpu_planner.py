@@ -1,0 +1,288 @@
+"""The planner on a GPU beside a neighbour that takes and frees memory, on frames made up there: no decoder is needed.
+
+Each budget is a process of its own that plans and trains as `lofi_fast.train` does (`bench.synthetic`): ActivityNet's
+setting, R18, 16 videos. Once it trains, a second process holds in turn so much of the device that less and more than
+the budget is left. What the driver shows for the training process is read from outside too, every few milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from threading import Event, Lock, Thread
+
+import psutil
+import torch
+
+from bench.against import add_against, comparison, read_against
+from bench.rows import RESULTS, ROOT, Row, alike, append_row, environment, read_rows, software
+from bench.tables import aligned
+from lofi_fast.config import parse_bytes
+from lofi_fast.errors import InputError
+from lofi_fast.precision import choose_device
+
+USAGE = "python -m bench gpu_planner [options]"
+BUDGETS = "4GB,6GB,8GB,11GB,16GB,24GB"
+SHARE_LEFT = (0.7, 1.3)  # of the budget, that the neighbour leaves in turn
+HOLD_SECONDS, SAMPLE_SECONDS = 3.0, 0.01
+PIECE = 128 << 20  # bytes that the neighbour takes and frees at a time
+RESERVE = 256 << 20  # that it never takes
+TINY_HOLDS = (64 << 20, 0)
+TRAINING = "training"  # what bench.synthetic says when it begins
+VALUES = {
+    "error of peak": ("error_of_peak",),
+    "budget used": ("used_median",),
+    "steps a second": ("steps_a_second",),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, append rows, print a table; 1 when a budget was passed or a sample lost."""
+    args = _parser().parse_args(argv)
+    device = choose_device(args.device)
+    if device.type != "cuda" and not args.tiny:
+        raise InputError("gpu_planner: there is no GPU here; python -m bench planner measures the planner on a CPU")
+    if args.seconds <= 0 or args.threads < 1:
+        raise InputError("--seconds and --threads must be positive")
+    amounts = [parse_bytes(text) for text in args.budgets.split(",")]
+    old = read_against(args.against)
+    start = environment() | software(device, args.threads) | {"quick": args.tiny}
+    known = {row["budget"] for row in alike(read_rows(args.results), start)} if args.skip_measured else set()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-planner-", ignore_cleanup_errors=True) as name:
+        for budget in (amount for amount in amounts if amount not in known):
+            out = Path(name) / str(budget)
+            row = {"bench": "gpu_planner", "model": "r18", "pressure": True, "budget": budget}
+            row |= measure(budget, out, device, args.seconds, args.threads, args.tiny) | start
+            append_row(args.results, row)
+            rows.append(row)
+            print(line(row), flush=True)
+    print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
+    if args.against:
+        print(comparison(rows, old, ("model", "pressure", "budget"), VALUES))
+    return int(any(row["violations"] or row["lost"] for row in rows))
+
+
+def measure(budget: int, out: Path, device: torch.device, seconds: float, threads: int, tiny: bool) -> Row:
+    """One budget."""
+    command = [sys.executable, "-m", "bench.synthetic", "--device", device.type, "--budget", str(budget)]
+    command += ["--seconds", str(seconds), "--out", str(out), "--threads", str(threads), *(["--tiny"] * tiny)]
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    began = time.perf_counter()
+    with Neighbour(device) as neighbour:
+        with subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ) as child:  # fmt: skip
+            assert child.stdout
+            last: deque[str] = deque(maxlen=3)
+            try:
+                with neighbour.watching(child.pid):
+                    for said in child.stdout:
+                        last.append(said.strip())
+                        if said.strip() == TRAINING:
+                            neighbour.begin(budget, tiny)
+                    child.wait()
+            finally:
+                child.kill()
+        told = {"seconds": round(time.perf_counter() - began, 1), "seen": neighbour.seen, "turns": neighbour.turns}
+    if child.returncode:
+        return told | summary([], [], 0) | {"refused": last[-1] if last else f"status {child.returncode}"}
+    events = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    trials = [event for event in events if event["event"] == "measured"]
+    return told | summary(steps, trials, neighbour.seen) | {"refused": None}
+
+
+class Neighbour:
+    """A second process that holds memory of the device, and the view from outside of what a third one holds."""
+
+    _SCRIPT = """
+import sys, torch
+device, piece = torch.device(sys.argv[1]), int(sys.argv[2])
+held = []
+take = lambda: torch.empty(piece, dtype=torch.uint8, device=device).fill_(1)
+free = lambda: torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 62
+take()
+print(0, flush=True)
+for line in sys.stdin:
+    target, reserve = map(int, line.split())
+    del held[target // piece:]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    while (len(held) + 1) * piece <= target and free() > reserve + piece:
+        try:
+            held.append(take())
+        except torch.OutOfMemoryError:
+            break
+    print(len(held) * piece, flush=True)
+"""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._piece = PIECE if device.type == "cuda" else 1 << 24
+        self._stop, self._quiet = Event(), Lock()
+        self._held = self._base = self.seen = self.turns = 0
+        self._threads: list[Thread] = []
+
+    def __enter__(self) -> Neighbour:
+        command = [sys.executable, "-c", self._SCRIPT, str(self._device), str(self._piece)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout
+        self._process.stdout.readline()  # its context is there
+        self._base = self._free()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._process.kill()
+        self._process.wait()
+
+    @contextmanager
+    def watching(self, pid: int) -> Iterator[None]:
+        """Keep in `seen` the most that the process held."""
+        thread = Thread(target=self._watch, args=(pid,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            thread.join()
+
+    def begin(self, budget: int, tiny: bool) -> None:
+        """Take and free in turn from now on."""
+        holds = TINY_HOLDS if tiny else tuple(max(int(self._base - share * budget), 0) for share in SHARE_LEFT)
+        self._threads.append(Thread(target=self._turn, args=(holds,), daemon=True))
+        self._threads[-1].start()
+
+    def _turn(self, holds: Sequence[int]) -> None:
+        assert self._process.stdin and self._process.stdout
+        while not self._stop.is_set():
+            with self._quiet:  # no reading from outside while it moves
+                self._process.stdin.write(f"{holds[self.turns % len(holds)]} {RESERVE}\n")
+                self._process.stdin.flush()
+                self._held = int(self._process.stdout.readline() or 0)
+            self.turns += 1
+            self._stop.wait(HOLD_SECONDS)
+
+    def _watch(self, pid: int) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            with self._quiet:
+                if self._device.type == "cuda":
+                    self.seen = max(self.seen, self._base - self._free() - self._held)
+                    continue
+            try:
+                self.seen = max(self.seen, psutil.Process(pid).memory_info().rss)
+            except psutil.Error:  # it has ended
+                return
+
+    def _free(self) -> int:
+        return int(torch.cuda.mem_get_info(self._device)[0]) if self._device.type == "cuda" else 0
+
+
+def summary(steps: Sequence[Row], trials: Sequence[Row], seen: int) -> Row:
+    """What a log says of predictions, peaks, rungs and samples."""
+    errors = [abs(step["peak"] - step["predicted"]) / step["peak"] for step in steps]
+    added = [abs(s["peak"] - s["predicted"]) / max(s["predicted"] - s["base"], 1) for s in steps]
+    used = [step["peak"] / min(step["budget"], step["limit"]) for step in steps]
+    omegas = [step["num_snippets"] * step["side"] ** 2 for step in steps]
+    of_pattern: dict[str, list[int]] = {}
+    for omega, step in zip(omegas, steps, strict=True):
+        of_pattern.setdefault(step["pattern"], []).append(omega)
+    moves = [b - a for found in of_pattern.values() for a, b in pairwise(found)]
+    epochs: dict[int, list[str]] = {}
+    for step in steps:
+        epochs.setdefault(step["epoch"], []).extend(step["videos"])
+    # Of the last epoch only some steps may have been taken.
+    whole = set().union(*epochs.values()) if epochs else set()
+    complete = [videos for epoch, videos in epochs.items() if epoch != max(epochs)]
+    lost = sum(len(whole - set(videos)) for videos in complete)
+    repeated = sum(len(videos) - len(set(videos)) for videos in epochs.values())
+    spent = _seconds(steps)
+    over = [trial for trial in trials if trial["peak"] is not None and trial["peak"] > trial["budget"]]
+    return {
+        "steps": len(steps),
+        "trials": len(trials),
+        "steps_a_second": round(len(steps) / spent, 3) if spent else None,
+        "error_of_peak": [round(max(errors, default=0.0), 4), round(median(errors or [0.0]), 4)],
+        "error_of_added": [round(max(added, default=0.0), 4), round(median(added or [0.0]), 4)],
+        "used": [round(f(used or [0.0]), 4) for f in (min, median, max)],
+        "used_median": round(median(used or [0.0]), 4),
+        "bound": True,  # full fidelity of 16 videos needs about 50 GB
+        "violations": sum(step["peak"] > min(step["budget"], step["limit"]) for step in steps) + len(over),
+        "seen_of_budget": round(seen / steps[0]["budget"], 4) if steps else None,
+        "short": sum(step["limit"] < step["budget"] for step in steps),
+        "retries": sum(step["retries"] for step in steps),
+        "reduced": sum(step["reduced_from"] is not None for step in steps),
+        "down": sum(move < 0 for move in moves),
+        "up": sum(move > 0 for move in moves),
+        "rungs": len({(s["num_snippets"], s["side"], s["micro_batch"], s["recompute"]) for s in steps}),
+        "lost": lost + repeated,
+    }
+
+
+def _seconds(steps: Sequence[Row]) -> float:
+    if len(steps) < 2:
+        return 0.0
+    first, last = (datetime.fromisoformat(step["time"]) for step in (steps[0], steps[-1]))
+    return (last - first).total_seconds()
+
+
+def line(row: Row) -> str:
+    budget = f"{row['budget'] / 1e9:.2f} GB"
+    if row["refused"]:
+        return f"{budget}: refused: {row['refused']}"
+    return (
+        f"{budget}: {row['steps']} steps ({row['short']} with less left than the budget), error at most "
+        f"{100 * row['error_of_peak'][0]:.1f}% of the peak, used {100 * row['used'][1]:.0f}%, {row['violations']} "
+        f"violations, {row['lost']} lost, {row['down']} down, {row['up']} up, {row['retries']} retries; seen from "
+        f"outside: {100 * row['seen_of_budget']:.0f}% of the budget at most"
+    )
+
+
+def table(rows: Iterable[Row]) -> str:
+    lines: list[Sequence[str]] = [(
+        "budget, GB", "steps", "short", "error of peak", "of what is added", "used", "seen", "violations", "lost",
+        "down", "up", "retries",
+    )]  # fmt: skip
+    for row in rows:
+        budget = f"{row['budget'] / 1e9:.2f}"
+        if row["refused"]:
+            lines.append((budget, *["refused"] * 11))
+            continue
+        lines.append((
+            budget, str(row["steps"]), str(row["short"]), f"{100 * row['error_of_peak'][0]:.1f}%",
+            f"{100 * row['error_of_added'][0]:.1f}%", f"{100 * row['used'][1]:.0f}%",
+            f"{100 * row['seen_of_budget']:.0f}%",
+            *(str(row[key]) for key in ("violations", "lost", "down", "up", "retries")),
+        ))  # fmt: skip
+    return aligned(lines, text=0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench gpu_planner", usage=USAGE, description=__doc__)
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    parser.add_argument("--budgets", default=BUDGETS, metavar="A,B", help=f"default: {BUDGETS}")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of training at each budget (default: 15)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--tiny", action="store_true", help="a small network: does everything run?")
+    parser.add_argument("--skip-measured", action="store_true", help="leave out budgets that these results hold")
+    parser.add_argument("--results", type=Path, default=RESULTS / "gpu_planner.jsonl", help="file of rows to append to")
+    add_against(parser)
+    return parser

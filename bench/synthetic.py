@@ -1,0 +1,197 @@
+"""The joint stage on frames that are made up on their device: `lofi_fast.joint` as it is, without videos or decoders.
+
+A process of its own, started by `bench.gpu_planner`. Where PyAV or DALI is not installed, empty modules take their
+place, so that the training loop can be imported; nothing of them is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class _Absent(ModuleType):
+    """A module of a package that is not installed: anything can be imported from it, and is of no use."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return MagicMock(name=f"{self.__name__}.{name}")
+
+
+class _StandIns(MetaPathFinder, Loader):
+    def __init__(self, packages: Sequence[str]) -> None:
+        self._packages = packages
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        known = any(name == package or name.startswith(f"{package}.") for package in self._packages)
+        return ModuleSpec(name, self, is_package=True) if known else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Absent(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+def _installed(package: str) -> bool:
+    try:
+        import_module(package)
+    except ImportError:
+        return False
+    return True
+
+
+absent = [name for name in ("av", "nvidia", "nvidia.dali") if not _installed(name)]
+sys.meta_path.insert(0, _StandIns(absent))
+
+from lofi_fast.checkpoint import Position  # noqa: E402
+from lofi_fast.config import Budget, Config, activitynet, demo  # noqa: E402
+from lofi_fast.data.dataset import Dataset, Sample, Sampler  # noqa: E402
+from lofi_fast.data.pipeline import FrameRequest  # noqa: E402
+from lofi_fast.data.windows import Window  # noqa: E402
+from lofi_fast.encoder.resnet import TSMResNet  # noqa: E402
+from lofi_fast.errors import InputError  # noqa: E402
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity  # noqa: E402
+from lofi_fast.joint import joint, plan_joint  # noqa: E402
+from lofi_fast.log import RunLog  # noqa: E402
+from lofi_fast.memory.meter import Meter, open_meter, settle_allocator  # noqa: E402
+from lofi_fast.plan import gigabytes  # noqa: E402
+from lofi_fast.precision import choose_device, choose_precision  # noqa: E402
+from lofi_fast.run import Run  # noqa: E402
+
+BATCHES = 2  # of an epoch
+SECONDS = 120.0  # that each made-up video is said to last
+AHEAD = 2  # batches in flight, as FramePipeline's
+TRAINING = "training"  # said when the plans are made and the steps begin
+
+
+class TimeIsUp(Exception):
+    """Enough steps were taken."""
+
+
+class SyntheticRun(Run):
+    """A run whose videos have labels and no frames. It writes its log, and no checkpoints."""
+
+    def __init__(self, config: Config, device: torch.device, meter: Meter, log: RunLog, seconds: float) -> None:
+        assert config.budget.amount is not None
+        self.config, self.device, self.meter, self.log = config, device, meter, log
+        self.budget, self.precision = config.budget.amount, choose_precision(device)
+        self.folder = self.cache = Path(config.out)
+        self.dataset = made_up(config)
+        self.sampler = Sampler(self.dataset, config.data, config.full, config.seed)
+        torch.manual_seed(0)
+        self.encoder = TSMResNet(config.encoder.name, config.encoder.width)
+        self.encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.head = self.new_head("joint")
+        self.scaler = self.new_scaler()
+        self.position = Position("joint")
+        self.planner, self.plans, self.best = None, {}, {}
+        self._planner_state, self._optimizer_state = {}, None
+        self._seconds, self._until = seconds, 0.0
+
+    def train(self) -> None:
+        """Plan, then train until the time is up."""
+        plan_joint(self)
+        print(TRAINING, flush=True)
+        self._until = time.monotonic() + self._seconds
+        with suppress(TimeIsUp):
+            joint(self)
+
+    def frames(self, batches: Iterable[Sequence[FrameRequest]]) -> Iterator[Tensor]:
+        """Noise, with as many batches in flight as the pipeline has."""
+        incoming = iter(batches)
+        in_flight: deque[Tensor] = deque()
+
+        def submit() -> None:
+            batch = next(incoming, None)
+            if batch is not None:
+                shape = (sum(len(request.positions) for request in batch), batch[0].side, batch[0].side, 3)
+                in_flight.append(torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device))
+
+        for _ in range(AHEAD):
+            submit()
+        while in_flight:
+            ready = [in_flight.popleft()]
+            submit()
+            yield ready.pop()
+
+    def save(self, position: Position, optimizer: Any, **modules: Any) -> None:
+        self.position = position
+
+    def save_when_due(self, position: Position, optimizer: Any, **modules: Any) -> None:
+        if time.monotonic() > self._until:
+            raise TimeIsUp
+
+
+def made_up(config: Config) -> Dataset:
+    """Videos of a few segments each, with as many classes as ActivityNet has."""
+    rng = np.random.default_rng(0)
+    length = config.full.num_snippets
+    grid = np.arange(length * FRAMES_PER_SNIPPET, dtype=np.int64).reshape(length, FRAMES_PER_SNIPPET)
+    frame: Any = SimpleNamespace(width=340, height=256)  # what a view is cut out of
+    samples = []
+    for index in range(BATCHES * config.joint.batch):
+        starts = rng.uniform(0, 0.7 * SECONDS, 3)
+        segments = np.stack([starts, starts + rng.uniform(0.05, 0.3, 3) * SECONDS], axis=1)
+        labels = rng.integers(0, 200, 3)
+        samples.append(Sample(index, Window(f"video {index}", 0.0, SECONDS), segments, labels, frame, grid))
+    return Dataset(tuple(map(str, range(200))), {"training": tuple(samples)}, {}, (), ())
+
+
+def setting(budget: int, out: Path, tiny: bool) -> Config:
+    """ActivityNet's, or the demo's with fewer pixels; nothing is learned from noise, so the rate is low."""
+    config = demo() if tiny else activitynet()
+    if tiny:
+        config = replace(
+            config, full=Fidelity(8, 32), encoder=replace(config.encoder, width=8), data=replace(config.data, jitter=0)
+        )
+    joint_stage = replace(config.joint, epochs=10_000, lr=1e-5, schedule="step", batch=2 if tiny else 16)
+    return replace(
+        config, joint=joint_stage, stages=("joint",), min_cut=1.0, out=str(out),
+        budget=Budget(gigabytes(budget), amount=budget),
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.synthetic", description=__doc__)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--budget", type=int, required=True, metavar="BYTES")
+    parser.add_argument("--seconds", type=float, required=True, help="of training")
+    parser.add_argument("--out", type=Path, required=True, help="folder for log.jsonl")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    try:
+        device = choose_device(args.device)
+        args.out.mkdir(parents=True, exist_ok=True)
+        with closing(RunLog(args.out / "log.jsonl")) as log:
+            SyntheticRun(
+                setting(args.budget, args.out, args.tiny), device, open_meter(device), log, args.seconds
+            ).train()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    settle_allocator("bench.synthetic", sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
