@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
-CXX_FILES := $(wildcard kernels/*.h kernels/*/*.h kernels/*/*.cpp)
+CXX_FILES := $(wildcard kernels/*.h kernels/*/*.h kernels/*/*.cpp lofi_fast/memory/*.cpp)
 
 .PHONY: train test check format report kernels-report clean distclean
 
@@ -51,7 +51,8 @@ kernels-report: $(VENV)/installed
 	$(BIN)/python -m bench kernels
 
 clean:
-	rm -rf build dist lofi_fast.egg-info kernels/_native.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist lofi_fast.egg-info kernels/_native.so lofi_fast/memory/_cpu_allocator.so
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f $(VENV)/installed $(VENV)/tested-with
 
 distclean: clean

@@ -1,7 +1,10 @@
-"""Builds the C++ kernels with CMake as a part of the package; pyproject.toml holds everything else.
+"""Builds the C++ kernels and the CPU allocator with CMake as a part of the package; pyproject.toml holds the rest.
 
 LOFI_FAST_NATIVE=auto (default) installs pure Python, and says so, where a tool is missing or the build fails; 1 makes
 either an error; 0 builds nothing. Install with --no-build-isolation: the build reads the installed torch's headers.
+
+The allocator is for Linux, and against an interface of torch that may change: where it does not build, a warning says
+so under 1 too, and the kernels are installed without it.
 """
 
 import importlib.util
@@ -50,7 +53,10 @@ def native_extensions() -> list[Extension]:
         print(f"lofi_fast: installing pure Python, the C++ kernels need {', '.join(missing)}")
         return []
     # CMakeLists.txt knows the sources. An optional extension that fails to build is a warning.
-    return [Extension("lofi_fast.kernels._native", sources=[], optional=setting == "auto")]
+    extensions = [Extension("lofi_fast.kernels._native", sources=[], optional=setting == "auto")]
+    if sys.platform.startswith("linux"):
+        extensions.append(Extension("lofi_fast.memory._cpu_allocator", sources=[], optional=True))
+    return extensions
 
 
 class CMakeBuild(build_ext):
@@ -59,6 +65,8 @@ class CMakeBuild(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        library = ext.name.rpartition(".")[2]
+        what = {"_native": "the C++ kernels do", "_cpu_allocator": "the CPU allocator does"}[library]
         build = Path(self.build_temp).resolve() / "cmake"
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         configure = [tool("cmake"), "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}"]
@@ -66,11 +74,11 @@ class CMakeBuild(build_ext):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         try:
             subprocess.run(configure, check=True)
-            subprocess.run([tool("cmake"), "--build", build], check=True)
+            subprocess.run([tool("cmake"), "--build", build, "--target", library[1:]], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise CompileError(f"the C++ kernels do not build: {error}") from error
+            raise CompileError(f"{what} not build: {error}") from error
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / "_native.so", target)
+        shutil.copy2(build / f"{library}.so", target)
 
 
 class PlatformWheel(bdist_wheel):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -21,6 +22,8 @@ print(kernels.__file__)
 print(kernels.native_available())
 print(kernels.library.forms["cpu"]["soft_nms"])
 print(kernels.soft_nms(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([0.2, 0.5]))[0].tolist())
+from lofi_fast.memory import allocator
+print(allocator.install())
 """
 
 
@@ -72,14 +75,16 @@ def test_native_wheel_holds_real_files_and_runs_cpp(source: Path, tmp_path: Path
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {"lofi_fast/kernels/_native.so", "lofi_fast/kernels/soft_nms/reference.py"} <= names
+    assert ("lofi_fast/memory/_cpu_allocator.so" in names) == sys.platform.startswith("linux")
     assert all(name.startswith(("lofi_fast/", "lofi_fast-")) for name in names)
     used = use(wheel, tmp_path / "installed", native="1")
     assert used.returncode == 0, used.stderr
-    kernels_file, available, form, order = used.stdout.splitlines()
+    kernels_file, available, form, order, allocator = used.stdout.splitlines()
     assert kernels_file == str(tmp_path / "installed" / "lofi_fast" / "kernels" / "__init__.py")
     assert available == "True"
     assert form == "C++"
     assert order == "[1, 0]"
+    assert allocator == "None" or not sys.platform.startswith("linux")
 
 
 @pytest.mark.parametrize(
@@ -96,11 +101,12 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_says_so(
     assert wheel_of(source).name.endswith("-py3-none-any.whl")
     used = use(wheel_of(source), tmp_path / "installed")
     assert used.returncode == 0, used.stderr
-    _, available, form, order = used.stdout.splitlines()
+    _, available, form, order, allocator = used.stdout.splitlines()
     assert available == "False"
     assert form == "reference (not built)"
     assert used.stderr.count("the C++ kernels are not built") == 1
     assert order == "[1, 0]"
+    assert "the CPU allocator is" in allocator  # not built, or written for Linux
 
 
 def test_a_pure_wheel_refuses_to_run_when_cpp_is_demanded(source: Path, tmp_path: Path) -> None:
@@ -132,3 +138,28 @@ def test_a_failing_build_is_an_error_only_when_asked_for(source: Path, setting: 
     done = build(source, LOFI_FAST_NATIVE=setting)
     assert "the C++ kernels do not build" in done.stdout
     assert (done.returncode == 0) == (setting == "auto"), done.stdout
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the CPU allocator is built on Linux alone")
+def test_the_kernels_install_where_the_allocator_does_not_build(source: Path, tmp_path: Path) -> None:
+    (source / "lofi_fast" / "memory" / "allocator.cpp").write_text("#error c10 has changed\n")
+    done = build(source, LOFI_FAST_NATIVE="1")
+    assert done.returncode == 0, done.stdout
+    assert "the CPU allocator does not build" in done.stdout
+    used = use(wheel_of(source), tmp_path / "installed", native="1")
+    assert used.returncode == 0, used.stderr
+    *_, form, order, allocator = used.stdout.splitlines()
+    assert form == "C++" and order == "[1, 0]"
+    assert "the CPU allocator is not built" in allocator
+
+
+def test_a_source_distribution_holds_what_the_build_needs(source: Path) -> None:
+    code = "import setuptools.build_meta as backend; backend.build_sdist('dist')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (sdist,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = [path.relative_to(source) for path in (source / "lofi_fast").glob("**/*.cpp")]
+    kernels = [path.relative_to(source) for path in (source / "lofi_fast" / "kernels").glob("**/*.[ch]*")]
+    assert {str(path) for path in sources + kernels} | {"CMakeLists.txt", "setup.py"} <= names
