@@ -61,18 +61,24 @@ def main(argv: Sequence[str]) -> int:
     start = environment() | software(device, args.threads) | {"quick": args.tiny}
     known = {row["budget"] for row in alike(read_rows(args.results), start)} if args.skip_measured else set()
     rows: list[Row] = []
+    failed = False
     with tempfile.TemporaryDirectory(prefix="bench-gpu-planner-", ignore_cleanup_errors=True) as name:
         for budget in (amount for amount in amounts if amount not in known):
             out = Path(name) / str(budget)
             row = {"bench": "gpu_planner", "model": "r18", "pressure": True, "budget": budget}
-            row |= measure(budget, out, device, args.seconds, args.threads, args.tiny) | start
+            try:
+                row |= measure(budget, out, device, args.seconds, args.threads, args.tiny) | start
+            except RuntimeError as error:  # the other budgets may go better
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                failed = True
+                continue
             append_row(args.results, row)
             rows.append(row)
             print(line(row), flush=True)
     print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
     if args.against:
         print(comparison(rows, old, ("model", "pressure", "budget"), VALUES))
-    return int(any(row["violations"] or row["lost"] for row in rows))
+    return int(failed or any(row["violations"] or row["lost"] for row in rows))
 
 
 def measure(budget: int, out: Path, device: torch.device, seconds: float, threads: int, tiny: bool) -> Row:
@@ -81,7 +87,7 @@ def measure(budget: int, out: Path, device: torch.device, seconds: float, thread
     command += ["--seconds", str(seconds), "--out", str(out), "--threads", str(threads), *(["--tiny"] * tiny)]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     began = time.perf_counter()
-    with Neighbour(device) as neighbour:
+    with Neighbour(device, budget, tiny) as neighbour:
         with subprocess.Popen(
             command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -93,13 +99,15 @@ def measure(budget: int, out: Path, device: torch.device, seconds: float, thread
                     for said in child.stdout:
                         last.append(said.strip())
                         if said.strip() == TRAINING:
-                            neighbour.begin(budget, tiny)
+                            neighbour.begin()
                     child.wait()
             finally:
                 child.kill()
         told = {"seconds": round(time.perf_counter() - began, 1), "seen": neighbour.seen, "turns": neighbour.turns}
+    if child.returncode == 2:  # as a user would read it
+        return told | summary([], [], 0) | {"refused": last[-1]}
     if child.returncode:
-        return told | summary([], [], 0) | {"refused": last[-1] if last else f"status {child.returncode}"}
+        raise RuntimeError(f"a budget of {budget} bytes: status {child.returncode}: {' / '.join(last)}")
     events = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     trials = [event for event in events if event["event"] == "measured"]
@@ -107,7 +115,10 @@ def measure(budget: int, out: Path, device: torch.device, seconds: float, thread
 
 
 class Neighbour:
-    """A second process that holds memory of the device, and the view from outside of what a third one holds."""
+    """A second process that holds memory of the device, and the view from outside of what a third one holds.
+
+    From the start it holds all but 1.3 times the budget; from `begin` on it leaves 0.7 and 1.3 times that in turn.
+    """
 
     _SCRIPT = """
 import sys, torch
@@ -116,7 +127,6 @@ held = []
 take = lambda: torch.empty(piece, dtype=torch.uint8, device=device).fill_(1)
 free = lambda: torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 62
 take()
-print(0, flush=True)
 for line in sys.stdin:
     target, reserve = map(int, line.split())
     del held[target // piece:]
@@ -130,8 +140,8 @@ for line in sys.stdin:
     print(len(held) * piece, flush=True)
 """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, budget: int, tiny: bool) -> None:
+        self._device, self._budget, self._tiny = device, budget, tiny
         self._piece = PIECE if device.type == "cuda" else 1 << 24
         self._stop, self._quiet = Event(), Lock()
         self._held = self._base = self.seen = self.turns = 0
@@ -140,9 +150,11 @@ for line in sys.stdin:
     def __enter__(self) -> Neighbour:
         command = [sys.executable, "-c", self._SCRIPT, str(self._device), str(self._piece)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout
-        self._process.stdout.readline()  # its context is there
+        self._hold(0)  # its context is there then
         self._base = self._free()
+        shares = [int(self._base - share * self._budget) for share in SHARE_LEFT]
+        self._holds = TINY_HOLDS if self._tiny else tuple(max(amount, 0) for amount in shares)
+        self._hold(self._holds[1])
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -163,21 +175,23 @@ for line in sys.stdin:
             self._stop.set()
             thread.join()
 
-    def begin(self, budget: int, tiny: bool) -> None:
+    def begin(self) -> None:
         """Take and free in turn from now on."""
-        holds = TINY_HOLDS if tiny else tuple(max(int(self._base - share * budget), 0) for share in SHARE_LEFT)
-        self._threads.append(Thread(target=self._turn, args=(holds,), daemon=True))
+        self._threads.append(Thread(target=self._turn, daemon=True))
         self._threads[-1].start()
 
-    def _turn(self, holds: Sequence[int]) -> None:
-        assert self._process.stdin and self._process.stdout
+    def _turn(self) -> None:
         while not self._stop.is_set():
             with self._quiet:  # no reading from outside while it moves
-                self._process.stdin.write(f"{holds[self.turns % len(holds)]} {RESERVE}\n")
-                self._process.stdin.flush()
-                self._held = int(self._process.stdout.readline() or 0)
+                self._hold(self._holds[self.turns % 2])
             self.turns += 1
             self._stop.wait(HOLD_SECONDS)
+
+    def _hold(self, amount: int) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(f"{amount} {RESERVE}\n")
+        self._process.stdin.flush()
+        self._held = int(self._process.stdout.readline() or 0)
 
     def _watch(self, pid: int) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
@@ -279,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
     parser.add_argument("--budgets", default=BUDGETS, metavar="A,B", help=f"default: {BUDGETS}")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of training at each budget (default: 15)")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of training at each budget (default: 12)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--tiny", action="store_true", help="a small network: does everything run?")
     parser.add_argument("--skip-measured", action="store_true", help="leave out budgets that these results hold")

@@ -20,7 +20,7 @@ import torch
 from bench.against import add_against, comparison, read_against
 from bench.gate import GateError
 from bench.measure import in_child, peak_above_start
-from bench.networks import COMPILED, DTYPES, TINY_WIDTH, WIDTH, Encoded, WholeStep, half, kept_bytes
+from bench.networks import DTYPES, TINY_WIDTH, WIDTH, Encoded, WholeStep, half, kept_bytes
 from bench.rows import RESULTS, Row, append_row, environment, software
 from bench.tables import aligned
 from lofi_fast.config import EncoderName
@@ -65,14 +65,22 @@ def _parts(device: torch.device, quick: bool, tiny: bool) -> list[Iterator[Row]]
     """On a GPU the peaks are those of the whole step, as the driver sees them too."""
     if tiny:
         return [kept(device, quick, tiny), whole_peaks(device, tiny)]
-    return [kept(device, quick), whole_peaks(device, quick) if device.type == "cuda" else peaks(device, quick)]
+    if device.type == "cuda":
+        return [whole_peaks(device, quick), kept(device, quick)]
+    return [kept(device, quick), peaks(device, quick)]
 
 
 def kept(device: torch.device, quick: bool = False, tiny: bool = False) -> Iterator[Row]:
-    """One snippet tells the bytes of a frame: what is kept is proportional to the frames."""
-    for name in get_args(EncoderName)[: 1 if quick else None]:
-        for side in (16,) if tiny else (64,) if quick else SIDES:
-            for dtype in ("bfloat16",) if tiny else ("float32", "bfloat16"):
+    """One snippet tells the bytes of a frame: what is kept is proportional to the frames. On a GPU full fidelity stands
+    for all, since each shape has kernels of its own to be compiled.
+    """
+    names = get_args(EncoderName)[: 1 if quick else None]
+    sides, dtypes = (16,) if tiny else (64,) if quick else SIDES, ("float32", "bfloat16")
+    if tiny or device.type == "cuda":
+        sides, dtypes = sides[:1], (half(device),)
+    for name in names:
+        for side in sides:
+            for dtype in dtypes:
                 width = TINY_WIDTH if tiny else WIDTH
                 case = Encoded.of(name, FRAMES_PER_SNIPPET, side, dtype, device, width)
                 frames = Encoded.of(name, 2 * FRAMES_PER_SNIPPET, side, dtype, device, width)
@@ -119,7 +127,7 @@ def whole_peaks(device: torch.device, quick: bool = False) -> Iterator[Row]:
     context and the libraries' own memory with all that torch reserved.
     """
     for videos, snippets, side in ((2, 3, 16),) if quick else GPU_PEAKS:
-        for form in (*WholeStep.FORMS, *([COMPILED] if device.type == "cuda" else [])):
+        for form in WholeStep.FORMS:
             width = TINY_WIDTH if quick else WIDTH
             arguments = (videos, snippets, side, half(device), form, str(device), torch.get_num_threads(), width)
             if device.type == "cuda":

@@ -100,6 +100,14 @@ def _driver() -> str:
     try:
         return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].partition("  ")[2].split()[0]
     except (OSError, IndexError):
+        pass
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        version: str = pynvml.nvmlSystemGetDriverVersion()
+        return version
+    except Exception:  # no package, no library, no permission
         return "unknown"
 
 

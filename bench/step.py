@@ -110,7 +110,7 @@ def gpu_steps(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bo
     calls = {name: partial(case.step, name) for name in names}
     yield from _rows(f"whole step, {snippets} snippets of {side} px", dtype, calls, stopwatch, rounds)
     features = torch.randn(1, case.encoder.num_features, snippets, device=device, requires_grad=True)
-    calls = {name: partial(case.head_step, name, features) for name in names if name != case.FORMS[2]}
+    calls = {name: partial(case.head_step, name, features) for name in case.FORMS[:2]}
     yield from _rows(f"head and loss, L={snippets}", dtype, calls, stopwatch, rounds)
 
 

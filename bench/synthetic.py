@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from importlib import import_module
@@ -64,7 +63,7 @@ sys.meta_path.insert(0, _StandIns(absent))
 from lofi_fast.checkpoint import Position  # noqa: E402
 from lofi_fast.config import Budget, Config, activitynet, demo  # noqa: E402
 from lofi_fast.data.dataset import Dataset, Sample, Sampler  # noqa: E402
-from lofi_fast.data.pipeline import FrameRequest  # noqa: E402
+from lofi_fast.data.pipeline import FramePipeline  # noqa: E402
 from lofi_fast.data.windows import Window  # noqa: E402
 from lofi_fast.encoder.resnet import TSMResNet  # noqa: E402
 from lofi_fast.errors import InputError  # noqa: E402
@@ -78,12 +77,28 @@ from lofi_fast.run import Run  # noqa: E402
 
 BATCHES = 2  # of an epoch
 SECONDS = 120.0  # that each made-up video is said to last
-AHEAD = 2  # batches in flight, as FramePipeline's
 TRAINING = "training"  # said when the plans are made and the steps begin
 
 
 class TimeIsUp(Exception):
     """Enough steps were taken."""
+
+
+class NoisePipeline(FramePipeline):
+    """The pipeline as it is, with noise for decoded frames."""
+
+    def _build(self) -> Any:
+        return None
+
+    def _load(self, batch: Any, frames: Tensor, allocated: torch.cuda.Event | None) -> Tensor:
+        if self._copy_stream is None:
+            return frames.random_(0, 256)
+        with torch.cuda.stream(self._copy_stream):
+            if allocated is not None:
+                self._copy_stream.wait_event(allocated)
+            frames.random_(0, 256)
+        self._copy_stream.synchronize()
+        return frames
 
 
 class SyntheticRun(Run):
@@ -100,6 +115,7 @@ class SyntheticRun(Run):
         self.encoder = TSMResNet(config.encoder.name, config.encoder.width)
         self.encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.head = self.new_head("joint")
+        self.pipeline = NoisePipeline(1, device.type, num_threads=1)
         self.scaler = self.new_scaler()
         self.position = Position("joint")
         self.planner, self.plans, self.best = None, {}, {}
@@ -114,24 +130,6 @@ class SyntheticRun(Run):
         with suppress(TimeIsUp):
             joint(self)
 
-    def frames(self, batches: Iterable[Sequence[FrameRequest]]) -> Iterator[Tensor]:
-        """Noise, with as many batches in flight as the pipeline has."""
-        incoming = iter(batches)
-        in_flight: deque[Tensor] = deque()
-
-        def submit() -> None:
-            batch = next(incoming, None)
-            if batch is not None:
-                shape = (sum(len(request.positions) for request in batch), batch[0].side, batch[0].side, 3)
-                in_flight.append(torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device))
-
-        for _ in range(AHEAD):
-            submit()
-        while in_flight:
-            ready = [in_flight.popleft()]
-            submit()
-            yield ready.pop()
-
     def save(self, position: Position, optimizer: Any, **modules: Any) -> None:
         self.position = position
 
@@ -145,7 +143,8 @@ def made_up(config: Config) -> Dataset:
     rng = np.random.default_rng(0)
     length = config.full.num_snippets
     grid = np.arange(length * FRAMES_PER_SNIPPET, dtype=np.int64).reshape(length, FRAMES_PER_SNIPPET)
-    frame: Any = SimpleNamespace(width=340, height=256)  # what a view is cut out of
+    # What a view is cut out of.
+    frame: Any = SimpleNamespace(width=340, height=256, frames=grid.ravel(), path=Path("made up"))
     samples = []
     for index in range(BATCHES * config.joint.batch):
         starts = rng.uniform(0, 0.7 * SECONDS, 3)
