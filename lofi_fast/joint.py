@@ -289,7 +289,9 @@ def new_planner(run: Run) -> Planner:
         rungs = ladder(pattern, config.full, config.min_cut, config.max_cut)
         levers = (rungs, config.joint.batch, config.policy, config.micro_batch, config.recompute)
         plans[pattern], changes[pattern] = candidates(*levers), remedies(*levers)
-    return Governor(run.meter, run.budget, ledger, plans, run.log.say, changes=changes)
+    return Governor(
+        run.meter, run.budget, ledger, plans, run.log.say, changes=changes, pending=lambda: run.pipeline.pending
+    )
 
 
 def plan_joint(run: Run) -> dict[str, dict[str, Any]]:

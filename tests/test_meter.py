@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 
+from lofi_fast.memory import allocator
 from lofi_fast.memory import meter as meter_module
 from lofi_fast.memory.meter import (
     RETRY_SECONDS,
@@ -66,6 +67,7 @@ import numpy as np
 import psutil
 import torch
 from lofi_fast.kernels import temporal_shift
+from lofi_fast.memory import allocator
 from lofi_fast.memory.meter import is_out_of_memory, settle_allocator
 
 print(os.getpid(), flush=True)
@@ -98,6 +100,8 @@ old = resource.getrlimit(resource.RLIMIT_DATA)
 result = {"errors": {}, "recognised": {}, "works_after": {}}
 for name, allocate in too_much.items():
     failed = None
+    if allocator.installed():
+        allocator.release()
     resource.setrlimit(resource.RLIMIT_DATA, (psutil.Process().memory_info().data + 400 * MB, old[1]))
     try:
         allocate()
@@ -162,6 +166,7 @@ def test_what_the_user_has_set_stays(
     started: list[dict[str, str]] = []
     monkeypatch.setattr(os, "environ", dict(present))
     monkeypatch.setattr(os, "execve", lambda program, arguments, environment: started.append(environment))
+    monkeypatch.setattr(allocator, "install", lambda: None)
     settle_allocator("probe", [])
     assert (set(started[0]) - set(present) if started else None) == added
     assert all(environment.items() >= present.items() for environment in started)
@@ -176,14 +181,35 @@ def test_real_failures_are_recognised_and_the_process_goes_on(probed: list[str])
     assert list(result["works_after"].values()) == [1.0] * 9
 
 
-def test_a_cpu_has_no_cap_but_keeps_the_readings() -> None:
+def test_a_cap_on_a_cpu_refuses_tensors_and_leaves_the_process_as_it_was() -> None:
+    if reason := allocator.install():
+        pytest.skip(reason)
     meter = CpuMeter()
+    before = meter.held()
+    with meter.cap(meter.held() + 80 * MB):
+        held = torch.ones(30 * MB, dtype=torch.uint8)
+        with pytest.raises(torch.OutOfMemoryError) as refused:
+            torch.ones(100 * MB, dtype=torch.uint8)
+        assert is_out_of_memory(refused.value)
+        assert held[-1] == 1
+    with pytest.raises(KeyError), meter.cap(0):
+        raise KeyError
+    assert torch.ones(100 * MB, dtype=torch.uint8)[-1] == 1, "the cap is gone"
+    assert before + 20 * MB < meter.held() < before + 60 * MB, "what is kept of freed blocks is not in use"
+    meter.release()
+    assert meter.own() < before + 60 * MB
+
+
+def test_without_an_allocator_of_ours_a_cpu_has_no_cap_but_keeps_the_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "installed", lambda: False)
+    meter = CpuMeter()
+    assert "without a hard cap" in meter.source
     meter.reset_peak()
     before = meter.own()
     with meter.cap(before):
-        held = torch.ones(100 * MB, dtype=torch.uint8)
+        held = torch.ones(400 * MB, dtype=torch.uint8)
     assert held[-1] == 1
-    assert meter.peak() - before > 95 * MB
+    assert meter.peak() - before > 150 * MB
     with pytest.raises(KeyError), meter.cap(before):
         raise KeyError
 
@@ -205,7 +231,7 @@ def test_peaks_that_cannot_be_reset_are_said_once(monkeypatch: pytest.MonkeyPatc
 def test_one_reading_agrees_with_the_single_ones() -> None:
     meter = CpuMeter()
     reading = meter.reading()
-    assert reading.own == reading.held
+    assert 0 < reading.held <= reading.own
     assert abs(reading.own - meter.own()) < 50 * MB
     assert abs(reading.available - meter.available()) < 2000 * MB  # others take and free memory meanwhile
     with meter.settle("anything"):

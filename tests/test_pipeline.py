@@ -233,7 +233,12 @@ def test_requests_are_drawn_at_most_depth_ahead(pipeline: FramePipeline, square:
     stream = one_by_one(pipeline, requests())
     assert drawn == 0
     for delivered, _ in enumerate(stream, start=1):
-        assert drawn == min(delivered + 2, NUM_FRAMES)
+        assert drawn == min(delivered + 1, NUM_FRAMES)
+        assert pipeline.pending == (drawn - delivered) * 16 * 16 * 3
+    stream = one_by_one(pipeline, requests())
+    next(stream)
+    stream.close()
+    assert pipeline.pending == 0
 
 
 def test_stream_may_be_left_and_another_started(pipeline: FramePipeline, square: CachedVideo) -> None:

@@ -110,12 +110,13 @@ class FramePipeline:
 
     `max_frames` bounds the pictures decoded at once (a larger batch takes several runs, with the same result), hence
     the decode pool: about max_frames * cached height * cached width * 3 bytes. `depth` is how many batches may be in
-    flight while the consumer works; each holds its tensor of num_frames * side^2 * 3 bytes. `num_threads` decode.
+    flight while the consumer works; each holds its tensor of num_frames * side^2 * 3 bytes (`pending` in all).
+    `num_threads` decode.
     On the CPU, DALI keeps a pool that was ever larger than 32 MiB until the process ends, so prefer a smaller one.
     On "cuda" the pictures are decoded by nvJPEG and never come back to the host.
     """
 
-    def __init__(self, max_frames: int, device: str = "cpu", num_threads: int = 2, depth: int = 2) -> None:
+    def __init__(self, max_frames: int, device: str = "cpu", num_threads: int = 2, depth: int = 1) -> None:
         for name, value in (("max_frames", max_frames), ("num_threads", num_threads), ("depth", depth)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -125,6 +126,7 @@ class FramePipeline:
         self._max_frames = max_frames
         self._num_threads = num_threads
         self._depth = depth
+        self.pending = 0  # bytes of the tensors in flight
         self._copy_stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
             if self._device.index is None:
@@ -153,27 +155,36 @@ class FramePipeline:
         position outside the cache, or a batch of several sides.
         """
         incoming = iter(batches)
-        in_flight: deque[Future[torch.Tensor]] = deque()
+        in_flight: deque[tuple[Future[torch.Tensor], int]] = deque()
+
+        def submit(count: int) -> None:
+            for batch in islice(incoming, count):
+                future, size = self._submit(batch)
+                in_flight.append((future, size))
+                self.pending += size
+
         try:
-            for batch in islice(incoming, self._depth):
-                in_flight.append(self._submit(batch))
+            submit(self._depth)
             while in_flight:
                 # Held in a list and popped: a local variable would keep the tensor alive after the consumer drops it.
-                ready = [in_flight.popleft().result()]
-                for batch in islice(incoming, 1):
-                    in_flight.append(self._submit(batch))
+                ready = [in_flight[0][0].result()]
+                self.pending -= in_flight.popleft()[1]
+                submit(1)
                 yield ready.pop()
         finally:
-            for future in in_flight:
+            for future, size in in_flight:
                 future.cancel()
+                self.pending -= size
 
     def close(self) -> None:
         """Finish the run under way, drop the rest, and give back DALI's threads and memory."""
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._pipeline = None
 
-    def _submit(self, batch: Sequence[FrameRequest]) -> Future[torch.Tensor]:
-        """Allocate in the consumer's thread, where running out of memory can be handled, and queue the work."""
+    def _submit(self, batch: Sequence[FrameRequest]) -> tuple[Future[torch.Tensor], int]:
+        """Allocate in the consumer's thread, where running out of memory can be handled, and queue the work; with the
+        bytes allocated.
+        """
         sides = {request.side for request in batch}
         if len(sides) != 1 or min(sides) < 1:
             raise ValueError(f"the requests of a batch need one side of at least 1 pixel, got {sorted(sides)}")
@@ -185,7 +196,7 @@ class FramePipeline:
         frames = torch.empty((num_frames, side, side, 3), dtype=torch.uint8, device=self._device)
         # The allocator hands out memory that kernels queued on the consumer's stream may still be reading.
         allocated = None if self._copy_stream is None else torch.cuda.current_stream(self._device).record_event()
-        return self._worker.submit(self._load, batch, frames, allocated)
+        return self._worker.submit(self._load, batch, frames, allocated), frames.nbytes
 
     def _load(
         self, batch: Sequence[FrameRequest], frames: torch.Tensor, allocated: torch.cuda.Event | None

@@ -1,9 +1,10 @@
 """The governor: at every step the best plan that fits what memory is there, learned from every step that was run.
 
-Words. Base: what this process holds between steps. Peak: the most it held in a step. Predicted peak: base + scale *
-ledger + extra for a plan that has not been run, its own largest peak for one that has; memory is not monotone in
-pixels. Limit: the smaller of the budget and what can be had now. Room: the limit less a margin, learned from how far
-peaks came out above their prediction.
+Words. Base: what this process holds between steps, frames decoded ahead aside: they belong to the step. Peak: the most
+it held in a step. Added: peak less base. Predicted peak: base + scale * ledger + extra for a plan that has not been
+run, base + the most it added lately for one that has; memory is not monotone in pixels. Limit: the smaller of the
+budget and what can be had now. Room: the limit less a margin, learned from how far peaks came out above their
+prediction.
 
 Going down is immediate. Going up waits: `CLEAN` steps where a tenth of the room would be to spare, `STEADY` steps
 otherwise, so that a neighbour whose memory comes and goes by less than a rung moves nothing.
@@ -37,7 +38,8 @@ FAULT_MARGIN = 0.05  # of the limit, more, while readings fail
 QUANTILE = 0.98  # of the residuals, for the margin
 OVER = 0.95  # of what plans were over the fit, for the allowance of one that was never run
 RESIDUALS = 256
-BASES = 8  # readings of the base, of which the largest counts: what waits to be freed comes and goes
+RECENT = 8  # readings of the base, and of what a plan added, of which the largest counts: what waits to be freed comes
+# and goes
 UNSEEN = 0.02  # of what a plan adds, more for one that was never run
 FEW = 0.12  # and this, divided by the number of plans that were run
 TRIALS = 3
@@ -126,14 +128,14 @@ class Planner(Protocol):
 class _Record:
     """One plan's readings."""
 
-    peak: int  # the largest
-    base: int  # the largest base it was run at: growth beyond that is not in the peak yet
+    recent: deque[int]  # what it added
+    peak: int = 0  # the largest
     runs: int = 0  # 0: from the file of readings, to be verified
     seconds: float | None = None
 
     @property
     def added(self) -> int:
-        return self.peak - self.base
+        return max(self.recent)
 
 
 class Governor:
@@ -141,15 +143,16 @@ class Governor:
 
     `ledger(plan)`: bytes that a step adds at its peak to the process between steps, by arithmetic. `candidates`: the
     plans of each pattern, best first. `say` is told, once, when readings fail. `changes`: what `plan.remedies` gives.
+    `pending`: bytes of frames decoded ahead, which are held between steps and which the ledger counts.
     """
 
     def __init__(
         self, meter: Gauge, budget: int, ledger: Callable[[Plan], int], candidates: Mapping[Pattern, Sequence[Plan]],
         say: Callable[[str], None], *, prior: Prior = PRIOR,
-        changes: Mapping[Pattern, Sequence[tuple[str, Plan]]] | None = None,
+        changes: Mapping[Pattern, Sequence[tuple[str, Plan]]] | None = None, pending: Callable[[], int] = lambda: 0,
     ) -> None:  # fmt: skip
         self.budget = budget
-        self._meter, self._say, self._prior = meter, say, prior
+        self._meter, self._say, self._prior, self._pending = meter, say, prior, pending
         self._plans = {pattern: tuple(plans) for pattern, plans in candidates.items()}
         self._index = {p: {plan: i for i, plan in enumerate(plans)} for p, plans in self._plans.items()}
         self._changes = dict(changes or {})
@@ -158,7 +161,7 @@ class Governor:
         self._records: dict[Plan, _Record] = {}
         self._off: dict[Plan, tuple[int, int]] = {}  # (limit, base) that a plan failed at: it needs more than that
         self._available: deque[int] = deque(maxlen=STEADY)
-        self._bases: deque[int] = deque(maxlen=BASES)
+        self._bases: deque[int] = deque(maxlen=RECENT)
         self._residuals: deque[int] = deque(maxlen=RESIDUALS)
         self._good: int | None = None  # the last reading of what can be had that made sense
         self._free = self._base = self._learned = self._trials = 0
@@ -222,20 +225,19 @@ class Governor:
             self._once("peak", f"a peak of {peak} bytes makes no sense and is not learned from")
             return
         record = self._records.get(decision.plan)
-        if record is None:
-            record = self._records[decision.plan] = _Record(peak, self._base)
-        elif record.runs:
+        if record is None or not record.runs:  # verified: what other runs read counts no more
+            record = self._records[decision.plan] = _Record(deque(maxlen=RECENT))
+        else:
             self._residuals.append(peak - decision.predicted)
             self._learned = _quantile(self._residuals, QUANTILE)
-        else:  # verified: what other runs read counts no more
-            record.peak, record.base = peak, self._base
-        grown = record.runs == 0 or peak > record.peak or self._base > record.base
-        record.peak, record.base = max(record.peak, peak), max(record.base, self._base)
+        before = record.added if record.runs else None
+        record.recent.append(max(peak - self._base, 0))  # as it is now: what stays was not the plan's
+        record.peak = max(record.peak, peak)
         record.runs += 1
         if seconds is not None:
             old = seconds if record.seconds is None else record.seconds
             record.seconds = old + (seconds - old) / min(record.runs, 8)
-        if grown:
+        if record.added != before:
             self._refit()
 
     def _lower(self, decision: Decision, start: int, reason: str, *, agreeing: bool) -> Decision:
@@ -280,10 +282,7 @@ class Governor:
         """Peak bytes of a step; at least base + ledger."""
         base, ledger = self._base, self._ledger[plan]
         record = self._records.get(plan)
-        if record is None:
-            peak = base + self.fit.added(ledger)
-        else:
-            peak = max(record.peak + max(base - record.base, 0), base + ledger)
+        peak = base + (self.fit.added(ledger) if record is None else max(record.added, ledger))
         return max(peak, self._off[plan][0]) if plan in self._off else peak
 
     def need(self, plan: Plan) -> int:
@@ -297,7 +296,7 @@ class Governor:
         """The two scalars, and how much more a plan that was never run may need than they say."""
         readings = [(self._ledger[plan], record.added) for plan, record in self._records.items()]
         for plan, (limit, base) in self._off.items():
-            if plan not in self._records or limit > self._records[plan].peak:
+            if plan not in self._records or limit - base > self._records[plan].added:
                 readings.append((self._ledger[plan], max(limit - base, 0)))
         self.fit = fit(readings, self._prior)
         over = [added / max(self.fit.added(ledger), 1) - 1 for ledger, added in readings]
@@ -433,7 +432,7 @@ class Governor:
         self._read_held()
         for plan, added in found.items():
             if plan in self._ledger and plan not in self._records:
-                self._records[plan] = _Record(self._base + max(added, self._ledger[plan]), self._base)
+                self._records[plan] = _Record(deque([max(added, self._ledger[plan])], RECENT))
         if self._records:
             self._trials = max(self._trials, TRIALS - 1)
         self._refit()
@@ -480,7 +479,7 @@ class Governor:
             self._once("held", f"what this process holds cannot be read ({problem}): taking the last readings")
 
     def _see_base(self, held: int) -> None:
-        self._bases.append(held)
+        self._bases.append(max(held - self._pending(), 0))
         self._base = max(self._bases)
 
     def _total(self) -> float:
@@ -501,7 +500,7 @@ class Governor:
     def state_dict(self) -> dict[str, Any]:
         """All that decisions depend on, as plain numbers and lists."""
         return {
-            "records": [[p.to_json(), r.peak, r.base, r.runs, r.seconds] for p, r in self._records.items()],
+            "records": [[p.to_json(), list(r.recent), r.peak, r.runs, r.seconds] for p, r in self._records.items()],
             "off": [[plan.to_json(), limit, base] for plan, (limit, base) in self._off.items()],
             "available": list(self._available),
             "bases": list(self._bases),
@@ -514,15 +513,15 @@ class Governor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`. Plans that are no candidates any more are left out."""
         self._records = {
-            plan: _Record(*numbers)
-            for key, *numbers in state["records"]
+            plan: _Record(deque(recent, RECENT), *numbers)
+            for key, recent, *numbers in state["records"]
             if (plan := Plan.from_json(key)) in self._ledger
         }  # fmt: skip
         self._off = {
             plan: (limit, base) for key, limit, base in state["off"] if (plan := Plan.from_json(key)) in self._ledger
         }
         self._available = deque(state["available"], STEADY)
-        self._bases = deque(state["bases"], BASES)
+        self._bases = deque(state["bases"], RECENT)
         self._residuals = deque(state["residuals"], RESIDUALS)
         self._base, self._learned = max(self._bases, default=0), _quantile(self._residuals, QUANTILE)
         self._good, self._trials = state["good"], state["trials"]

@@ -22,6 +22,7 @@ from typing import Protocol
 import psutil
 import torch
 
+from lofi_fast.memory import allocator
 from lofi_fast.memory.profiles import assumed_context
 
 _OUT_OF_MEMORY = (
@@ -113,12 +114,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def settle_allocator(module: str, arguments: list[str]) -> None:
-    """Run this program again with glibc's and torch's allocators settled, once; returns when that is done or does not
-    apply. Both read their settings at the process's start only, hence the second start. What the user has set stays.
+    """Run this program again with glibc's and torch's allocators settled, once, and put ours under CPU tensors; says so
+    where that cannot be. Both read their settings at the process's start only, hence the second start. What the user
+    has set stays.
 
-    glibc: blocks of a MiB and more are mapped by themselves and given back when freed, so that the resident set is what
-    is in use. R18, 64 frames of 112 pixels, forward and backward, ten steps, one thread (seconds of CPU time, since the
-    machine was not idle; peaks between steps of other sizes vary more than those of identical steps):
+    Ours (allocator.cpp) can refuse, which makes the cap of a CPU, and keeps what is freed for the next step. The rest
+    of the process is glibc's: blocks of a MiB and more are mapped by themselves and given back when freed, so that the
+    resident set is what is in use. What its settings do without an allocator of ours: R18, 64 frames of 112 pixels,
+    forward and backward, ten steps, one thread (seconds of CPU time, since the machine was not idle; peaks between
+    steps of other sizes vary more than those of identical steps):
         setting                            s      peak   varies   with other sizes between   held after the step
         default                          1.40    933 MB   12%        12%                       638 MB
         1 MiB thresholds, hugetlb=1      1.83    793 MB    0.0%       1.3%                      354 MB   (these)
@@ -129,7 +133,7 @@ def settle_allocator(module: str, arguments: list[str]) -> None:
         default, malloc_trim each step   1.58    836 MB   12%        12%                       351 MB
         MALLOC_ARENA_MAX=1               1.36    865 MB   12%        12%                       612 MB
     Whatever keeps memory is faster and less predictable; nothing between meets 2%. The time goes into the kernel's
-    clearing of pages (0.6 s a step, 0.2 by default), which only an allocator that reuses blocks would save.
+    clearing of pages (0.6 s a step, 0.2 by default), which ours saves by using blocks again.
 
     torch on a GPU: expandable segments. Every rung has tensors of other sizes; in fixed segments the blocks of one
     rung are of no use to the next and reserved memory, which is what the driver shows, grows beyond what is allocated.
@@ -144,6 +148,8 @@ def settle_allocator(module: str, arguments: list[str]) -> None:
             wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if wanted:
         os.execve(sys.executable, [sys.executable, "-m", module, *arguments], os.environ | wanted)
+    if reason := allocator.install():
+        print(f"note: no hard cap on CPU memory: {reason}", file=sys.stderr)
 
 
 class _Faults:
@@ -164,14 +170,20 @@ class _Faults:
 
 
 class CpuMeter:
-    """Resident set of this process against the machine's memory and its control group's limit (Linux)."""
+    """Resident set of this process against the machine's memory and its control group's limit (Linux).
 
-    source = "resident set"
+    With an allocator of ours under torch (`settle_allocator`), what it keeps of freed blocks is resident and not in
+    use, and a cap can be kept.
+    """
 
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._faults = _Faults()
         self.device = f"CPU, {os.cpu_count()} cores, {self.total() / 1e9:.1f} GB"
+
+    @property
+    def source(self) -> str:
+        return "resident set" if allocator.installed() else "resident set, without a hard cap"
 
     def faults(self) -> list[str]:
         return self._faults.drain()
@@ -182,16 +194,20 @@ class CpuMeter:
     def reading(self) -> Memory:
         free = min([int(psutil.virtual_memory().available), *(limit - used for limit, used in self._groups())])
         own = self.own()
-        return Memory(own, own, max(free, 0))
+        return Memory(own, own - self._kept(), max(free, 0))
 
     def own(self) -> int:
         return int(self._process.memory_info().rss)
 
     def held(self) -> int:
-        return self.own()
+        return self.own() - self._kept()
 
     def available(self) -> int:
         return self.reading().available
+
+    @staticmethod
+    def _kept() -> int:
+        return allocator.read().kept if allocator.installed() else 0
 
     @staticmethod
     def _groups() -> list[tuple[int, int]]:
@@ -230,7 +246,8 @@ class CpuMeter:
         yield  # the resident set has everything
 
     def release(self) -> None:
-        pass  # the allocator, as `settle_allocator` sets it, does so by itself
+        if allocator.installed():  # glibc, as `settle_allocator` sets it, does so by itself
+            allocator.release()
 
     def reset_peak(self) -> None:
         try:
@@ -249,17 +266,18 @@ class CpuMeter:
 
     @contextmanager
     def cap(self, limit: int) -> Iterator[None]:
-        """No cap on a CPU: a limit that the kernel sets can end the process where it should raise.
-
-        Under one of the data segment (RLIMIT_DATA), OpenMP and oneDNN were seen to die of SIGSEGV, or to fail with
-        "could not create a primitive", at 550 to 850 MB and with settled allocators too: threads and scratch memory are
-        theirs, and asked for where nothing can be raised. Hence peaks are measured, and the step after one that was too
-        high goes down a rung. What did work in a trial is an allocator of our own under torch (c10::SetCPUAllocator)
-        that refuses tensors beyond a limit: 420 refusals at random points of a small R18's step, with one thread and
-        with two, were all raised and leaked nothing; with settled allocators the resident set followed its count to 7
-        MB from the second step on. It is C++ against an interface of torch that changes, and not in this package.
+        """torch's share: `limit` less what the process holds beside it. What libraries take for themselves inside is
+        not held back. Without an allocator of ours there is no cap: under a limit that the kernel sets (RLIMIT_DATA),
+        OpenMP and oneDNN die of SIGSEGV where nothing can be raised.
         """
-        yield
+        if not allocator.installed():
+            yield
+            return
+        allocator.limit(max(limit - self.held(), 0))
+        try:
+            yield
+        finally:
+            allocator.limit(None)
 
 
 class _Nvml:

@@ -493,7 +493,7 @@ class Setting:
     class_loss: bool
     optimizer: Literal["sgd", "adam", "adamw"]
     jitter: bool = False
-    decoded_ahead: int = 2  # micro-batches of frames beside the one that is worked on: FramePipeline's depth
+    decoded_ahead: int = 1  # micro-batches of frames beside the one that is worked on: FramePipeline's depth
 
     @staticmethod
     def of(config: Config, num_classes: int, map_bytes: int) -> Setting:
