@@ -19,6 +19,8 @@ COMMANDS = {
     "memory": ("[options]", "what autograd keeps of a frame, and the peak of a step: lean against plain PyTorch"),
     "step": ("[options]", "time of the encoder, the head and the whole step: ours against plain PyTorch"),
     "planner": ("[options]", "predicted and measured peaks over many budgets, alone or beside a neighbour"),
+    "data": ("[options]", "decoding: the frame cache against decoding the video itself; share of a training step"),
+    "eval": ("[options]", "the evaluator against the official procedure, equal to the last bit"),
     "gpu": ("[options]", "all that matters on a GPU, in 8 minutes; --dry-run goes through it without one"),
     "gpu_planner": ("[options]", "the planner on a GPU beside a neighbour, on frames made up there"),
     "job": ("[options] -- <arguments of lofi_fast.train>", "train as a user would and append a row for each seed"),

@@ -269,7 +269,7 @@ def _imported(file: Path) -> set[str]:
     return names - sys.stdlib_module_names
 
 
-_OURS = ("lofi_fast", "bench", "tests", "forms", "networks", "apex_stand_in", "official_map", "conftest")
+_OURS = ("lofi_fast", "bench", "tests", "forms", "networks", "apex_stand_in", "conftest")
 
 
 @cache

@@ -24,6 +24,7 @@ from lofi_fast.head.targets import Targets, make_targets
 CLASSES = 200  # ActivityNet's
 WIDTH, TINY_WIDTH = 64, 8  # channels of the first stage: the paper's, and what Triton's interpreter can run
 COMPILED = "torch.compile"  # of plain PyTorch
+HEAD = HeadConfig()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # ||gradient - plain gradient|| / ||plain gradient||, the mean over parameters. In float64 they agree to 1e-12 (tests);
@@ -104,17 +105,16 @@ class WholeStep:
     @staticmethod
     def of(
         name: EncoderName, num_snippets: int, side: int, dtype: str, device: torch.device, videos: int = 1,
-        width: int = WIDTH,
+        width: int = WIDTH, config: HeadConfig = HEAD, classes: int = CLASSES,
     ) -> WholeStep:  # fmt: skip
         encoded = Encoded.of(name, videos * num_snippets * FRAMES_PER_SNIPPET, side, dtype, device, width)
-        config = HeadConfig()
-        head = GTAD(config, encoded.encoder.num_features, CLASSES, num_snippets).to(device)
+        head = GTAD(config, encoded.encoder.num_features, classes, num_snippets).to(device)
         edges = np.arange(num_snippets + 1.0)
         segments = np.array([[0.1, 0.3], [0.5, 0.9]]) * num_snippets
         label = make_targets(
-            edges, segments, np.array([3, 7]), num_snippets, CLASSES, np.random.default_rng(0), with_zero=False
+            edges, segments, np.array([3, 5]), num_snippets, classes, np.random.default_rng(0), with_zero=False
         )
-        counts = Counts.of([label] * videos, CLASSES, config.positive_iou)
+        counts = Counts.of([label] * videos, classes, config.positive_iou)
         targets = Targets.stack([label] * videos, device)
         dense = DenseHead(head, num_snippets).to(device)
         return WholeStep(encoded.encoder, head, dense, encoded.frames, targets, counts, encoded.dtype, videos)

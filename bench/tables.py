@@ -333,6 +333,43 @@ def gpu_planner_table(rows: Sequence[Row]) -> str:
     return "\n".join(parts) or f"{MISSING}\n"
 
 
+def data_table(rows: Sequence[Row]) -> str:
+    """Decoding by each form, then what filling the cache costs and the share of a step."""
+    rows = _newest(rows, ("measured", "case", "form"))
+    header = ("fidelity", "form", "frames a second", "CPU ms a frame", "time of ours, median (p20 to p80)")
+    parts = []
+    for place, here in _by_place(rows):
+        lines = []
+        for row in (row for row in here if row["measured"] == "decode"):
+            median, low, high = row["times_ours"]
+            numbers = (f"{row['frames_a_second']:,.0f}", f"{row['cpu_ms_a_frame']:.3f}")
+            lines.append((row["case"], row["form"], *numbers, f"{median:.2f}x ({low:.2f} to {high:.2f})"))
+        parts.append(f"{_where(place)}; {_when(here)}:\n\n{_markdown(header, lines)}")
+        for row in here:
+            if row["measured"] == "cache":
+                rate, size = row["frames_a_second"], row["bytes"] / row["frames"]
+                parts.append(f"Filling the cache, once: {rate:,.0f} frames a second, {size:,.0f} bytes a frame.\n")
+            if row["measured"] == "share":
+                parts.append(f"Decoding takes {100 * row['share']:.1f}% of a step's CPU seconds ({row['case']}).\n")
+    return "\n".join(parts) or f"{MISSING}\n"
+
+
+def eval_table(rows: Sequence[Row]) -> str:
+    """Each way to evaluate, and how many times as long as ours it takes."""
+    rows = _newest(rows, ("metric", "videos", "form"))
+    header = ("metric", "videos", "detections", "form", "ms", "time of ours, median (p20 to p80)")
+    parts = []
+    for place, here in _by_place(rows):
+        lines = []
+        for row in here:
+            median, low, high = row["times_ours"]
+            counts = (f"{row['videos']:,}", f"{row['detections']:,}")
+            ratio = f"{median:.1f}x ({low:.1f} to {high:.1f})"
+            lines.append((row["metric"], *counts, row["form"], f"{row['ms'][0]:,.0f}", ratio))
+        parts.append(f"{_where(place)}; {_when(here)}:\n\n{_markdown(header, lines)}")
+    return "\n".join(parts) or f"{MISSING}\n"
+
+
 def _newest(rows: Sequence[Row], names: Sequence[str], measured: str | None = None) -> list[Row]:
     """Of rows alike in `names`, the newest; in the order they were first measured."""
     found: dict[tuple[Any, ...], Row] = {}
@@ -369,5 +406,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "memory": memory_table,
     "step": step_table,
     "planner": planner_table,
+    "data": data_table,
+    "eval": eval_table,
     "gpu_planner": gpu_planner_table,
 }

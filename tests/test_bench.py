@@ -18,12 +18,16 @@ import torch
 from av.video.frame import VideoFrame
 
 from bench import against, cases, gate, gpu, gpu_planner, job, kernels, measure, ops, tables
+from bench import data as bench_data
+from bench import eval as bench_eval
 from bench.__main__ import main
+from bench.peers import decoders, official_map
 from bench.peers.shift import published_shift
 from bench.rows import ROOT, Row, append_row, environment, read_rows
 from lofi_fast.config import from_arguments
 from lofi_fast.data import demo
 from lofi_fast.errors import InputError
+from lofi_fast.evaluate import parse_tiou
 
 TINY = (
     "--preset small --fidelity 8x32 --window video --frame-stride 1 --width 8 --pretrain-epochs 1 --joint-epochs 1 "
@@ -538,6 +542,65 @@ def test_new_rows_are_compared_with_the_newest_old_ones() -> None:
     other = [op_row("C++", device="NVIDIA H100, 80.0 GB")]
     assert against.comparison(new, other, ("op", "dtype", "form"), ops.TIMES).endswith("0123456, NVIDIA H100, 80.0 GB")
     assert against.comparison(new, [], ("op",), ops.TIMES) == "new / old: no case in common"
+
+
+# Decoding, evaluation
+
+
+def test_decoding_is_measured_beside_the_videos_themselves(tmp_path: Path) -> None:
+    results = tmp_path / "data.jsonl"
+    threads = torch.get_num_threads()
+    try:
+        assert main(["data", "--quick", "--device", "cpu", "--results", str(results)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = read_rows(results)
+    assert [row["measured"] for row in rows][:2] == ["cache", "decode"] and rows[-1]["measured"] == "share"
+    forms = [row["form"] for row in rows if row["measured"] == "decode"]
+    assert forms == ["frame cache, DALI", *decoders.decoders()]
+    assert all(row["frames"] == 256 and row["frames_a_second"] > 0 for row in rows if row["measured"] == "decode")
+    assert 0 < rows[-1]["share"] < 1
+    assert tables.data_table(rows) == "not measured\n"  # one video says nothing of speed
+    said = tables.data_table([row | {"quick": False} for row in rows])
+    assert "| full: 32 snippets x 64 px | PyAV |" in said and "Filling the cache, once:" in said
+
+
+def test_another_frame_does_not_pass_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def late(decode: Any, path: Path, frames: Any, *arguments: Any) -> torch.Tensor:
+        return decoders.squares(decode, path, np.maximum(frames - 1, 0), *arguments)
+
+    monkeypatch.setattr(bench_data, "squares", late)
+    threads = torch.get_num_threads()
+    try:
+        assert main(["data", "--quick", "--device", "cpu", "--results", str(tmp_path / "rows")]) == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert "error: PyAV: its pixels differ from ours by" in capsys.readouterr().err
+
+
+def test_evaluation_is_measured_beside_the_official_procedure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "eval.jsonl"
+    command = ["eval", "--quick", "--rounds", "1", "--results", str(results)]
+    threads = torch.get_num_threads()
+    try:
+        assert main(command) == 0
+        rows = read_rows(results)
+        assert {row["metric"] for row in rows} == {"mAP", "AR@AN"}
+        assert {row["form"] for row in rows} >= {"ours", "official, without pandas"}
+        monkeypatch.setattr(bench_eval, "parse_tiou", lambda text: parse_tiou("0.5,0.6"))
+        wrong = official_map.mean_average_precision
+        monkeypatch.setattr(official_map, "mean_average_precision", lambda *found: wrong(*found[:2], found[2] + 0.2))
+        assert main([*command, "--against", str(results)]) == 1
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr()
+    assert said.err == ("error: mAP: the evaluator's result is not that of official, without pandas, bit for bit\n")
+    assert len(read_rows(results)) == len(rows)
+    assert "| mAP | 40 | 4,000 | ours |" in tables.eval_table([row | {"quick": False} for row in rows])
 
 
 # The job

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 
 import numpy as np
-import official_map
 import pytest
 
+from bench.peers import official_map
 from lofi_fast.errors import InputError
 from lofi_fast.evaluate import (
     average_recall,

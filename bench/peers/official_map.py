@@ -1,8 +1,8 @@
-"""The official ActivityNet procedure, step by step: slow, plain, and the oracle of test_evaluate.py.
+"""The official ActivityNet procedure, step by step: slow, plain, and the oracle of tests/test_evaluate.py.
 
 Written from the behaviour of Evaluation/eval_detection.py and eval_proposal.py (public repository
-activitynet/ActivityNet), without their pandas. NumPy stands only where its exact behaviour is part of the result: the
-order of an unstable sort, float64 arithmetic, and the grouping of a sum.
+activitynet/ActivityNet), without their pandas, which only makes it faster. NumPy stands only where its exact behaviour
+is part of the result: the order of an unstable sort, float64 arithmetic, and the grouping of a sum.
 """
 
 from __future__ import annotations
