@@ -9,6 +9,7 @@ import functools
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -154,6 +155,42 @@ del before, net, optimizer
 import gc; gc.collect()
 left = allocator.read().used
 assert 0 <= left < 100_000, left
+"""
+    done = child(code)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_blocks_from_before_can_arrive_through_this_one(tmp_path: Path) -> None:
+    """oneDNN frees by pointer alone, through whatever allocator is in place then."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    source, library = tmp_path / "raw.cpp", tmp_path / "raw.so"
+    source.write_text("""
+#include <c10/core/CPUAllocator.h>
+extern "C" void* take(size_t bytes) { return c10::GetCPUAllocator()->raw_allocate(bytes); }
+extern "C" void give(void* block) { c10::GetCPUAllocator()->raw_deallocate(block); }
+""")
+    torch_folder = Path(torch.__file__).parent
+    command = [compiler, "-std=c++20", "-shared", "-fPIC", "-isystem", torch_folder / "include", source, "-o", library]
+    subprocess.run([*command, "-L", torch_folder / "lib", "-lc10"], check=True)
+    code = f"""
+import ctypes, test_allocator as t
+from lofi_fast.memory import allocator
+raw = ctypes.CDLL({str(library)!r})
+raw.take.restype, raw.take.argtypes, raw.give.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+before = [raw.take(100), raw.take(50 * t.MIB)]
+ctypes.memset(before[1], 1, 50 * t.MIB)
+t.begin()
+ours = raw.take(3 * t.MIB)
+assert allocator.read().used == 3 * t.MIB
+resident = t.resident()
+for block in before:
+    raw.give(block)
+assert resident - t.resident() > 45 * t.MIB
+assert allocator.read() == allocator.Allocated(3 * t.MIB, 0, 3 * t.MIB, None)
+raw.give(ours)
+assert allocator.read().used == 0
 """
     done = child(code)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -497,26 +534,32 @@ def test_blocks_and_the_allocator_outlive_a_fork() -> None:
     for thread in threads:
         thread.start()
     children = []
-    for _ in range(20):
-        pid = os.fork()
-        if pid == 0:
-            good = int(ours.sum()) == 3 * ours.numel()
-            mine = torch.full((4 * MIB,), 1, dtype=torch.uint8)
-            ours.zero_()
-            good = good and int(mine.sum()) == mine.numel()
-            allocator.release()
-            os._exit(0 if good else 1)
-        children.append(pid)
-    deadline = time.monotonic() + 60
-    for pid in children:
-        while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
-            if time.monotonic() > deadline:
-                os.kill(pid, 9)
+    try:
+        for _ in range(20):
+            pid = os.fork()
+            if pid == 0:
+                good = int(ours.sum()) == 3 * ours.numel()
+                mine = torch.full((4 * MIB,), 1, dtype=torch.uint8)
+                ours.zero_()
+                good = good and int(mine.sum()) == mine.numel()
+                allocator.release()
+                os._exit(0 if good else 1)
+            children.append(pid)
+        deadline = time.monotonic() + 30
+        while children and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert ended[1] == 0
-    stop.set()
-    for thread in threads:
-        thread.join()
+            for pid in list(children):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    children.remove(pid)
+                    assert status == 0
+        assert not children, "a child waits for a lock that nobody gives back"
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert int(ours.sum()) == 3 * ours.numel()
     assert allocator.read().used == before.used
 
@@ -554,15 +597,16 @@ def test_steps_of_mixed_sizes_do_not_grow() -> None:
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
     shapes = [(num_images, side) for num_images in (3, 6, 9, 12) for side in (48, 64, 80, 96)]
-    step(net, optimizer, 12, 96)
+    for shape in shapes:  # oneDNN keeps the code that it makes for each
+        step(net, optimizer, *shape)
     most = resident()
     apart_from_tensors = []
     for _ in range(50):
         step(net, optimizer, *rng.choice(shapes))
         now = allocator.read()
         apart_from_tensors.append(resident() - now.used - now.kept)
-    assert resident() < most + 16 * MIB
-    assert max(apart_from_tensors[10:]) - max(apart_from_tensors[:10]) < 8 * MIB, apart_from_tensors
+    assert resident() < most + 8 * MIB
+    assert max(apart_from_tensors) - min(apart_from_tensors) < 8 * MIB, apart_from_tensors
 
 
 # Where it is not
