@@ -1,8 +1,8 @@
-"""The planner against budgets: predicted and measured peaks, how much of the budget is used, and whether it is kept to.
+"""The planner against budgets on a CPU: predicted and measured peaks, budget used, and whether it is kept to.
 
 Each budget is a training of its own, as a user would start it, on a few videos of the demo set. Budgets are drawn
-between the smallest that is not refused and what full fidelity needs. With `--pressure` a second process takes and
-frees memory meanwhile, so that what is left lies under the budget about half of the time.
+between the smallest that is not refused and what full fidelity needs. With `--pressure` one budget of each model is
+trained at for many steps, beside a process that takes and frees memory (`bench.neighbour`).
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from statistics import median
-from threading import Event, Thread
-from typing import Any
 
 import numpy as np
 
+from bench.gpu_planner import summary
+from bench.neighbour import ROOM, Neighbour, control_group, inside
 from bench.rows import RESULTS, ROOT, Row, append_row, environment
 from bench.tables import aligned
 from lofi_fast.data import demo
 from lofi_fast.errors import InputError
-from lofi_fast.memory.meter import CpuMeter
 
 USAGE = "python -m bench planner [options]"
 MODELS = {
@@ -36,32 +35,34 @@ MODELS = {
 }
 VIDEOS, BATCH, EPOCHS = 8, 4, 6  # two steps an epoch; every pattern twice
 LARGEST = 8e9
-SHARE_LEFT = (0.7, 1.3)  # of the budget, that the neighbour leaves in turn
-HOLD_SECONDS = 4.0
+PRESSED = 0.75  # of the way from the smallest plan's need to full fidelity's: the budget under pressure
+LEAST = 1.17  # times the smallest plan's need: what the neighbour leaves
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure, append rows, print a table; 1 when a budget was passed or a sample lost."""
     args = _parser().parse_args(argv)
-    if args.budgets < 1:
-        raise InputError(f"--budgets {args.budgets}: must be at least 1")
+    if args.budgets < 1 or args.epochs < 1:
+        raise InputError("--budgets and --epochs must be at least 1")
     start = environment()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="bench-planner-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         annotations, videos = demo.generate(folder / "demo", num_training=VIDEOS, num_validation=1)
-        data = ["--annotations", str(annotations), "--videos", str(videos), "--cache", str(folder / "cache")]
+        data = ["--annotations", str(annotations), "--videos", str(videos)]
         for model in args.models.split(","):
             if model not in MODELS:
                 raise InputError(f"--models: no model is called {model}; there are: {', '.join(MODELS)}")
             flags = [*data, *MODELS[model], "--min-cut", "1", "--batch", str(BATCH), "--stages", "joint"]
-            flags += ["--joint-epochs", str(args.epochs), "--device", "cpu"]
-            for number, budget in enumerate(budgets(folder, flags, args.budgets, args.seed)):
-                out = folder / f"{model}-{number}"
+            flags += ["--device", "cpu", "--joint-epochs", str(args.epochs)]
+            low, high = needs(folder, flags)
+            alone = budgets(low, high, args.budgets, args.seed)
+            for budget in [int(low + PRESSED * (high - low))] if args.pressure else alone:
+                # A cache of its own: readings of an earlier budget would spare the trials.
+                out = folder / f"{model}-{budget}"
                 row = {"bench": "planner", "model": model, "pressure": args.pressure, "budget": budget}
-                with neighbour(budget) if args.pressure else no_neighbour() as others:
-                    row |= run([*flags, "--mem-budget", str(budget), "--out", str(out)], out)
-                row |= others | start
+                told = [*flags, "--cache", str(out / "cache"), "--mem-budget", str(budget), "--out", str(out / "run")]
+                row |= run(told, out / "run", (budget, int(LEAST * low)) if args.pressure else None) | start
                 append_row(args.results, row)
                 rows.append(row)
                 print(line(row), flush=True)
@@ -69,111 +70,54 @@ def main(argv: Sequence[str]) -> int:
     return int(any(row["violations"] or row["lost"] for row in rows))
 
 
-def budgets(folder: Path, flags: Sequence[str], count: int, seed: int) -> list[int]:
-    """Random amounts, log-uniform between the smallest plan's need and that of full fidelity, or 8 GB."""
+def needs(folder: Path, flags: Sequence[str]) -> tuple[float, float]:
+    """Bytes of the smallest plan, of the pattern that needs most, and of full fidelity."""
     out = folder / f"unbound-{len(list(folder.glob('unbound-*')))}"
-    run([*flags, "--joint-epochs", "1", "--mem-budget", str(int(LARGEST)), "--out", str(out)], out)
-    ladders = json.loads((out / "plan.json").read_text())["plans"]["joint"].values()
-    needs = [row["predicted"] for chosen in ladders for row in chosen["ladder"]]
-    low, high = 1.06 * max(min(row["predicted"] for row in chosen["ladder"]) for chosen in ladders), max(needs)
-    drawn = np.random.default_rng(seed).uniform(np.log(low), np.log(min(1.15 * high, LARGEST)), count)
+    cache = ["--cache", str(out / "cache"), "--out", str(out / "run")]
+    done = run([*flags, *cache, "--joint-epochs", "1", "--mem-budget", str(int(LARGEST))], out / "run", None)
+    if done["refused"]:
+        raise InputError(f"nothing can be measured: {done['refused']}")
+    ladders = json.loads((out / "run" / "plan.json").read_text())["plans"]["joint"].values()
+    peaks = [[row["predicted"] for row in chosen["ladder"]] for chosen in ladders]
+    return max(min(of) for of in peaks), max(max(of) for of in peaks)
+
+
+def budgets(low: float, high: float, count: int, seed: int) -> list[int]:
+    """Random amounts, log-uniform from just above the smallest plan's need to a little over full fidelity's."""
+    drawn = np.random.default_rng(seed).uniform(np.log(1.06 * low), np.log(min(1.15 * high, LARGEST)), count)
     return [int(np.exp(value)) for value in drawn]
 
 
-def run(flags: Sequence[str], out: Path) -> Row:
-    """Train in a process of its own, and read what its log says."""
+def run(flags: Sequence[str], out: Path, pressed: tuple[int, int] | None) -> Row:
+    """Train in a process of its own, and read what its log says. `pressed`: (budget, bytes that a neighbour leaves)."""
     command = [sys.executable, "-m", "lofi_fast.train", *flags]
     began = time.perf_counter()
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )  # fmt: skip
-    seconds = time.perf_counter() - began
-    if done.returncode:
-        return _numbers([], [], seconds) | {"refused": (done.stderr or done.stdout).strip().splitlines()[-1]}
+    last: deque[str] = deque(maxlen=3)
+    group_of = control_group(int(ROOM * pressed[0])) if pressed else nullcontext()
+    with group_of as group, Neighbour(*pressed, group) if pressed else nullcontext() as neighbour:
+        with subprocess.Popen(
+            inside(group, command), cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ) as child:  # fmt: skip
+            assert child.stdout
+            for said in child.stdout:
+                last.append(said.strip())
+                if neighbour is not None and said.startswith("plan joint"):
+                    neighbour.begin(child.pid, out / "log.jsonl")
+        told: Row = {"seconds": round(time.perf_counter() - began, 1)}
+        if neighbour is not None:
+            told |= {"turns": neighbour.turns, "group": group is not None}
+    if child.returncode == 2:  # as a user would read it
+        return told | summary([], [], 0) | {"refused": last[-1]}
+    if child.returncode:
+        raise RuntimeError(f"{' '.join(command)}: status {child.returncode}: {' / '.join(last)}")
     events = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     trials = [event for event in events if event["event"] == "measured" and event["plan"].startswith("joint")]
     full = json.loads((out / "config.json").read_text())["full"]
-    return _numbers(steps, trials, seconds, full["num_snippets"] * full["side"] ** 2) | {"refused": None}
-
-
-def _numbers(steps: Sequence[Row], trials: Sequence[Row], seconds: float, full: int = 0) -> Row:
-    errors = [abs(step["peak"] - step["predicted"]) / step["peak"] for step in steps]
-    added = [
-        abs(step["peak"] - step["predicted"]) / max(step["predicted"] - step["base"], 1)
-        for step in steps
-    ]  # fmt: skip
-    omegas = [step["num_snippets"] * step["side"] ** 2 for step in steps]
-    most = [max((o for o, s in zip(omegas, steps, strict=True) if s["pattern"] == step["pattern"])) for step in steps]
-    rungs = [(step["num_snippets"], step["side"], step["micro_batch"], step["recompute"]) for step in steps]
-    moves = [b - a for a, b, m, n in zip(omegas, omegas[1:], most, most[1:], strict=False) if m == n and a != b]
-    seen: dict[int, list[str]] = {}
-    for step in steps:
-        seen.setdefault(step["epoch"], []).extend(step["videos"])
-    lost = sum(abs(len(videos) - VIDEOS) + VIDEOS - len(set(videos)) for videos in seen.values())
-    return {
-        "seconds": round(seconds, 1),
-        "steps": len(steps),
-        "trials": len(trials),
-        "error_of_peak": [round(max(errors, default=0.0), 4), round(median(errors or [0.0]), 4)],
-        "error_of_added": [round(max(added, default=0.0), 4), round(median(added or [0.0]), 4)],
-        "used": [
-            round(f([step["peak"] / min(step["budget"], step["limit"]) for step in steps] or [0.0]), 4)
-            for f in (min, median, max)
-        ],
-        "bound": any(omega < full for omega in omegas),  # a higher rung existed
-        "violations": sum(step["peak"] > min(step["budget"], step["limit"]) for step in steps)
-        + sum(trial["peak"] is not None and trial["peak"] > trial["budget"] for trial in trials),
-        "retries": sum(step["retries"] for step in steps),
-        "reduced": sum(step["reduced_from"] is not None for step in steps),
-        "down": sum(move < 0 for move in moves),
-        "up": sum(move > 0 for move in moves),
-        "rungs": len(set(rungs)),
-        "lost": lost,
-    }
-
-
-@contextmanager
-def no_neighbour() -> Iterator[dict[str, Any]]:
-    yield {}
-
-
-@contextmanager
-def neighbour(budget: int) -> Iterator[dict[str, Any]]:
-    """A process that takes and frees memory, so that less, then more than the budget is left for a second one."""
-    script = (
-        "import sys\n"
-        "for line in sys.stdin:\n"
-        "    held = None\n"
-        "    held = bytearray(int(line))\n"
-        "    for page in range(0, len(held), 4096): held[page] = 1\n"
-        "    print(len(held), flush=True)\n"
-    )
-    hog = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    stop, told = Event(), {"short": 0, "turns": 0}
-    meter = CpuMeter()
-
-    def turn() -> None:
-        assert hog.stdin and hog.stdout
-        held = 0
-        while not stop.wait(HOLD_SECONDS):
-            share = SHARE_LEFT[told["turns"] % 2]
-            told["turns"] += 1
-            told["short"] += share < 1
-            free = meter.available() - meter.own() + held
-            hog.stdin.write(f"{max(int(free - share * budget), 0)}\n")
-            hog.stdin.flush()
-            held = int(hog.stdout.readline())
-
-    thread = Thread(target=turn, daemon=True)
-    thread.start()
-    try:
-        yield told
-    finally:
-        stop.set()
-        thread.join()
-        hog.kill()
-        hog.wait()
+    bound = any(step["num_snippets"] * step["side"] ** 2 < full["num_snippets"] * full["side"] ** 2 for step in steps)
+    seen = max((event["peak"] for event in (*steps, *trials) if event["peak"]), default=0)
+    return told | summary(steps, trials, seen) | {"bound": bound, "refused": None}
 
 
 def line(row: Row) -> str:
@@ -182,7 +126,8 @@ def line(row: Row) -> str:
     of_peak, used = 100 * row["error_of_peak"][0], 100 * row["used"][1]
     return (
         f"{row['model']} {row['budget'] / 1e9:.2f} GB: {row['steps']} steps, error at most {of_peak:.1f}% of the peak, "
-        f"used {used:.0f}%, {row['violations']} violations, {row['down']} down, {row['up']} up"
+        f"used {used:.0f}%, {row['violations']} violations, {row['lost']} lost, {row['short']} steps with less left "
+        f"than the budget, {row['down']} down, {row['up']} up, {row['retries']} retries"
     )
 
 
