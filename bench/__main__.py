@@ -11,6 +11,7 @@ from lofi_fast.errors import InputError
 
 # Each is a module of this package, imported only when asked for: operators are measured on machines without decoders.
 COMMANDS = {
+    "all": ("[options]", "everything that a CPU can measure, subsampled, in half an hour"),
     "ops": ("[options]", "every operator against plain PyTorch: time, memory, share of the machine's copy bandwidth"),
     "kernels": (
         "[--save]",

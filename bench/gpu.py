@@ -1,8 +1,7 @@
 """Everything that matters on a GPU, in at most 8 minutes: operators, memory, steps, the planner, decoding, tests.
 
-Each part is a process of its own with a limit of its own, and writes its rows as soon as each case is measured, so that
-neither a cut-off nor a crash loses what was done. Go on later with --resume, or take one --part at a time. Nothing but
-PyTorch, Triton, NumPy, psutil and, for the tests, pytest has to be installed.
+Go on after a cut-off with --resume, or take one --part at a time (`bench.parts`). Nothing but PyTorch, Triton, NumPy,
+psutil and, for the tests, pytest has to be installed.
 
 `--dry-run` goes through all of it without a GPU, at tiny sizes, with the Triton kernels under Triton's interpreter.
 """
@@ -13,23 +12,21 @@ import argparse
 import ast
 import importlib.util
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
 
-from bench.rows import RESULTS, ROOT, Row, alike, append_row, environment, read_rows, software
-from bench.tables import aligned
+from bench.parts import Ended, Part, Setting, chosen, introduce, measured, run, run_parts
+from bench.rows import RESULTS, ROOT, alike, append_row, environment, read_rows, software
 from lofi_fast.errors import InputError
 from lofi_fast.precision import choose_device
 
@@ -38,27 +35,6 @@ MINUTES = 8.0
 DALI = "nvidia.dali"
 OPERATORS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/reference.py"))
 WORKERS = 6  # test files at once; a GPU's memory is no limit for them
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the parts are run with."""
-
-    device: str
-    threads: int
-    results: Path
-    resume: bool
-    dry_run: bool
-    start: Row
-
-
-@dataclass(frozen=True)
-class Part:
-    """`run` takes the setting and its limit in seconds, and returns whether it came to its end, and its exit status."""
-
-    what: str
-    seconds: float
-    run: Callable[[Setting, float], tuple[bool, int]]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,120 +47,58 @@ def main(argv: Sequence[str]) -> int:
     device = choose_device("auto")
     if device.type != "cuda" and not args.dry_run:
         raise InputError("PyTorch sees no usable GPU here; --dry-run goes through everything on the CPU")
-    names = list(PARTS) if args.part is None else [name.strip() for name in args.part.split(",")]
-    if unknown := [name for name in names if name not in PARTS]:
-        raise InputError(f"--part: no part is called {unknown[0]}; there are: {', '.join(PARTS)}")
+    names = chosen(args.part, PARTS)
     with ExitStack() as stack:
         folder = args.results or RESULTS
         if args.dry_run and args.results is None:  # tiny rows are no results
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-gpu-")))
         device = torch.device("cpu") if args.dry_run else device
         start = environment() | software(device, args.threads) | {"quick": args.dry_run}
-        setting = Setting(device.type, args.threads, folder.absolute(), args.resume, args.dry_run, start)
+        module = "bench.interpreted" if args.dry_run else "bench"
+        against = None if args.against is None else args.against.absolute()
+        setting = Setting(
+            "gpu", device.type, args.threads, folder.absolute(), args.resume, args.dry_run, start, against, module
+        )  # fmt: skip
         introduce(start)
-        return parts(setting, names, 60 * args.minutes)
+        return run_parts(PARTS, names, setting, 60 * args.minutes)
 
 
-def introduce(start: Row) -> None:
-    changed = " with changes" if start["dirty"] else ""
-    versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
-    print(f"{start['device']}, {start['free'] / 1e9:.1f} GB free; {start['machine']}; {start['threads']} thread(s)")
-    print(f"{versions}; commit {start['commit'][:7]}{changed}", flush=True)
+def on_device(name: str, setting: Setting, limit: float, *, resumes: bool = True, options: Sequence[str] = ()) -> Ended:
+    """A command on the GPU; in a dry run at tiny sizes with interpreted kernels."""
+    flags = ["--device", setting.device, "--threads", str(setting.threads), *options]
+    flags += ["--tiny"] * setting.quick + ["--skip-measured"] * (setting.resume and resumes)
+    return measured(name, setting, limit, flags)
 
 
-def parts(setting: Setting, names: Iterable[str], seconds: float) -> int:
-    """The parts in order, each within its share of `seconds`, and a row for each that says what became of it."""
-    share = seconds / sum(part.seconds for part in PARTS.values())
-    done = alike(read_rows(setting.results / "gpu.jsonl"), setting.start) if setting.resume else []
-    complete = {row["part"] for row in done if row["complete"]}
-    lines: list[Sequence[str]] = [("part", "", "seconds", "rows")]
-    failed = False
-    ends = time.monotonic() + seconds
-    for name in names:
-        if name in complete:
-            lines.append((name, "was complete", "", ""))
-            continue
-        before = _rows(setting.results)
-        limit = min(max(share * PARTS[name].seconds, 1.0), max(ends - time.monotonic(), 1.0))
-        if setting.dry_run:
-            limit = seconds  # nothing is to be cut off there
-        print(f"\n--- {name}: {PARTS[name].what}, {limit:.0f} s at most", flush=True)
-        began = time.monotonic()
-        ended, status = PARTS[name].run(setting, limit)
-        spent = time.monotonic() - began
-        row = {"bench": "gpu", "part": name, "complete": ended, "status": status, "seconds": round(spent, 1)}
-        append_row(setting.results / "gpu.jsonl", row | setting.start)
-        failed = failed or not ended or status != 0
-        said = "cut off: go on with --resume" if not ended else "done" if not status else f"failed with status {status}"
-        lines.append((name, said, f"{spent:.0f}", str(_rows(setting.results) - before - 1)))
-    print(f"\n{aligned(lines, text=2)}\n{_rows(setting.results)} rows in {setting.results}")
-    return int(failed)
+def ops(setting: Setting, limit: float) -> Ended:
+    return on_device("ops", setting, limit, options=["--rounds", "1"] if setting.quick else [])
 
 
-def _rows(folder: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl"))
+def memory(setting: Setting, limit: float) -> Ended:
+    return on_device("memory", setting, limit, resumes=False)
 
 
-# Processes
+def step(setting: Setting, limit: float) -> Ended:
+    return on_device("step", setting, limit, resumes=False, options=["--rounds", "1" if setting.quick else "15"])
 
 
-def run(command: Sequence[str], limit: float) -> tuple[bool, int]:
-    """Run until its end or the limit, then end it with all that it started; (whether it ended by itself, status)."""
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    with subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}, start_new_session=True
-    ) as child:
-        try:
-            return True, child.wait(limit)
-        except subprocess.TimeoutExpired:
-            return False, 0
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-
-
-def measured(
-    name: str, setting: Setting, limit: float, *, resumes: bool = True, options: Sequence[str] = ()
-) -> tuple[bool, int]:
-    """Another command of the bench on the device; in a dry run at tiny sizes with interpreted kernels."""
-    module = "bench.interpreted" if setting.dry_run else "bench"
-    command = [sys.executable, "-m", module, name, "--device", setting.device, "--threads", str(setting.threads)]
-    command += ["--results", str(setting.results / f"{name}.jsonl"), *options]
-    if setting.dry_run:
-        command.append("--tiny")
-    if setting.resume and resumes:
-        command.append("--skip-measured")
-    return run(command, limit)
-
-
-def ops(setting: Setting, limit: float) -> tuple[bool, int]:
-    return measured("ops", setting, limit, options=["--rounds", "1"] if setting.dry_run else [])
-
-
-def memory(setting: Setting, limit: float) -> tuple[bool, int]:
-    return measured("memory", setting, limit, resumes=False)
-
-
-def step(setting: Setting, limit: float) -> tuple[bool, int]:
-    return measured("step", setting, limit, resumes=False, options=["--rounds", "1" if setting.dry_run else "15"])
-
-
-def planner(setting: Setting, limit: float) -> tuple[bool, int]:
+def planner(setting: Setting, limit: float) -> Ended:
     tiny = ["--budgets", "900MB,500MB", "--seconds", "3"]
-    return measured("gpu_planner", setting, limit, options=tiny if setting.dry_run else [])
+    return on_device("gpu_planner", setting, limit, options=tiny if setting.quick else [])
 
 
-def data(setting: Setting, limit: float) -> tuple[bool, int]:
+def data(setting: Setting, limit: float) -> Ended:
     if missing := [name for name in ("av", DALI) if not installed(name)]:
         print(f"left out: {' and '.join(missing)} not installed here, and nothing can be decoded without")
         return True, 0
-    return measured("data", setting, limit, resumes=False)
+    as_it_is = replace(setting, module="bench")  # no kernel of ours decodes: there is nothing to interpret
+    return on_device("data", as_it_is, limit, resumes=False)
 
 
 # Tests
 
 
-def tests(setting: Setting, limit: float) -> tuple[bool, int]:
+def tests(setting: Setting, limit: float) -> Ended:
     """Every test of an operator, several files at once, then what is marked gpu elsewhere, file by file."""
     if not installed("pytest"):
         print("left out: pytest is not installed here")
@@ -201,7 +115,7 @@ def tests(setting: Setting, limit: float) -> tuple[bool, int]:
             print(f"{file.name}: left out: {', '.join(missing)} not installed here")
             continue
         (operators if of_operator else marked).append(file)
-    if setting.dry_run:  # are they found, and do they import? All are skipped
+    if setting.quick:  # are they found, and do they import? All are skipped
         groups = [[*operators, *marked]]
         results = [_tested(group, ["-m", "gpu"], setting, ends) for group in groups]
     else:
@@ -214,7 +128,7 @@ def tests(setting: Setting, limit: float) -> tuple[bool, int]:
     return all(ended for ended, _ in results), max((status for _, status in results), default=0)
 
 
-def _tested(files: Sequence[Path], options: Sequence[str], setting: Setting, ends: float) -> tuple[bool, int]:
+def _tested(files: Sequence[Path], options: Sequence[str], setting: Setting, ends: float) -> Ended:
     """Run pytest on some files and append its row."""
     name = ", ".join(file.name for file in files)
     with tempfile.TemporaryDirectory() as folder:
@@ -322,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all parts (default: {MINUTES:g})")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--commit", metavar="HASH", help="what the rows say, where there is no clone to ask")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="of older rows, to print what changed")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="of rows (default: bench/results; a dry run's "
                         "are not kept)")  # fmt: skip
     return parser

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"{start['device']}; {args.threads} thread(s); commit {start['commit'][:7]}")
     rows: list[Row] = []
     try:
-        for row in chain(*_parts(device, quick, args.tiny)):
+        for row in chain(*_parts(device, quick, args.tiny, args.short)):
             append_row(args.results, {"bench": "memory"} | row | start)
             rows.append(row | start)
     except GateError as error:
@@ -61,13 +61,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parts(device: torch.device, quick: bool, tiny: bool) -> list[Iterator[Row]]:
+def _parts(device: torch.device, quick: bool, tiny: bool, short: bool) -> list[Iterator[Row]]:
     """On a GPU the peaks are those of the whole step, as the driver sees them too."""
     if tiny:
         return [kept(device, quick, tiny), whole_peaks(device, tiny)]
     if device.type == "cuda":
         return [whole_peaks(device, quick), kept(device, quick)]
-    return [kept(device, quick), peaks(device, quick)]
+    return [kept(device, quick), peaks(device, quick, short)]
 
 
 def kept(device: torch.device, quick: bool = False, tiny: bool = False) -> Iterator[Row]:
@@ -94,9 +94,9 @@ def kept(device: torch.device, quick: bool = False, tiny: bool = False) -> Itera
                 print(f"kept: {name} {side} px {dtype}", flush=True)
 
 
-def peaks(device: torch.device, quick: bool = False) -> Iterator[Row]:
+def peaks(device: torch.device, quick: bool = False, short: bool = False) -> Iterator[Row]:
     dtypes = ("float32", "bfloat16")
-    for frames, side in ((16, 64),) if quick else PEAKS:
+    for frames, side in ((16, 64),) if quick else PEAKS[:1] if short else PEAKS:
         for dtype in dtypes:
             case = Encoded.of("tsm_r18", frames, side, dtype, device)
             names = list(case.forms())
@@ -192,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--quick", action="store_true", help="one small case: does everything run?")
     parser.add_argument("--tiny", action="store_true", help="smaller still, in one process: for Triton's interpreter")
+    parser.add_argument("--short", action="store_true", help="the peaks of one size")
     parser.add_argument("--results", type=Path, default=RESULTS / "memory.jsonl", help="file of rows to append to")
     add_against(parser)
     return parser

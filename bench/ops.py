@@ -30,6 +30,7 @@ from lofi_fast.precision import choose_device
 USAGE = "python -m bench ops [options]"
 PASSES = ("forward", "forward_backward")
 TIMES = {"forward ms": ("forward", "ms"), "forward + backward ms": ("forward_backward", "ms"), "peak": ("peak",)}
+LEFT_OUT = ("28x28x128, 64", "14x14x256", "L=25", "L=50", "L=256", "batch 4")  # by --short
 SECONDS = 6.0  # that one form may take in one pass, at least three rounds: slow peers run fewer rounds
 
 
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
     old = read_against(args.against)
     quick = args.quick or args.tiny
     chosen = _chosen(cases(device, args.quick, args.tiny), args.only)
+    if args.short:
+        chosen = [case for case in chosen if not any(part in case.shape for part in LEFT_OUT)]
     if args.threads < 1 or (args.rounds is not None and args.rounds < 1):
         raise InputError("--threads and --rounds must be at least 1")
     torch.set_num_threads(args.threads)
@@ -233,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="rounds of each comparison (default: 15; with --quick 3)")
     parser.add_argument("--quick", action="store_true", help="small shapes: does everything run? says nothing of speed")
     parser.add_argument("--tiny", action="store_true", help="smaller still, and no peaks: for Triton's interpreter")
+    parser.add_argument("--short", action="store_true", help="the first and last stage, one grid of proposals")
     parser.add_argument("--skip-measured", action="store_true", help="leave out what these results hold of this commit")
     parser.add_argument("--results", type=Path, default=RESULTS / "ops.jsonl", help="file of rows to append to")
     add_against(parser)

@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"{start['device']}; {args.threads} thread(s); commit {start['commit'][:7]}")
     rows: list[Row] = []
     stopwatch = Stopwatch(device)
-    parts = (gpu_steps,) if args.tiny or device.type == "cuda" else (encoder_steps, whole_step)
+    sizes = ENCODER[:1] if args.short else ENCODER
+    parts = (gpu_steps,) if args.tiny or device.type == "cuda" else (partial(encoder_steps, sizes=sizes), whole_step)
     try:
         for part in parts:
             for row in part(device, stopwatch, args.rounds, args.quick or args.tiny):
@@ -61,9 +62,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def encoder_steps(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bool) -> Iterator[Row]:
+def encoder_steps(
+    device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bool, sizes: Sequence[tuple[int, int]] = ENCODER
+) -> Iterator[Row]:
     """Forward and backward of TSM-R18; in bf16 the float32 lean form runs beside the others."""
-    for frames, side in ((16, 64),) if quick else ENCODER:
+    for frames, side in ((16, 64),) if quick else sizes:
         single = Encoded.of("tsm_r18", frames, side, "float32", device)
         for dtype in ("float32", "bfloat16"):
             case = single if dtype == "float32" else Encoded.of("tsm_r18", frames, side, dtype, device)
@@ -171,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each comparison (default: 7)")
     parser.add_argument("--quick", action="store_true", help="small cases: does everything run? says nothing of speed")
     parser.add_argument("--tiny", action="store_true", help="a GPU's cases, small enough for Triton's interpreter")
+    parser.add_argument("--short", action="store_true", help="one size of the encoder's step, and the whole step")
     parser.add_argument("--results", type=Path, default=RESULTS / "step.jsonl", help="file of rows to append to")
     add_against(parser)
     return parser

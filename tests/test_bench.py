@@ -17,7 +17,7 @@ import pytest
 import torch
 from av.video.frame import VideoFrame
 
-from bench import against, cases, gate, gpu, gpu_planner, job, kernels, measure, ops, tables
+from bench import against, cases, gate, gpu, gpu_planner, job, kernels, measure, ops, parts, tables
 from bench import data as bench_data
 from bench import eval as bench_eval
 from bench.__main__ import main
@@ -489,31 +489,31 @@ def test_what_a_log_says_of_the_planner() -> None:
 def test_a_part_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path) -> None:
     child = f"import time; time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')"
     script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    assert gpu.run([sys.executable, "-c", script], 1.0) == (False, 0)
-    assert gpu.run([sys.executable, "-c", "raise SystemExit(3)"], 60.0) == (True, 3)
+    assert parts.run([sys.executable, "-c", script], 1.0) == (False, 0)
+    assert parts.run([sys.executable, "-c", "raise SystemExit(3)"], 60.0) == (True, 3)
     time.sleep(2.5)
     assert not (tmp_path / "late").exists()
 
 
 def test_parts_share_the_time_and_what_is_cut_off_is_not_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given: dict[str, float] = {}
     ends = {"a": (True, 0), "b": (False, 0), "c": (True, 1)}
 
-    def part(name: str, setting: gpu.Setting, limit: float) -> tuple[bool, int]:
+    def part(name: str, setting: parts.Setting, limit: float) -> tuple[bool, int]:
         given[name] = limit
         return ends[name]
 
-    monkeypatch.setattr(gpu, "PARTS", {name: gpu.Part(name, 10, partial(part, name)) for name in ends})
-    setting = gpu.Setting("cuda", 1, tmp_path, True, False, {"commit": "abc", "date": "2026"})
-    assert gpu.parts(setting, list(ends), 60.0) == 1
+    known = {name: parts.Part(name, 10, partial(part, name)) for name in ends}
+    setting = parts.Setting("gpu", "cuda", 1, tmp_path, True, False, {"commit": "abc", "date": "2026"})
+    assert parts.run_parts(known, list(ends), setting, 60.0) == 1
     assert given == {name: pytest.approx(20, abs=1) for name in ends}
     assert [(row["part"], row["complete"], row["status"]) for row in read_rows(tmp_path / "gpu.jsonl")] == [
         ("a", True, 0), ("b", False, 0), ("c", True, 1),
     ]  # fmt: skip
     given.clear()
-    assert gpu.parts(setting, list(ends), 60.0) == 1 and set(given) == {"b"}
+    assert parts.run_parts(known, list(ends), setting, 60.0) == 1 and set(given) == {"b"}
     assert "cut off: go on with --resume" in capsys.readouterr().out
 
 
@@ -601,6 +601,17 @@ def test_evaluation_is_measured_beside_the_official_procedure(
     assert said.err == ("error: mAP: the evaluator's result is not that of official, without pandas, bit for bit\n")
     assert len(read_rows(results)) == len(rows)
     assert "| mAP | 40 | 4,000 | ours |" in tables.eval_table([row | {"quick": False} for row in rows])
+
+
+def test_all_runs_its_parts_and_compares_them(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "all", "--quick", "--part", "eval", "--results", str(tmp_path)]
+    done = subprocess.run([*command, "--against", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = read_rows(tmp_path / "all.jsonl")
+    assert (found["part"], found["complete"], found["status"]) == ("eval", True, 0)
+    assert len(read_rows(tmp_path / "eval.jsonl")) == 6 and "new / old" not in done.stdout
+    done = subprocess.run([*command, "--against", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "new / old:" in done.stdout
 
 
 # The job
@@ -712,6 +723,7 @@ def test_a_training_that_fails_writes_no_row_and_passes_its_status_on(data: Path
         (["gpu", "--dry-run", "--part", "ops,speed"], "no part is called speed"),
         (["gpu", "--dry-run", "--minutes", "0"], "--minutes"),
         (["gpu_planner", "--device", "cpu"], "there is no GPU here"),
+        (["all", "--part", "jobs"], "no part is called jobs"),
     ],
     ids=[
         "out",
@@ -726,6 +738,7 @@ def test_a_training_that_fails_writes_no_row_and_passes_its_status_on(data: Path
         "unknown part",
         "no time",
         "planner without GPU",
+        "unknown part of all",
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
