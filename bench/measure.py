@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lofi_fast.memory.meter import GLIBC_TUNABLES, CpuMeter, is_out_of_memory
+from lofi_fast.memory.meter import CpuMeter, is_out_of_memory, settle_glibc
 
 MIB = 2**20
 ROOF = "copy"  # the name of the copy among the calls
@@ -101,7 +101,7 @@ def peak_above_start(call: Call, device: torch.device, warm: bool = True) -> int
     """Bytes that a call holds at most beyond what was there before it; it is run once before, if told to `warm` up.
 
     On a GPU by torch's allocator. On a CPU by the resident set, which tells the truth only in a process that has done
-    nothing else (`in_child`) and whose allocator gives memory back (`settle_allocator`).
+    nothing else (`in_child`) and whose allocator gives memory back (`settle_glibc`).
     """
     if warm:
         call()
@@ -123,10 +123,9 @@ def peak_above_start(call: Call, device: torch.device, warm: bool = True) -> int
 def in_child(function: Callable[..., Any], *arguments: Any, cuda: bool = False) -> Any:
     """What `function` returns in a process of its own; None where memory runs out there. `cuda`: it uses the GPU.
 
-    It runs under the allocator's settings of training (`settle_allocator`), without which the peak of one and the same
-    call varies. Times are taken in the calling process, under the settings that PyTorch's users have.
+    It runs under glibc's settings of training (`settle_glibc`), without which the peak of one and the same call varies.
+    Times are taken in the calling process, under the settings that PyTorch's users have.
     """
-    os.environ.setdefault("GLIBC_TUNABLES", GLIBC_TUNABLES)  # read when the server below starts
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # The server imports torch once, and each child starts as a copy of it; CUDA does not work in copies.
     context = multiprocessing.get_context("spawn" if cuda else "forkserver")
@@ -149,6 +148,7 @@ def in_child(function: Callable[..., Any], *arguments: Any, cuda: bool = False) 
 
 
 def _send(sender: Connection, function: Callable[..., Any], *arguments: Any) -> None:
+    settle_glibc()
     try:
         result = function(*arguments)
     except Exception as error:

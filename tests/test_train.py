@@ -93,13 +93,9 @@ class Outcome:
 
 
 def launch(command: list[str], out: Path, kill: Callable[[list[Event]], bool] | None = None) -> Outcome:
-    """Run the command as a process of its own, and SIGKILL it as soon as `kill` is true of the events in its log.
-
-    The allocator's settings are left to the command, as for a user.
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    """Run the command as a process of its own, and SIGKILL it as soon as `kill` is true of the events in its log."""
     with subprocess.Popen(
-        [sys.executable, "-m", "lofi_fast.train", *command], cwd=ROOT, env=environment, text=True,
+        [sys.executable, "-m", "lofi_fast.train", *command], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         already = len(events(out)) if kill else 0

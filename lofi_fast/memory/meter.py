@@ -7,6 +7,7 @@ containers). On a CPU it is the resident set.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import os
@@ -14,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -32,7 +33,8 @@ _OUT_OF_MEMORY = (
 # In a kernel of ours built against the stable ABI of torch before 2.13, a failed call loses its reason. Calls that do
 # nothing but allocate (for `contiguous`, and copy) fail for want of memory alone.
 _ALLOCATING_CALL = re.compile(r"(aten::|aoti_torch_(aten_)?)(new_)?(empty|contiguous)\w*.* api call failed", re.DOTALL)
-GLIBC_TUNABLES = "glibc.malloc.mmap_threshold=1048576:glibc.malloc.trim_threshold=1048576:glibc.malloc.hugetlb=1"
+THRESHOLD = 1 << 20  # of glibc's blocks that are mapped by themselves, and of free memory that is given back
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # in glibc's malloc.h
 
 SEGMENT = 20 << 20  # torch maps its expandable segments in pieces of this size: so far a cap can be overrun
 SAME_DEVICE = (0.9, 1.02)  # CUDA's total memory over NVML's: below, NVML shows the whole card and CUDA a slice of it
@@ -114,42 +116,49 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def settle_allocator(module: str, arguments: list[str]) -> None:
-    """Run this program again with glibc's and torch's allocators settled, once, and put ours under CPU tensors; says so
-    where that cannot be. Both read their settings at the process's start only, hence the second start. What the user
-    has set stays.
+    """Settle the allocators for a process whose memory is planned; to be called at its start. What the user has set
+    stays.
 
-    Ours (allocator.cpp) can refuse, which makes the cap of a CPU, and keeps what is freed for the next step. The rest
-    of the process is glibc's: blocks of a MiB and more are mapped by themselves and given back when freed, so that the
-    resident set is what is in use. What its settings do without an allocator of ours: R18, 64 frames of 112 pixels,
-    forward and backward, ten steps, one thread (seconds of CPU time, since the machine was not idle; peaks between
-    steps of other sizes vary more than those of identical steps):
-        setting                            s      peak   varies   with other sizes between   held after the step
+    On a CPU: glibc's (`settle_glibc`), and under tensors ours (allocator.cpp), which can refuse, hence the cap, and
+    keeps what is freed for the next step; where that cannot be, it says so.
+
+    On a GPU: expandable segments. Every rung has tensors of other sizes; in fixed segments the blocks of one rung are
+    of no use to the next and reserved memory, which is what the driver shows, grows beyond what is allocated. Segments
+    that are mapped and unmapped piece by piece (20 MiB) keep the two together, so that a peak can be predicted from
+    the tensors alone. torch reads the setting at the start only, hence this program (`python -m module arguments`) is
+    run again, once. torch says so and goes on without where the driver cannot do it.
+    """
+    if torch.cuda.is_available() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        settled = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+        os.execve(sys.executable, [sys.executable, "-m", module, *arguments], settled)
+    settle_glibc()
+    if reason := allocator.install():
+        print(f"note: no hard cap on CPU memory: {reason}", file=sys.stderr)
+
+
+def settle_glibc() -> None:
+    """Have glibc map blocks of a MiB and more by themselves and give them back when freed, so that the resident set is
+    what is in use. Without, DALI and numpy let it drift: by 80 MB in twelve steps of the demo.
+
+    What it does to tensors, where they are not in an allocator of ours: R18, 64 frames of 112 pixels, forward and
+    backward, ten steps, one thread (seconds of CPU time, since the machine was not idle; peaks between steps of other
+    sizes vary more than those of identical steps):
+        thresholds                         s      peak   varies   with other sizes between   held after the step
         default                          1.40    933 MB   12%        12%                       638 MB
-        1 MiB thresholds, hugetlb=1      1.83    793 MB    0.0%       1.3%                      354 MB   (these)
-        1 MiB thresholds                 1.81    792 MB    0.0%       1.5%                      353 MB
-        4 MiB, hugetlb=1                 1.68    817 MB    0.8%       5.5%                      410 MB
-        8 MiB, hugetlb=1                 1.68    857 MB    0.8%      10.5%                      516 MB
-        32 MiB, hugetlb=1                1.46    965 MB    9.9%       9.9%                      707 MB
+        1 MiB                            1.81    792 MB    0.0%       1.5%                      353 MB   (these)
+        4 MiB, huge pages                1.68    817 MB    0.8%       5.5%                      410 MB
+        8 MiB, huge pages                1.68    857 MB    0.8%      10.5%                      516 MB
+        32 MiB, huge pages               1.46    965 MB    9.9%       9.9%                      707 MB
         default, malloc_trim each step   1.58    836 MB   12%        12%                       351 MB
         MALLOC_ARENA_MAX=1               1.36    865 MB   12%        12%                       612 MB
     Whatever keeps memory is faster and less predictable; nothing between meets 2%. The time goes into the kernel's
-    clearing of pages (0.6 s a step, 0.2 by default), which ours saves by using blocks again.
-
-    torch on a GPU: expandable segments. Every rung has tensors of other sizes; in fixed segments the blocks of one
-    rung are of no use to the next and reserved memory, which is what the driver shows, grows beyond what is allocated.
-    Segments that are mapped and unmapped piece by piece (20 MiB) keep the two together, so that a peak can be
-    predicted from the tensors alone. torch says so and goes on without where the driver cannot do it.
+    clearing of pages (0.6 s a step, 0.2 by default), which our allocator saves by using blocks again.
     """
-    wanted = {}
-    if sys.platform.startswith("linux"):
-        if "GLIBC_TUNABLES" not in os.environ:
-            wanted["GLIBC_TUNABLES"] = GLIBC_TUNABLES
-        if "PYTORCH_ALLOC_CONF" not in os.environ and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-            wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    if wanted:
-        os.execve(sys.executable, [sys.executable, "-m", module, *arguments], os.environ | wanted)
-    if reason := allocator.install():
-        print(f"note: no hard cap on CPU memory: {reason}", file=sys.stderr)
+    if sys.platform.startswith("linux") and "GLIBC_TUNABLES" not in os.environ:
+        with suppress(AttributeError):  # another C library
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_M_MMAP_THRESHOLD, THRESHOLD)
+            libc.mallopt(_M_TRIM_THRESHOLD, THRESHOLD)
 
 
 class _Faults:
@@ -246,7 +255,7 @@ class CpuMeter:
         yield  # the resident set has everything
 
     def release(self) -> None:
-        if allocator.installed():  # glibc, as `settle_allocator` sets it, does so by itself
+        if allocator.installed():  # glibc, as `settle_glibc` sets it, does so by itself
             allocator.release()
 
     def reset_peak(self) -> None:
