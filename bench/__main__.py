@@ -22,6 +22,7 @@ COMMANDS = {
     "planner": ("[options]", "predicted and measured peaks over many budgets, alone or beside a neighbour"),
     "data": ("[options]", "decoding: the frame cache against decoding the video itself; share of a training step"),
     "eval": ("[options]", "the evaluator against the official procedure, equal to the last bit"),
+    "fits": ("[options]", "what fits: the highest fidelity against the budget, by arithmetic"),
     "gpu": ("[options]", "all that matters on a GPU, in 8 minutes; --dry-run goes through it without one"),
     "gpu_planner": ("[options]", "the planner on a GPU beside a neighbour, on frames made up there"),
     "job": ("[options] -- <arguments of lofi_fast.train>", "train as a user would and append a row for each seed"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha256
+from io import StringIO
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,6 +30,7 @@ KERNELS_HEADER = (
     "widest load / store (bits)",
 )  # fmt: skip
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
+FITS_BUDGETS = (2, 4, 8, 11, 16, 24)  # GB
 SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -42,6 +45,16 @@ def main(argv: Sequence[str], pages: Sequence[Path] = PAGES, results: Path = RES
         if read_rows(results / f"{name}.jsonl") and not any(f"<!-- bench:{name} -->" in text for text in texts):
             print(f"no page has a place for the rows of {name}.jsonl: add <!-- bench:{name} --> and <!-- /bench -->")
             status = int(args.check)
+    for name, (draw, sources) in FIGURES.items():
+        figure, digest = results / f"{name}.svg", _digest(results, sources)
+        if not (results / f"{name}.jsonl").exists() or _drawn_from(figure) == digest:
+            continue
+        if args.check:
+            print(f"{figure.name} is out of date: run python -m bench tables")
+            status = 1
+        elif drawn := draw(results):
+            figure.write_text(drawn + digest, encoding="utf-8")
+            print(f"{figure.name} drawn")
     for page, before in zip(pages, texts, strict=True):
         after = filled(before, results)
         if before == after:
@@ -53,6 +66,11 @@ def main(argv: Sequence[str], pages: Sequence[Path] = PAGES, results: Path = RES
             page.write_text(after, encoding="utf-8")
             print(f"{page.name} rewritten")
     return status
+
+
+def _drawn_from(figure: Path) -> str:
+    """The digest at the figure's end; empty without a figure."""
+    return figure.read_text(encoding="utf-8").splitlines(keepends=True)[-1] if figure.exists() else ""
 
 
 def _read(page: Path) -> str:
@@ -211,6 +229,7 @@ def memory_table(rows: Sequence[Row]) -> str:
     """What autograd keeps of a frame, then the peaks of a step: lean beside plain PyTorch."""
     kept = _newest(rows, ("measured", "encoder", "side", "dtype", "form"), "kept")
     peaks = _newest(rows, ("measured", "encoder", "frames", "side", "dtype", "form"), "peak")
+    peaks = [row for row in peaks if row["peak"]]  # without: more than there is
     steps = _newest(rows, ("measured", "encoder", "videos", "snippets", "side", "dtype", "form"), "step")
     if not kept and not peaks and not steps:
         return f"{MISSING}\n"
@@ -223,8 +242,10 @@ def memory_table(rows: Sequence[Row]) -> str:
     for (encoder, side), found in cells.items():
         numbers = [f"{found[form] / 1e6:.2f}" if form in found else MISSING for form in forms]
         lines.append((encoder, f"{side} px", *numbers))
-    parts = [f"Kept of a frame from forward to backward, MB; {_when(kept)}:\n"]
-    parts.append(_markdown(("encoder", "side", *forms), lines))
+    parts: list[str] = []
+    if kept:
+        parts.append(f"Kept of a frame from forward to backward, MB; {_when(kept)}:\n")
+        parts.append(_markdown(("encoder", "side", *forms), lines))
     lines = []
     plain: dict[tuple[Any, ...], int] = {}
     for row in peaks:
@@ -234,9 +255,10 @@ def memory_table(rows: Sequence[Row]) -> str:
             f"{row['frames']} frames of {row['side']} px", row["dtype"], row["form"], f"{row['peak'] / 2**20:.0f}",
             f"{plain[key] / row['peak']:.1f}x less",
         ))  # fmt: skip
-    where = "; ".join(dict.fromkeys(_where(_place(row)) for row in peaks))
-    parts.append(f"Peak of one forward and backward above the process before it; {where}; {_when(peaks)}:\n")
-    parts.append(_markdown(("step", "dtype", "form", "peak, MiB", "against plain"), lines))
+    if peaks:
+        where = "; ".join(dict.fromkeys(_where(_place(row)) for row in peaks))
+        parts.append(f"Peak of one forward and backward above the process before it; {where}; {_when(peaks)}:\n")
+        parts.append(_markdown(("step", "dtype", "form", "peak, MiB", "against plain"), lines))
     for place, here in _by_place(steps):
         lines = []
         for row in here:
@@ -370,6 +392,96 @@ def eval_table(rows: Sequence[Row]) -> str:
     return "\n".join(parts) or f"{MISSING}\n"
 
 
+def fits_table(rows: Sequence[Row]) -> str:
+    """Cuts at some budgets; the figure shows all."""
+    rows = _newest_of(rows, ("encoder", "videos", "way"))
+    if not rows:
+        return f"{MISSING}\n"
+    lines = [(row["encoder"], str(row["videos"]), row["way"], f"{row['cost']:.2f}x", *fits_cells(row, FITS_BUDGETS),
+              f"{row['full_needs'] / 1e9:.1f} GB") for row in rows]  # fmt: skip
+    budgets = [f"{budget} GB" for budget in FITS_BUDGETS]
+    header = ("encoder", "videos at once", "way", "time", *budgets, "full fidelity takes")
+    figure = "![Highest fidelity against budget](results/fits.svg)"
+    return f"{figure}\n\nComputed; {_when(rows)}:\n\n{_markdown(header, lines)}"
+
+
+def fits_cells(row: Row, budgets: Sequence[int]) -> list[str]:
+    """The cut that fits each budget: "full", "cut 4.6", or "nothing"."""
+    points = {budget: (snippets, side) for budget, snippets, side in row["points"]}
+    length, width = row["full"]
+    cells = []
+    for budget in budgets:
+        if budget not in points:
+            cells.append("nothing")
+            continue
+        snippets, side = points[budget]
+        cut = length * width**2 / (snippets * side**2)
+        cells.append("full" if cut == 1 else f"cut {cut:.1f}")
+    return cells
+
+
+def fits_figure(results: Path) -> str | None:
+    """An SVG of `fits` rows, with crosses for the steps that `memory` measured on a GPU; None without rows."""
+    rows = _newest_of(read_rows(results / "fits.jsonl"), ("encoder", "videos", "way"))
+    if not rows:
+        return None
+    measured = [
+        row
+        for row in read_rows(results / "memory.jsonl")
+        if row["measured"] == "step" and row["driver"] and not row["quick"]
+    ]
+    ways = {"plain PyTorch, dense SGAlign": "plain PyTorch", "lean": "ours", "lean, recompute": "ours, recompute"}
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    colours = {way: f"C{number}" for number, way in enumerate(dict.fromkeys(row["way"] for row in rows))}
+    panels = list(dict.fromkeys((row["encoder"], row["videos"]) for row in rows))
+    with matplotlib.rc_context({"svg.hashsalt": "bench", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(9, 2.9 * ((len(panels) + 1) // 2)), layout="constrained")
+        axes = figure.subplots((len(panels) + 1) // 2, 2, sharex=True, sharey=True, squeeze=False).ravel()
+        for ax, (encoder, videos) in zip(axes, panels, strict=False):
+            for row in (row for row in rows if (row["encoder"], row["videos"]) == (encoder, videos)):
+                full = row["full"][0] * row["full"][1] ** 2
+                x = [budget for budget, _, _ in row["points"]]
+                y = [100 * snippets * side**2 / full for _, snippets, side in row["points"]]
+                style = "--" if row["way"].endswith("recompute") else "-"
+                ax.plot(x, y, style, drawstyle="steps-post", color=colours[row["way"]], label=row["way"])
+            for row in measured:
+                if (row["encoder"], row["videos"]) == (encoder, videos) and row["form"] in ways:
+                    share = 100 * row["snippets"] * row["side"] ** 2 / full
+                    ax.plot(row["driver"] / 1e9, share, "x", color=colours[ways[row["form"]]], markersize=8)
+            ax.set_title(f"{encoder}, {videos} video{'s' * (videos > 1)} at once")
+            ax.set_yscale("log")
+            ax.set_yticks([1, 5, 25, 100], ["1%", "5%", "25%", "100%"])
+            ax.minorticks_off()
+            ax.grid(alpha=0.3)
+        for ax in axes[-2:]:
+            ax.set_xlabel("memory budget, GB")
+        for ax in axes[::2]:
+            ax.set_ylabel("highest fidelity, of Omega")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        text = StringIO()
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
+    return text.getvalue()
+
+
+def _digest(results: Path, names: Sequence[str]) -> str:
+    """Of the files of rows that a figure is drawn from: figures differ between versions of matplotlib, rows do not."""
+    digest = sha256()
+    for name in names:
+        path = results / f"{name}.jsonl"
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return f"<!-- rows {digest.hexdigest()[:16]} -->\n"
+
+
+def _newest_of(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """As `_newest`, of rows that no machine measured."""
+    found = {tuple(row[name] for name in names): row for row in sorted(rows, key=lambda row: str(row["date"]))}
+    return list(found.values())
+
+
 def _newest(rows: Sequence[Row], names: Sequence[str], measured: str | None = None) -> list[Row]:
     """Of rows alike in `names`, the newest; in the order they were first measured."""
     found: dict[tuple[Any, ...], Row] = {}
@@ -409,4 +521,9 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "data": data_table,
     "eval": eval_table,
     "gpu_planner": gpu_planner_table,
+    "fits": fits_table,
+}
+# Name -> (what draws it, the rows it is drawn from).
+FIGURES: dict[str, tuple[Callable[[Path], str | None], tuple[str, ...]]] = {
+    "fits": (fits_figure, ("fits", "memory")),
 }

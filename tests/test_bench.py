@@ -614,6 +614,40 @@ def test_all_runs_its_parts_and_compares_them(tmp_path: Path) -> None:
     assert done.returncode == 0 and "new / old:" in done.stdout
 
 
+def test_what_fits_is_computed_drawn_and_kept_up_to_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    assert main(["fits", "--results", str(results / "fits.jsonl")]) == 0
+    rows = {(row["encoder"], row["videos"], row["way"]): row for row in read_rows(results / "fits.jsonl")}
+    assert len(rows) == 20
+    for (encoder, videos, way), row in rows.items():
+        omegas = [snippets * side**2 for _, snippets, side in row["points"]]
+        assert omegas == sorted(omegas)  # more memory, no lower fidelity
+        plain = rows[encoder, videos, "plain PyTorch"]["full_needs"]
+        assert row["full_needs"] < (0.6 * plain if way == "ours" else plain) or way == "plain PyTorch"
+    # One video of the paper's full fidelity.
+    assert rows["tsm_r18", 1, "ours"]["full_needs"] < 6e9 < 12e9 < rows["tsm_r18", 1, "plain PyTorch"]["full_needs"]
+    readme.write_text("<!-- bench:fits -->\n<!-- /bench -->\n")
+    assert tables.main(["--check"], (readme,), results) == 1
+    assert tables.main([], (readme,), results) == 0 and tables.main(["--check"], (readme,), results) == 0
+    figure = (results / "fits.svg").read_text()
+    assert figure.startswith("<?xml") and "tsm_r50, 16 videos at once" in figure and str(tmp_path) not in figure
+    assert "| tsm_r18 | 1 | ours | 1.00x |" in readme.read_text()
+    measured = {
+        "measured": "step", "encoder": "tsm_r18", "videos": 1, "snippets": 100, "side": 224, "form": "lean",
+        "driver": 4 * 10**9, "peak": 3 * 10**9, "dtype": "bfloat16", "quick": False, "machine": "m", "device": "GPU",
+        "threads": 1, "date": "2026", "commit": "abc", "dirty": False,
+    }  # fmt: skip
+    append_row(results / "memory.jsonl", measured)
+    capsys.readouterr()
+    assert tables.main(["--check"], (readme,), results) == 1
+    assert "fits.svg is out of date" in capsys.readouterr().out
+    tables.main([], (readme,), results)
+    assert (results / "fits.svg").read_text() != figure
+    assert "| 1 x 100 snippets of 224 px | bfloat16 | lean | 3.00 | 4.00 | 1.0x less |" in tables.memory_table(
+        [measured]
+    )
+
+
 # The job
 
 
