@@ -18,6 +18,7 @@ COMMANDS = {
         "every Triton kernel compiled for GPUs that need not be there: registers, spills, accesses",
     ),
     "memory": ("[options]", "what autograd keeps of a frame, and the peak of a step: lean against plain PyTorch"),
+    "scaling": ("[options]", "how time and peak of a step grow with snippets, pixels, videos and the encoder"),
     "step": ("[options]", "time of the encoder, the head and the whole step: ours against plain PyTorch"),
     "planner": ("[options]", "predicted and measured peaks over many budgets, alone or beside a neighbour"),
     "data": ("[options]", "decoding: the frame cache against decoding the video itself; share of a training step"),

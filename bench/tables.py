@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from io import StringIO
+from math import isnan, log, nan
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, linear_regression
 from typing import Any
 
 from bench.rows import RESULTS, ROOT, Row, read_rows
@@ -392,6 +393,46 @@ def eval_table(rows: Sequence[Row]) -> str:
     return "\n".join(parts) or f"{MISSING}\n"
 
 
+def scaling_table(rows: Sequence[Row]) -> str:
+    """Times and peaks along each curve, then the exponents."""
+    sizes = ("snippets", "side", "videos", "encoder")
+    rows = _newest(rows, ("along", *sizes, "dtype", "form"))
+    header = ("along", *sizes, "form", "ms", "videos an hour", "peak, MiB", "ledger, MiB")
+    parts = []
+    for place, here in _by_place(rows):
+        lines = []
+        for row in here:
+            cells = [str(row[name]) for name in ("along", *sizes, "form")]
+            rate = f"{3.6e6 * row['videos'] / row['ms'][0]:,.0f}"
+            bytes_ = ["" if row[name] is None else f"{row[name] / 2**20:,.0f}" for name in ("peak", "predicted")]
+            lines.append((*cells, f"{row['ms'][0]:,.0f}", rate, *bytes_))
+        parts.append(f"{_where(place)}; {_when(here)}:\n\n{_markdown(header, lines)}")
+        slopes = [
+            (along, form, *("" if isnan(slope) else f"{slope:.2f}" for slope in found))
+            for (along, form), found in exponents(here).items()
+        ]
+        parts.append(f"Exponents:\n\n{_markdown(('of', 'form', 'time', 'peak'), slopes)}")
+    return "\n".join(parts) or f"{MISSING}\n"
+
+
+def exponents(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[float, float]]:
+    """(along, form) -> slopes of log time and log peak over the log of what is changed; NaN with fewer than two."""
+    found = {}
+    for along, form in dict.fromkeys((row["along"], row["form"]) for row in rows if row["along"] != "encoder"):
+        curve = [row for row in rows if (row["along"], row["form"]) == (along, form)]
+        times = [(log(row[along]), log(row["ms"][0])) for row in curve]
+        peaks = [(log(row[along]), log(row["peak"])) for row in curve if row["peak"]]
+        found[along, form] = (_slope(times), _slope(peaks))
+    return found
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> float:
+    if len({x for x, _ in points}) < 2:
+        return nan
+    x, y = zip(*points, strict=True)
+    return linear_regression(x, y).slope
+
+
 def fits_table(rows: Sequence[Row]) -> str:
     """Cuts at some budgets; the figure shows all."""
     rows = _newest_of(rows, ("encoder", "videos", "way"))
@@ -522,6 +563,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "eval": eval_table,
     "gpu_planner": gpu_planner_table,
     "fits": fits_table,
+    "scaling": scaling_table,
 }
 # Name -> (what draws it, the rows it is drawn from).
 FIGURES: dict[str, tuple[Callable[[Path], str | None], tuple[str, ...]]] = {

@@ -21,6 +21,7 @@ from bench import against, cases, gate, gpu, gpu_planner, job, kernels, measure,
 from bench import data as bench_data
 from bench import eval as bench_eval
 from bench.__main__ import main
+from bench.networks import WholeStep
 from bench.peers import decoders, official_map
 from bench.peers.shift import published_shift
 from bench.rows import ROOT, Row, append_row, environment, read_rows
@@ -646,6 +647,34 @@ def test_what_fits_is_computed_drawn_and_kept_up_to_date(tmp_path: Path, capsys:
     assert "| 1 x 100 snippets of 224 px | bfloat16 | lean | 3.00 | 4.00 | 1.0x less |" in tables.memory_table(
         [measured]
     )
+
+
+def test_growth_is_measured_beside_the_ledger(tmp_path: Path) -> None:
+    results = tmp_path / "scaling.jsonl"
+    threads = torch.get_num_threads()
+    try:
+        command = ["scaling", "--quick", "--device", "cpu", "--rounds", "1", "--results", str(results)]
+        assert main(command) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = read_rows(results)
+    assert [(row["snippets"], row["form"]) for row in rows] == [(2, form) for form in WholeStep.FORMS]
+    assert all(row["peak"] > 0 and row["ms"][0] > 0 for row in rows)
+    assert all((row["predicted"] is None) == (row["form"] == WholeStep.FORMS[0]) for row in rows)
+    said = tables.scaling_table([row | {"quick": False} for row in rows])
+    assert "| snippets | 2 | 32 | 1 | tsm_r18 | lean |" in said and "Exponents:" in said
+
+
+def test_exponents_are_the_slopes_of_logarithms() -> None:
+    rows = [
+        {"along": "side", "form": form, "side": side, "ms": [2.0 * side**2], "peak": peak * side}
+        for side in (64, 128, 192)
+        for form, peak in (("lean", 3), ("plain", 0))
+    ]
+    found = tables.exponents([*rows, {"along": "encoder", "form": "lean"}])
+    assert found["side", "lean"] == pytest.approx((2.0, 1.0))
+    assert found["side", "plain"][0] == pytest.approx(2.0) and np.isnan(found["side", "plain"][1])
+    assert set(found) == {("side", "lean"), ("side", "plain")}
 
 
 # The job

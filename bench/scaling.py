@@ -1,0 +1,159 @@
+"""How a step grows: time and peak of encoder, head and loss over snippets, pixels, videos at once and the encoder.
+
+One of them is changed at a time. Exponents are slopes of least squares through the logarithms: 1 is in proportion.
+Peaks are above the start of a process of its own; beside those of the lean form stands what the ledger of bytes says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench.against import add_against, comparison, read_against
+from bench.gate import GateError
+from bench.measure import Stopwatch, in_child, interleaved, peak_above_start, spread
+from bench.networks import CLASSES, HEAD, WIDTH, WholeStep, half
+from bench.rows import RESULTS, Row, append_row, environment, software
+from bench.tables import aligned, exponents
+from lofi_fast.config import EncoderName, activitynet
+from lofi_fast.errors import InputError
+from lofi_fast.fidelity import Fidelity
+from lofi_fast.memory.model import Setting, step_bytes
+from lofi_fast.precision import choose_device
+
+USAGE = "python -m bench scaling [options]"
+SECONDS = 20.0  # that one form may take, at least three rounds
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a step."""
+
+    snippets: int
+    side: int
+    videos: int = 1
+    encoder: EncoderName = "tsm_r18"
+
+
+Curves = dict[str, tuple[Size, tuple[object, ...]]]  # what is changed -> (all else, its values)
+ON_CPU: Curves = {
+    "snippets": (Size(16, 64), (8, 16, 32, 64, 128)),
+    "side": (Size(8, 64), (64, 96, 128, 192)),
+    "videos": (Size(16, 64), (1, 2, 4)),
+    "encoder": (Size(16, 64), ("tsm_r18", "tsm_r34", "tsm_r50")),
+}
+ON_GPU: Curves = {
+    "snippets": (Size(100, 112), (25, 50, 100, 200, 400)),
+    "side": (Size(50, 112), (64, 112, 158, 224, 320)),
+    "videos": (Size(50, 112), (1, 2, 4, 8, 16)),
+    "encoder": (Size(50, 158), ("tsm_r18", "tsm_r34", "tsm_r50")),
+}
+QUICK: Curves = {"snippets": (Size(4, 32), (2,))}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, append rows, print a table and exponents; 1 when a form did not pass the gate."""
+    args = _parser().parse_args(argv)
+    if args.threads < 1 or args.rounds < 1:
+        raise InputError("--threads and --rounds must be at least 1")
+    device = choose_device(args.device)
+    torch.set_num_threads(args.threads)
+    old = read_against(args.against)
+    start = environment() | software(device, args.threads) | {"quick": args.quick}
+    curves = QUICK if args.quick else ON_GPU if device.type == "cuda" else ON_CPU
+    rows: list[Row] = []
+    try:
+        for row in measure(curves, device, args.rounds):
+            append_row(args.results, {"bench": "scaling"} | row | start)
+            rows.append(row | start)
+    except GateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
+        if args.against:
+            values = {"ms": ("ms",), "peak": ("peak",)}
+            print(comparison(rows, old, ("along", "snippets", "side", "videos", "encoder", "form"), values))
+    return 0
+
+
+def measure(curves: Curves, device: torch.device, rounds: int) -> Iterator[Row]:
+    """A row for each size and form; a size that is on several curves is on each of them."""
+    stopwatch = Stopwatch(device)
+    dtype = half(device) if device.type == "cuda" else "float32"
+    for along, (rest, values) in curves.items():
+        for value in values:
+            size = replace(rest, **{along: value})  # type: ignore[arg-type]
+            yield from _rows(along, size, dtype, device, stopwatch, rounds)
+
+
+def _rows(along: str, size: Size, dtype: str, device: torch.device, stopwatch: Stopwatch, rounds: int) -> Iterator[Row]:
+    case = WholeStep.of(size.encoder, size.snippets, size.side, dtype, device, size.videos)
+    if dtype == "float32":  # in half precision neighbours differ, see `WholeStep.gate`
+        case.gate()
+    samples = interleaved({form: partial(case.step, form) for form in case.FORMS}, stopwatch, rounds, SECONDS)
+    del case
+    for form, seconds in samples.items():
+        arguments = (size, dtype, form, str(device), torch.get_num_threads())
+        peak = in_child(_peak, *arguments, cuda=device.type == "cuda")
+        timed = spread(seconds)
+        yield {
+            "along": along, "snippets": size.snippets, "side": size.side, "videos": size.videos,
+            "encoder": size.encoder, "dtype": dtype, "form": form, "rounds": len(seconds),
+            "ms": [round(1e3 * value, 2) for value in (timed.median, timed.p20, timed.p80)], "peak": peak,
+            "predicted": None if form == WholeStep.FORMS[0] else predicted(size, dtype, form == WholeStep.FORMS[2]),
+        }  # fmt: skip
+        said = "more than there is" if peak is None else f"{peak / 2**20:.0f} MiB"
+        print(f"{along}: {size}, {form}: {1e3 * timed.median:.0f} ms, {said}", flush=True)
+
+
+def _peak(size: Size, dtype: str, form: str, device: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    case = WholeStep.of(size.encoder, size.snippets, size.side, dtype, torch.device(device), size.videos)
+    case.step(form)  # loads code; its gradients are then given back, for the step makes its own
+    case.encoder.zero_grad(set_to_none=True)
+    case.head.zero_grad(set_to_none=True)
+    return peak_above_start(partial(case.step, form), case.frames.device, warm=False)
+
+
+def predicted(size: Size, dtype: str, recompute: bool) -> int:
+    """What the step adds by the ledger; its frames are there before."""
+    map_bytes = 4 if dtype == "float32" else 2
+    setting = replace(
+        Setting.of(activitynet(), CLASSES, map_bytes), encoder=size.encoder, width=WIDTH, head=HEAD, class_loss=True,
+        full_snippets=size.snippets,
+    )  # fmt: skip
+    bytes_ = step_bytes(setting, Fidelity(size.snippets, size.side), size.videos, recompute=recompute)
+    return bytes_.added - bytes_.frames
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [("along", "snippets", "side", "videos", "encoder", "form", "ms", "peak, MiB", "ledger")]
+    for row in rows:
+        sizes = [str(row[name]) for name in ("snippets", "side", "videos", "encoder")]
+        bytes_ = ["" if row[name] is None else f"{row[name] / 2**20:.0f}" for name in ("peak", "predicted")]
+        lines.append((row["along"], *sizes, row["form"], f"{row['ms'][0]:.1f}", *bytes_))
+    slopes = [("grows with", "form", "time", "peak")]
+    for (along, form), found in exponents(rows).items():
+        slopes.append((along, form, *("" if math.isnan(slope) else f"^{slope:.2f}" for slope in found)))
+    return f"{aligned(lines, text=6)}\n\n{aligned(slopes, text=2)}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench scaling", usage=USAGE, description=__doc__)
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each comparison (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="one small size: does everything run?")
+    parser.add_argument("--results", type=Path, default=RESULTS / "scaling.jsonl", help="file of rows to append to")
+    add_against(parser)
+    return parser
