@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.dtypes import DTYPES, half_of
 from bench.peers.align import CHUNK, DenseSampling, Materialised, batched_rois, sampling_matrix
 from bench.peers.blocks import eager_block_end, eager_stem, eager_stem_input, frozen_norm
 from bench.peers.shift import published_shift
@@ -108,7 +109,7 @@ def cases(device: torch.device, quick: bool = False, tiny: bool = False) -> list
     ones are quick ones that Triton's interpreter can run.
     """
     quick = quick or tiny
-    half = torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
+    half = DTYPES[half_of(device)]
     head = (torch.float32, half) if device.type == "cuda" else (torch.float32,)  # on a CPU the head is float32
     found: list[Case] = []
 

@@ -135,11 +135,14 @@ def in_child(function: Callable[..., Any], *arguments: Any, cuda: bool = False) 
     child = context.Process(target=_send, args=(sender, function, *arguments))
     child.start()
     sender.close()
+    ended = False
     try:
         result = receiver.recv()
-    except EOFError:  # the system ends a process without a word when memory runs out
-        result = None
+    except EOFError:
+        result, ended = None, True
     child.join()
+    if ended and (child.exitcode or 0) >= 0:  # by itself; the system ends a process by a signal when memory runs out
+        raise RuntimeError(f"{getattr(function, '__name__', function)} ended with status {child.exitcode}")
     if not isinstance(result, Exception):
         return result
     if is_out_of_memory(result):

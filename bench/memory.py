@@ -18,9 +18,10 @@ from typing import get_args
 import torch
 
 from bench.against import add_against, comparison, read_against
+from bench.dtypes import DTYPES, half_of
 from bench.gate import GateError
 from bench.measure import in_child, peak_above_start
-from bench.networks import DTYPES, TINY_WIDTH, WIDTH, Encoded, WholeStep, half, kept_bytes
+from bench.networks import TINY_WIDTH, WIDTH, Encoded, WholeStep, kept_bytes
 from bench.rows import RESULTS, Row, append_row, environment, software
 from bench.tables import aligned
 from lofi_fast.config import EncoderName
@@ -77,7 +78,7 @@ def kept(device: torch.device, quick: bool = False, tiny: bool = False) -> Itera
     names = get_args(EncoderName)[: 1 if quick else None]
     sides, dtypes = (16,) if tiny else (64,) if quick else SIDES, ("float32", "bfloat16")
     if tiny or device.type == "cuda":
-        sides, dtypes = sides[:1], (half(device),)
+        sides, dtypes = sides[:1], (half_of(device),)
     for name in names:
         for side in sides:
             for dtype in dtypes:
@@ -129,7 +130,7 @@ def whole_peaks(device: torch.device, quick: bool = False) -> Iterator[Row]:
     for videos, snippets, side in ((2, 3, 16),) if quick else GPU_PEAKS:
         for form in WholeStep.FORMS:
             width = TINY_WIDTH if quick else WIDTH
-            arguments = (videos, snippets, side, half(device), form, str(device), torch.get_num_threads(), width)
+            arguments = (videos, snippets, side, half_of(device), form, str(device), torch.get_num_threads(), width)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 found = in_child(_whole_peak, *arguments, torch.cuda.mem_get_info(device)[0], cuda=True)
@@ -138,7 +139,7 @@ def whole_peaks(device: torch.device, quick: bool = False) -> Iterator[Row]:
             peak, driver = (None, None) if found is None else found
             yield {
                 "measured": "step", "encoder": "tsm_r18", "videos": videos, "snippets": snippets, "side": side,
-                "dtype": half(device), "form": form, "peak": peak, "driver": driver,
+                "dtype": half_of(device), "form": form, "peak": peak, "driver": driver,
             }  # fmt: skip
             numbers = "more than there is" if peak is None else f"{peak / 1e9:.2f} GB, {(driver or 0) / 1e9:.2f} in all"
             print(f"step: {videos} videos, {snippets} x {side} px, {form}: {numbers}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.dtypes import DTYPES
 from bench.gate import GateError
-from bench.peers.network import DenseHead, checkpointed, plain_features
+from bench.peers.network import DenseHead, checkpointed, plain_features, sampled
 from lofi_fast.config import EncoderName, HeadConfig
 from lofi_fast.encoder.lean import default_chunk, encode
 from lofi_fast.encoder.resnet import TSMResNet
@@ -24,8 +26,9 @@ from lofi_fast.head.targets import Targets, make_targets
 CLASSES = 200  # ActivityNet's
 WIDTH, TINY_WIDTH = 64, 8  # channels of the first stage: the paper's, and what Triton's interpreter can run
 COMPILED = "torch.compile"  # of plain PyTorch
+SHARE = 0.3  # of the snippets that gradients go through, in ETAD
+SAMPLED = "plain, 30% sampled gradients"
 HEAD = HeadConfig()
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # ||gradient - plain gradient|| / ||plain gradient||, the mean over parameters. In float64 they agree to 1e-12 (tests);
 # here the random network's own rounding is what remains.
@@ -60,6 +63,7 @@ class Encoded:
         forms: dict[str, Callable[[], Tensor]] = {
             "plain PyTorch": plain,
             "plain, checkpointed": partial(checkpointed, self.encoder, self.frames, FRAMES_PER_SNIPPET, chunk),
+            SAMPLED: partial(sampled, self.encoder, self.frames, FRAMES_PER_SNIPPET, self.chosen(), chunk),
             "lean, one graph": partial(lean, chunk=snippets),
             "lean": lean,
             "lean, recompute": partial(lean, recompute=True),
@@ -82,9 +86,23 @@ class Encoded:
         with torch.autocast(self.frames.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
             return self.compiled() if form == COMPILED else self.forms()[form]()
 
+    def chosen(self) -> Tensor:
+        """The snippets that sampled gradients go through."""
+        snippets = len(self.frames) // FRAMES_PER_SNIPPET
+        count = math.ceil(SHARE * snippets)
+        return torch.randperm(snippets, generator=torch.Generator().manual_seed(0))[:count].sort().values
+
     def gate(self, names: Iterable[str]) -> None:
-        """Raise GateError unless the gradients of every form are those of plain PyTorch."""
-        _gate(self.encoder, self.step, names, "plain PyTorch", self.dtype)
+        """Raise GateError unless the gradients of every form are those of plain PyTorch; where they are sampled, those
+        of plain PyTorch over the snippets chosen.
+        """
+        names = list(names)
+        _gate(self.encoder, self.step, [name for name in names if name != SAMPLED], "plain PyTorch", self.dtype)
+        if SAMPLED in names:
+            frames = self.frames.unflatten(0, (-1, FRAMES_PER_SNIPPET))[self.chosen().to(self.frames.device)]
+            part = Encoded(self.encoder, frames.flatten(0, 1), self.dtype)
+            step = {"plain PyTorch": partial(part.step, "plain PyTorch"), SAMPLED: partial(self.step, SAMPLED)}
+            _gate(self.encoder, lambda name: step[name](), [SAMPLED], "plain PyTorch", self.dtype)
 
 
 @dataclass(frozen=True)
@@ -153,11 +171,6 @@ class WholeStep:
         than rounding: allow for it by `largest`, and gate in float32.
         """
         _gate(nn.ModuleList([self.encoder, self.head]), self.step, names, self.FORMS[0], self.dtype, largest)
-
-
-def half(device: torch.device) -> str:
-    """The dtype of mixed precision there."""
-    return "float16" if device.type == "cuda" and not torch.cuda.is_bf16_supported() else "bfloat16"
 
 
 @cache

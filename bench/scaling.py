@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from bench.against import add_against, comparison, read_against
+from bench.dtypes import half_of
 from bench.gate import GateError
 from bench.measure import Stopwatch, in_child, interleaved, peak_above_start, spread
-from bench.networks import CLASSES, HEAD, WIDTH, WholeStep, half
+from bench.networks import CLASSES, HEAD, WIDTH, WholeStep
 from bench.rows import RESULTS, Row, append_row, environment, software
 from bench.tables import aligned, exponents
 from lofi_fast.config import EncoderName, activitynet
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
 def measure(curves: Curves, device: torch.device, rounds: int) -> Iterator[Row]:
     """A row for each size and form; a size that is on several curves is on each of them."""
     stopwatch = Stopwatch(device)
-    dtype = half(device) if device.type == "cuda" else "float32"
+    dtype = half_of(device) if device.type == "cuda" else "float32"
     for along, (rest, values) in curves.items():
         for value in values:
             size = replace(rest, **{along: value})  # type: ignore[arg-type]

@@ -17,11 +17,10 @@ import pytest
 import torch
 from av.video.frame import VideoFrame
 
-from bench import against, cases, gate, gpu, gpu_planner, job, kernels, measure, ops, parts, tables
+from bench import against, cases, gate, gpu, gpu_planner, job, kernels, measure, networks, ops, parts, tables
 from bench import data as bench_data
 from bench import eval as bench_eval
 from bench.__main__ import main
-from bench.networks import WholeStep
 from bench.peers import decoders, official_map
 from bench.peers.shift import published_shift
 from bench.rows import ROOT, Row, append_row, environment, read_rows
@@ -194,7 +193,9 @@ def test_a_child_returns_raises_or_is_ended() -> None:
     assert measure.in_child(divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
         measure.in_child(divmod, 7, 0)
-    assert measure.in_child(os.abort) is None
+    assert measure.in_child(os.abort) is None  # as the system ends a process when memory runs out
+    with pytest.raises(RuntimeError, match="exit ended with status 3"):
+        measure.in_child(sys.exit, 3)
 
 
 def test_the_peak_is_what_a_call_holds_beyond_the_start() -> None:
@@ -219,6 +220,16 @@ def test_the_gate_passes_rounding_and_nothing_else(dtype: torch.dtype) -> None:
             gate.check_copies("ours", [result], [rounded.double()])
     with pytest.raises(gate.GateError, match=r"^ours: "):
         gate.check_close("ours", [torch.tensor([0, 2, 1])], [torch.arange(3)])
+
+
+def test_every_form_of_the_encoder_gives_the_gradients_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = networks.Encoded.of("tsm_r18", 40, 32, "float32", torch.device("cpu"), networks.TINY_WIDTH)
+    case.gate(case.forms())
+    assert len(case.chosen()) == 2 and not torch.equal(case.features("lean"), case.features("lean").flip(0))
+    all_of_them = partial(networks.plain_features, case.encoder, case.frames, 8)
+    monkeypatch.setattr(networks, "sampled", lambda *_: all_of_them())
+    with pytest.raises(gate.GateError, match=networks.SAMPLED):
+        case.gate(case.forms())
 
 
 QUICK = {" ".join(case.key): case for case in cases.cases(torch.device("cpu"), quick=True)}
@@ -658,9 +669,9 @@ def test_growth_is_measured_beside_the_ledger(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     rows = read_rows(results)
-    assert [(row["snippets"], row["form"]) for row in rows] == [(2, form) for form in WholeStep.FORMS]
+    assert [(row["snippets"], row["form"]) for row in rows] == [(2, form) for form in networks.WholeStep.FORMS]
     assert all(row["peak"] > 0 and row["ms"][0] > 0 for row in rows)
-    assert all((row["predicted"] is None) == (row["form"] == WholeStep.FORMS[0]) for row in rows)
+    assert all((row["predicted"] is None) == (row["form"] == networks.WholeStep.FORMS[0]) for row in rows)
     said = tables.scaling_table([row | {"quick": False} for row in rows])
     assert "| snippets | 2 | 32 | 1 | tsm_r18 | lean |" in said and "Exponents:" in said
 

@@ -84,3 +84,20 @@ def checkpointed(encoder: TSMResNet, frames: Tensor, num_frames: int, snippets: 
     """OpenTAD's way: the plain network, recomputed in chunks of `snippets` snippets."""
     parts = frames.split(snippets * num_frames)
     return torch.cat([checkpoint(plain_features, encoder, part, num_frames, use_reentrant=False) for part in parts])
+
+
+def sampled(encoder: TSMResNet, frames: Tensor, num_frames: int, chosen: Tensor, snippets: int) -> Tensor:
+    """ETAD's way (Liu et al. 2022): features of all snippets, and gradients through those `chosen` alone.
+
+    The others run without a graph, `snippets` at a time.
+    """
+    frames_NT = frames.unflatten(0, (-1, num_frames))
+    rest = torch.ones(len(frames_NT), dtype=torch.bool)
+    rest[chosen] = False
+    others = rest.nonzero().squeeze(1).to(frames.device)
+    chosen = chosen.to(frames.device)
+    parts = [plain_features(encoder, frames_NT[chosen].flatten(0, 1), num_frames)]
+    with torch.no_grad():
+        for part in others.split(snippets) if len(others) else ():
+            parts.append(plain_features(encoder, frames_NT[part].flatten(0, 1), num_frames))
+    return torch.cat(parts)[torch.cat([chosen, others]).argsort()]
