@@ -21,6 +21,8 @@ COMMANDS = {
     "scaling": ("[options]", "how time and peak of a step grow with snippets, pixels, videos and the encoder"),
     "step": ("[options]", "time of the encoder, the head and the whole step: ours against plain PyTorch"),
     "planner": ("[options]", "predicted and measured peaks over many budgets, alone or beside a neighbour"),
+    "tuners": ("[options]", "the planner beside the searches of Lightning, accelerate and DeepSpeed"),
+    "overhead": ("[options]", "what planning costs: the governor's time in a step, the allocators"),
     "data": ("[options]", "decoding: the frame cache against decoding the video itself; share of a training step"),
     "eval": ("[options]", "the evaluator against the official procedure, equal to the last bit"),
     "fits": ("[options]", "what fits: the highest fidelity against the budget, by arithmetic"),

@@ -294,6 +294,19 @@ def new_planner(run: Run) -> Planner:
     )
 
 
+def trial(run: Run, optimizer: torch.optim.Optimizer, samples: Sequence[Sample], decision: Decision) -> int | None:
+    """Peak bytes of a step on real frames that updates nothing; None when memory ran out."""
+
+    def step() -> None:
+        # The second batch is there to be decoded ahead, as in training.
+        forward_backward(run, next(batches(run, 0, [samples, samples], lambda _: decision)), decision)
+        optimizer.zero_grad(set_to_none=True)
+
+    peak = run.measure(step, decision.limit)
+    optimizer.zero_grad(set_to_none=True)
+    return peak
+
+
 def plan_joint(run: Run) -> dict[str, dict[str, Any]]:
     """Make the planner, and run its trials on real frames. Leaves no trace but what was learned."""
     config = run.config
@@ -308,14 +321,8 @@ def plan_joint(run: Run) -> dict[str, dict[str, Any]]:
         run.log.say(f"plan joint: the rungs of {config.replay}")
         return {}
 
-    def trial(decision: Decision) -> int | None:
-        def step() -> None:
-            # The second batch is there to be decoded ahead, as in training.
-            forward_backward(run, next(batches(run, 0, [samples, samples], lambda _: decision)), decision)
-            optimizer.zero_grad(set_to_none=True)
-
-        peak = run.measure(step, decision.limit)
-        optimizer.zero_grad(set_to_none=True)
+    def measure(decision: Decision) -> int | None:
+        peak = trial(run, optimizer, samples, decision)
         run.log.event(
             "measured", plan=f"joint, {decision.pattern}", candidate=str(decision.plan), peak=peak,
             predicted=decision.predicted, budget=decision.limit,
@@ -323,9 +330,9 @@ def plan_joint(run: Run) -> dict[str, dict[str, Any]]:
         return peak
 
     readings, key = run.cache / READINGS, run.memory_key()
-    trial(planner.warm_up())
+    measure(planner.warm_up())
     known = planner.load_readings(readings, key)
-    planner.calibrate(trial)
+    planner.calibrate(measure)
     planner.save_readings(readings, key)
     chosen = {}
     for pattern in patterns_of(run):

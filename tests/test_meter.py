@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 
+from bench.neighbour import control_group, inside
 from lofi_fast.memory import allocator
 from lofi_fast.memory import meter as meter_module
 from lofi_fast.memory.meter import (
@@ -234,6 +235,25 @@ def test_peaks_that_cannot_be_reset_are_said_once(monkeypatch: pytest.MonkeyPatc
     assert "Permission denied" in told
     assert meter.peak() >= meter.own() - 50 * MB
     assert meter.faults() == []
+
+
+@linux
+def test_the_limit_of_a_control_group_binds() -> None:
+    with control_group(700 * MB) as group:
+        if group is None:
+            pytest.skip("no control group may be made here")
+        program = (
+            "from lofi_fast.memory.meter import CpuMeter; import json, numpy; meter = CpuMeter(); "
+            "before = meter.reading(); held = numpy.ones(200_000_000, numpy.uint8); after = meter.reading(); "
+            "print(json.dumps([meter.total(), before.available, after.available, after.own - before.own]))"
+        )
+        command = inside(group, [sys.executable, "-c", program])
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    total, before, after, grown = json.loads(done.stdout)
+    assert abs(total - 700 * MB) < MB
+    # Pages of programs that others have loaded before count as this process's own and not as the group's.
+    assert before < 1200 * MB and abs(after - before) < 20 * MB
+    assert grown > 190 * MB
 
 
 def test_one_reading_agrees_with_the_single_ones() -> None:

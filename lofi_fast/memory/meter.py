@@ -41,6 +41,7 @@ SAME_DEVICE = (0.9, 1.02)  # CUDA's total memory over NVML's: below, NVML shows 
 CONTEXT = (64 << 20, 3 << 30)  # what one can take; a reading outside says that it was there before, or others moved
 JUMP = 0.1  # of the device's memory: a change of others' memory between two readings that is read again
 RETRY_SECONDS = 10.0  # after NVML failed
+GROUPS_SECONDS = 30.0  # between two looks for control groups and their limits
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,8 @@ class CpuMeter:
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._faults = _Faults()
+        self._limited: list[tuple[Path, int, str, str]] = []
+        self._groups_again = -math.inf  # monotonic seconds before which groups are not looked for
         self.device = f"CPU, {os.cpu_count()} cores, {self.total() / 1e9:.1f} GB"
 
     @property
@@ -218,36 +221,23 @@ class CpuMeter:
     def _kept() -> int:
         return allocator.read().kept if allocator.installed() else 0
 
-    @staticmethod
-    def _groups() -> list[tuple[int, int]]:
+    def _groups(self) -> list[tuple[int, int]]:
         """(limit, used) bytes of each control group that this process is in and that has a limit.
 
         The page cache, which the kernel gives back, is not counted as used: reading the frame cache fills it.
         """
-        groups: list[tuple[int, int]] = []
-        try:
-            lines = Path("/proc/self/cgroup").read_text().splitlines()
-        except OSError:
-            return groups
-        for line in lines:
-            _, controllers, name = line.split(":", 2)
-            root = Path("/sys/fs/cgroup")
-            files, prefix = ("memory.max", "memory.current"), ""
-            if controllers:  # version 1
-                if "memory" not in controllers.split(","):
-                    continue
-                root, files, prefix = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
-            own = root / name.lstrip("/")
-            for folder in (own, *own.parents):
-                if folder.is_relative_to(root):
-                    try:
-                        limit, used = ((folder / file).read_text().strip() for file in files)
-                        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                    except OSError:
-                        continue
-                    if limit != "max":
-                        cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-                        groups.append((int(limit), int(used) - cached))
+        if time.monotonic() > self._groups_again:
+            self._limited = _limited_groups(int(psutil.virtual_memory().total))
+            self._groups_again = time.monotonic() + GROUPS_SECONDS
+        groups = []
+        for folder, limit, used_name, prefix in self._limited:
+            try:
+                used = int((folder / used_name).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except OSError:
+                continue
+            cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            groups.append((limit, used - cached))
         return groups
 
     @contextmanager
@@ -287,6 +277,35 @@ class CpuMeter:
             yield
         finally:
             allocator.limit(None)
+
+
+def _limited_groups(total: int) -> list[tuple[Path, int, str, str]]:
+    """The control groups of this process whose limit is below the machine's `total`: folder, limit, the name of what is
+    used, and the prefix of figures with those of groups inside.
+    """
+    found: list[tuple[Path, int, str, str]] = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        root = Path("/sys/fs/cgroup")
+        files, prefix = ("memory.max", "memory.current"), ""
+        if controllers:  # version 1
+            if "memory" not in controllers.split(","):
+                continue
+            root, files, prefix = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
+        own = root / name.lstrip("/")
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(root):
+                try:
+                    limit = (folder / files[0]).read_text().strip()
+                except OSError:
+                    continue
+                if limit != "max" and int(limit) < total:
+                    found.append((folder, int(limit), files[1], prefix))
+    return found
 
 
 class _Nvml:

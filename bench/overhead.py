@@ -1,0 +1,171 @@
+"""What planning costs: the governor's time in a step, and the allocators under it beside those PyTorch's users have.
+
+The governor chooses, rechecks and learns over ActivityNet's ladder with the real meter. Allocators are compared in
+processes of their own, in turn: forward and backward of a lean TSM-R18, one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from bench.against import add_against, comparison, read_against
+from bench.rows import RESULTS, ROOT, Row, append_row, environment
+from bench.tables import aligned
+from lofi_fast.errors import InputError
+
+USAGE = "python -m bench overhead [options]"
+# Name -> (whether ours is under torch, whether glibc is settled).
+ALLOCATORS = {
+    "glibc as it comes": (False, False),
+    "glibc settled": (False, True),
+    "glibc settled, ours under torch": (True, True),
+}
+FRAMES, SIDE, STEPS = 64, 112, 5
+GOVERNED = 500
+VALUES = {"ms a step": ("ms",), "peak": ("peak",)}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, append rows, print a table."""
+    args = _parser().parse_args(argv)
+    if args.rounds < 1:
+        raise InputError("--rounds must be at least 1")
+    old = read_against(args.against)
+    start = environment()
+    readings: dict[str, list[Row]] = {name: [] for name in ALLOCATORS}
+    for _ in range(args.rounds):
+        for name, found in readings.items():
+            found.append(_child(name, args.width))
+    first = next(iter(readings))
+    rows: list[Row] = [_child("governor", args.width) | {"bench": "overhead", "of": "governor"} | start]
+    for name, found in readings.items():
+        times = sorted(seconds for reading in found for seconds in reading["seconds"])
+        theirs = median(seconds for reading in readings[first] for seconds in reading["seconds"])
+        peaks = [peak for reading in found for peak in reading["peaks"]]
+        rows.append({
+            "bench": "overhead", "of": name, "ms": round(1e3 * median(times), 2),
+            "spread_ms": [round(1e3 * times[int(share * (len(times) - 1))], 2) for share in (0.2, 0.8)],
+            "of_default": round(median(times) / theirs, 3), "peak": int(median(peaks)),
+            "peak_varies": round((max(peaks) - min(peaks)) / median(peaks), 4),
+            "faults": int(median(reading["faults"] for reading in found)),
+        } | start)  # fmt: skip
+    for row in rows:
+        append_row(args.results, row)
+    print(f"{table(rows)}\n{len(rows)} rows appended to {args.results}")
+    if args.against:
+        print(comparison(rows, old, ("of",), VALUES))
+    return 0
+
+
+def _child(what: str, width: int) -> Row:
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.overhead", what, str(width)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{what}: {done.stderr.strip()[-500:]}")
+    told: Row = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def _steps(name: str, width: int) -> Row:
+    """Seconds of CPU time and peaks of identical steps, and page faults of the last."""
+    import torch
+
+    from bench.networks import Encoded
+    from lofi_fast.memory import allocator
+    from lofi_fast.memory.meter import CpuMeter, settle_glibc
+
+    ours, settled = ALLOCATORS[name]
+    if settled:
+        settle_glibc()
+    if ours and (reason := allocator.install()):
+        raise RuntimeError(reason)
+    torch.set_num_threads(1)
+    case = Encoded.of("tsm_r18", FRAMES, SIDE, "float32", torch.device("cpu"), width)
+    case.step("lean")
+    meter = CpuMeter()
+    seconds, peaks, faults = [], [], 0
+    for _ in range(STEPS):
+        meter.reset_peak()
+        before, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
+        case.step("lean")
+        seconds.append(time.process_time() - began)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        peaks.append(meter.peak())
+    return {"seconds": seconds, "peaks": peaks, "faults": faults}
+
+
+def _governor() -> Row:
+    """Milliseconds of one step's planning: choose, recheck, the peak's two readings, learn."""
+    from lofi_fast.config import activitynet
+    from lofi_fast.fidelity import CYCLE, ladder
+    from lofi_fast.memory.governor import Governor
+    from lofi_fast.memory.meter import CpuMeter
+    from lofi_fast.memory.model import Setting, step_bytes
+    from lofi_fast.plan import Plan, candidates
+
+    config = activitynet()
+    setting = Setting.of(config, 200, 2)
+
+    def ledger(plan: Plan) -> int:
+        return step_bytes(setting, plan.fidelity, plan.micro_batch, recompute=plan.recompute).added
+
+    plans = {p: candidates(ladder(p, config.full, 1.0, 16.0), config.joint.batch) for p in CYCLE}
+    began = time.perf_counter()
+    governor = Governor(CpuMeter(), 11 * 10**9, ledger, plans, print)
+    made = time.perf_counter() - began
+    meter = CpuMeter()
+    times = []
+    for step in range(GOVERNED):
+        began = time.perf_counter()
+        decision = governor.recheck(governor.choose(CYCLE[step % 3], 0, step))
+        meter.reset_peak()
+        meter.peak()
+        # What a step would have taken: a little more or less than was thought, so that the fit moves.
+        governor.learn(decision, int(decision.predicted * (1 + 0.01 * ((step * 7) % 5 - 3))), 1.0)
+        times.append(time.perf_counter() - began)
+    times.sort()
+    return {
+        "ms": round(1e3 * median(times), 3),
+        "spread_ms": [round(1e3 * times[int(share * (len(times) - 1))], 3) for share in (0.2, 0.8)],
+        "plans": sum(map(len, plans.values())),
+        "made_seconds": round(made, 3),
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [("what", "ms a step", "of the default", "peak, MiB", "varies", "page faults")]
+    for row in rows:
+        low, high = row["spread_ms"]
+        timed = f"{row['ms']:.3g} ({low:.3g} to {high:.3g})"
+        if "peak" in row:
+            more = (f"{row['of_default']:.2f}x", f"{row['peak'] / 2**20:.0f}", f"{100 * row['peak_varies']:.1f}%")
+            lines.append((row["of"], timed, *more, str(row["faults"])))
+        else:
+            lines.append((row["of"], timed, *[""] * 4))
+    return aligned(lines, text=1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench overhead", usage=USAGE, description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each allocator (default: 3)")
+    parser.add_argument("--width", type=int, default=64, help="channels of the encoder's first stage (default: 64)")
+    parser.add_argument("--results", type=Path, default=RESULTS / "overhead.jsonl", help="file of rows to append to")
+    add_against(parser)
+    return parser
+
+
+if __name__ == "__main__":  # a child
+    told = _governor() if sys.argv[1] == "governor" else _steps(sys.argv[1], int(sys.argv[2]))
+    print(json.dumps(told))

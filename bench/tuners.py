@@ -1,0 +1,188 @@
+"""The planner beside the way other trainers find what fits (`bench.peers.tuners`): budget used, failures, steps lost.
+
+Every tuner and budget is a process of its own: R18's ladder of one pattern, steps of the joint stage on noise, under a
+hard cap at the budget, so that what would not fit fails. A search is followed by a few steps of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from bench.against import add_against, comparison, read_against
+from bench.peers.tuners import TUNERS
+from bench.rows import RESULTS, ROOT, Row, append_row, environment
+from bench.tables import aligned
+from lofi_fast.config import Budget, Config, demo
+from lofi_fast.errors import InputError
+from lofi_fast.fidelity import Fidelity, Pattern, ladder
+from lofi_fast.memory.meter import settle_allocator
+
+USAGE = "python -m bench tuners [options]"
+OURS = "lofi_fast"
+BATCH, STEPS = 4, 8
+FULL = Fidelity(16, 112)
+RANGE = (1.1, 0.95)  # of the smallest plan's peak, and of full fidelity's: between them are the budgets
+LARGEST = 8 * 10**9
+VALUES = {"budget used": ("used",), "steps of the search": ("searched",), "planning": ("planning_seconds",)}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, append rows, print a table."""
+    args = _parser().parse_args(argv)
+    if args.budgets < 1 or args.steps < 1:
+        raise InputError("--budgets and --steps must be at least 1")
+    old = read_against(args.against)
+    start = environment()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="bench-tuners-", ignore_cleanup_errors=True) as name:
+        ends = [int(share * peak) for share, peak in zip(RANGE, _ends(Path(name), args.width), strict=True)]
+        drawn = np.random.default_rng(args.seed).uniform(*np.log(ends), args.budgets)
+        for budget in sorted(int(np.exp(value)) for value in drawn):
+            for tuner in (OURS, *TUNERS):
+                told = child(tuner, budget, args.steps, args.width, Path(name))
+                row = {"bench": "tuners", "tuner": tuner, "budget": budget, "width": args.width} | told | start
+                append_row(args.results, row)
+                rows.append(row)
+                print(line(row), flush=True)
+    print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
+    if args.against:
+        print(comparison(rows, old, ("tuner", "budget"), VALUES))
+    return 0
+
+
+def child(tuner: str, budget: int, steps: int, width: int, folder: Path) -> Row:
+    """What one tuner does at one budget, in a process of its own."""
+    command = [sys.executable, "-m", "bench.tuners", tuner, str(budget), str(steps), str(width), str(folder)]
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
+    told: Row = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def _ends(folder: Path, width: int) -> tuple[int, int]:
+    """Peaks of the smallest and of the largest plan."""
+    smallest, largest = (child(which, LARGEST, 1, width, folder)["peak"] for which in ("smallest", "largest"))
+    return smallest, largest
+
+
+def _work(tuner: str, budget: int, steps: int, width: int, folder: Path) -> Row:
+    """Find a plan, then train at it. `used`: of the budget, by the largest peak of training; None where none went
+    through. `failures`: steps that asked for more than the budget. `searched`: steps that trained nothing.
+    """
+    import torch
+
+    from bench.synthetic import SyntheticRun
+    from lofi_fast.joint import plan_joint, trial
+    from lofi_fast.log import RunLog
+    from lofi_fast.memory.governor import Decision
+    from lofi_fast.memory.meter import open_meter
+    from lofi_fast.optim import make_optimizer
+    from lofi_fast.plan import Plan, candidates
+
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    config = _config(budget, width, folder / f"{tuner} {budget}".replace("/", "-"))
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    plans = candidates(ladder(Pattern.SPATIAL, FULL, 1.0, 16.0), BATCH, recompute="never")
+    attempts: list[int | None] = []
+    with closing(RunLog(Path(config.out) / "log.jsonl")) as log:
+        run = SyntheticRun(config, device, open_meter(device), log, 0.0)
+        run.encoder.freeze_batchnorm()
+        run.encoder.train()
+        run.head.train()
+        optimizer = make_optimizer(config.joint, [*run.encoder.parameters(), *run.head.parameters()], "torch")
+        samples = run.sampler.epoch("joint", 0, BATCH)[0]
+
+        def attempt(plan: Plan) -> int | None:
+            decision = Decision(Pattern.SPATIAL, 0, 0, plan, plan, 0, budget, budget, budget, tuner)
+            attempts.append(trial(run, optimizer, samples, decision))
+            return attempts[-1]
+
+        attempt(plans[-1])  # a process's first step loads code and leaves memory behind, whoever plans
+        attempts.clear()
+        held, began = run.meter.held(), time.perf_counter()
+        chosen: Plan | None
+        if tuner in ("smallest", "largest"):
+            chosen = plans[0 if tuner == "largest" else -1]
+        elif tuner == OURS:
+            plan_joint(run)
+            assert run.planner is not None
+            chosen = run.planner.choose(Pattern.SPATIAL, 0, 0).plan
+            path = Path(config.out) / "log.jsonl"
+            events = [json.loads(text) for text in path.read_text().splitlines()]
+            attempts += [event["peak"] for event in events if event["event"] == "measured"]
+        else:
+            chosen = TUNERS[tuner](plans, attempt, budget, held)
+        seconds, searched = time.perf_counter() - began, len(attempts)
+        while chosen is not None and len(attempts) < searched + steps:
+            if attempt(chosen) is None:
+                if not tuner.startswith("halving"):  # the only one that looks again
+                    break
+                chosen = TUNERS[tuner](plans, attempt, budget, held)
+        trained = [peak for peak in attempts[searched:] if peak is not None]
+    return {
+        "plan": None if chosen is None else chosen.to_json(),
+        "omega": None if chosen is None else round(chosen.fidelity.omega / FULL.omega, 4),
+        "peak": max(trained, default=None),
+        "used": round(max(trained) / budget, 4) if trained else None,
+        "failures": sum(peak is None or peak > budget for peak in attempts),
+        "searched": searched,
+        "trained": len(trained),
+        "planning_seconds": round(seconds, 2),
+    }
+
+
+def _config(budget: int, width: int, out: Path) -> Config:
+    config = demo()
+    return replace(
+        config, full=FULL, encoder=replace(config.encoder, width=width), min_cut=1.0, stages=("joint",), out=str(out),
+        joint=replace(config.joint, batch=BATCH), pattern=Pattern.SPATIAL, recompute="never",
+        budget=Budget(str(budget), amount=budget),
+    )  # fmt: skip
+
+
+def line(row: Row) -> str:
+    used = "trains nothing" if row["used"] is None else f"uses {100 * row['used']:.0f}%"
+    return (
+        f"{row['budget'] / 1e9:.2f} GB, {row['tuner']}: {used}, {row['searched']} steps of search, {row['failures']} "
+        "failed"
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [("tuner", "budget, GB", "used", "of full fidelity", "failed", "steps of search", "planning, s")]
+    for row in rows:
+        used, omega = (f"{100 * row[key]:.0f}%" if row[key] is not None else "nothing" for key in ("used", "omega"))
+        counts = (str(row["failures"]), str(row["searched"]), f"{row['planning_seconds']:.1f}")
+        lines.append((row["tuner"], f"{row['budget'] / 1e9:.2f}", used, omega, *counts))
+    return aligned(lines, text=1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench tuners", usage=USAGE, description=__doc__)
+    parser.add_argument("--budgets", type=int, default=6, help="random budgets (default: 6)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of training at what was found (default: {STEPS})")
+    parser.add_argument("--width", type=int, default=64, help="channels of the encoder's first stage (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the budgets")
+    parser.add_argument("--results", type=Path, default=RESULTS / "tuners.jsonl", help="file of rows to append to")
+    add_against(parser)
+    return parser
+
+
+if __name__ == "__main__":  # a child
+    settle_allocator("bench.tuners", sys.argv[1:])
+    print(json.dumps(_work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))))
