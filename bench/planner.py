@@ -32,6 +32,7 @@ USAGE = "python -m bench planner [options]"
 MODELS = {
     "demo": ["--preset", "demo"],
     "r18": ["--preset", "demo", "--width", "64", "--fidelity", "16x112"],
+    "r50": ["--preset", "demo", "--encoder", "tsm_r50", "--width", "64", "--fidelity", "16x112", "--batch", "8"],
 }
 VIDEOS, BATCH, EPOCHS = 8, 4, 6  # two steps an epoch; every pattern twice
 LARGEST = 8e9
@@ -53,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
         for model in args.models.split(","):
             if model not in MODELS:
                 raise InputError(f"--models: no model is called {model}; there are: {', '.join(MODELS)}")
-            flags = [*data, *MODELS[model], "--min-cut", "1", "--batch", str(BATCH), "--stages", "joint"]
-            flags += ["--device", "cpu", "--joint-epochs", str(args.epochs)]
+            flags = [*data, "--min-cut", "1", "--batch", str(BATCH), "--stages", "joint", "--device", "cpu"]
+            flags += [*MODELS[model], "--joint-epochs", str(args.epochs)]
             low, high = needs(folder, flags)
             alone = budgets(low, high, args.budgets, args.seed)
             for budget in [int(low + PRESSED * (high - low))] if args.pressure else alone:
@@ -146,7 +147,9 @@ def table(rows: Sequence[Row]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench planner", usage=USAGE, description=__doc__)
-    parser.add_argument("--models", default="demo,r18", metavar="A,B", help=f"of {', '.join(MODELS)} (default: all)")
+    parser.add_argument(
+        "--models", default="demo,r18", metavar="A,B", help=f"of {', '.join(MODELS)} (default: demo,r18)"
+    )
     parser.add_argument("--budgets", type=int, default=15, help="random budgets for each model (default: 15)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each training, two steps each (default: 6)")
     parser.add_argument("--pressure", action="store_true", help="with a neighbour that takes and frees memory")
