@@ -1,7 +1,8 @@
 """Time of a training step, ours beside plain PyTorch: the encoder alone, the head alone, and all of it with the loss.
 
-Every case passes the gate first: the gradients of all forms agree. Forms alternate within one process. On a GPU the
-cases are one video at full fidelity in mixed precision, with torch.compile of plain PyTorch among the forms.
+Every case passes the gate first: the gradients of all forms agree. Forms alternate within one process, and with them
+what tells the floor of the step (`bench.roofs`). On a GPU the cases are one video at full fidelity in mixed precision,
+with torch.compile of plain PyTorch among the forms.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from pathlib import Path
 import torch
 
 from bench.against import add_against, comparison, read_against
-from bench.dtypes import half_of
+from bench.dtypes import DTYPES, half_of
 from bench.gate import GateError
-from bench.measure import Stopwatch, in_child, interleaved, peak_above_start, spread
+from bench.measure import ROOF, Stopwatch, in_child, interleaved, peak_above_start, roof, spread
 from bench.networks import COMPILED, TINY_WIDTH, WIDTH, Encoded, WholeStep
+from bench.roofs import Work, encoder_work, rates
 from bench.rows import RESULTS, Row, append_row, environment, software
 from bench.tables import aligned
 from lofi_fast.errors import InputError
@@ -76,7 +78,8 @@ def encoder_steps(
             if dtype != "float32":
                 calls["lean, float32"] = partial(single.step, "lean")
             what = f"encoder, {frames} frames of {side} px"
-            yield from _rows(what, dtype, calls, stopwatch, rounds)
+            work = encoder_work("tsm_r18", WIDTH, frames, side, DTYPES[dtype].itemsize)
+            yield from _rows(what, dtype, calls, stopwatch, rounds, work, device)
 
 
 def whole_step(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bool) -> Iterator[Row]:
@@ -88,7 +91,9 @@ def whole_step(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: b
     heads = {name: partial(case.head_step, name, features) for name in case.FORMS[:2]}
     yield from _rows(f"head and loss, L={snippets}", "float32", heads, stopwatch, rounds)
     steps = {name: partial(case.step, name) for name in case.FORMS}
-    rows = list(_rows(f"whole step, {snippets} snippets of {side} px", "float32", steps, stopwatch, rounds))
+    work = encoder_work("tsm_r18", WIDTH, FRAMES_PER_SNIPPET * snippets, side, 4)
+    what = f"whole step, {snippets} snippets of {side} px"
+    rows = list(_rows(what, "float32", steps, stopwatch, rounds, work, device))
     del case, features, heads, steps
     for row in rows:
         row["peak"] = in_child(_peak, snippets, side, row["form"], str(device), torch.get_num_threads())
@@ -105,14 +110,16 @@ def gpu_steps(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bo
     names = [name for name in encoded.forms() if name != COMPILED]
     names = _passing(encoded.gate, [names[0], "lean"] if quick else names)
     calls = {name: partial(encoded.step, name) for name in names}
-    yield from _rows(f"encoder, {frames} frames of {side} px", dtype, calls, stopwatch, rounds)
+    work = encoder_work("tsm_r18", width, frames, side, DTYPES[dtype].itemsize)
+    yield from _rows(f"encoder, {frames} frames of {side} px", dtype, calls, stopwatch, rounds, work, device)
     del encoded, calls
     forms = WholeStep.FORMS[:2] if quick else WholeStep.FORMS
     WholeStep.of("tsm_r18", snippets, side, "float32", device, width=width).gate(forms)
     case = WholeStep.of("tsm_r18", snippets, side, dtype, device, width=width)
     names = _passing(partial(case.gate, largest=UNRELATED), forms)
     calls = {name: partial(case.step, name) for name in names}
-    yield from _rows(f"whole step, {snippets} snippets of {side} px", dtype, calls, stopwatch, rounds)
+    work = encoder_work("tsm_r18", width, FRAMES_PER_SNIPPET * snippets, side, DTYPES[dtype].itemsize)
+    yield from _rows(f"whole step, {snippets} snippets of {side} px", dtype, calls, stopwatch, rounds, work, device)
     features = torch.randn(1, case.encoder.num_features, snippets, device=device, requires_grad=True)
     calls = {name: partial(case.head_step, name, features) for name in case.FORMS[:2]}
     yield from _rows(f"head and loss, L={snippets}", dtype, calls, stopwatch, rounds)
@@ -138,11 +145,27 @@ def _peak(snippets: int, side: int, form: str, device: str, threads: int) -> int
 
 
 def _rows(
-    what: str, dtype: str, calls: Mapping[str, Callable[[], object]], stopwatch: Stopwatch, rounds: int
-) -> Iterator[Row]:
-    samples = interleaved(calls, stopwatch, rounds, SECONDS)
+    what: str, dtype: str, calls: Mapping[str, Callable[[], object]], stopwatch: Stopwatch, rounds: int,
+    work: Work | None = None, device: torch.device | None = None,
+) -> Iterator[Row]:  # fmt: skip
+    """A row for each call; with the `work` of the encoder also the floor of the step, by rates measured among them."""
+    roofs: dict[str, Callable[[], object]] = {}
+    if work is not None and device is not None:
+        copy, copied = roof(device)
+        fast = rates(device, DTYPES[dtype])
+        roofs = {ROOF: copy} | {name: call for name, (call, _) in fast.items()}
+    samples = interleaved({**calls, **roofs}, stopwatch, rounds, SECONDS)
+    floor = None
+    if work is not None and roofs:
+        flops = max(operations / spread(samples[name]).median for name, (_, operations) in fast.items())
+        bandwidth = copied / spread(samples[ROOF]).median
+        floor = {
+            "ms": round(1e3 * work.floor(flops, bandwidth), 4), "operations": work.operations, "bytes": work.bytes,
+            "tflops": round(flops / 1e12, 4), "gbs": round(bandwidth / 1e9, 2),
+        }  # fmt: skip
     plain = samples[next(iter(calls))]
-    for name, seconds in samples.items():
+    for name in calls:
+        seconds = samples[name]
         ratios = [theirs / mine for theirs, mine in zip(plain, seconds, strict=False)]
         timed = spread(seconds)
         ratio = spread(ratios)
@@ -150,19 +173,21 @@ def _rows(
             "step": what, "dtype": dtype, "form": name, "rounds": len(seconds),
             "ms": [round(1e3 * value, 3) for value in (timed.median, timed.p20, timed.p80)],
             "faster_than_plain": [round(v, 3) for v in (spread(plain).median / timed.median, ratio.p20, ratio.p80)],
-            "peak": None,
+            "peak": None, "floor": floor,
+            "times_floor": None if floor is None else round(1e3 * timed.median / max(floor["ms"], 1e-9), 2),
         }  # fmt: skip
         faster = spread(plain).median / timed.median
         print(f"{what}, {dtype}, {name}: {1e3 * timed.median:.0f} ms, {faster:.2f}x plain", flush=True)
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = [("step", "dtype", "form", "ms", "speed of plain", "peak, MiB")]
+    lines = [("step", "dtype", "form", "ms", "speed of plain", "of the floor", "peak, MiB")]
     for row in rows:
         median, low, high = row["faster_than_plain"]
         peak = "" if row["peak"] is None else f"{row['peak'] / 2**20:.0f}"
         cells = (row["step"], row["dtype"], row["form"], f"{row['ms'][0]:.0f}")
-        lines.append((*cells, f"{median:.2f}x ({low:.2f} to {high:.2f})", peak))
+        floor = "" if row["times_floor"] is None else f"{row['times_floor']:.1f}x"
+        lines.append((*cells, f"{median:.2f}x ({low:.2f} to {high:.2f})", floor, peak))
     return aligned(lines, text=3)
 
 

@@ -291,14 +291,18 @@ def step_table(rows: Sequence[Row]) -> str:
     header = ("step", "dtype", "form", "speed of plain PyTorch, median (p20 to p80)", "peak, MiB")
     parts = []
     for place, here in _by_place(rows):
+        floors = any(row.get("times_floor") for row in here)  # rows of older versions have none
         plain: dict[tuple[Any, ...], int | None] = {}
         lines = []
         for row in here:
             median, low, high = row["faster_than_plain"]
             first = plain.setdefault((row["step"], row["dtype"]), row["peak"])
             peak = "" if not row["peak"] or not first else f"{row['peak'] / 2**20:.0f}, {first / row['peak']:.1f}x less"
-            lines.append((row["step"], row["dtype"], row["form"], f"{median:.2f}x ({low:.2f} to {high:.2f})", peak))
-        parts.append(f"{_where(place)}; {_when(here)}:\n\n{_markdown(header, lines)}")
+            floor = [f"{row['times_floor']:.1f}x" if row.get("times_floor") else ""] * floors
+            speed = f"{median:.2f}x ({low:.2f} to {high:.2f})"
+            lines.append((row["step"], row["dtype"], row["form"], speed, *floor, peak))
+        columns = (*header[:4], *["time of the floor"] * floors, header[4])
+        parts.append(f"{_where(place)}; {_when(here)}:\n\n{_markdown(columns, lines)}")
     return "\n".join(parts)
 
 

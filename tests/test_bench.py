@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from av.video.frame import VideoFrame
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import against, cases, gate, gpu, gpu_planner, job, kernels, measure, networks, ops, parts, tables
+from bench import against, cases, gate, gpu, gpu_planner, job, kernels, measure, networks, ops, parts, roofs, tables
 from bench import data as bench_data
 from bench import eval as bench_eval
 from bench.__main__ import main
@@ -230,6 +231,20 @@ def test_every_form_of_the_encoder_gives_the_gradients_it_says(monkeypatch: pyte
     monkeypatch.setattr(networks, "sampled", lambda *_: all_of_them())
     with pytest.raises(gate.GateError, match=networks.SAMPLED):
         case.gate(case.forms())
+
+
+def test_the_floor_of_a_step_is_its_operations_or_its_bytes() -> None:
+    work = roofs.encoder_work("tsm_r18", 64, 2, 224, 4)
+    assert work.operations == pytest.approx(2 * 3 * 2 * 1.81e9, rel=0.03)  # a ResNet-18 has 1.81 G multiplications
+    assert work.floor(1e12, 1e30) == work.operations / 1e12 and work.floor(1e30, 1e9) == work.bytes / 1e9
+    for call, operations in roofs.rates(torch.device("cpu"), torch.float32).values():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() == operations
+    case = networks.Encoded.of("tsm_r18", 16, 64, "float32", torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        case.step("plain PyTorch")
+    assert counter.get_total_flops() == roofs.encoder_work("tsm_r18", 64, 16, 64, 4).operations
 
 
 QUICK = {" ".join(case.key): case for case in cases.cases(torch.device("cpu"), quick=True)}
