@@ -104,14 +104,14 @@ def measure(budget: int, out: Path, device: torch.device, seconds: float, thread
             finally:
                 child.kill()
         told = {"seconds": round(time.perf_counter() - began, 1), "seen": neighbour.seen, "turns": neighbour.turns}
-    if child.returncode == 2:  # as a user would read it
-        return told | summary([], [], 0) | {"refused": last[-1]}
-    if child.returncode:
+    if child.returncode not in (0, 2):
         raise RuntimeError(f"a budget of {budget} bytes: status {child.returncode}: {' / '.join(last)}")
     events = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     trials = [event for event in events if event["event"] == "measured"]
-    return told | summary(steps, trials, neighbour.seen) | {"refused": None}
+    # Refused at the start, or in the middle, when others left too little for too long: as a user would read it.
+    refused = last[-1] if child.returncode else None
+    return told | summary(steps, trials, neighbour.seen) | {"refused": refused}
 
 
 class Neighbour:
@@ -259,7 +259,7 @@ def _seconds(steps: Sequence[Row]) -> float:
 def line(row: Row) -> str:
     budget = f"{row['budget'] / 1e9:.2f} GB"
     if row["refused"]:
-        return f"{budget}: refused: {row['refused']}"
+        return f"{budget}: refused after {row['steps']} steps: {row['refused']}"
     return (
         f"{budget}: {row['steps']} steps ({row['short']} with less left than the budget), error at most "
         f"{100 * row['error_of_peak'][0]:.1f}% of the peak, used {100 * row['used'][1]:.0f}%, {row['violations']} "
