@@ -44,13 +44,18 @@ def planner(setting: Setting, limit: float) -> Ended:
     return measured("planner", setting, limit, [*few, "--epochs", "1" if setting.quick else "6"])
 
 
+def fits(setting: Setting, limit: float) -> Ended:
+    return measured("fits", setting, limit)  # arithmetic: the same on any machine
+
+
 PARTS = {
     "ops": Part("operators beside their peers", 300, partial(on_cpu, "ops", ["--short", "--rounds", "7"])),
     "memory": Part("what is kept of a frame, peaks of a step", 240, partial(on_cpu, "memory", ["--short"])),
     "step": Part("time of a step beside plain PyTorch", 720, partial(on_cpu, "step", ["--short", "--rounds", "3"])),
     "planner": Part("the planner at three budgets", 360, planner),
     "data": Part("decoding beside the videos themselves", 60, partial(on_cpu, "data", [])),
-    "eval": Part("the evaluator beside the official procedure", 120, partial(on_cpu, "eval", ["--rounds", "3"])),
+    "fits": Part("the highest fidelity against the budget", 20, fits),
+    "eval": Part("the evaluator beside the official procedure", 100, partial(on_cpu, "eval", ["--rounds", "3"])),
 }
 
 
