@@ -631,14 +631,18 @@ def test_evaluation_is_measured_beside_the_official_procedure(
 
 
 def test_all_runs_its_parts_and_compares_them(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench", "all", "--quick", "--part", "eval", "--results", str(tmp_path)]
-    done = subprocess.run([*command, "--against", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    old, results = tmp_path / "old", tmp_path / "new"
+    threads = torch.get_num_threads()
+    try:
+        assert main(["eval", "--quick", "--rounds", "1", "--results", str(old / "eval.jsonl")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    command = [sys.executable, "-m", "bench", "all", "--quick", "--part", "eval", "--results", str(results)]
+    done = subprocess.run([*command, "--against", str(old)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = read_rows(tmp_path / "all.jsonl")
+    (found,) = read_rows(results / "all.jsonl")
     assert (found["part"], found["complete"], found["status"]) == ("eval", True, 0)
-    assert len(read_rows(tmp_path / "eval.jsonl")) == 6 and "new / old" not in done.stdout
-    done = subprocess.run([*command, "--against", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "new / old:" in done.stdout
+    assert len(read_rows(results / "eval.jsonl")) == 6 and "new / old:" in done.stdout
 
 
 def test_what_fits_is_computed_drawn_and_kept_up_to_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
