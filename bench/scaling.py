@@ -45,10 +45,10 @@ class Size:
 
 Curves = dict[str, tuple[Size, tuple[object, ...]]]  # what is changed -> (all else, its values)
 ON_CPU: Curves = {
-    "snippets": (Size(16, 64), (8, 16, 32, 64, 128)),
+    "snippets": (Size(16, 64), (8, 16, 32, 64)),
     "side": (Size(8, 64), (64, 96, 128, 192)),
-    "videos": (Size(16, 64), (1, 2, 4)),
-    "encoder": (Size(16, 64), ("tsm_r18", "tsm_r34", "tsm_r50")),
+    "videos": (Size(8, 64), (1, 2, 4)),
+    "encoder": (Size(8, 64), ("tsm_r18", "tsm_r34", "tsm_r50")),
 }
 ON_GPU: Curves = {
     "snippets": (Size(100, 112), (25, 50, 100, 200, 400)),
@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each comparison (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each comparison (default: 3)")
     parser.add_argument("--quick", action="store_true", help="one small size: does everything run?")
     parser.add_argument("--results", type=Path, default=RESULTS / "scaling.jsonl", help="file of rows to append to")
     add_against(parser)
