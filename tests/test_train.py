@@ -658,6 +658,58 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_lower_and_a_replay_gives_
     assert rungs[0] == rungs[1]
 
 
+# Training whose planner believes in half of what a step takes, and makes no trial that would tell.
+MISTAKEN = """
+import sys
+from dataclasses import replace
+from lofi_fast import joint, train
+from lofi_fast.memory.governor import Governor
+from lofi_fast.memory.meter import settle_allocator
+from lofi_fast.plan import PRIOR, Fit
+
+class Mistaken(Governor):
+    load_readings = lambda self, *of: False
+
+    def __init__(self, *of, **how):
+        super().__init__(*of, prior=replace(PRIOR, careful=Fit(1.0, 0.0)), **how)
+
+    def calibrate(self, measure):
+        pass
+
+real = joint.step_bytes
+joint.Governor = Mistaken
+joint.step_bytes = lambda *of, **how: half(real(*of, **how))
+half = lambda all: replace(all, **{name: getattr(all, name) // 2 for name in vars(all)})
+settle_allocator("mistaken", sys.argv[1:])
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_wrong_prediction_costs_a_retry_and_never_more_than_the_budget(demo_set: Demo, tmp_path: Path) -> None:
+    flags = ["--fidelity", "16x96", "--width", "32", "--batch", "4", "--stages", "joint", "--joint-epochs", "2"]
+    done = launch(demo_set.command(tmp_path / "unbound", *flags), tmp_path / "unbound")
+    assert done.status == 0, done.out + done.err
+    low, high = needs(read(tmp_path / "unbound" / "plan.json")["plans"]["joint"])
+    budget = (low + high) // 2
+    (tmp_path / "mistaken.py").write_text(MISTAKEN)
+    flags += ["--mem-budget", str(budget)]
+    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
+    mistaken = subprocess.run(
+        [sys.executable, "-m", "mistaken", *demo_set.command(tmp_path / "run", *flags)], cwd=ROOT, text=True,
+        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, timeout=PATIENCE,
+    )  # fmt: skip
+    if "no hard cap" in mistaken.stderr:
+        pytest.skip(mistaken.stderr)
+    assert mistaken.returncode == 0, mistaken.stdout + mistaken.stderr
+    refused, steps = (events(tmp_path / "run", kind) for kind in ("out_of_memory", "step"))
+    assert any("lofi_fast: out of memory" in event["reason"] for event in refused)
+    assert sum(step["retries"] for step in steps) == len(refused)
+    for event in (*refused, *steps):
+        assert event["peak"] <= 1.02 * budget, "what libraries take for themselves is small beside tensors"
+    for step in steps:
+        assert sorted(step["videos"]) == sorted(f"demo_training_00{i}" for i in range(4))
+
+
 def test_frames_that_were_asked_for_at_more_memory_are_reduced_and_replayed(
     demo_set: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
