@@ -219,12 +219,12 @@ def installed(package: str) -> bool:
 
 # Their seconds add up to `MINUTES`.
 PARTS = {
-    "ops": Part("every operator beside its peers, and its share of the copy bandwidth", 90, ops),
-    "memory": Part("what is kept of a frame; peaks of whole steps, allocator and driver", 55, memory),
+    "ops": Part("every operator beside its peers, and its share of the copy bandwidth", 85, ops),
+    "memory": Part("what is kept of a frame; peaks of whole steps, allocator and driver", 80, memory),
     "step": Part("lean beside plain PyTorch and torch.compile of it", 110, step),
-    "planner": Part("budgets of 4 to 24 GB beside a neighbour that takes and frees memory", 150, planner),
-    "data": Part("decoding", 10, data),
-    "tests": Part("tests of the operators, and those marked gpu", 65, tests),
+    "planner": Part("budgets of 4 to 24 GB beside a neighbour that takes and frees memory", 140, planner),
+    "data": Part("decoding", 5, data),
+    "tests": Part("tests of the operators, and those marked gpu", 60, tests),
 }
 
 

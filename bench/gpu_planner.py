@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +34,7 @@ from lofi_fast.errors import InputError
 from lofi_fast.precision import choose_device
 
 USAGE = "python -m bench gpu_planner [options]"
-BUDGETS = "4GB,6GB,8GB,11GB,16GB,24GB"
+BUDGETS = "11GB,4GB,24GB,8GB,16GB,6GB"  # in the order of what a cut-off should leave
 SHARE_LEFT = (0.7, 1.3)  # of the budget, that the neighbour leaves in turn
 HOLD_SECONDS, SAMPLE_SECONDS = 3.0, 0.01
 PIECE = 128 << 20  # bytes that the neighbour takes and frees at a time
@@ -62,12 +62,14 @@ def main(argv: Sequence[str]) -> int:
     known = {row["budget"] for row in alike(read_rows(args.results), start)} if args.skip_measured else set()
     rows: list[Row] = []
     failed = False
-    with tempfile.TemporaryDirectory(prefix="bench-gpu-planner-", ignore_cleanup_errors=True) as name:
+    with ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-gpu-planner-", ignore_cleanup_errors=True))
+        neighbour = stack.enter_context(Neighbour(device, args.tiny))
         for budget in (amount for amount in amounts if amount not in known):
             out = Path(name) / str(budget)
             row = {"bench": "gpu_planner", "model": "r18", "pressure": True, "budget": budget}
             try:
-                row |= measure(budget, out, device, args.seconds, args.threads, args.tiny) | start
+                row |= measure(budget, out, neighbour, device, args.seconds, args.threads, args.tiny) | start
             except RuntimeError as error:  # the other budgets may go better
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 failed = True
@@ -81,29 +83,31 @@ def main(argv: Sequence[str]) -> int:
     return int(failed or any(row["violations"] or row["lost"] for row in rows))
 
 
-def measure(budget: int, out: Path, device: torch.device, seconds: float, threads: int, tiny: bool) -> Row:
+def measure(
+    budget: int, out: Path, neighbour: Neighbour, device: torch.device, seconds: float, threads: int, tiny: bool
+) -> Row:
     """One budget."""
     command = [sys.executable, "-m", "bench.synthetic", "--device", device.type, "--budget", str(budget)]
     command += ["--seconds", str(seconds), "--out", str(out), "--threads", str(threads), *(["--tiny"] * tiny)]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     began = time.perf_counter()
-    with Neighbour(device, budget, tiny) as neighbour:
-        with subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        ) as child:  # fmt: skip
-            assert child.stdout
-            last: deque[str] = deque(maxlen=3)
-            try:
-                with neighbour.watching(child.pid):
-                    for said in child.stdout:
-                        last.append(said.strip())
-                        if said.strip() == TRAINING:
-                            neighbour.begin()
-                    child.wait()
-            finally:
-                child.kill()
-        told = {"seconds": round(time.perf_counter() - began, 1), "seen": neighbour.seen, "turns": neighbour.turns}
+    neighbour.aim(budget)
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as child:  # fmt: skip
+        assert child.stdout
+        last: deque[str] = deque(maxlen=3)
+        try:
+            with neighbour.watching(child.pid):
+                for said in child.stdout:
+                    last.append(said.strip())
+                    if said.strip() == TRAINING:
+                        neighbour.begin()
+                child.wait()
+        finally:
+            child.kill()
+    told = {"seconds": round(time.perf_counter() - began, 1), "seen": neighbour.seen, "turns": neighbour.turns}
     if child.returncode not in (0, 2):
         raise RuntimeError(f"a budget of {budget} bytes: status {child.returncode}: {' / '.join(last)}")
     events = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
@@ -117,7 +121,8 @@ def measure(budget: int, out: Path, device: torch.device, seconds: float, thread
 class Neighbour:
     """A second process that holds memory of the device, and the view from outside of what a third one holds.
 
-    From the start it holds all but 1.3 times the budget; from `begin` on it leaves 0.7 and 1.3 times that in turn.
+    Once it is told what to `aim` at it holds all but 1.3 times the budget; from `begin` on it leaves 0.7 and 1.3 times
+    that in turn, until `watching` ends.
     """
 
     _SCRIPT = """
@@ -140,40 +145,43 @@ for line in sys.stdin:
     print(len(held) * piece, flush=True)
 """
 
-    def __init__(self, device: torch.device, budget: int, tiny: bool) -> None:
-        self._device, self._budget, self._tiny = device, budget, tiny
+    def __init__(self, device: torch.device, tiny: bool) -> None:
+        self._device, self._tiny = device, tiny
         self._piece = PIECE if device.type == "cuda" else 1 << 24
         self._stop, self._quiet = Event(), Lock()
         self._held = self._base = self.seen = self.turns = 0
+        self._holds: tuple[int, ...] = (0, 0)
         self._threads: list[Thread] = []
 
     def __enter__(self) -> Neighbour:
         command = [sys.executable, "-c", self._SCRIPT, str(self._device), str(self._piece)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._hold(0)  # its context is there then
-        self._base = self._free()
-        shares = [int(self._base - share * self._budget) for share in SHARE_LEFT]
-        self._holds = TINY_HOLDS if self._tiny else tuple(max(amount, 0) for amount in shares)
-        self._hold(self._holds[1])
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
         self._process.kill()
         self._process.wait()
+
+    def aim(self, budget: int) -> None:
+        """Make ready for a training with this budget, which has not started."""
+        self._stop, self.seen, self.turns = Event(), 0, 0
+        self._hold(0)  # its context is there then
+        self._base = self._free()
+        shares = [int(self._base - share * budget) for share in SHARE_LEFT]
+        self._holds = TINY_HOLDS if self._tiny else tuple(max(amount, 0) for amount in shares)
+        self._hold(self._holds[1])
 
     @contextmanager
     def watching(self, pid: int) -> Iterator[None]:
         """Keep in `seen` the most that the process held."""
-        thread = Thread(target=self._watch, args=(pid,), daemon=True)
-        thread.start()
+        self._threads = [Thread(target=self._watch, args=(pid,), daemon=True)]
+        self._threads[0].start()
         try:
             yield
         finally:
             self._stop.set()
-            thread.join()
+            for thread in self._threads:
+                thread.join()
 
     def begin(self) -> None:
         """Take and free in turn from now on."""
@@ -273,7 +281,7 @@ def table(rows: Iterable[Row]) -> str:
         "budget, GB", "steps", "short", "error of peak", "of what is added", "used", "seen", "violations", "lost",
         "down", "up", "retries",
     )]  # fmt: skip
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["budget"]):
         budget = f"{row['budget'] / 1e9:.2f}"
         if row["refused"]:
             lines.append((budget, *["refused"] * 11))

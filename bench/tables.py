@@ -336,7 +336,7 @@ def planner_table(rows: Sequence[Row]) -> str:
 
 def gpu_planner_table(rows: Sequence[Row]) -> str:
     """Each budget's newest run beside a neighbour."""
-    rows = _newest(rows, ("model", "pressure", "budget"))
+    rows = sorted(_newest(rows, ("model", "pressure", "budget")), key=lambda row: row["budget"])
     header = (
         "budget", "steps, of them with less left", "largest error of the peak", "of what a step adds",
         "used, median", "most that the driver showed", "violations", "lost or repeated videos", "rungs down / up",
