@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+import torch
+
 from bench.against import add_against, comparison, read_against
-from bench.rows import RESULTS, ROOT, Row, append_row, environment
+from bench.rows import RESULTS, ROOT, Row, append_row, environment, software
 from bench.tables import aligned
 from lofi_fast.errors import InputError
 
@@ -40,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     if args.rounds < 1:
         raise InputError("--rounds must be at least 1")
     old = read_against(args.against)
-    start = environment()
+    start = environment() | software(torch.device("cpu"), 1)
     readings: dict[str, list[Row]] = {name: [] for name in ALLOCATORS}
     for _ in range(args.rounds):
         for name, found in readings.items():
@@ -80,8 +82,6 @@ def _child(what: str, width: int) -> Row:
 
 def _steps(name: str, width: int) -> Row:
     """Seconds of CPU time and peaks of identical steps, and page faults of the last."""
-    import torch
-
     from bench.networks import Encoded
     from lofi_fast.memory import allocator
     from lofi_fast.memory.meter import CpuMeter, settle_glibc

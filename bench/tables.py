@@ -9,7 +9,7 @@ from hashlib import sha256
 from io import StringIO
 from math import isnan, log, nan
 from pathlib import Path
-from statistics import fmean, linear_regression
+from statistics import fmean, linear_regression, median
 from typing import Any
 
 from bench.rows import RESULTS, ROOT, Row, read_rows
@@ -323,7 +323,7 @@ def planner_table(rows: Sequence[Row]) -> str:
         errors = [f"{100 * max(row[key][0] for row in went):.1f}%" for key in ("error_of_peak", "error_of_added")]
         lines.append((
             model + ", beside a neighbour" * pressure, f"{len(run)}, {min(span):.2f} to {max(span):.2f} GB",
-            str(sum(row["steps"] for row in went)), *errors, f"{100 * min(bound):.0f}% to {100 * max(bound):.0f}%",
+            _steps(went), *errors, f"{100 * min(bound):.0f}% to {100 * max(bound):.0f}%",
             str(sum(row["violations"] for row in went)), str(sum(row["lost"] for row in went)),
             f"{sum(row['down'] for row in went)} / {sum(row['up'] for row in went)}", _when(run),
         ))  # fmt: skip
@@ -332,6 +332,57 @@ def planner_table(rows: Sequence[Row]) -> str:
         "violations", "lost or repeated videos", "rungs down / up", "date, commit",
     )  # fmt: skip
     return _markdown(header, lines)
+
+
+def _steps(rows: Sequence[Row]) -> str:
+    """Of several trainings; of those with less left for them than the budget, how many."""
+    short = sum(row.get("short", 0) for row in rows)
+    return f"{sum(row['steps'] for row in rows)}{f', {short} with less left than the budget' if short else ''}"
+
+
+def tuners_table(rows: Sequence[Row]) -> str:
+    """Over the budgets of the newest run: what each way to find a plan came to."""
+    header = (
+        "way", "budget used, median (least)", "Omega, of full fidelity", "trainings that broke off",
+        "steps that did not fit", "steps of search", "planning, s",
+    )  # fmt: skip
+    parts = []
+    for place, here in _by_place([row for row in rows if not row.get("quick")]):
+        newest = [row for row in here if row["date"] == max(row["date"] for row in here)]
+        lines = []
+        for tuner in dict.fromkeys(row["tuner"] for row in newest):
+            mine = [row for row in newest if row["tuner"] == tuner]
+            used = [row["used"] or 0.0 for row in mine]
+            omega = fmean(row["omega"] or 0.0 for row in mine)
+            broken = sum(row["trained"] < max(other["trained"] for other in newest) for row in mine)
+            searched, failures = (sum(row[key] for row in mine) for key in ("searched", "failures"))
+            lines.append((
+                tuner, f"{100 * median(used):.0f}% ({100 * min(used):.0f}%)", f"{100 * omega:.0f}%",
+                f"{broken} of {len(mine)}", str(failures), f"{searched / len(mine):.1f}",
+                f"{fmean(row['planning_seconds'] for row in mine):.0f}",
+            ))  # fmt: skip
+        budgets = [row["budget"] / 1e9 for row in newest]
+        span = f"{len(set(budgets))} budgets from {min(budgets):.2f} to {max(budgets):.2f} GB"
+        parts.append(f"{_where(place)}, {span}; {_when(newest)}:\n\n{_markdown(header, lines)}")
+    return "\n".join(parts) or f"{MISSING}\n"
+
+
+def overhead_table(rows: Sequence[Row]) -> str:
+    """The governor, and the allocators."""
+    rows = _newest(rows, ("of",))
+    header = ("what", "ms a step (p20 to p80)", "of the default", "peak, MiB", "varies by", "page faults a step")
+    parts = []
+    for place, here in _by_place(rows):
+        lines = []
+        for row in here:
+            low, high = row["spread_ms"]
+            cells = ("", "", "", "")
+            if "peak" in row:
+                varies = f"{100 * row['peak_varies']:.1f}%"
+                cells = (f"{row['of_default']:.2f}x", f"{row['peak'] / 2**20:.0f}", varies, f"{row['faults']:,}")
+            lines.append((row["of"], f"{row['ms']:.3g} ({low:.3g} to {high:.3g})", *cells))
+        parts.append(f"{_where(place)}; {_when(here)}:\n\n{_markdown(header, lines)}")
+    return "\n".join(parts) or f"{MISSING}\n"
 
 
 def gpu_planner_table(rows: Sequence[Row]) -> str:
@@ -563,6 +614,8 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "memory": memory_table,
     "step": step_table,
     "planner": planner_table,
+    "tuners": tuners_table,
+    "overhead": overhead_table,
     "data": data_table,
     "eval": eval_table,
     "gpu_planner": gpu_planner_table,

@@ -19,10 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bench.against import add_against, comparison, read_against
 from bench.peers.tuners import TUNERS
-from bench.rows import RESULTS, ROOT, Row, append_row, environment
+from bench.rows import RESULTS, ROOT, Row, append_row, environment, software
 from bench.tables import aligned
 from lofi_fast.config import Budget, Config, demo
 from lofi_fast.errors import InputError
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     if args.budgets < 1 or args.steps < 1:
         raise InputError("--budgets and --steps must be at least 1")
     old = read_against(args.against)
-    start = environment()
+    start = environment() | software(torch.device("cpu"), 1)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="bench-tuners-", ignore_cleanup_errors=True) as name:
         ends = [int(share * peak) for share, peak in zip(RANGE, _ends(Path(name), args.width), strict=True)]
@@ -83,8 +84,6 @@ def _work(tuner: str, budget: int, steps: int, width: int, folder: Path) -> Row:
     """Find a plan, then train at it. `used`: of the budget, by the largest peak of training; None where none went
     through. `failures`: steps that asked for more than the budget. `searched`: steps that trained nothing.
     """
-    import torch
-
     from bench.synthetic import SyntheticRun
     from lofi_fast.joint import plan_joint, trial
     from lofi_fast.log import RunLog
