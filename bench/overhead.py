@@ -1,7 +1,8 @@
 """What planning costs: the governor's time in a step, and the allocators under it beside those PyTorch's users have.
 
 The governor chooses, rechecks and learns over ActivityNet's ladder with the real meter. Allocators are compared in
-processes of their own, in turn: forward and backward of a lean TSM-R18, one thread.
+processes of their own, in turn, one thread: forward and backward of a lean TSM-R18; and a whole step as it is trained
+here beside plain PyTorch as it comes.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from bench.tables import aligned
 from lofi_fast.errors import InputError
 
 USAGE = "python -m bench overhead [options]"
-# Name -> (whether ours is under torch, whether glibc is settled).
-ALLOCATORS = {
-    "glibc as it comes": (False, False),
-    "glibc settled": (False, True),
-    "glibc settled, ours under torch": (True, True),
+PLAIN, SETTLED, OURS = "glibc as it comes", "glibc settled", "glibc settled, ours under torch"
+# What is run -> the form and allocator of each row; the first is what the others are compared with.
+CASES = {
+    "encoder": [("lean", PLAIN), ("lean", SETTLED), ("lean", OURS)],
+    "whole step": [("plain PyTorch, dense SGAlign", PLAIN), ("lean", OURS), ("lean, recompute", OURS)],
 }
+SNIPPETS = 100  # of the whole step, of 8 frames
 FRAMES, SIDE, STEPS = 64, 112, 5
 GOVERNED = 500
 VALUES = {"ms a step": ("ms",), "peak": ("peak",)}
@@ -43,23 +45,23 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("--rounds must be at least 1")
     old = read_against(args.against)
     start = environment() | software(torch.device("cpu"), 1)
-    readings: dict[str, list[Row]] = {name: [] for name in ALLOCATORS}
-    for _ in range(args.rounds):
-        for name, found in readings.items():
-            found.append(_child(name, args.width))
-    first = next(iter(readings))
-    rows: list[Row] = [_child("governor", args.width) | {"bench": "overhead", "of": "governor"} | start]
-    for name, found in readings.items():
-        times = sorted(seconds for reading in found for seconds in reading["seconds"])
-        theirs = median(seconds for reading in readings[first] for seconds in reading["seconds"])
-        peaks = [peak for reading in found for peak in reading["peaks"]]
-        rows.append({
-            "bench": "overhead", "of": name, "ms": round(1e3 * median(times), 2),
-            "spread_ms": [round(1e3 * times[int(share * (len(times) - 1))], 2) for share in (0.2, 0.8)],
-            "of_default": round(median(times) / theirs, 3), "peak": int(median(peaks)),
-            "peak_varies": round((max(peaks) - min(peaks)) / median(peaks), 4),
-            "faults": int(median(reading["faults"] for reading in found)),
-        } | start)  # fmt: skip
+    rows: list[Row] = [_child("governor", "", "", args.width) | {"bench": "overhead", "of": "governor"} | start]
+    for what in CASES if args.whole else ["encoder"]:
+        found: list[list[Row]] = [[] for _ in CASES[what]]
+        for _ in range(args.rounds):
+            for (form, allocator), readings in zip(CASES[what], found, strict=True):
+                readings.append(_child(what, form, allocator, args.width))
+        theirs = median(seconds for reading in found[0] for seconds in reading["seconds"])
+        for (form, allocator), readings in zip(CASES[what], found, strict=True):
+            times = sorted(seconds for reading in readings for seconds in reading["seconds"])
+            peaks = [peak for reading in readings for peak in reading["peaks"]]
+            rows.append({
+                "bench": "overhead", "of": f"{what}, {form}, {allocator}", "ms": round(1e3 * median(times), 2),
+                "spread_ms": [round(1e3 * times[int(share * (len(times) - 1))], 2) for share in (0.2, 0.8)],
+                "of_default": round(median(times) / theirs, 3), "peak": int(median(peaks)),
+                "peak_varies": round((max(peaks) - min(peaks)) / median(peaks), 4),
+                "faults": int(median(reading["faults"] for reading in readings)),
+            } | start)  # fmt: skip
     for row in rows:
         append_row(args.results, row)
     print(f"{table(rows)}\n{len(rows)} rows appended to {args.results}")
@@ -68,11 +70,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _child(what: str, width: int) -> Row:
+def _child(what: str, form: str, allocator: str, width: int) -> Row:
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-m", "bench.overhead", what, str(width)], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": paths},
+        [sys.executable, "-m", "bench.overhead", what, form, allocator, str(width)], cwd=ROOT, text=True,
+        capture_output=True, env=os.environ | {"PYTHONPATH": paths},
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{what}: {done.stderr.strip()[-500:]}")
@@ -80,26 +82,29 @@ def _child(what: str, width: int) -> Row:
     return told
 
 
-def _steps(name: str, width: int) -> Row:
+def _steps(what: str, form: str, under: str, width: int) -> Row:
     """Seconds of CPU time and peaks of identical steps, and page faults of the last."""
-    from bench.networks import Encoded
+    from bench.networks import Encoded, WholeStep
     from lofi_fast.memory import allocator
     from lofi_fast.memory.meter import CpuMeter, settle_glibc
 
-    ours, settled = ALLOCATORS[name]
-    if settled:
+    if under != PLAIN:
         settle_glibc()
-    if ours and (reason := allocator.install()):
+    if under == OURS and (reason := allocator.install()):
         raise RuntimeError(reason)
     torch.set_num_threads(1)
-    case = Encoded.of("tsm_r18", FRAMES, SIDE, "float32", torch.device("cpu"), width)
-    case.step("lean")
+    case: Encoded | WholeStep
+    if what == "encoder":
+        case, steps = Encoded.of("tsm_r18", FRAMES, SIDE, "float32", torch.device("cpu"), width), STEPS
+    else:
+        case, steps = WholeStep.of("tsm_r18", SNIPPETS, SIDE, "float32", torch.device("cpu"), width=width), 1
+    case.step(form)
     meter = CpuMeter()
     seconds, peaks, faults = [], [], 0
-    for _ in range(STEPS):
+    for _ in range(steps):
         meter.reset_peak()
         before, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
-        case.step("lean")
+        case.step(form)
         seconds.append(time.process_time() - began)
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         peaks.append(meter.peak())
@@ -145,7 +150,7 @@ def _governor() -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = [("what", "ms a step", "of the default", "peak, MiB", "varies", "page faults")]
+    lines = [("what", "ms a step", "of the first", "peak, MiB", "varies", "page faults")]
     for row in rows:
         low, high = row["spread_ms"]
         timed = f"{row['ms']:.3g} ({low:.3g} to {high:.3g})"
@@ -161,11 +166,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench overhead", usage=USAGE, description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="processes of each allocator (default: 3)")
     parser.add_argument("--width", type=int, default=64, help="channels of the encoder's first stage (default: 64)")
+    parser.add_argument("--whole", action="store_true", help="the whole step too, for minutes")
     parser.add_argument("--results", type=Path, default=RESULTS / "overhead.jsonl", help="file of rows to append to")
     add_against(parser)
     return parser
 
 
 if __name__ == "__main__":  # a child
-    told = _governor() if sys.argv[1] == "governor" else _steps(sys.argv[1], int(sys.argv[2]))
+    told = _governor() if sys.argv[1] == "governor" else _steps(*sys.argv[1:4], int(sys.argv[4]))
     print(json.dumps(told))

@@ -370,7 +370,7 @@ def tuners_table(rows: Sequence[Row]) -> str:
 def overhead_table(rows: Sequence[Row]) -> str:
     """The governor, and the allocators."""
     rows = _newest(rows, ("of",))
-    header = ("what", "ms a step (p20 to p80)", "of the default", "peak, MiB", "varies by", "page faults a step")
+    header = ("what", "ms a step (p20 to p80)", "of the first", "peak, MiB", "varies by", "page faults a step")
     parts = []
     for place, here in _by_place(rows):
         lines = []
