@@ -21,6 +21,7 @@ from lofi_fast.checkpoint import Position
 from lofi_fast.config import STAGES, Config
 from lofi_fast.data.dataset import Dataset, Jitter, Sample, Sampler
 from lofi_fast.data.pipeline import FramePipeline, FrameRequest
+from lofi_fast.encoder.lean import CHUNK_PIXELS
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.encoder.weights import load_encoder_weights
 from lofi_fast.errors import InputError
@@ -97,11 +98,17 @@ class Run:
         return self.pipeline.stream(batches)
 
     def jitter(self, frames: Tensor, jitters: Sequence[Jitter]) -> Tensor:
-        """Apply each request's pixel jitter to its share of a batch's frames, in place; uint8."""
+        """Apply each request's pixel jitter to its share of a batch's frames, in place; uint8.
+
+        In pieces: they are floats in between, and so stay below the maps of one chunk of the encoder.
+        """
+        if not self.config.data.jitter:
+            return frames
+        size = max(CHUNK_PIXELS // (frames.shape[1] * frames.shape[2]), 1)
         for part, jitter in zip(frames.chunk(len(jitters)), jitters, strict=True):
-            if self.config.data.jitter:
-                gain = torch.tensor(jitter.gain, device=frames.device)
-                part.copy_(part.float().mul_(gain).add_(255 * jitter.offset).clamp_(0, 255))
+            gain = torch.tensor(jitter.gain, device=frames.device)
+            for piece in part.split(size):
+                piece.copy_(piece.float().mul_(gain).add_(255 * jitter.offset).clamp_(0, 255))
         return frames
 
     def dropout(self, features_BCL: Tensor, samples: Sequence[Sample], stage: str, epoch: int) -> Tensor:

@@ -408,10 +408,10 @@ def test_the_tables_are_the_networks() -> None:
 
 def test_a_setting_is_read_from_a_config() -> None:
     assert Setting.of(thumos(), 20, BF16) == Setting(
-        "tsm_r18", 64, thumos().head, 20, 256, BF16, class_loss=False, optimizer="sgd", jitter=False
+        "tsm_r18", 64, thumos().head, 20, 256, BF16, class_loss=False, optimizer="sgd"
     )
     assert Setting.of(demo(), 6, FP32) == Setting(
-        "tsm_r18", 32, demo().head, 6, 32, FP32, class_loss=True, optimizer="adamw", jitter=True
+        "tsm_r18", 32, demo().head, 6, 32, FP32, class_loss=True, optimizer="adamw"
     )
 
 
@@ -424,18 +424,12 @@ def test_bytes_a_frame_at_224_pixels() -> None:
     assert frame(model.plain_kept_bytes, "tsm_r50", BF16) > 2.5 * frame(model.lean_kept_bytes, "tsm_r50", BF16)
 
 
-def test_frames_and_jitter() -> None:
+def test_frames_are_of_this_micro_batch_and_of_those_decoded_ahead() -> None:
     setting = Setting.of(activitynet(), 200, BF16)
     of_video = 100 * 8 * 224 * 224 * 3
     full = step_bytes(setting, Fidelity(100, 224), 2)
     assert full.frames == 2 * 2 * of_video
     assert step_bytes(replace(setting, decoded_ahead=2), Fidelity(100, 224), 2).frames == 3 * 2 * of_video
-    jittered = step_bytes(replace(setting, jitter=True), Fidelity(100, 224), 2)
-    assert jittered == full  # in floats a video is smaller than what is kept of two
-    again, jittered_again = (
-        step_bytes(replace(setting, jitter=jitter), Fidelity(100, 224), 1, recompute=True) for jitter in (False, True)
-    )
-    assert again.total < jittered_again.total == again.between + again.gradients + again.frames + 4 * of_video
 
 
 def test_the_update_may_be_the_peak() -> None:
@@ -469,7 +463,6 @@ SETTINGS = st.builds(
     map_bytes=st.sampled_from([FP32, BF16]),
     class_loss=st.booleans(),
     optimizer=st.sampled_from(["sgd", "adam"]),
-    jitter=st.booleans(),
 )  # fmt: skip
 LENGTHS, SIDES, BATCHES, CHUNKS = st.integers(2, 100), st.integers(16, 224), st.integers(1, 16), st.integers(1, 40)
 

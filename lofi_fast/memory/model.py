@@ -492,7 +492,6 @@ class Setting:
     map_bytes: int  # 4 in fp32, 2 under bf16 or fp16 autocast
     class_loss: bool
     optimizer: Literal["sgd", "adam", "adamw"]
-    jitter: bool = False
     decoded_ahead: int = 1  # micro-batches of frames beside the one that is worked on: FramePipeline's depth
 
     @staticmethod
@@ -506,7 +505,6 @@ class Setting:
             map_bytes=map_bytes,
             class_loss=config.joint.class_loss != 0,
             optimizer=config.joint.optimizer,
-            jitter=config.data.jitter != 0,
         )
 
 
@@ -626,8 +624,6 @@ def step_bytes(
     learning = net.weights + sum(stage.weight for stage in stages) + bias
     parameters = learning + (0 if s.class_loss else sum(head.classifier))
     gradients = FLOAT * learning if accumulates else 0
-    if s.jitter:  # a video at a time in floats, before all this
-        t.peak = max(t.peak, FLOAT * fidelity.num_frames * net.stem.source.numel)
     peak = max(t.peak, FLOAT * learning - gradients)  # at the update
     counters = FLOAT * (len(net.convs) + HEAD_TENSORS)
     return StepBytes(
