@@ -33,7 +33,7 @@ from lofi_fast.config import Config
 from lofi_fast.config import demo as demo_config
 from lofi_fast.data import demo
 from lofi_fast.data.dataset import CROP_OF_CACHED, Sample, Sampler, load_dataset
-from lofi_fast.data.pipeline import FramePipeline
+from lofi_fast.data.pipeline import FramePipeline, pictures_of_a_run
 from lofi_fast.data.video import find_videos
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, select_snippets
@@ -42,7 +42,6 @@ from lofi_fast.precision import choose_device
 USAGE = "python -m bench data [options]"
 OURS = "frame cache, DALI"
 VIDEOS = 8
-DECODED = 64  # pictures in one run of the pipeline
 CUTS = {"full": (1, 1), "spatial cut 4": (1, 2), "temporal cut 4": (4, 1)}  # name -> (snippets, side) divided by
 LARGEST = 8.0  # mean difference of pixels, of 255: the cache is resized twice, and compressed between
 
@@ -93,7 +92,8 @@ def measure(device: torch.device, count: int, rounds: int, threads: int, quick: 
             "frames_a_second": round(kept / seconds, 1),
             "bytes": sum(path.stat().st_size for path in (folder / "frames").iterdir()),
         }  # fmt: skip
-        pipeline = FramePipeline(DECODED, device.type, num_threads=threads)
+        largest = max(sample.cached.width * sample.cached.height for sample in samples)
+        pipeline = FramePipeline(pictures_of_a_run(largest, device.type), device.type, num_threads=threads)
         with closing(pipeline):
             for case, (fewer, smaller) in list(CUTS.items())[: 1 if quick else None]:
                 fidelity = Fidelity(config.full.num_snippets // fewer, config.full.side // smaller)

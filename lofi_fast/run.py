@@ -20,7 +20,7 @@ from lofi_fast import __version__, checkpoint
 from lofi_fast.checkpoint import Position
 from lofi_fast.config import STAGES, Config
 from lofi_fast.data.dataset import Dataset, Jitter, Sample, Sampler
-from lofi_fast.data.pipeline import FramePipeline, FrameRequest
+from lofi_fast.data.pipeline import FramePipeline, FrameRequest, pictures_of_a_run
 from lofi_fast.encoder.lean import CHUNK_PIXELS
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.encoder.weights import load_encoder_weights
@@ -37,9 +37,6 @@ from lofi_fast.precision import Precision
 T = TypeVar("T")
 CHECKPOINT_SECONDS = 300.0  # within an epoch; each epoch's end is saved besides
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "numpy", "av", "nvidia-ml-py")
-# Decoded by one DALI run. A CPU decodes frames of 340x256 1.8 times as fast in runs of 4 MiB as of 32 MiB (they stay in
-# its cache), and what a run holds comes on top of the step that it runs beside.
-DECODE_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
 
 
 def seed_of(*key: int | str) -> int:
@@ -67,7 +64,7 @@ class Run:
         self.head = self.new_head("joint")
         largest = max(s.cached.width * s.cached.height for samples in dataset.samples.values() for s in samples)
         self.pipeline = FramePipeline(
-            max(DECODE_BYTES[device.type] // (3 * largest), 1), device.type, num_threads=min(os.cpu_count() or 1, 8)
+            pictures_of_a_run(largest, device.type), device.type, num_threads=min(os.cpu_count() or 1, 8)
         )
         self.scaler = self.new_scaler()
         self.position = Position(config.stages[0])
