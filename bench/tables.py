@@ -31,6 +31,7 @@ KERNELS_HEADER = (
     "widest load / store (bits)",
 )  # fmt: skip
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
+ACTIVITYNET = 10_024  # training videos
 FITS_BUDGETS = (2, 4, 8, 11, 16, 24)  # GB
 SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
@@ -452,15 +453,18 @@ def scaling_table(rows: Sequence[Row]) -> str:
     """Times and peaks along each curve, then the exponents."""
     sizes = ("snippets", "side", "videos", "encoder")
     rows = _newest(rows, ("along", *sizes, "dtype", "form"))
-    header = ("along", *sizes, "form", "ms", "videos an hour", "peak, MiB", "ledger, MiB")
+    header = (
+        "along", *sizes, "form", "ms", "videos an hour", "ActivityNet's epoch, hours, extrapolated", "peak, MiB",
+        "ledger, MiB",
+    )  # fmt: skip
     parts = []
     for place, here in _by_place(rows):
         lines = []
         for row in here:
             cells = [str(row[name]) for name in ("along", *sizes, "form")]
-            rate = f"{3.6e6 * row['videos'] / row['ms'][0]:,.0f}"
+            rate = 3.6e6 * row["videos"] / row["ms"][0]
             bytes_ = ["" if row[name] is None else f"{row[name] / 2**20:,.0f}" for name in ("peak", "predicted")]
-            lines.append((*cells, f"{row['ms'][0]:,.0f}", rate, *bytes_))
+            lines.append((*cells, f"{row['ms'][0]:,.0f}", f"{rate:,.0f}", f"{ACTIVITYNET / rate:,.1f}", *bytes_))
         parts.append(f"{_where(place)}; {_when(here)}:\n\n{_markdown(header, lines)}")
         slopes = [
             (along, form, *("" if isnan(slope) else f"{slope:.2f}" for slope in found))
