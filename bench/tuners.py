@@ -103,12 +103,13 @@ def _work(tuner: str, budget: int, steps: int, width: int, folder: Path) -> Row:
         run.encoder.freeze_batchnorm()
         run.encoder.train()
         run.head.train()
-        optimizer = make_optimizer(config.joint, [*run.encoder.parameters(), *run.head.parameters()], "torch")
+        parameters = [*run.encoder.parameters(), *run.head.parameters()]
+        optimizers = [make_optimizer(config.joint, parameters, "torch")]
         samples = run.sampler.epoch("joint", 0, BATCH)[0]
 
         def attempt(plan: Plan) -> int | None:
             decision = Decision(Pattern.SPATIAL, 0, 0, plan, plan, 0, budget, budget, budget, tuner)
-            attempts.append(trial(run, optimizer, samples, decision))
+            attempts.append(trial(run, optimizers[0], samples, decision))
             return attempts[-1]
 
         attempt(plans[-1])  # a process's first step loads code and leaves memory behind, whoever plans
@@ -118,7 +119,9 @@ def _work(tuner: str, budget: int, steps: int, width: int, folder: Path) -> Row:
         if tuner in ("smallest", "largest"):
             chosen = plans[0 if tuner == "largest" else -1]
         elif tuner == OURS:
+            optimizers.clear()  # it makes one of its own, which holds as much as this
             plan_joint(run)
+            optimizers.append(make_optimizer(config.joint, parameters, "torch"))
             assert run.planner is not None
             chosen = run.planner.choose(Pattern.SPATIAL, 0, 0).plan
             path = Path(config.out) / "log.jsonl"
