@@ -376,12 +376,12 @@ def overhead_table(rows: Sequence[Row]) -> str:
     for place, here in _by_place(rows):
         lines = []
         for row in here:
-            low, high = row["spread_ms"]
             cells = ("", "", "", "")
             if "peak" in row:
                 varies = f"{100 * row['peak_varies']:.1f}%"
                 cells = (f"{row['of_default']:.2f}x", f"{row['peak'] / 2**20:.0f}", varies, f"{row['faults']:,}")
-            lines.append((row["of"], f"{row['ms']:.3g} ({low:.3g} to {high:.3g})", *cells))
+            ms, low, high = (f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in (row["ms"], *row["spread_ms"]))
+            lines.append((row["of"], f"{ms} ({low} to {high})", *cells))
         parts.append(f"{_where(place)}; {_when(here)}:\n\n{_markdown(header, lines)}")
     return "\n".join(parts) or f"{MISSING}\n"
 
