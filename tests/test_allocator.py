@@ -74,6 +74,10 @@ def empty(num_bytes: int) -> Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8)
 
 
+def touched(num_bytes: int) -> Tensor:
+    return torch.ones(num_bytes, dtype=torch.uint8)
+
+
 def network(width: int = 16) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, width), (width, 2 * width), (2 * width, 2 * width)):
@@ -127,9 +131,7 @@ def test_blocks_of_many_gigabytes() -> None:
     assert allocator.read().used == start + 8 * GIB
     blocks.clear()
     assert allocator.read().used == start
-    assert allocator.read().kept == 8 * GIB
-    allocator.release()
-    assert allocator.read().kept == 0
+    assert allocator.read().kept == 0, "what was never touched is not held, and would count as if it were"
     for size in (2**50, 2**62, 2**63 - 1):  # beyond any address space
         with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
             empty(size)
@@ -211,7 +213,7 @@ def test_the_profiler_sees_the_blocks() -> None:
 @apart
 def test_kept_blocks_serve_again_and_raise_no_peak() -> None:
     start = allocator.read().used
-    first = empty(64 * MIB)
+    first = touched(64 * MIB)
     address = first.data_ptr()
     del first
     assert allocator.read().kept == 64 * MIB
@@ -242,7 +244,7 @@ def test_kept_and_used_together_stay_within_the_most_used_and_the_limit() -> Non
             del tensor
         else:
             size = int(2 ** rng.uniform(0, 24))
-            tensor = empty(size)
+            tensor = empty(size) if turn % 3 else touched(size)  # one in three is worth keeping
             tensor[0] = tensor[-1] = turn % 251
             held.append((tensor, turn % 251))
             del tensor
@@ -264,7 +266,7 @@ def test_kept_and_used_together_stay_within_the_most_used_and_the_limit() -> Non
 
 @apart
 def test_a_limit_holds_for_kept_blocks_too() -> None:
-    blocks = [empty(size * MIB) for size in (3, 5, 7, 11, 13, 17, 19)]
+    blocks = [touched(size * MIB) for size in (3, 5, 7, 11, 13, 17, 19)]
     del blocks
     before = allocator.read().used
     allocator.limit(20 * MIB)

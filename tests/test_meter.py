@@ -190,9 +190,25 @@ def test_real_failures_are_recognised_and_the_process_goes_on(probed: list[str])
     assert list(result["works_after"].values()) == [1.0] * 9
 
 
+# In a process of its own: an allocator stays.
+CAPPED = """
+from lofi_fast.memory import allocator
+from lofi_fast.memory.meter import settle_glibc
+from test_meter import under_a_cap
+
+settle_glibc()
+reason = allocator.install()
+print(reason) if reason else under_a_cap()
+"""
+
+
 def test_a_cap_on_a_cpu_refuses_tensors_and_leaves_the_process_as_it_was() -> None:
-    if reason := allocator.install():
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    if reason := run(["-c", CAPPED], PYTHONPATH=paths).stdout:
         pytest.skip(reason)
+
+
+def under_a_cap() -> None:
     meter = CpuMeter()
     before = meter.held()
     with meter.cap(meter.held() + 80 * MB):

@@ -24,6 +24,7 @@
 #include <map>
 #include <mutex>
 #include <unordered_map>
+#include <vector>
 
 namespace {
 
@@ -86,8 +87,10 @@ class Blocks {
     used_ -= size;
     if (size < kLarge) {
       std::free(block);
-    } else {
+    } else if (resident(static_cast<char*>(block), size)) {
       keep(static_cast<char*>(block), size);
+    } else {
+      munmap(block, size);
     }
     return true;
   }
@@ -127,6 +130,14 @@ class Blocks {
     return posix_memalign(&block, c10::gAlignment, size) == 0 ? static_cast<char*>(block) : nullptr;
   }
 
+  // Whether nearly all of a block was ever touched: what is kept counts as held, and what was not touched is not held.
+  bool resident(char* block, int64_t size) {
+    pages_.resize(size / kPage);
+    if (mincore(block, size, pages_.data()) != 0) return false;
+    const auto there = std::count_if(pages_.begin(), pages_.end(), [](unsigned char page) { return page & 1; });
+    return there * kPage >= size - size / 16;
+  }
+
   void keep(char* block, int64_t size) {
     kept_.emplace(size, block);
     kept_bytes_ += size;
@@ -157,6 +168,7 @@ class Blocks {
   }
 
   std::mutex mutex_;
+  std::vector<unsigned char> pages_;          // one at a time
   std::unordered_map<void*, int64_t> sizes_;  // bytes of each block in use
   std::multimap<int64_t, char*> kept_;        // by bytes
   int64_t used_ = 0, kept_bytes_ = 0, peak_ = 0;
