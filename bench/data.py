@@ -9,7 +9,6 @@ head and loss, without the update of the weights).
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.against import add_against, comparison, read_against
+from bench.against import add_against, read_against
 from bench.gate import GateError
 from bench.measure import spread
 from bench.networks import WholeStep
 from bench.peers.decoders import decoders, squares
-from bench.rows import RESULTS, Row, append_row, environment, software
+from bench.record import record
+from bench.rows import RESULTS, Row, environment, software
 from bench.tables import aligned
 from lofi_fast.config import Config
 from lofi_fast.config import demo as demo_config
@@ -57,21 +57,9 @@ def main(argv: Sequence[str]) -> int:
     old = read_against(args.against)
     start = environment() | software(device, args.threads) | {"quick": quick}
     count, rounds = (1, 1) if quick else (args.videos, args.rounds)
-    rows: list[Row] = []
-    try:
-        for row in measure(device, count, rounds, args.threads, quick):
-            append_row(args.results, {"bench": "data"} | row | start)
-            rows.append(row | start)
-            print(line(row), flush=True)
-    except GateError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
-        if args.against:
-            values = {"frames/s": ("frames_a_second",), "CPU ms a frame": ("cpu_ms_a_frame",), "share": ("share",)}
-            print(comparison(rows, old, ("measured", "case", "form"), values))
-    return 0
+    measured = measure(device, count, rounds, args.threads, quick)
+    values = {"frames/s": ("frames_a_second",), "CPU ms a frame": ("cpu_ms_a_frame",), "share": ("share",)}
+    return record("data", measured, start, args, old, table, ("measured", "case", "form"), values, line)
 
 
 def measure(device: torch.device, count: int, rounds: int, threads: int, quick: bool) -> Iterator[Row]:

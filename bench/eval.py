@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.against import add_against, comparison, read_against
+from bench.against import add_against, read_against
 from bench.gate import GateError
 from bench.measure import Stopwatch, interleaved, spread
 from bench.peers import official_map
-from bench.rows import RESULTS, Row, append_row, environment, software
+from bench.record import record
+from bench.rows import RESULTS, Row, environment, software
 from bench.tables import aligned
 from lofi_fast.errors import InputError
 from lofi_fast.evaluate import average_recall, mean_average_precision, parse_tiou
@@ -47,27 +47,23 @@ def main(argv: Sequence[str]) -> int:
     videos, part = (40, 10) if args.quick else (args.videos, min(PART, args.videos))
     start = environment() | software(device, args.threads) | {"quick": args.quick}
     start["versions"]["numpy"] = np.__version__
-    stopwatch = Stopwatch(device)
-    rows: list[Row] = []
+    values = {"ms": ("ms",)}
+    return record(
+        "eval", all_metrics(videos, part, args.rounds), start, args, old, table, ("metric", "videos", "form"), values,
+        line,
+    )  # fmt: skip
+
+
+def all_metrics(videos: int, part: int, rounds: int) -> Iterator[Row]:
+    """Each metric over some of the videos by all forms, and over all of them by ours."""
+    stopwatch = Stopwatch(torch.device("cpu"))
     ground_truth, predictions = detections(videos)
     some = set(list(ground_truth)[:part])
     less = tuple({name: found for name, found in full.items() if name in some} for full in (ground_truth, predictions))
-    try:
-        for metric in METRICS:
-            official = (OURS, OFFICIAL, *published(metric))
-            for (truth, found), forms in ((less, official), ((ground_truth, predictions), (OURS,))):
-                for row in measure(metric, truth, found, forms, stopwatch, args.rounds):
-                    append_row(args.results, {"bench": "eval"} | row | start)
-                    rows.append(row | start)
-                    print(line(row), flush=True)
-    except GateError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
-        if args.against:
-            print(comparison(rows, old, ("metric", "videos", "form"), {"ms": ("ms",)}))
-    return 0
+    for metric in METRICS:
+        official = (OURS, OFFICIAL, *published(metric))
+        for (truth, found), forms in ((less, official), ((ground_truth, predictions), (OURS,))):
+            yield from measure(metric, truth, found, forms, stopwatch, rounds)
 
 
 def published(metric: str) -> tuple[str, ...]:

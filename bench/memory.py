@@ -8,7 +8,6 @@ the driver shows.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -17,12 +16,12 @@ from typing import get_args
 
 import torch
 
-from bench.against import add_against, comparison, read_against
+from bench.against import add_against, read_against
 from bench.dtypes import DTYPES, half_of
-from bench.gate import GateError
 from bench.measure import in_child, peak_above_start
 from bench.networks import TINY_WIDTH, WIDTH, Encoded, WholeStep, kept_bytes
-from bench.rows import RESULTS, Row, append_row, environment, software
+from bench.record import record
+from bench.rows import RESULTS, Row, environment, software
 from bench.tables import aligned
 from lofi_fast.config import EncoderName
 from lofi_fast.errors import InputError
@@ -47,19 +46,9 @@ def main(argv: Sequence[str]) -> int:
     quick = args.quick or args.tiny
     start = environment() | software(device, args.threads) | {"quick": quick}
     print(f"{start['device']}; {args.threads} thread(s); commit {start['commit'][:7]}")
-    rows: list[Row] = []
-    try:
-        for row in chain(*_parts(device, quick, args.tiny, args.short)):
-            append_row(args.results, {"bench": "memory"} | row | start)
-            rows.append(row | start)
-    except GateError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
-        if args.against:
-            print(comparison(rows, old, KEY, {"kept": ("bytes_a_frame",), "peak": ("peak",), "driver": ("driver",)}))
-    return 0
+    measured = chain(*_parts(device, quick, args.tiny, args.short))
+    values = {"kept": ("bytes_a_frame",), "peak": ("peak",), "driver": ("driver",)}
+    return record("memory", measured, start, args, old, table, KEY, values)
 
 
 def _parts(device: torch.device, quick: bool, tiny: bool, short: bool) -> list[Iterator[Row]]:

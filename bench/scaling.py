@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from bench.against import add_against, comparison, read_against
+from bench.against import add_against, read_against
 from bench.dtypes import half_of
-from bench.gate import GateError
 from bench.measure import Stopwatch, in_child, interleaved, peak_above_start, spread
 from bench.networks import CLASSES, HEAD, WIDTH, WholeStep
-from bench.rows import RESULTS, Row, append_row, environment, software
+from bench.record import record
+from bench.rows import RESULTS, Row, environment, software
 from bench.tables import aligned, exponents
 from lofi_fast.config import EncoderName, activitynet
 from lofi_fast.errors import InputError
@@ -69,20 +68,9 @@ def main(argv: Sequence[str]) -> int:
     old = read_against(args.against)
     start = environment() | software(device, args.threads) | {"quick": args.quick}
     curves = QUICK if args.quick else ON_GPU if device.type == "cuda" else ON_CPU
-    rows: list[Row] = []
-    try:
-        for row in measure(curves, device, args.rounds):
-            append_row(args.results, {"bench": "scaling"} | row | start)
-            rows.append(row | start)
-    except GateError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
-        if args.against:
-            values = {"ms": ("ms",), "peak": ("peak",)}
-            print(comparison(rows, old, ("along", "snippets", "side", "videos", "encoder", "form"), values))
-    return 0
+    key = ("along", "snippets", "side", "videos", "encoder", "form")
+    values = {"ms": ("ms",), "peak": ("peak",)}
+    return record("scaling", measure(curves, device, args.rounds), start, args, old, table, key, values)
 
 
 def measure(curves: Curves, device: torch.device, rounds: int) -> Iterator[Row]:

@@ -8,20 +8,20 @@ with torch.compile of plain PyTorch among the forms.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench.against import add_against, comparison, read_against
+from bench.against import add_against, read_against
 from bench.dtypes import DTYPES, half_of
 from bench.gate import GateError
 from bench.measure import ROOF, Stopwatch, in_child, interleaved, peak_above_start, roof, spread
 from bench.networks import COMPILED, TINY_WIDTH, WIDTH, Encoded, WholeStep
+from bench.record import record
 from bench.roofs import Work, encoder_work, rates
-from bench.rows import RESULTS, Row, append_row, environment, software
+from bench.rows import RESULTS, Row, environment, software
 from bench.tables import aligned
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
@@ -46,23 +46,12 @@ def main(argv: Sequence[str]) -> int:
     old = read_against(args.against)
     start = environment() | software(device, args.threads) | {"quick": args.quick or args.tiny}
     print(f"{start['device']}; {args.threads} thread(s); commit {start['commit'][:7]}")
-    rows: list[Row] = []
     stopwatch = Stopwatch(device)
     sizes = ENCODER[:1] if args.short else ENCODER
     parts = (gpu_steps,) if args.tiny or device.type == "cuda" else (partial(encoder_steps, sizes=sizes), whole_step)
-    try:
-        for part in parts:
-            for row in part(device, stopwatch, args.rounds, args.quick or args.tiny):
-                append_row(args.results, {"bench": "step"} | row | start)
-                rows.append(row | start)
-    except GateError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
-        if args.against:
-            print(comparison(rows, old, ("step", "dtype", "form"), {"ms": ("ms",), "peak": ("peak",)}))
-    return 0
+    measured = (row for part in parts for row in part(device, stopwatch, args.rounds, args.quick or args.tiny))
+    values = {"ms": ("ms",), "peak": ("peak",)}
+    return record("step", measured, start, args, old, table, ("step", "dtype", "form"), values)
 
 
 def encoder_steps(
