@@ -20,6 +20,7 @@ COMMANDS = {
     "memory": ("[options]", "what autograd keeps of a frame, and the peak of a step: lean against plain PyTorch"),
     "scaling": ("[options]", "how time and peak of a step grow with snippets, pixels, videos and the encoder"),
     "step": ("[options]", "time of the encoder, the head and the whole step: ours against plain PyTorch"),
+    "optim": ("[options]", "time of one update: apex's and torch's optimisers"),
     "planner": ("[options]", "predicted and measured peaks over many budgets, alone or beside a neighbour"),
     "tuners": ("[options]", "the planner beside the searches of Lightning, accelerate and DeepSpeed"),
     "overhead": ("[options]", "what planning costs: the governor's time in a step, the allocators"),

@@ -83,7 +83,7 @@ def step(setting: Setting, limit: float) -> Ended:
 
 
 def planner(setting: Setting, limit: float) -> Ended:
-    tiny = ["--budgets", "900MB,500MB", "--seconds", "3"]
+    tiny = ["--budgets", "900MB,800MB", "--seconds", "3"]
     return on_device("gpu_planner", setting, limit, options=tiny if setting.quick else [])
 
 

@@ -449,6 +449,21 @@ def eval_table(rows: Sequence[Row]) -> str:
     return "\n".join(parts) or f"{MISSING}\n"
 
 
+def optim_table(rows: Sequence[Row]) -> str:
+    """Each optimiser's forms; the first of them is the one that trains here."""
+    rows = _newest(rows, ("optimizer", "form"))
+    parts = []
+    for place, here in _by_place(rows):
+        lines = []
+        for row in here:
+            median, low, high = row["times_ours"]
+            ratio = f"{median:.2f}x ({low:.2f} to {high:.2f})"
+            lines.append((row["optimizer"], row["form"], f"{row['ms'][0]:,.1f}", ratio))
+        header = ("optimiser", "form", "ms", "time of the first, median (p20 to p80)")
+        parts.append(f"{_where(place)}; {_when(here)}:\n\n{_markdown(header, lines)}")
+    return "\n".join(parts) or f"{MISSING}\n"
+
+
 def scaling_table(rows: Sequence[Row]) -> str:
     """Times and peaks along each curve, then the exponents."""
     sizes = ("snippets", "side", "videos", "encoder")
@@ -619,6 +634,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "step": step_table,
     "planner": planner_table,
     "tuners": tuners_table,
+    "optim": optim_table,
     "overhead": overhead_table,
     "data": data_table,
     "eval": eval_table,

@@ -1,12 +1,17 @@
-"""Other trainers' ways to find what fits, on a made-up device, and the tables of what they came to."""
+"""Other trainers' ways to find what fits, on a made-up device; the tables of these; optimisers that must agree."""
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
 
+import pytest
+import torch
+
+from bench import optim
+from bench.gate import GateError
 from bench.peers.tuners import TUNERS, doubling, fixed, halving, linear
 from bench.rows import Row
-from bench.tables import overhead_table, planner_table, tuners_table
+from bench.tables import optim_table, overhead_table, planner_table, tuners_table
 from lofi_fast.fidelity import Fidelity, Pattern, ladder
 from lofi_fast.plan import Plan, candidates
 
@@ -83,6 +88,11 @@ def test_tables_say_what_the_rows_hold() -> None:
     lines = overhead_table(allocators).splitlines()
     assert "| governor | 0.25 (0.2 to 0.3) |  |  |  |  |" in lines
     assert "| a | 100 (90 to 110) | 0.90x | 1 | 1.2% | 1,500 |" in lines
+    updates = [
+        place(optimizer="sgd", form=form, ms=[ms], times_ours=[ms / 2.0, 0.9, 1.1])
+        for form, ms in (("apex", 2.0), ("torch, fused", 4.0))
+    ]
+    assert "| sgd | torch, fused | 4.0 | 2.00x (0.90 to 1.10) |" in optim_table(updates).splitlines()
     step = {
         "model": "demo", "budget": 10**9, "refused": None, "used": [0.8, 0.9, 1.0], "bound": True, "steps": 300,
         "error_of_peak": [0.01, 0.0], "error_of_added": [0.04, 0.0], "violations": 0, "lost": 0, "down": 20, "up": 21,
@@ -90,3 +100,13 @@ def test_tables_say_what_the_rows_hold() -> None:
     text = planner_table([place(pressure=True, short=160, **step), place(pressure=False, **step)])
     assert "| demo, beside a neighbour | 1, 1.00 to 1.00 GB | 300, 160 with less left than the budget | 1.0% |" in text
     assert "| demo | 1, 1.00 to 1.00 GB | 300 | 1.0% | 4.0% |" in text
+
+
+def test_an_optimiser_that_comes_to_other_weights_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(optim.measure(torch.device("cpu"), 1, 8))
+    assert [row["optimizer"] for row in rows[::3]] == ["sgd", "adam", "adamw"]
+    assert all(row["ours"] == (row["form"] == "torch, fused") for row in rows)
+    uphill = partial(torch.optim.SGD, maximize=True)
+    monkeypatch.setattr(optim, "_torch", lambda config, foreach, found: uphill(found, lr=config.lr))
+    with pytest.raises(GateError, match="sgd, torch, foreach: weights differ"):
+        list(optim.measure(torch.device("cpu"), 1, 8))
