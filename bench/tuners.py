@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bench.against import add_against, comparison, read_against
-from bench.peers.tuners import TUNERS
+from bench.peers.tuners import TUNERS, halving
 from bench.rows import RESULTS, ROOT, Row, append_row, environment, software
 from bench.tables import aligned
 from lofi_fast.config import Budget, Config, demo
@@ -132,9 +132,10 @@ def _work(tuner: str, budget: int, steps: int, width: int, folder: Path) -> Row:
         seconds, searched = time.perf_counter() - began, len(attempts)
         while chosen is not None and len(attempts) < searched + steps:
             if attempt(chosen) is None:
-                if not tuner.startswith("halving"):  # the only one that looks again
+                lower = [plan for plan in plans if 2 * plan.fidelity.omega <= chosen.fidelity.omega]
+                if TUNERS.get(tuner) is not halving or not lower:
                     break
-                chosen = TUNERS[tuner](plans, attempt, budget, held)
+                chosen = halving(lower, attempt, budget, held)  # it wraps the training too, and goes on downwards
         trained = [peak for peak in attempts[searched:] if peak is not None]
     return {
         "plan": None if chosen is None else chosen.to_json(),
