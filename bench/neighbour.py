@@ -16,6 +16,8 @@ from threading import Event, Thread
 
 import psutil
 
+from lofi_fast.memory.groups import ControlGroup, control_groups
+
 ROOM = 2.0  # budgets that the group holds
 PLENTY = 1.3  # budgets that are left in good times
 # Of the budget, taken with each step of the training. A CPU promises more memory than there is, so that what goes in
@@ -40,48 +42,30 @@ for line in sys.stdin:
 
 
 @contextmanager
-def control_group(limit: int) -> Iterator[Path | None]:
-    """A folder of the kernel's for processes that may hold `limit` bytes together; None where none may be made."""
-    folder = _own_group()
-    if folder is not None:
-        folder = folder / f"bench-{os.getpid()}"
-        try:
-            folder.mkdir()
-        except OSError:
-            folder = None
-    if folder is None:
+def new_group(limit: int) -> Iterator[ControlGroup | None]:
+    """A group inside this process's for processes that may hold `limit` bytes together; None where none may be made."""
+    own = next(iter(control_groups()), None)
+    if own is None:
         yield None
         return
+    group = ControlGroup(own.folder / f"bench-{os.getpid()}", own.version)
+    made = False
+    with suppress(OSError):  # not allowed, or without the controller
+        group.folder.mkdir()
+        group.set_limit(limit)
+        made = True
     try:
-        first = folder / "memory.max"
-        (first if first.exists() else folder / "memory.limit_in_bytes").write_text(str(limit))
-        yield folder
+        yield group if made else None
     finally:
         with suppress(OSError):
-            folder.rmdir()
+            group.folder.rmdir()
 
 
-def _own_group() -> Path | None:
-    """This process's group of the memory controller."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            return Path("/sys/fs/cgroup/memory") / name.lstrip("/")
-    whole = Path("/sys/fs/cgroup")
-    if (whole / "cgroup.controllers").exists() and lines:
-        return whole / lines[0].split(":", 2)[2].lstrip("/")
-    return None
-
-
-def inside(group: Path | None, command: Sequence[str]) -> list[str]:
+def inside(group: ControlGroup | None, command: Sequence[str]) -> list[str]:
     """The command, to be run as a member of the group."""
     if group is None:
         return list(command)
-    return ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "sh", *command]
+    return ["sh", "-c", f'echo $$ > "{group.folder}/cgroup.procs" && exec "$@"', "sh", *command]
 
 
 class Neighbour:
@@ -90,7 +74,7 @@ class Neighbour:
     In `group` with the training, or on the whole machine without. `turns`: how often it began to take.
     """
 
-    def __init__(self, budget: int, least: int, group: Path | None) -> None:
+    def __init__(self, budget: int, least: int, group: ControlGroup | None) -> None:
         self.turns = 0
         self._budget, self._least, self._group, self._held = budget, least, group, 0
         most = int(ROOM * budget) if group is not None else psutil.virtual_memory().total
@@ -112,12 +96,15 @@ class Neighbour:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        status = self._process.poll()
         self._process.kill()
         self._process.wait()
+        if status is not None:
+            raise RuntimeError(f"the neighbour was ended (status {status}), and what followed was not beside it")
 
     def _press(self, other: psutil.Process, log: Path) -> None:
         steps = self._steps(log)
-        with suppress(psutil.Error, StopIteration):  # it has ended
+        with suppress(psutil.Error, StopIteration, BrokenPipeError, ValueError):  # one of the two has ended
             while True:
                 self.turns += 1
                 self._leave(other, self._budget)  # so far the other cannot notice
@@ -152,8 +139,4 @@ class Neighbour:
         """Bytes that the group, or the machine, still has; pages of files are given back when others want them."""
         if self._group is None:
             return int(psutil.virtual_memory().available)
-        stat = dict(text.split() for text in (self._group / "memory.stat").read_text().splitlines())
-        files = int(stat["active_file"]) + int(stat["inactive_file"])
-        current = self._group / "memory.current"
-        used = (current if current.exists() else self._group / "memory.usage_in_bytes").read_text()
-        return int(ROOM * self._budget) - int(used) + files
+        return int(ROOM * self._budget) - self._group.used()

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.gpu_planner import summary
-from bench.neighbour import ROOM, Neighbour, control_group, inside
+from bench.neighbour import ROOM, Neighbour, inside, new_group
 from bench.rows import RESULTS, ROOT, Row, append_row, environment
 from bench.tables import aligned
 from lofi_fast.data import demo
@@ -94,7 +94,7 @@ def run(flags: Sequence[str], out: Path, pressed: tuple[int, int] | None) -> Row
     command = [sys.executable, "-m", "lofi_fast.train", *flags]
     began = time.perf_counter()
     last: deque[str] = deque(maxlen=3)
-    group_of = control_group(int(ROOM * pressed[0])) if pressed else nullcontext()
+    group_of = new_group(int(ROOM * pressed[0])) if pressed else nullcontext()
     with group_of as group, Neighbour(*pressed, group) if pressed else nullcontext() as neighbour:
         with subprocess.Popen(
             inside(group, command), cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,

@@ -17,9 +17,10 @@ import psutil
 import pytest
 import torch
 
-from bench.neighbour import control_group, inside
+from bench.neighbour import inside, new_group
 from lofi_fast.memory import allocator
 from lofi_fast.memory import meter as meter_module
+from lofi_fast.memory.groups import ControlGroup
 from lofi_fast.memory.meter import (
     RETRY_SECONDS,
     SEGMENT,
@@ -75,6 +76,7 @@ settle_allocator("probe", sys.argv[1:])
 torch.set_num_threads(2)
 MB = 10**6
 own = lambda: psutil.Process().memory_info().rss
+np.ones(30 * MB, dtype=np.uint8)  # freed at once: left to itself, glibc would now take smaller blocks from one heap
 blocks = [np.ones(3 * MB, dtype=np.uint8) for _ in range(40)]
 keep = blocks[::2] + [np.ones(1000)]
 before = own()
@@ -253,9 +255,41 @@ def test_peaks_that_cannot_be_reset_are_said_once(monkeypatch: pytest.MonkeyPatc
     assert meter.faults() == []
 
 
+@pytest.mark.parametrize(
+    ("version", "limit", "used", "prefix"),
+    [(1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"), (2, "memory.max", "memory.current", "")],
+)
+def test_a_control_group_says_its_limit_and_what_is_used_without_the_page_cache(
+    tmp_path: Path, version: int, limit: str, used: str, prefix: str
+) -> None:
+    group = ControlGroup(tmp_path, version)
+    with pytest.raises(OSError):
+        group.used()
+    (tmp_path / used).write_text("1000\n")
+    figures = {"anon": 1, f"{prefix}active_file": 100, f"{prefix}inactive_file": 50, f"other_{prefix}active_file": 7}
+    (tmp_path / "memory.stat").write_text("".join(f"{name} {value}\n" for name, value in figures.items()))
+    assert group.used() == 850
+    group.set_limit(2000)
+    assert (tmp_path / limit).read_text() == "2000" and group.limit() == 2000
+    (tmp_path / limit).write_text("max\n")
+    assert group.limit() is None
+
+
+def test_a_group_that_cannot_be_limited_is_none_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(group: ControlGroup, limit: int) -> None:
+        tried.append(group.folder)
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    tried: list[Path] = []
+    monkeypatch.setattr(ControlGroup, "set_limit", refuse)
+    with new_group(700 * MB) as group:
+        assert group is None
+    assert not any(folder.exists() for folder in tried)
+
+
 @linux
 def test_the_limit_of_a_control_group_binds() -> None:
-    with control_group(700 * MB) as group:
+    with new_group(700 * MB) as group:
         if group is None:
             pytest.skip("no control group may be made here")
         program = (

@@ -24,6 +24,7 @@ import psutil
 import torch
 
 from lofi_fast.memory import allocator
+from lofi_fast.memory.groups import ControlGroup, control_groups
 from lofi_fast.memory.profiles import assumed_context
 
 _OUT_OF_MEMORY = (
@@ -189,7 +190,7 @@ class CpuMeter:
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._faults = _Faults()
-        self._limited: list[tuple[Path, int, str, str]] = []
+        self._limited: list[tuple[ControlGroup, int]] = []
         self._groups_again = -math.inf  # monotonic seconds before which groups are not looked for
         self.device = f"CPU, {os.cpu_count()} cores, {self.total() / 1e9:.1f} GB"
 
@@ -222,22 +223,16 @@ class CpuMeter:
         return allocator.read().kept if allocator.installed() else 0
 
     def _groups(self) -> list[tuple[int, int]]:
-        """(limit, used) bytes of each control group that this process is in and that has a limit.
-
-        The page cache, which the kernel gives back, is not counted as used: reading the frame cache fills it.
+        """(limit, used) bytes of each control group that this process is in and whose limit is below the machine's
+        memory. Which these are is looked up now and then.
         """
         if time.monotonic() > self._groups_again:
-            self._limited = _limited_groups(int(psutil.virtual_memory().total))
+            self._limited = _limited_groups()
             self._groups_again = time.monotonic() + GROUPS_SECONDS
         groups = []
-        for folder, limit, used_name, prefix in self._limited:
-            try:
-                used = int((folder / used_name).read_text())
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            except OSError:
-                continue
-            cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-            groups.append((limit, used - cached))
+        for group, limit in self._limited:
+            with suppress(OSError):
+                groups.append((limit, group.used()))
         return groups
 
     @contextmanager
@@ -279,32 +274,13 @@ class CpuMeter:
             allocator.limit(None)
 
 
-def _limited_groups(total: int) -> list[tuple[Path, int, str, str]]:
-    """The control groups of this process whose limit is below the machine's `total`: folder, limit, the name of what is
-    used, and the prefix of figures with those of groups inside.
-    """
-    found: list[tuple[Path, int, str, str]] = []
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
-        root = Path("/sys/fs/cgroup")
-        files, prefix = ("memory.max", "memory.current"), ""
-        if controllers:  # version 1
-            if "memory" not in controllers.split(","):
-                continue
-            root, files, prefix = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
-        own = root / name.lstrip("/")
-        for folder in (own, *own.parents):
-            if folder.is_relative_to(root):
-                try:
-                    limit = (folder / files[0]).read_text().strip()
-                except OSError:
-                    continue
-                if limit != "max" and int(limit) < total:
-                    found.append((folder, int(limit), files[1], prefix))
+def _limited_groups() -> list[tuple[ControlGroup, int]]:
+    total, found = psutil.virtual_memory().total, []
+    for group in control_groups():
+        with suppress(OSError):
+            limit = group.limit()
+            if limit is not None and limit < total:
+                found.append((group, limit))
     return found
 
 
