@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.against import add_against, read_against
+from bench.against import read_against
 from bench.gate import GateError
 from bench.measure import spread
 from bench.networks import WholeStep
 from bench.peers.decoders import decoders, squares
-from bench.record import record
-from bench.rows import RESULTS, Row, environment, software
+from bench.record import options, record
+from bench.rows import Row, environment, software
 from bench.tables import aligned
 from lofi_fast.config import Config
 from lofi_fast.config import demo as demo_config
@@ -39,7 +39,6 @@ from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, select_snippets
 from lofi_fast.precision import choose_device
 
-USAGE = "python -m bench data [options]"
 OURS = "frame cache, DALI"
 VIDEOS = 8
 CUTS = {"full": (1, 1), "spatial cut 4": (1, 2), "temporal cut 4": (4, 1)}  # name -> (snippets, side) divided by
@@ -197,15 +196,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench data", usage=USAGE, description=__doc__)
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
-    )
+    parser = options("data", __doc__, "one video: does everything run?", 5)
     parser.add_argument("--videos", type=int, default=VIDEOS, help=f"of the demo set (default: {VIDEOS})")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads, decoders' too (default: 1)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds over the videos (default: 5)")
-    parser.add_argument("--quick", action="store_true", help="one video: does everything run?")
-    parser.add_argument("--tiny", action="store_true", help="the same, as a dry run of `bench gpu` asks for it")
-    parser.add_argument("--results", type=Path, default=RESULTS / "data.jsonl", help="file of rows to append to")
-    add_against(parser)
+    parser.add_argument(
+        "--tiny", action="store_true", help="the same as --quick, as a dry run of `bench gpu` asks for it"
+    )
     return parser

@@ -11,23 +11,21 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.against import add_against, read_against
+from bench.against import read_against
 from bench.gate import GateError
 from bench.measure import Stopwatch, interleaved, spread
 from bench.peers import official_map
-from bench.record import record
-from bench.rows import RESULTS, Row, environment, software
+from bench.record import options, record
+from bench.rows import Row, environment, software
 from bench.tables import aligned
 from lofi_fast.errors import InputError
 from lofi_fast.evaluate import average_recall, mean_average_precision, parse_tiou
 
-USAGE = "python -m bench eval [options]"
 VIDEOS, DETECTIONS, CLASSES = 4728, 100, 200  # of ActivityNet-1.3's validation, as usually submitted
 PART = 240  # videos for the official procedure
 PROPOSALS = 100  # the average number of proposals that AR@AN goes up to
@@ -166,11 +164,6 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench eval", usage=USAGE, description=__doc__)
+    parser = options("eval", __doc__, "a few videos: does everything run?", 7, devices=False)
     parser.add_argument("--videos", type=int, default=VIDEOS, help=f"default: {VIDEOS}, ActivityNet's validation")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each comparison (default: 7)")
-    parser.add_argument("--quick", action="store_true", help="a few videos: does everything run?")
-    parser.add_argument("--results", type=Path, default=RESULTS / "eval.jsonl", help="file of rows to append to")
-    add_against(parser)
     return parser

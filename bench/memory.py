@@ -11,24 +11,22 @@ import argparse
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import get_args
 
 import torch
 
-from bench.against import add_against, read_against
+from bench.against import read_against
 from bench.dtypes import DTYPES, half_of
 from bench.measure import in_child, peak_above_start
 from bench.networks import TINY_WIDTH, WIDTH, Encoded, WholeStep, kept_bytes
-from bench.record import record
-from bench.rows import RESULTS, Row, environment, software
+from bench.record import options, record
+from bench.rows import Row, environment, software
 from bench.tables import aligned
 from lofi_fast.config import EncoderName
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.precision import choose_device
 
-USAGE = "python -m bench memory [options]"
 SIDES = (224, 158, 112)  # of (100, 224) and (25, 224), (50, 158), (100, 112)
 PEAKS = ((64, 224), (256, 112))  # frames, side
 GPU_PEAKS = ((1, 100, 224), (16, 50, 158))  # videos, snippets, side: full fidelity, and the paper's batch at a cut of 4
@@ -175,14 +173,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench memory", usage=USAGE, description=__doc__)
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--quick", action="store_true", help="one small case: does everything run?")
+    parser = options("memory", __doc__, "one small case: does everything run?", None)
     parser.add_argument("--tiny", action="store_true", help="smaller still, in one process: for Triton's interpreter")
     parser.add_argument("--short", action="store_true", help="the peaks of one size")
-    parser.add_argument("--results", type=Path, default=RESULTS / "memory.jsonl", help="file of rows to append to")
-    add_against(parser)
     return parser

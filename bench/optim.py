@@ -5,21 +5,19 @@ Every form starts from the same weights and gets the same gradients; after three
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bench.against import add_against, read_against
+from bench.against import read_against
 from bench.gate import GateError
 from bench.measure import Stopwatch, interleaved, spread
 from bench.networks import CLASSES, HEAD, TINY_WIDTH, WIDTH
-from bench.record import record
-from bench.rows import RESULTS, Row, environment, software
+from bench.record import options, record
+from bench.rows import Row, environment, software
 from bench.tables import aligned
 from lofi_fast.config import StageConfig
 from lofi_fast.encoder.resnet import TSMResNet
@@ -28,7 +26,6 @@ from lofi_fast.head.gtad import GTAD
 from lofi_fast.optim import apex_problem, make_optimizer
 from lofi_fast.precision import choose_device
 
-USAGE = "python -m bench optim [options]"
 UPDATES = 3  # before the gate
 CLOSE = 1e-5  # relative, in float32
 SECONDS = 20.0  # that one form may take, at least three rounds
@@ -37,7 +34,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 
 def main(argv: Sequence[str]) -> int:
     """Measure, append rows, print a table; 1 when a form came to other weights."""
-    args = _parser().parse_args(argv)
+    args = options("optim", __doc__, "a narrow network: does everything run?", 7).parse_args(argv)
     if args.threads < 1 or args.rounds < 1:
         raise InputError("--threads and --rounds must be at least 1")
     device = choose_device(args.device)
@@ -115,16 +112,3 @@ def table(rows: Sequence[Row]) -> str:
         median, low, high = row["times_ours"]
         lines.append((row["optimizer"], row["form"], f"{row['ms'][0]:.2f}", f"{median:.2f}x ({low:.2f} to {high:.2f})"))
     return aligned(lines, text=2)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench optim", usage=USAGE, description=__doc__)
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each comparison (default: 7)")
-    parser.add_argument("--quick", action="store_true", help="a narrow network: does everything run?")
-    parser.add_argument("--results", type=Path, default=RESULTS / "optim.jsonl", help="file of rows to append to")
-    add_against(parser)
-    return parser

@@ -1,18 +1,40 @@
-"""What commands that compare forms do with their rows: append each at once, then the table, then what changed."""
+"""What commands that compare forms share: their options, and what becomes of their rows: each is appended at once, then
+come the table and what changed.
+"""
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import ArgumentParser as Parser
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
-from bench.against import comparison
+from bench.against import add_against, comparison
 from bench.gate import GateError
-from bench.rows import Row, append_row
+from bench.rows import RESULTS, Row, append_row
+
+
+def options(bench: str, description: str | None, quick: str, rounds: int | None, *, devices: bool = True) -> Parser:
+    """What such commands share; `rounds`: the default, None where it is not asked for."""
+    parser = Parser(
+        prog=f"python -m bench {bench}", usage=f"python -m bench {bench} [options]", description=description
+    )
+    if devices:
+        parser.add_argument(
+            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+        )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads, decoders' too (default: 1)")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help=f"of each comparison (default: {rounds})")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--results", type=Path, default=RESULTS / f"{bench}.jsonl", help="file of rows to append to")
+    add_against(parser)
+    return parser
 
 
 def record(
-    bench: str, measured: Iterable[Row], start: Row, args: argparse.Namespace, old: Sequence[Row],
+    bench: str, measured: Iterable[Row], start: Row, args: Namespace, old: Sequence[Row],
     table: Callable[[Sequence[Row]], str], key: Sequence[str], values: Mapping[str, tuple[str, ...]],
     line: Callable[[Row], str] | None = None,
 ) -> int:  # fmt: skip

@@ -6,21 +6,19 @@ Peaks are above the start of a process of its own; beside those of the lean form
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from bench.against import add_against, read_against
+from bench.against import read_against
 from bench.dtypes import half_of
 from bench.measure import Stopwatch, in_child, interleaved, peak_above_start, spread
 from bench.networks import CLASSES, HEAD, WIDTH, WholeStep
-from bench.record import record
-from bench.rows import RESULTS, Row, environment, software
+from bench.record import options, record
+from bench.rows import Row, environment, software
 from bench.tables import aligned, exponents
 from lofi_fast.config import EncoderName, activitynet
 from lofi_fast.errors import InputError
@@ -28,7 +26,6 @@ from lofi_fast.fidelity import Fidelity
 from lofi_fast.memory.model import Setting, step_bytes
 from lofi_fast.precision import choose_device
 
-USAGE = "python -m bench scaling [options]"
 SECONDS = 20.0  # that one form may take, at least three rounds
 
 
@@ -60,7 +57,7 @@ QUICK: Curves = {"snippets": (Size(4, 32), (2,))}
 
 def main(argv: Sequence[str]) -> int:
     """Measure, append rows, print a table and exponents; 1 when a form did not pass the gate."""
-    args = _parser().parse_args(argv)
+    args = options("scaling", __doc__, "one small size: does everything run?", 3).parse_args(argv)
     if args.threads < 1 or args.rounds < 1:
         raise InputError("--threads and --rounds must be at least 1")
     device = choose_device(args.device)
@@ -133,16 +130,3 @@ def table(rows: Sequence[Row]) -> str:
     for (along, form), found in exponents(rows).items():
         slopes.append((along, form, *("" if math.isnan(slope) else f"^{slope:.2f}" for slope in found)))
     return f"{aligned(lines, text=6)}\n\n{aligned(slopes, text=2)}"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench scaling", usage=USAGE, description=__doc__)
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of each comparison (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="one small size: does everything run?")
-    parser.add_argument("--results", type=Path, default=RESULTS / "scaling.jsonl", help="file of rows to append to")
-    add_against(parser)
-    return parser

@@ -10,24 +10,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from bench.against import add_against, read_against
+from bench.against import read_against
 from bench.dtypes import DTYPES, half_of
 from bench.gate import GateError
 from bench.measure import ROOF, Stopwatch, in_child, interleaved, peak_above_start, roof, spread
 from bench.networks import COMPILED, TINY_WIDTH, WIDTH, Encoded, WholeStep
-from bench.record import record
+from bench.record import options, record
 from bench.roofs import Work, encoder_work, rates
-from bench.rows import RESULTS, Row, environment, software
+from bench.rows import Row, environment, software
 from bench.tables import aligned
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.precision import choose_device
 
-USAGE = "python -m bench step [options]"
 ENCODER = ((64, 112), (64, 224), (256, 112))  # frames, side
 SNIPPETS, SIDE = 100, 112  # of the whole step
 GPU_SIDE = 224  # full fidelity
@@ -181,15 +179,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench step", usage=USAGE, description=__doc__)
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each comparison (default: 7)")
-    parser.add_argument("--quick", action="store_true", help="small cases: does everything run? says nothing of speed")
+    parser = options("step", __doc__, "small cases: does everything run? says nothing of speed", 7)
     parser.add_argument("--tiny", action="store_true", help="a GPU's cases, small enough for Triton's interpreter")
     parser.add_argument("--short", action="store_true", help="one size of the encoder's step, and the whole step")
-    parser.add_argument("--results", type=Path, default=RESULTS / "step.jsonl", help="file of rows to append to")
-    add_against(parser)
     return parser
