@@ -120,11 +120,11 @@ def peak_above_start(call: Call, device: torch.device, warm: bool = True) -> int
     return max(meter.peak() - before, 0)
 
 
-def in_child(function: Callable[..., Any], *arguments: Any, cuda: bool = False) -> Any:
+def in_child(function: Callable[..., Any], *arguments: Any, cuda: bool = False, settled: bool = True) -> Any:
     """What `function` returns in a process of its own; None where memory runs out there. `cuda`: it uses the GPU.
 
-    It runs under glibc's settings of training (`settle_glibc`), without which the peak of one and the same call varies.
-    Times are taken in the calling process, under the settings that PyTorch's users have.
+    `settled`: under glibc's settings of training (`settle_glibc`), without which the peak of one and the same call
+    varies. Times are taken in the calling process, under the settings that PyTorch's users have.
     """
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # The server imports torch once, and each child starts as a copy of it; CUDA does not work in copies.
@@ -132,7 +132,7 @@ def in_child(function: Callable[..., Any], *arguments: Any, cuda: bool = False) 
     if not cuda:
         context.set_forkserver_preload(["bench.cases"])
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_send, args=(sender, function, *arguments))
+    child = context.Process(target=_send, args=(sender, settled, function, *arguments))
     child.start()
     sender.close()
     ended = False
@@ -150,8 +150,9 @@ def in_child(function: Callable[..., Any], *arguments: Any, cuda: bool = False) 
     raise result
 
 
-def _send(sender: Connection, function: Callable[..., Any], *arguments: Any) -> None:
-    settle_glibc()
+def _send(sender: Connection, settled: bool, function: Callable[..., Any], *arguments: Any) -> None:
+    if settled:
+        settle_glibc()
     try:
         result = function(*arguments)
     except Exception as error:

@@ -8,11 +8,7 @@ here beside plain PyTorch as it comes.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +17,18 @@ from statistics import median
 import torch
 
 from bench.against import add_against, comparison, read_against
-from bench.rows import RESULTS, ROOT, Row, append_row, environment, software
+from bench.measure import in_child
+from bench.networks import Encoded, WholeStep
+from bench.rows import RESULTS, Row, append_row, environment, software
 from bench.tables import aligned
+from lofi_fast.config import activitynet
 from lofi_fast.errors import InputError
+from lofi_fast.fidelity import CYCLE, ladder
+from lofi_fast.memory import allocator
+from lofi_fast.memory.governor import Governor
+from lofi_fast.memory.meter import CpuMeter
+from lofi_fast.memory.model import Setting, step_bytes
+from lofi_fast.plan import Plan, candidates
 
 USAGE = "python -m bench overhead [options]"
 PLAIN, SETTLED, OURS = "glibc as it comes", "glibc settled", "glibc settled, ours under torch"
@@ -50,18 +55,18 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("--rounds must be at least 1")
     old = read_against(args.against)
     start = environment() | software(torch.device("cpu"), 1)
-    rows: list[Row] = [_child("governor", "", "", args.width) | {"bench": "overhead", "of": "governor"} | start]
+    rows: list[Row] = [in_child(_governor) | {"bench": "overhead", "of": "governor"} | start]
     for what in CASES if args.whole else ["encoder"]:
         found: list[list[Row]] = [[] for _ in CASES[what]]
         for _ in range(args.rounds):
-            for (form, allocator), readings in zip(CASES[what], found, strict=True):
-                readings.append(_child(what, form, allocator, args.width))
+            for (form, under), readings in zip(CASES[what], found, strict=True):
+                readings.append(in_child(_steps, what, form, under, args.width, settled=under != PLAIN))
         theirs = median(seconds for reading in found[0] for seconds in reading["seconds"])
-        for (form, allocator), readings in zip(CASES[what], found, strict=True):
+        for (form, under), readings in zip(CASES[what], found, strict=True):
             times = sorted(seconds for reading in readings for seconds in reading["seconds"])
             peaks = [peak for reading in readings for peak in reading["peaks"]]
             rows.append({
-                "bench": "overhead", "of": f"{what}, {form}, {allocator}", "ms": round(1e3 * median(times), 2),
+                "bench": "overhead", "of": f"{what}, {form}, {under}", "ms": round(1e3 * median(times), 2),
                 "spread_ms": [round(1e3 * times[int(share * (len(times) - 1))], 2) for share in (0.2, 0.8)],
                 "of_default": round(median(times) / theirs, 3), "peak": int(median(peaks)),
                 "peak_varies": round((max(peaks) - min(peaks)) / median(peaks), 4),
@@ -75,26 +80,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _child(what: str, form: str, allocator: str, width: int) -> Row:
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.overhead", what, form, allocator, str(width)], cwd=ROOT, text=True,
-        capture_output=True, env=os.environ | {"PYTHONPATH": paths},
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{what}: {done.stderr.strip()[-500:]}")
-    told: Row = json.loads(done.stdout.splitlines()[-1])
-    return told
-
-
 def _steps(what: str, form: str, under: str, width: int) -> Row:
     """Seconds of CPU time and peaks of identical steps, and page faults of the last."""
-    from bench.networks import Encoded, WholeStep
-    from lofi_fast.memory import allocator
-    from lofi_fast.memory.meter import CpuMeter, settle_glibc
-
-    if under != PLAIN:
-        settle_glibc()
     if under == OURS and (reason := allocator.install()):
         raise RuntimeError(reason)
     torch.set_num_threads(1)
@@ -118,13 +105,6 @@ def _steps(what: str, form: str, under: str, width: int) -> Row:
 
 def _governor() -> Row:
     """Milliseconds of one step's planning: choose, recheck, the peak's two readings, learn."""
-    from lofi_fast.config import activitynet
-    from lofi_fast.fidelity import CYCLE, ladder
-    from lofi_fast.memory.governor import Governor
-    from lofi_fast.memory.meter import CpuMeter
-    from lofi_fast.memory.model import Setting, step_bytes
-    from lofi_fast.plan import Plan, candidates
-
     config = activitynet()
     setting = Setting.of(config, 200, 2)
 
@@ -175,8 +155,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=RESULTS / "overhead.jsonl", help="file of rows to append to")
     add_against(parser)
     return parser
-
-
-if __name__ == "__main__":  # a child
-    told = _governor() if sys.argv[1] == "governor" else _steps(*sys.argv[1:4], int(sys.argv[4]))
-    print(json.dumps(told))

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,13 +19,21 @@ import numpy as np
 import torch
 
 from bench.against import add_against, comparison, read_against
+from bench.measure import in_child
 from bench.peers.tuners import TUNERS, halving
-from bench.rows import RESULTS, ROOT, Row, append_row, environment, software
+from bench.rows import RESULTS, Row, append_row, environment, software
+from bench.synthetic import SyntheticRun  # before what needs a decoder
 from bench.tables import aligned
 from lofi_fast.config import Budget, Config, demo
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern, ladder
-from lofi_fast.memory.meter import settle_allocator
+from lofi_fast.joint import plan_joint, trial
+from lofi_fast.log import RunLog
+from lofi_fast.memory import allocator
+from lofi_fast.memory.governor import Decision
+from lofi_fast.memory.meter import open_meter
+from lofi_fast.optim import make_optimizer
+from lofi_fast.plan import Plan, candidates
 
 USAGE = "python -m bench tuners [options]"
 OURS = "lofi_fast"
@@ -52,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         drawn = np.random.default_rng(args.seed).uniform(*np.log(ends), args.budgets)
         for budget in sorted(int(np.exp(value)) for value in drawn):
             for tuner in (OURS, *TUNERS):
-                told = child(tuner, budget, args.steps, args.width, Path(name))
+                told = in_child(_work, tuner, budget, args.steps, args.width, Path(name))
                 row = {"bench": "tuners", "tuner": tuner, "budget": budget, "width": args.width} | told | start
                 append_row(args.results, row)
                 rows.append(row)
@@ -63,20 +68,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def child(tuner: str, budget: int, steps: int, width: int, folder: Path) -> Row:
-    """What one tuner does at one budget, in a process of its own."""
-    command = [sys.executable, "-m", "bench.tuners", tuner, str(budget), str(steps), str(width), str(folder)]
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
-    told: Row = json.loads(done.stdout.splitlines()[-1])
-    return told
-
-
 def _ends(folder: Path, width: int) -> tuple[int, int]:
     """Peaks of the smallest and of the largest plan."""
-    smallest, largest = (child(which, LARGEST, 1, width, folder)["peak"] for which in ("smallest", "largest"))
+    smallest, largest = (in_child(_work, which, LARGEST, 1, width, folder)["peak"] for which in ("smallest", "largest"))
     return smallest, largest
 
 
@@ -84,14 +78,8 @@ def _work(tuner: str, budget: int, steps: int, width: int, folder: Path) -> Row:
     """Find a plan, then train at it. `used`: of the budget, by the largest peak of training; None where none went
     through. `failures`: steps that asked for more than the budget. `searched`: steps that trained nothing.
     """
-    from bench.synthetic import SyntheticRun
-    from lofi_fast.joint import plan_joint, trial
-    from lofi_fast.log import RunLog
-    from lofi_fast.memory.governor import Decision
-    from lofi_fast.memory.meter import open_meter
-    from lofi_fast.optim import make_optimizer
-    from lofi_fast.plan import Plan, candidates
-
+    if reason := allocator.install():
+        raise RuntimeError(reason)
     torch.set_num_threads(1)
     device = torch.device("cpu")
     config = _config(budget, width, folder / f"{tuner} {budget}".replace("/", "-"))
@@ -184,8 +172,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=RESULTS / "tuners.jsonl", help="file of rows to append to")
     add_against(parser)
     return parser
-
-
-if __name__ == "__main__":  # a child
-    settle_allocator("bench.tuners", sys.argv[1:])
-    print(json.dumps(_work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))))
