@@ -178,9 +178,7 @@ def _reached(file: Path, seen: set[Path]) -> set[Path]:
 
 def _imported(file: Path) -> set[str]:
     foreign = {name for name in _names(file) if _own(name) is None and name.partition(".")[0] not in _OURS}
-    # Of `nvidia` each part is a package of its own.
-    names = {DALI if name.startswith(DALI) else name.partition(".")[0] for name in foreign}
-    return names - sys.stdlib_module_names
+    return {name.partition(".")[0] for name in foreign} - sys.stdlib_module_names
 
 
 _OURS = ("lofi_fast", "bench", "tests", "forms", "networks", "apex_stand_in", "conftest")

@@ -24,7 +24,7 @@ from bench.rows import RESULTS, ROOT, Row, append_row, environment
 from lofi_fast.config import Config, from_arguments
 from lofi_fast.data import demo
 from lofi_fast.data.annotations import load_annotations
-from lofi_fast.data.video import find_videos, probe
+from lofi_fast.data.video import VideoError, find_videos, probe
 from lofi_fast.errors import InputError
 
 USAGE = "python -m bench job [options] -- <arguments of lofi_fast.train>"
@@ -166,7 +166,7 @@ def rolled(config: Config, cache: Path, copy: Path) -> list[str]:
         if duration is None and video.subset == "training":
             try:
                 duration = probe(paths[video.name]).duration
-            except (KeyError, InputError):
+            except (KeyError, VideoError):
                 print(f"bench: {video.name} is left out: it cannot be read", file=sys.stderr)
                 continue
         segments = [{"segment": [s.start, s.end], "label": s.label} for s in video.segments]

@@ -1,7 +1,6 @@
 """The joint stage on frames that are made up on their device: `lofi_fast.joint` as it is, without videos or decoders.
 
-A process of its own, started by `bench.gpu_planner`. Where PyAV or DALI is not installed, empty modules take their
-place, so that the training loop can be imported; nothing of them is used.
+A process of its own, started by `bench.gpu_planner`; `bench.tuners` takes single steps of such a run.
 """
 
 from __future__ import annotations
@@ -12,68 +11,28 @@ import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
-from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-class _Absent(ModuleType):
-    """A module of a package that is not installed: anything can be imported from it, and is of no use."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return MagicMock(name=f"{self.__name__}.{name}")
-
-
-class _StandIns(MetaPathFinder, Loader):
-    def __init__(self, packages: Sequence[str]) -> None:
-        self._packages = packages
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        known = any(name == package or name.startswith(f"{package}.") for package in self._packages)
-        return ModuleSpec(name, self, is_package=True) if known else None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Absent(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
-
-
-def _installed(package: str) -> bool:
-    try:
-        import_module(package)
-    except ImportError:
-        return False
-    return True
-
-
-absent = [name for name in ("av", "nvidia", "nvidia.dali") if not _installed(name)]
-sys.meta_path.insert(0, _StandIns(absent))
-
-from lofi_fast.checkpoint import Position  # noqa: E402
-from lofi_fast.config import Budget, Config, activitynet, demo  # noqa: E402
-from lofi_fast.data.dataset import Dataset, Sample, Sampler  # noqa: E402
-from lofi_fast.data.pipeline import FramePipeline  # noqa: E402
-from lofi_fast.data.windows import Window  # noqa: E402
-from lofi_fast.encoder.resnet import TSMResNet  # noqa: E402
-from lofi_fast.errors import InputError  # noqa: E402
-from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity  # noqa: E402
-from lofi_fast.joint import joint, plan_joint  # noqa: E402
-from lofi_fast.log import RunLog  # noqa: E402
-from lofi_fast.memory.meter import Meter, open_meter, settle_allocator  # noqa: E402
-from lofi_fast.plan import gigabytes  # noqa: E402
-from lofi_fast.precision import choose_device, choose_precision  # noqa: E402
-from lofi_fast.run import Run  # noqa: E402
+from lofi_fast.checkpoint import Position
+from lofi_fast.config import Budget, Config, activitynet, demo
+from lofi_fast.data.dataset import Dataset, Sample, Sampler
+from lofi_fast.data.pipeline import FramePipeline
+from lofi_fast.data.windows import Window
+from lofi_fast.encoder.resnet import TSMResNet
+from lofi_fast.errors import InputError
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
+from lofi_fast.joint import joint, plan_joint
+from lofi_fast.log import RunLog
+from lofi_fast.memory.meter import Meter, open_meter, settle_allocator
+from lofi_fast.plan import gigabytes
+from lofi_fast.precision import choose_device, choose_precision
+from lofi_fast.run import Run
 
 BATCHES = 2  # of an epoch
 SECONDS = 120.0  # that each made-up video is said to last

@@ -22,7 +22,7 @@ from bench.against import add_against, comparison, read_against
 from bench.measure import in_child
 from bench.peers.tuners import TUNERS, halving
 from bench.rows import RESULTS, Row, append_row, environment, software
-from bench.synthetic import SyntheticRun  # before what needs a decoder
+from bench.synthetic import SyntheticRun
 from bench.tables import aligned
 from lofi_fast.config import Budget, Config, demo
 from lofi_fast.errors import InputError

@@ -25,6 +25,7 @@ from lofi_fast import __version__
 from lofi_fast.config import Config, from_arguments
 from lofi_fast.data import demo
 from lofi_fast.data.dataset import Dataset, load_dataset
+from lofi_fast.data.packages import require_dali, require_pyav
 from lofi_fast.detect import load_video_scores
 from lofi_fast.errors import InputError
 from lofi_fast.evaluate import MapResult, parse_tiou
@@ -106,6 +107,8 @@ def check_values(config: Config) -> None:
     for flag, name in (("--encoder-weights", config.encoder.weights), ("--video-scores", config.data.video_scores)):
         if name and not os.path.isfile(name):
             raise InputError(f"{flag} {name}: no such file")
+    require_pyav()  # imports them, so that what they hold counts from the first reading of memory on
+    require_dali()
 
 
 def introduce(

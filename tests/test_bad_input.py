@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,10 +180,10 @@ def test_the_process_itself_says_one_sentence_and_ends_with_2(data: Data, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def run_process(flags: list[str]) -> Outcome:
+def run_process(flags: list[str], program: Sequence[str] = ("-m", "lofi_fast.train")) -> Outcome:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     done = subprocess.run(
-        [sys.executable, "-m", "lofi_fast.train", *flags], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, *program, *flags], capture_output=True, text=True, env=environment, check=False
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -192,6 +192,73 @@ def test_a_budget_too_small_for_anything(data: Data, tmp_path: Path) -> None:
     done = run_process(command(data, tmp_path / "run", "--mem-budget", "300MB"))
     done.refused("nothing fits", "0.30 GB", "holds", "--mem-budget", "--fidelity")
     assert not (tmp_path / "run").exists()
+
+
+# Packages
+
+PYAV = ("error: PyAV, which reads and writes videos, cannot be imported (", "): pip install av")
+DALI = ("error: NVIDIA DALI, which decodes the frame cache, cannot be imported (", "): pip install nvidia-dali-cuda130")
+
+
+@pytest.mark.parametrize(("module", "sentence"), [("av", PYAV), ("nvidia.dali", DALI)], ids=["PyAV", "DALI"])
+def test_a_decoder_that_is_missing_is_named_before_anything_is_made(
+    data: Data, tmp_path: Path, module: str, sentence: tuple[str, str]
+) -> None:
+    code = f"import sys; sys.modules[{module!r}] = None; import lofi_fast.train; sys.exit(lofi_fast.train.main())"
+    done = run_process(command(data, tmp_path / "run"), ("-c", code))
+    said = done.refused(module)
+    assert said.startswith(sentence[0]) and said.endswith(sentence[1])
+    assert done.out == "" and list(tmp_path.iterdir()) == []
+
+
+WITHOUT_DECODERS = """
+import sys
+
+sys.modules["av"] = sys.modules["nvidia.dali"] = None
+
+from pathlib import Path
+
+import numpy as np
+
+import lofi_fast.joint, lofi_fast.train
+from lofi_fast.data import demo
+from lofi_fast.data.cache import CacheRequest, prepare
+from lofi_fast.data.dataset import load_dataset
+from lofi_fast.data.pipeline import FramePipeline
+from lofi_fast.data.video import VideoInfo, decode, probe
+from lofi_fast.errors import InputError
+from lofi_fast.kernels import library
+from lofi_fast.run import environment
+
+print("imported", *environment("CPU", "float32", library.describe())["packages"])
+annotations, videos, folder = map(Path, sys.argv[1:])
+video = videos / "a.mp4"
+info = VideoInfo(video, np.arange(8.0), 8.0, 64, 48, 0, "h264", "yuv420p", 1, 1)
+config = lofi_fast.config.demo()
+for ask in (
+    lambda: probe(video),
+    lambda: decode(info, np.arange(2)),
+    lambda: prepare([CacheRequest("a", info, np.arange(8))], folder / "cache", 32, workers=1),
+    lambda: load_dataset(config, annotations, videos, folder / "cache", lambda done, total, name: None),
+    lambda: demo.generate(folder / "demo", num_training=1, num_validation=0, workers=1),
+    lambda: FramePipeline(1),
+):
+    try:
+        ask()
+    except InputError as error:
+        print(f"error: {error}")
+"""
+
+
+def test_without_decoders_all_but_decoding_is_there(data: Data, tmp_path: Path) -> None:
+    """Training imports and says what it runs on; each way to a frame ends in the sentence, and skips no video."""
+    done = run_process([str(data.annotations), str(data.videos), str(tmp_path)], ("-c", WITHOUT_DECODERS))
+    assert done.status == 0, done.err
+    imported, *refusals = done.out.splitlines()
+    assert imported.startswith("imported torch ")
+    for refusal, (begins, ends) in zip(refusals, [*[PYAV] * 5, DALI], strict=True):
+        assert refusal.startswith(begins) and refusal.endswith(ends), refusal
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.endswith("lock")]
 
 
 # Annotations

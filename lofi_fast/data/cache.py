@@ -28,14 +28,16 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
+from lofi_fast.data.packages import require_pyav
 from lofi_fast.data.video import VideoError, VideoInfo, decode
 from lofi_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
 
 # Part of the hash: raise it whenever the same request would give other pictures.
 _FORMAT_VERSION = 1
@@ -43,15 +45,16 @@ _FORMAT_VERSION = 1
 # FFmpeg's quantiser scale, 2 is its best usual one (about quality 94 elsewhere); lambda units are 118 a step.
 _GLOBAL_QUALITY = 2 * 118
 
-# H.273 matrix coefficients -> swscale's; 2 is unspecified, RGB (0) and the rare ones are left to swscale's default.
+# H.273 matrix coefficients -> swscale's, by the names that PyAV gives them; 2 is unspecified, RGB (0) and the rare ones
+# are left to swscale's default.
 _MATRICES = {
-    1: Colorspace.ITU709,
-    4: Colorspace.FCC,
-    5: Colorspace.ITU601,
-    6: Colorspace.ITU601,
-    7: Colorspace.SMPTE240M,
-    9: Colorspace.BT2020,
-    10: Colorspace.BT2020,
+    1: "ITU709",
+    4: "FCC",
+    5: "ITU601",
+    6: "ITU601",
+    7: "SMPTE240M",
+    9: "BT2020",
+    10: "BT2020",
 }
 
 
@@ -159,8 +162,8 @@ def prepare(
     (videos done, videos in all, what was just done). May be killed at any time and run again. Several runs may share
     a folder: they take turns.
 
-    Raises InputError when the folder cannot be written or the estimated size exceeds the free space. ValueError for
-    two requests of one name, no frames, or a short side below 2.
+    Raises InputError when the folder cannot be written, the estimated size exceeds the free space, or an entry must be
+    made without PyAV. ValueError for two requests of one name, no frames, or a short side below 2.
     """
     folder = Path(folder)
     names = [request.name for request in requests]
@@ -299,6 +302,9 @@ def _check_free_space(requests: Sequence[CacheRequest], folder: Path, short_side
 
 def _make_entry(request: CacheRequest, folder: Path, short_side: int, threads: int) -> CachedVideo | Skipped:
     """Decodes, encodes and indexes one video. OSError or InputError where the folder cannot be written."""
+    require_pyav()
+    import av
+
     path = _entry_path(request, folder, short_side)
     partial = path.with_name(path.name + ".partial")
     partial_index = path.with_name(path.with_suffix(".npz").name + ".partial")
@@ -448,6 +454,9 @@ def serve_requests() -> None:
 
 
 def _write_pictures(request: CacheRequest, path: Path, short_side: int, threads: int) -> None:
+    import av
+    from av.video.reformatter import ColorRange
+
     info = request.info
     width, height = cached_size(info, short_side)
     upright = info.rotation in (0, 180)
@@ -482,12 +491,16 @@ class _Converter:
     """
 
     def __init__(self, width: int, height: int) -> None:
+        from av.video.reformatter import VideoReformatter
+
         self._width, self._height = width, height
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: VideoFrame) -> VideoFrame:
+        from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
         # unspecified: standard definition was BT.601, high definition is BT.709; limited range unless told otherwise
-        matrix = _MATRICES.get(frame.colorspace, Colorspace.ITU601 if frame.height < 720 else Colorspace.ITU709)
+        matrix = Colorspace[_MATRICES.get(frame.colorspace, "ITU601" if frame.height < 720 else "ITU709")]
         full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
         picture = self._reformatter.reformat(
             frame,
@@ -510,6 +523,8 @@ def _upright(frame: VideoFrame, degrees: int, mirrored: bool) -> VideoFrame:
     """The frame flipped left-right if `mirrored`, then turned clockwise by 0, 90, 180 or 270 degrees."""
     if degrees == 0 and not mirrored:
         return frame
+    from av.video.frame import VideoFrame
+
     width, height = frame.width, frame.height
     stacked = frame.to_ndarray().reshape(-1)
     luma, blue, red = np.split(stacked, (width * height, width * height * 5 // 4))
@@ -525,6 +540,8 @@ def _upright(frame: VideoFrame, degrees: int, mirrored: bool) -> VideoFrame:
 
 def _picture_ranges(path: Path, num_pictures: int) -> tuple[np.ndarray, np.ndarray]:
     """Offset and size of each picture in a written .mov, read back from the file itself."""
+    import av
+
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         ranges = [(packet.pos, packet.size) for packet in container.demux(stream) if packet.size]

@@ -20,7 +20,7 @@ from lofi_fast.config import Config, DataConfig
 from lofi_fast.data.annotations import Video, clip_to_duration, load_annotations
 from lofi_fast.data.cache import CachedVideo, CacheRequest, Skipped, prepare
 from lofi_fast.data.pipeline import FrameRequest, View
-from lofi_fast.data.video import VideoInfo, find_videos, probe
+from lofi_fast.data.video import VideoError, VideoInfo, find_videos, probe
 from lofi_fast.data.windows import Window, cut_windows, full_grid
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, select_snippets
@@ -61,10 +61,10 @@ def cache_side(full: Fidelity) -> int:
     return 2 * round(full.side / CROP_OF_CACHED / 2)
 
 
-def _probe(path: Path) -> VideoInfo | InputError:
+def _probe(path: Path) -> VideoInfo | VideoError:
     try:
         return probe(path)
-    except InputError as error:
+    except VideoError as error:
         return error
 
 

@@ -26,11 +26,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import ColorRange, Colorspace
 
+from lofi_fast.data.packages import require_pyav
 from lofi_fast.errors import InputError
 
 VERSION = 4
@@ -142,7 +141,7 @@ def generate(
 
     Raises:
         ValueError: a count or `workers` out of range.
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or the videos must be made without PyAV.
     """
     if num_training < 1:
         raise ValueError(f"num_training must be at least 1, not {num_training}")
@@ -231,6 +230,7 @@ def _fill(
     workers: int | None,
     progress: Callable[[int, int, str], None] | None,
 ) -> None:
+    require_pyav()
     (target / "videos").mkdir(parents=True)
     (target / "annotations.json").write_text(json.dumps(_annotations(scripts), indent=1) + "\n")
     num_workers = min(workers or len(os.sched_getaffinity(0)), len(scripts))
@@ -312,6 +312,9 @@ def _draw_times(rng: np.random.Generator, duration: float) -> list[tuple[float, 
 
 
 def _write_video(script: _Script, path: Path) -> None:
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
     with av.open(str(path), "w") as container:
         # x264's bits depend on the number of threads, and its fast macroblock-tree code gives other bits from one run
         # to the next (seen with core 165, frames of 96 x 96); cpu-independent leaves that code out.

@@ -17,17 +17,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nvidia.dali import Pipeline, fn, types
 from torch.utils.dlpack import from_dlpack
 
 from lofi_fast.data.cache import CachedVideo
+from lofi_fast.data.packages import require_dali, require_pyav
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, select_snippets
+
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
 
 # nvJPEG takes this much device and pinned memory for each thread at the start, and grows by itself. DALI's defaults
 # (16 and 8 MiB) are for photographs; a cached frame is a few hundred kilobytes, and these bytes count in the budget.
@@ -123,6 +126,7 @@ class FramePipeline:
     `num_threads` decode.
     On the CPU, DALI keeps a pool that was ever larger than 32 MiB until the process ends, so prefer a smaller one.
     On "cuda" the pictures are decoded by nvJPEG and never come back to the host.
+    Raises InputError without DALI or PyAV.
     """
 
     def __init__(self, max_frames: int, device: str = "cpu", num_threads: int = 2, depth: int = 1) -> None:
@@ -272,6 +276,10 @@ class FramePipeline:
             raise
 
     def _build(self) -> Pipeline:
+        require_dali()
+        require_pyav()  # here, because `_is_decodable` is asked when memory is short
+        from nvidia.dali import Pipeline, fn, types
+
         on_gpu = self._device.type == "cuda"
         pipeline = Pipeline(
             batch_size=self._max_frames,
@@ -316,6 +324,8 @@ class FramePipeline:
 
 def _is_decodable(jpeg: np.ndarray) -> bool:
     """A second opinion, from FFmpeg's decoder in its strict mode; it needs the memory of one picture."""
+    import av
+
     decoder = av.CodecContext.create("mjpeg", "r")
     decoder.options = {"err_detect": "explode"}
     try:

@@ -14,16 +14,19 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import av
 import numpy as np
-from av.packet import Packet
-from av.sidedata.sidedata import SideDataContainer, Type
-from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 
+from lofi_fast.data.packages import require_pyav
 from lofi_fast.errors import InputError
+
+if TYPE_CHECKING:
+    import av
+    from av.packet import Packet
+    from av.sidedata.sidedata import SideDataContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv")
 
@@ -76,8 +79,11 @@ def probe(path: Path) -> VideoInfo:
     """Finds every frame's time by reading the packets, and decodes the first frame to see that it can be done.
 
     Where packets do not tell (see _CONTAINERS_WITH_TIMES, and any irregular time stamp) the whole video is decoded.
-    Raises VideoError for a file that is missing, empty, damaged or without a video stream.
+    Raises VideoError for a file that is missing, empty, damaged or without a video stream, InputError without PyAV.
     """
+    require_pyav()
+    import av
+
     path = Path(path)
     try:
         status = path.stat()
@@ -177,8 +183,9 @@ def decode(info: VideoInfo, frames: np.ndarray, threads: int = 0) -> Iterator[tu
 
     Frames come as they are stored: the caller flips and turns them as `info` says. `threads` of the decoder: 0 is one
     for each core. Raises ValueError for indices that are unsorted, repeated or out of range, VideoError where the file
-    fails or holds fewer frames than promised (what was decoded before has been yielded).
+    fails or holds fewer frames than promised (what was decoded before has been yielded), InputError without PyAV.
     """
+    require_pyav()
     frames = np.asarray(frames, dtype=np.int64)
     if frames.ndim != 1 or np.any(np.diff(frames) <= 0):
         raise ValueError("frames must be sorted and unique")
@@ -188,6 +195,8 @@ def decode(info: VideoInfo, frames: np.ndarray, threads: int = 0) -> Iterator[tu
 
 
 def _decode(info: VideoInfo, frames: np.ndarray, threads: int) -> Iterator[tuple[int, VideoFrame]]:
+    import av
+
     if len(frames) == 0:
         return
     # what a decoded frame is found by: its place in the decoder's order, or its stamp
@@ -247,6 +256,8 @@ def _decode(info: VideoInfo, frames: np.ndarray, threads: int) -> Iterator[tuple
 
 
 def _best_stream(container: av.container.InputContainer, path: Path) -> VideoStream:
+    from av.video.stream import VideoStream
+
     stream = container.streams.best("video")
     if not isinstance(stream, VideoStream):
         raise VideoError(f"video {path} has no video stream")
@@ -316,6 +327,8 @@ def _is_entry_point(codec: str, extradata: bytes | None, packet: Packet[VideoStr
 
 
 def _first_frame(path: Path) -> VideoFrame:
+    import av
+
     with av.open(str(path)) as container:
         for frame in container.decode(_best_stream(container, path)):
             return frame
@@ -327,8 +340,10 @@ def _orientation(frame: VideoFrame) -> tuple[int, bool]:
 
     The matrix maps (x, y) to (a x + c y, b x + d y), y pointing down (ISO/IEC 14496-12 section 6.2.2).
     """
+    from av.sidedata.sidedata import Type
+
     # PyAV declares motion vectors only
-    matrix = cast(SideDataContainer, frame.side_data).get(Type.DISPLAYMATRIX)
+    matrix = cast("SideDataContainer", frame.side_data).get(Type.DISPLAYMATRIX)
     if matrix is None:
         return 0, False
     a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].tolist()
@@ -339,6 +354,8 @@ def _orientation(frame: VideoFrame) -> tuple[int, bool]:
 
 
 def _decoded_ticks(path: Path) -> list[int | None]:
+    import av
+
     with av.open(str(path)) as container:
         stream = _best_stream(container, path)
         stream.thread_type = "AUTO"
@@ -358,6 +375,8 @@ def _counted_times(
     The decoder's order is the presentation order whatever its stamps say, so the packets' stamps belong to the
     frames in ascending order if there are as many of them; else the frames are as regular as the stream says.
     """
+    import av
+
     with av.open(str(path)) as container:
         stream = _best_stream(container, path)
         stamps = {packet.pts for packet in container.demux(stream) if packet.size and packet.pts is not None}

@@ -1,0 +1,29 @@
+"""The packages that decode, imported where they are used and not before: all that needs no videos runs without them.
+
+What is offered to other rooms (probe, decode, the cache, the pipeline, the demo set) calls these first, so that its
+private helpers can import plainly.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from lofi_fast.errors import InputError
+
+
+def require_pyav() -> None:
+    """Raises InputError where PyAV cannot be imported."""
+    _require("av", "PyAV, which reads and writes videos,", "av")
+
+
+def require_dali() -> None:
+    """Raises InputError where DALI cannot be imported."""
+    _require("nvidia.dali", "NVIDIA DALI, which decodes the frame cache,", "nvidia-dali-cuda130")
+
+
+def _require(module: str, what: str, package: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:  # missing, or it does not find a library of its own
+        reason = " ".join(str(error).split())
+        raise InputError(f"{what} cannot be imported ({reason}): pip install {package}") from error
