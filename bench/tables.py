@@ -52,22 +52,27 @@ def main(argv: Sequence[str], pages: Sequence[Path] = PAGES, results: Path = RES
         if not (results / f"{name}.jsonl").exists() or _drawn_from(figure) == digest:
             continue
         if args.check:
-            print(f"{figure.name} is out of date: run python -m bench tables")
+            print(f"{_name(figure)} is out of date: run python -m bench tables")
             status = 1
         elif drawn := draw(results):
             figure.write_text(drawn + digest, encoding="utf-8")
-            print(f"{figure.name} drawn")
+            print(f"{_name(figure)} drawn")
     for page, before in zip(pages, texts, strict=True):
-        after = filled(before, results)
+        after = filled(before, results, _name(page))
         if before == after:
-            print(f"{page.name} is up to date")
+            print(f"{_name(page)} is up to date")
         elif args.check:
-            print(f"{page.name} is out of date: run python -m bench tables")
+            print(f"{_name(page)} is out of date: run python -m bench tables")
             status = 1
         else:
             page.write_text(after, encoding="utf-8")
-            print(f"{page.name} rewritten")
+            print(f"{_name(page)} rewritten")
     return status
+
+
+def _name(path: Path) -> str:
+    """From the repository's root, where it lies below it."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def _drawn_from(figure: Path) -> str:
@@ -79,17 +84,17 @@ def _read(page: Path) -> str:
     try:
         return page.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{page.name}: {error.strerror}; it holds the markers that tables go between") from error
+        raise InputError(f"{_name(page)}: {error.strerror}; it holds the markers that tables go between") from error
 
 
-def filled(text: str, results: Path) -> str:
-    """`text` with every marked section replaced by the table of the rows in `results`/NAME.jsonl."""
+def filled(text: str, results: Path, page: str) -> str:
+    """`text` of a page with every marked section replaced by the table of the rows in `results`/NAME.jsonl."""
     if text.count("<!-- bench:") != len(SECTION.findall(text)) or not SECTION.search(text):
-        raise InputError("README.md: each table needs a line <!-- bench:NAME --> and, below it, <!-- /bench -->")
+        raise InputError(f"{page}: each table needs a line <!-- bench:NAME --> and, below it, <!-- /bench -->")
 
     def section(match: re.Match[str]) -> str:
         if match[2] not in TABLES:
-            raise InputError(f"README.md: no table is called {match[2]}; there are: {', '.join(TABLES)}")
+            raise InputError(f"{page}: no table is called {match[2]}; there are: {', '.join(TABLES)}")
         return match[1] + TABLES[match[2]](read_rows(results / f"{match[2]}.jsonl")) + match[3]
 
     return SECTION.sub(section, text)

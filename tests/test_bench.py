@@ -159,13 +159,16 @@ def test_tables_rewrites_between_the_markers_alone(tmp_path: Path, capsys: pytes
 def test_markers_that_cannot_be_filled_are_refused(tmp_path: Path, text: str, says: str) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(text)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=says) as refusal:
         tables.main([], (readme,), tmp_path)
+    assert str(refusal.value).startswith(f"{readme}: ")
     assert readme.read_text() == text
 
 
 def test_the_readme_shows_the_rows_of_this_repository(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+    status, said = tables.main(["--check"]), capsys.readouterr().out
+    assert status == 0, said
+    assert said == "README.md is up to date\nbench/README.md is up to date\n"
 
 
 # Operators
