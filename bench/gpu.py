@@ -1,7 +1,7 @@
 """Everything that matters on a GPU, in at most 8 minutes: operators, memory, steps, the planner, decoding, tests.
 
 Go on after a cut-off with --resume, or take one --part at a time (`bench.parts`). Nothing but PyTorch, Triton, NumPy,
-psutil and, for the tests, pytest has to be installed.
+psutil, for the planner rich and for the tests pytest has to be installed.
 
 `--dry-run` goes through all of it without a GPU, at tiny sizes, with the Triton kernels under Triton's interpreter.
 """
