@@ -10,6 +10,7 @@ from .align_linear import (
     proposal_grid,
     roi_grid,
 )
+from .conv3x3 import conv3x3, conv3x3_backward, conv3x3_is_faster
 from .library import describe, native_available
 from .residual_shift import residual_shift, residual_shift_backward
 from .soft_nms import nms, soft_nms
@@ -24,6 +25,9 @@ __all__ = [
     "align_linear",
     "align_linear_sum",
     "boundary_matching_grid",
+    "conv3x3",
+    "conv3x3_backward",
+    "conv3x3_is_faster",
     "describe",
     "fold_normalization",
     "native_available",

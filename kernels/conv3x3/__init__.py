@@ -1,0 +1,186 @@
+"""conv3x3: the 3x3 convolution of a residual block with a quarter of the multiplications, on a CPU in float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import library
+from . import reference
+
+__all__ = ["conv3x3", "conv3x3_backward", "conv3x3_is_faster"]
+
+CHANNELS = 16  # the C++ form's come in multiples of this
+TILE = 4  # its outputs are worked out in tiles of 4 x 4
+MIN_TILES = 32  # that pay for the transformed weight, measured with 16 to 512 channels (bench/README.md)
+
+
+def conv3x3_is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether the C++ form takes these arguments, and is faster with them than PyTorch's own convolution.
+
+    It is in float32 on a CPU with AVX2 or AVX-512 where channels come in multiples of 16, unless most of the tiles'
+    area lies beyond the edge (maps of 1, 2 or 5 pixels) or there are too few tiles. It says nothing of the stride.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (K, C, h, w).
+    """
+    num, channels, height, width = x.shape
+    tiles = num * -(-height // TILE) * -(-width // TILE)
+    return (
+        weight.shape[2:] == (3, 3)
+        and channels % CHANNELS == weight.shape[0] % CHANNELS == 0
+        and tiles >= MIN_TILES
+        and num * height * width >= 9 * tiles
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and library.forms["cpu"]["conv3x3"] == "C++"
+        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    )
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """3x3 convolution, stride 1, zero padding 1, and where asked its bias and ReLU in the same pass.
+
+    Where ``conv3x3_is_faster`` it is Winograd's F(4x4, 3x3) (Lavin and Gray 2016): 36 multiplications for each 16
+    outputs and pair of channels in place of 144. Its rounding errors are 2 to 8 times those of a direct float32
+    convolution (1e-6 of the result's norm at 512 channels; TF32, a GPU's default, has some 3e-4), and a NaN or an
+    infinity in x reaches the whole tiles that read it. Elsewhere it is PyTorch's convolution.
+
+    Args:
+        x: (N, C, H, W) floating point, any strides.
+        weight: (K, C, 3, 3) of x's dtype, any strides; fastest channels-last.
+        bias: (K,) of x's dtype.
+        relu: max(out, 0); a NaN stays NaN.
+
+    Returns:
+        (N, K, H, W), channels-last, in x's dtype. The C++ form takes memory for itself while it runs: the transformed
+        weight or the transformed x, whichever is smaller (36/9 of the weight at most), and some 1 MB for each thread.
+        Its results do not depend on the number of threads.
+
+        Saved for backward: x, weight, and out where `relu`. It can be differentiated once.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    _check("conv3x3", x, weight)
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(
+            f"conv3x3: bias must be ({weight.shape[0]},) {x.dtype} on {x.device}, not {tuple(bias.shape)} "
+            f"{bias.dtype} on {bias.device}"
+        )
+    if not conv3x3_is_faster(x, weight):
+        return reference.conv3x3(x, weight, bias, relu)
+    out: Tensor = torch.ops.lofi_fast.conv3x3(x, weight, bias, relu)
+    return out
+
+
+def conv3x3_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, relu: bool = False, mask: tuple[bool, bool] = (True, True)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight, for autograd functions written by hand.
+
+    Args:
+        grad: (N, K, H, W) the gradient of ``conv3x3``'s output before its own ReLU, of x's dtype.
+        x, weight: as given to ``conv3x3``.
+        relu: x is the result of a ReLU, and grad_x is to be the gradient before it: 0 where x <= 0.
+        mask: which of the two are wanted.
+
+    Returns:
+        grad_x (N, C, H, W) and grad_weight (K, C, 3, 3), channels-last, in x's dtype; None where not wanted. No
+        gradient flows through them.
+
+    Raises:
+        ValueError: as ``conv3x3``.
+    """
+    _check("conv3x3_backward", x, weight)
+    expected = (x.shape[0], weight.shape[0], *x.shape[2:])
+    if grad.shape != expected or grad.dtype != x.dtype or grad.device != x.device:
+        raise ValueError(
+            f"conv3x3_backward: grad must be {expected} {x.dtype} on {x.device}, not {tuple(grad.shape)} "
+            f"{grad.dtype} on {grad.device}"
+        )
+    backward = torch.ops.lofi_fast.conv3x3_backward if conv3x3_is_faster(x, weight) else reference.conv3x3_backward
+    grad_x, grad_weight = backward(grad, x, weight, relu, *mask)
+    return grad_x if mask[0] else None, grad_weight if mask[1] else None
+
+
+def _check(op: str, x: Tensor, weight: Tensor) -> None:
+    if x.dim() != 4 or not x.dtype.is_floating_point:
+        raise ValueError(f"{op}: x must be (N, C, H, W) floating point, not {tuple(x.shape)} {x.dtype}")
+    if weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
+        raise ValueError(f"{op}: weight must be (K, {x.shape[1]}, 3, 3), not {tuple(weight.shape)}")
+    if weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(f"{op}: weight is {weight.dtype} on {weight.device}, but x {x.dtype} on {x.device}")
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    size = (x.shape[0], weight.shape[0], *x.shape[2:])
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, relu: bool, with_x: bool, with_weight: bool
+) -> tuple[Tensor, Tensor]:
+    def like(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    return like(x) if with_x else x.new_empty(0), like(weight) if with_weight else x.new_empty(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
+    x, weight, _, relu = inputs
+    ctx.save_for_backward(x, weight, output if relu else None)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, out = ctx.saved_tensors
+    with_x, with_weight, with_bias, _ = ctx.needs_input_grad
+    if out is not None:
+        grad = torch.ops.aten.threshold_backward(grad, out, 0)
+    grad_x, grad_weight = torch.ops.lofi_fast.conv3x3_backward(grad, x, weight, False, with_x, with_weight)
+    return (
+        grad_x if with_x else None,
+        grad_weight if with_weight else None,
+        grad.sum((0, 2, 3)) if with_bias else None,
+        None,
+    )
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("conv3x3: its gradient cannot be differentiated again")
+
+
+library.define("conv3x3(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor", reference.conv3x3, _fake)
+library.define(
+    "conv3x3_backward(Tensor grad, Tensor x, Tensor weight, bool relu, bool with_x, bool with_weight) -> "
+    "(Tensor grad_x, Tensor grad_weight)",
+    reference.conv3x3_backward,
+    _fake_backward,
+)
+torch.library.register_autograd("lofi_fast::conv3x3", _backward, setup_context=_setup_context, lib=library.LIBRARY)
+torch.library.register_autograd("lofi_fast::conv3x3_backward", _no_second_derivative, lib=library.LIBRARY)
+
+
+@register_flop_formula(torch.ops.lofi_fast.conv3x3)
+def _operations(x: Sequence[int], weight: Sequence[int], *_: object, **__: object) -> int:
+    """By the definition, as PyTorch counts every convolution's."""
+    return 2 * math.prod((x[0], *x[2:], *weight))
+
+
+@register_flop_formula(torch.ops.lofi_fast.conv3x3_backward)
+def _operations_backward(
+    grad: Sequence[int],
+    x: Sequence[int],
+    weight: Sequence[int],
+    relu: bool,
+    with_x: bool,
+    with_weight: bool,
+    **_: object,
+) -> int:
+    return _operations(x, weight) * (with_x + with_weight)

@@ -1,0 +1,718 @@
+// CPU form of conv3x3 and of its gradients in float32, by Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray
+// 2016): a tile of 4 x 4 outputs takes 36 products for each pair of channels, where the definition takes 144.
+//
+//     out        = A^T [ sum over channels of (G weight G^T) * (B^T x B) ] A          x: the tile's 6 x 6 inputs
+//     grad_x     = the same of grad, with the weight turned by 180 degrees and its channels exchanged
+//     grad_weight = G^T [ sum over tiles of (B^T x B) * (A grad A^T) ] G
+//
+// so that for each of the 36 points of a tile there is one matrix product over channels, or over tiles. Interpolation
+// is at 0, +-sqrt(1/2), +-sqrt(2) and infinity: half the error of the usual 0, +-1, +-2, in as many operations.
+//
+// Nothing here depends on the number of threads: a tile's outputs are worked out by one of them, and the sum over tiles
+// runs in their order.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "../cpu.h"
+
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kTile = 4;                      // outputs of a tile, along each axis
+constexpr int kIn = kTile + 2;                // its inputs
+constexpr int kPoints = kIn * kIn;            // products of a tile for each pair of channels
+constexpr int64_t kRows = 6;                  // of a matrix, kept in registers at a time
+constexpr int64_t kChannels = 16;             // channels come in multiples of this
+constexpr float kA = 0.70710678118654752440;  // the inner points of interpolation: sqrt(1/2)
+constexpr float kB = 1.41421356237309504880;  // the outer ones: sqrt(2)
+
+template <int kBytes>
+struct Vector {
+  // Aligned as its elements are: tensors promise no more.
+  typedef float Lanes __attribute__((vector_size(kBytes), aligned(4), may_alias));
+  static constexpr int64_t kLanes = kBytes / sizeof(float);
+};
+
+template <typename Lanes>
+LOFI_FAST_INLINE Lanes& at(float* p) {
+  return *reinterpret_cast<Lanes*>(p);
+}
+
+template <typename Lanes>
+LOFI_FAST_INLINE const Lanes& at(const float* p) {
+  return *reinterpret_cast<const Lanes*>(p);
+}
+
+// The transforms along one axis; `from` and `to` are apart by whole vectors.
+
+// B^T: 6 inputs -> 6 points.
+template <typename Lanes>
+LOFI_FAST_INLINE void transform_input(const Lanes* from, int from_step, Lanes* to, int to_step) {
+  const Lanes d0 = from[0], d1 = from[from_step], d2 = from[2 * from_step], d3 = from[3 * from_step],
+              d4 = from[4 * from_step], d5 = from[5 * from_step];
+  to[0] = d0 - 2.5f * d2 + d4;
+  const Lanes even_a = d4 - 2.f * d2, odd_a = kA * (d3 - 2.f * d1);
+  to[to_step] = even_a + odd_a;
+  to[2 * to_step] = even_a - odd_a;
+  const Lanes even_b = d4 - 0.5f * d2, odd_b = kB * (d3 - 0.5f * d1);
+  to[3 * to_step] = even_b + odd_b;
+  to[4 * to_step] = even_b - odd_b;
+  to[5 * to_step] = d1 - 2.5f * d3 + d5;
+}
+
+// A: 4 gradients of outputs -> 6 points.
+template <typename Lanes>
+LOFI_FAST_INLINE void transform_grad(const Lanes* from, int from_step, Lanes* to, int to_step) {
+  const Lanes y0 = from[0], y1 = from[from_step], y2 = from[2 * from_step], y3 = from[3 * from_step];
+  to[0] = y0;
+  const Lanes even_a = y0 + 0.5f * y2, odd_a = kA * (y1 + 0.5f * y3);
+  to[to_step] = even_a + odd_a;
+  to[2 * to_step] = even_a - odd_a;
+  const Lanes even_b = y0 + 2.f * y2, odd_b = kB * (y1 + 2.f * y3);
+  to[3 * to_step] = even_b + odd_b;
+  to[4 * to_step] = even_b - odd_b;
+  to[5 * to_step] = y3;
+}
+
+// A^T: 6 points -> 4 outputs.
+template <typename Lanes>
+LOFI_FAST_INLINE void transform_output(const Lanes* from, int from_step, Lanes* to, int to_step) {
+  const Lanes even_a = from[from_step] + from[2 * from_step], odd_a = kA * (from[from_step] - from[2 * from_step]);
+  const Lanes even_b = from[3 * from_step] + from[4 * from_step],
+              odd_b = kB * (from[3 * from_step] - from[4 * from_step]);
+  to[0] = from[0] + even_a + even_b;
+  to[to_step] = odd_a + odd_b;
+  to[2 * to_step] = 0.5f * even_a + 2.f * even_b;
+  to[3 * to_step] = 0.5f * odd_a + 2.f * odd_b + from[5 * from_step];
+}
+
+// G: 3 weights -> 6 points.
+template <typename Lanes>
+LOFI_FAST_INLINE void transform_weight(const Lanes* from, int from_step, Lanes* to, int to_step) {
+  const Lanes w0 = from[0], w1 = from[from_step], w2 = from[2 * from_step];
+  to[0] = w0;
+  const Lanes even_a = (-2 / 3.f) * w0 - (1 / 3.f) * w2, odd_a = (-2 / 3.f * kA) * w1;
+  to[to_step] = even_a + odd_a;
+  to[2 * to_step] = even_a - odd_a;
+  const Lanes even_b = (1 / 6.f) * w0 + (1 / 3.f) * w2, odd_b = (1 / 6.f * kB) * w1;
+  to[3 * to_step] = even_b + odd_b;
+  to[4 * to_step] = even_b - odd_b;
+  to[5 * to_step] = w2;
+}
+
+// G^T: 6 points -> 3 gradients of weights.
+template <typename Lanes>
+LOFI_FAST_INLINE void transform_weight_grad(const Lanes* from, int from_step, Lanes* to, int to_step) {
+  const Lanes even_a = from[from_step] + from[2 * from_step], odd_a = from[from_step] - from[2 * from_step];
+  const Lanes even_b = from[3 * from_step] + from[4 * from_step], odd_b = from[3 * from_step] - from[4 * from_step];
+  to[0] = from[0] - (2 / 3.f) * even_a + (1 / 6.f) * even_b;
+  to[to_step] = (1 / 6.f * kB) * odd_b - (2 / 3.f * kA) * odd_a;
+  to[2 * to_step] = (1 / 3.f) * (even_b - even_a) + from[5 * from_step];
+}
+
+// Tiles of channels-last images. The last ones of a row or column may reach over the edge, where there are zeros.
+struct Tiles {
+  int64_t num, height, width;
+  int64_t down, across;
+
+  Tiles(int64_t num, int64_t height, int64_t width)
+      : num(num),
+        height(height),
+        width(width),
+        down((height + kTile - 1) / kTile),
+        across((width + kTile - 1) / kTile) {}
+
+  int64_t count() const { return num * down * across; }
+};
+
+// Where a tile's outputs begin.
+struct Place {
+  int64_t image, y, x;
+
+  LOFI_FAST_INLINE Place(const Tiles& tiles, int64_t index)
+      : image(index / (tiles.down * tiles.across)),
+        y(index / tiles.across % tiles.down * kTile),
+        x(index % tiles.across * kTile) {}
+
+  LOFI_FAST_INLINE const float* pixel(const float* images, const Tiles& tiles, int64_t channels, int64_t row,
+                                      int64_t column) const {
+    return images + ((image * tiles.height + row) * tiles.width + column) * channels;
+  }
+};
+
+// Reads kSize x kSize pixels from (first, first) of a tile on, each of one vector of channels, and zeros beyond the
+// edge.
+template <typename Lanes, int kSize, int kFirst>
+LOFI_FAST_INLINE void read_tile(const Tiles& tiles, const Place& place, const float* images, int64_t channels,
+                                int64_t channel, Lanes* pixels) {
+  const int64_t top = place.y + kFirst, left = place.x + kFirst;
+  const float* corner = place.pixel(images, tiles, channels, top, left) + channel;
+  const int64_t row = tiles.width * channels;
+  if (top >= 0 && left >= 0 && top + kSize <= tiles.height && left + kSize <= tiles.width) {
+    for (int i = 0; i < kSize; ++i) {
+      for (int j = 0; j < kSize; ++j) {
+        pixels[i * kSize + j] = at<Lanes>(corner + i * row + j * channels);
+      }
+    }
+    return;
+  }
+  for (int i = 0; i < kSize; ++i) {
+    const bool inside = top + i >= 0 && top + i < tiles.height;
+    for (int j = 0; j < kSize; ++j) {
+      pixels[i * kSize + j] =
+          inside && left + j >= 0 && left + j < tiles.width ? at<Lanes>(corner + i * row + j * channels) : Lanes{};
+    }
+  }
+}
+
+// Both transforms of tiles [first, first + count): points[p][stride of tiles][channels].
+template <int kBytes, bool kGrad>
+LOFI_FAST_INLINE void points_of_tiles(const Tiles& tiles, const float* images, int64_t channels, int64_t first,
+                                      int64_t count, int64_t stride, float* points) {
+  using Lanes = typename Vector<kBytes>::Lanes;
+  constexpr int kSize = kGrad ? kTile : kIn;
+  for (int64_t t = 0; t < count; ++t) {
+    const Place place(tiles, first + t);
+    for (int64_t channel = 0; channel < channels; channel += Vector<kBytes>::kLanes) {
+      Lanes pixels[kSize * kSize], half[kIn * kSize], whole[kIn];
+      if constexpr (kGrad) {
+        read_tile<Lanes, kSize, 0>(tiles, place, images, channels, channel, pixels);
+      } else {
+        read_tile<Lanes, kSize, -1>(tiles, place, images, channels, channel, pixels);
+      }
+      for (int j = 0; j < kSize; ++j) {
+        if constexpr (kGrad) {
+          transform_grad(pixels + j, kSize, half + j, kSize);
+        } else {
+          transform_input(pixels + j, kSize, half + j, kSize);
+        }
+      }
+      for (int i = 0; i < kIn; ++i) {
+        if constexpr (kGrad) {
+          transform_grad(half + i * kSize, 1, whole, 1);
+        } else {
+          transform_input(half + i * kSize, 1, whole, 1);
+        }
+        for (int j = 0; j < kIn; ++j) {
+          at<Lanes>(points + ((i * kIn + j) * stride + t) * channels + channel) = whole[j];
+        }
+      }
+    }
+  }
+}
+
+// result (kHeight rows of kVectors vectors) = or += sum over k of left[row][k] * right[k].
+template <int kBytes, int kHeight, int kVectors, bool kAdd>
+LOFI_FAST_INLINE void multiply_panel(const float* __restrict left, int64_t left_row, int64_t left_k,
+                                     const float* __restrict right, int64_t right_k, int64_t depth,
+                                     float* __restrict result, int64_t result_row) {
+  using Lanes = typename Vector<kBytes>::Lanes;
+  constexpr int64_t kLanes = Vector<kBytes>::kLanes;
+  Lanes sums[kHeight][kVectors];
+  for (int i = 0; i < kHeight; ++i) {
+    for (int j = 0; j < kVectors; ++j) {
+      sums[i][j] = kAdd ? at<Lanes>(result + i * result_row + j * kLanes) : Lanes{};
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Lanes values[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      values[j] = at<Lanes>(right + k * right_k + j * kLanes);
+    }
+    for (int i = 0; i < kHeight; ++i) {
+      const float factor = left[i * left_row + k * left_k];
+      for (int j = 0; j < kVectors; ++j) {
+        sums[i][j] += factor * values[j];
+      }
+    }
+  }
+  for (int i = 0; i < kHeight; ++i) {
+    for (int j = 0; j < kVectors; ++j) {
+      at<Lanes>(result + i * result_row + j * kLanes) = sums[i][j];
+    }
+  }
+}
+
+// Any even number of rows.
+template <int kBytes, int kVectors, bool kAdd>
+LOFI_FAST_INLINE void multiply_rows(const float* left, int64_t left_row, int64_t left_k, const float* right,
+                                    int64_t right_k, int64_t depth, float* result, int64_t result_row, int64_t rows) {
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) {
+    multiply_panel<kBytes, kRows, kVectors, kAdd>(left + row * left_row, left_row, left_k, right, right_k, depth,
+                                                  result + row * result_row, result_row);
+  }
+  for (; row + 2 <= rows; row += 2) {
+    multiply_panel<kBytes, 2, kVectors, kAdd>(left + row * left_row, left_row, left_k, right, right_k, depth,
+                                              result + row * result_row, result_row);
+  }
+}
+
+// Columns of a matrix that are worked on together: what registers hold, of what the number of columns is a multiple of.
+template <int kBytes>
+LOFI_FAST_INLINE int64_t panel_columns(int64_t columns) {
+  if constexpr (kBytes == 64) {
+    return columns % 64 == 0 ? 64 : columns % 32 == 0 ? 32 : 16;
+  } else {
+    return 16;
+  }
+}
+
+template <int kBytes, bool kAdd>
+LOFI_FAST_INLINE void multiply(const float* left, int64_t left_row, int64_t left_k, const float* right, int64_t right_k,
+                               int64_t depth, float* result, int64_t result_row, int64_t rows, int64_t columns) {
+  if constexpr (kBytes == 64) {
+    if (columns == 64) {
+      return multiply_rows<kBytes, 4, kAdd>(left, left_row, left_k, right, right_k, depth, result, result_row, rows);
+    }
+    if (columns == 32) {
+      return multiply_rows<kBytes, 2, kAdd>(left, left_row, left_k, right, right_k, depth, result, result_row, rows);
+    }
+  }
+  multiply_rows<kBytes, 64 / kBytes, kAdd>(left, left_row, left_k, right, right_k, depth, result, result_row, rows);
+}
+
+// One call of the operator. Matrices of the transformed weight are cut into panels of `columns` output channels.
+struct Forward {
+  Tiles tiles;
+  int64_t in, out;  // channels
+  int64_t columns;
+  bool turned;          // the weight
+  const float* x;       // (N, H, W, in)
+  const float* weight;  // (out, 3, 3, in); (in, 3, 3, out) where it is turned
+  const float* bias;    // (out,) or nullptr
+  const float* mask;    // (N, H, W, out) or nullptr: where it is not above 0, the result is 0
+  bool relu;
+  float* result;  // (N, H, W, out)
+
+  int64_t panels() const { return out / columns; }
+  int64_t panel_points() const { return kPoints * in * columns; }
+};
+
+// Of the weights of one input channel and one vector of output channels.
+template <int kBytes>
+LOFI_FAST_INLINE void weight_points(const Forward& f, const typename Vector<kBytes>::Lanes* taps, float* points) {
+  using Lanes = typename Vector<kBytes>::Lanes;
+  Lanes half[3 * kIn], whole[kIn];
+  for (int j = 0; j < 3; ++j) {
+    transform_weight(taps + j, 3, half + j, 3);
+  }
+  for (int i = 0; i < kIn; ++i) {
+    transform_weight(half + 3 * i, 1, whole, 1);
+    for (int j = 0; j < kIn; ++j) {
+      at<Lanes>(points + (i * kIn + j) * f.in * f.columns) = whole[j];
+    }
+  }
+}
+
+// Of one panel, for inputs [begin, end): points[36][in][columns].
+template <int kBytes>
+LOFI_FAST_INLINE void panel_points_of(const Forward& f, int64_t panel, int64_t begin, int64_t end, float* points) {
+  using Lanes = typename Vector<kBytes>::Lanes;
+  constexpr int64_t kLanes = Vector<kBytes>::kLanes;
+  for (int64_t column = 0; column < f.columns; column += kLanes) {
+    const int64_t k = panel * f.columns + column;
+    if (f.turned) {
+      for (int64_t c = begin; c < end; ++c) {
+        Lanes taps[9];
+        for (int i = 0; i < 9; ++i) {
+          taps[i] = at<Lanes>(f.weight + (c * 9 + 8 - i) * f.out + k);
+        }
+        weight_points<kBytes>(f, taps, points + c * f.columns + column);
+      }
+      continue;
+    }
+    // Output channels lie apart in the weight, and are to lie side by side.
+    for (int64_t first = begin; first < end; first += kChannels) {
+      Lanes taps[kChannels][9];
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        for (int i = 0; i < 9; ++i) {
+          const float* const from = f.weight + ((k + lane) * 9 + i) * f.in + first;
+          for (int64_t c = 0; c < kChannels; ++c) {
+            reinterpret_cast<float*>(&taps[c][i])[lane] = from[c];
+          }
+        }
+      }
+      for (int64_t c = 0; c < kChannels; ++c) {
+        weight_points<kBytes>(f, taps[c], points + (first + c) * f.columns + column);
+      }
+    }
+  }
+}
+
+// From the products of tiles [first, first + count), points[p][stride of tiles][columns], to `columns` channels of the
+// result from `channel` on.
+template <int kBytes>
+LOFI_FAST_INLINE void outputs_of_tiles(const Forward& f, int64_t first, int64_t count, int64_t stride, int64_t channel,
+                                       const float* points) {
+  using Lanes = typename Vector<kBytes>::Lanes;
+  for (int64_t t = 0; t < count; ++t) {
+    const Place place(f.tiles, first + t);
+    const int64_t height = std::min<int64_t>(kTile, f.tiles.height - place.y);
+    const int64_t width = std::min<int64_t>(kTile, f.tiles.width - place.x);
+    for (int64_t column = 0; column < f.columns; column += Vector<kBytes>::kLanes) {
+      Lanes products[kPoints], half[kTile * kIn], whole[kTile];
+      for (int p = 0; p < kPoints; ++p) {
+        products[p] = at<Lanes>(points + (p * stride + t) * f.columns + column);
+      }
+      for (int j = 0; j < kIn; ++j) {
+        transform_output(products + j, kIn, half + j, kIn);
+      }
+      const Lanes bias = f.bias == nullptr ? Lanes{} : at<Lanes>(f.bias + channel + column);
+      for (int64_t i = 0; i < height; ++i) {
+        transform_output(half + i * kIn, 1, whole, 1);
+        const int64_t offset =
+            ((place.image * f.tiles.height + place.y + i) * f.tiles.width + place.x) * f.out + channel + column;
+        for (int64_t j = 0; j < width; ++j) {
+          Lanes value = whole[j] + bias;
+          if (f.relu) {
+            value = value < 0 ? Lanes{} : value;  // a NaN stays
+          }
+          if (f.mask != nullptr) {
+            value = at<Lanes>(f.mask + offset + j * f.out) <= 0 ? Lanes{} : value;
+          }
+          at<Lanes>(f.result + offset + j * f.out) = value;
+        }
+      }
+    }
+  }
+}
+
+// Of tiles [first, first + count), whose points are inputs[36][stride][in], one panel of output channels. `stride` is a
+// whole number of kRows: what lies beyond `count` is multiplied too, and its products left alone.
+template <int kBytes>
+LOFI_FAST_INLINE void forward_panel_of(const Forward& f, int64_t first, int64_t count, const float* inputs,
+                                       int64_t stride, int64_t panel, const float* points, float* products) {
+  const int64_t rows = (count + kRows - 1) / kRows * kRows;
+  for (int p = 0; p < kPoints; ++p) {
+    multiply<kBytes, false>(inputs + p * stride * f.in, f.in, 1, points + p * f.in * f.columns, f.columns, f.in,
+                            products + p * rows * f.columns, f.columns, rows, f.columns);
+  }
+  outputs_of_tiles<kBytes>(f, first, count, rows, panel * f.columns, products);
+}
+
+// The gradient of the weight.
+struct WeightGrad {
+  Tiles tiles;
+  int64_t in, out;    // channels
+  int64_t columns;    // of a panel of input channels
+  const float* x;     // (N, H, W, in)
+  const float* grad;  // (N, H, W, out)
+  float* result;      // (out, 3, 3, in)
+};
+
+// Of a block of `count` tiles, whose points are grads[36][count][out] and inputs[36][count][in]: the sums over its
+// tiles, for points [begin, end) and outputs [row, last), put or added to sums[36][last - row][in].
+template <int kBytes>
+LOFI_FAST_INLINE void block_sums_of(const WeightGrad& g, const float* inputs, const float* grads, int64_t count,
+                                    bool add, int64_t begin, int64_t end, int64_t row, int64_t last, float* sums) {
+  for (int64_t p = begin; p < end; ++p) {
+    for (int64_t column = 0; column < g.in; column += g.columns) {
+      const float* const left = grads + p * count * g.out + row;
+      const float* const right = inputs + p * count * g.in + column;
+      float* const to = sums + p * (last - row) * g.in + column;
+      if (add) {
+        multiply<kBytes, true>(left, 1, g.out, right, g.in, count, to, g.in, last - row, g.columns);
+      } else {
+        multiply<kBytes, false>(left, 1, g.out, right, g.in, count, to, g.in, last - row, g.columns);
+      }
+    }
+  }
+}
+
+// Outputs [begin, end), from sums[36][stride][in] whose first are those of output `begin`.
+template <int kBytes>
+LOFI_FAST_INLINE void weight_grad_of(const WeightGrad& g, const float* sums, int64_t stride, int64_t begin,
+                                     int64_t end) {
+  using Lanes = typename Vector<kBytes>::Lanes;
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t column = 0; column < g.in; column += Vector<kBytes>::kLanes) {
+      Lanes points[kPoints], half[3 * kIn], whole[3];
+      for (int p = 0; p < kPoints; ++p) {
+        points[p] = at<Lanes>(sums + (p * stride + row - begin) * g.in + column);
+      }
+      for (int j = 0; j < kIn; ++j) {
+        transform_weight_grad(points + j, kIn, half + j, kIn);
+      }
+      for (int i = 0; i < 3; ++i) {
+        transform_weight_grad(half + i * kIn, 1, whole, 1);
+        for (int j = 0; j < 3; ++j) {
+          at<Lanes>(g.result + (row * 9 + i * 3 + j) * g.in + column) = whole[j];
+        }
+      }
+    }
+  }
+}
+
+// The work, compiled for vectors of one size.
+struct Machine {
+  int64_t (*panel_columns)(int64_t);
+  void (*input_points)(const Tiles&, const float*, int64_t, int64_t, int64_t, int64_t, float*);
+  void (*grad_points)(const Tiles&, const float*, int64_t, int64_t, int64_t, int64_t, float*);
+  void (*panel_points)(const Forward&, int64_t, int64_t, int64_t, float*);
+  void (*forward_panel)(const Forward&, int64_t, int64_t, const float*, int64_t, int64_t, const float*, float*);
+  void (*block_sums)(const WeightGrad&, const float*, const float*, int64_t, bool, int64_t, int64_t, int64_t, int64_t,
+                     float*);
+  void (*weight_grad)(const WeightGrad&, const float*, int64_t, int64_t, int64_t);
+};
+
+// clang-format off
+#define LOFI_FAST_MACHINE(name, bytes, target)                                                                         \
+  namespace name {                                                                                                     \
+  target int64_t columns(int64_t channels) { return panel_columns<bytes>(channels); }                                  \
+  target void input_points(const Tiles& tiles, const float* images, int64_t channels, int64_t first, int64_t count,    \
+                           int64_t stride, float* points) {                                                            \
+    points_of_tiles<bytes, false>(tiles, images, channels, first, count, stride, points);                              \
+  }                                                                                                                    \
+  target void grad_points(const Tiles& tiles, const float* images, int64_t channels, int64_t first, int64_t count,     \
+                          int64_t stride, float* points) {                                                             \
+    points_of_tiles<bytes, true>(tiles, images, channels, first, count, stride, points);                               \
+  }                                                                                                                    \
+  target void panel_points(const Forward& f, int64_t panel, int64_t begin, int64_t end, float* points) {               \
+    panel_points_of<bytes>(f, panel, begin, end, points);                                                              \
+  }                                                                                                                    \
+  target void forward_panel(const Forward& f, int64_t first, int64_t count, const float* inputs, int64_t stride,       \
+                            int64_t panel, const float* points, float* products) {                                     \
+    forward_panel_of<bytes>(f, first, count, inputs, stride, panel, points, products);                                 \
+  }                                                                                                                    \
+  target void block_sums(const WeightGrad& g, const float* inputs, const float* grads, int64_t count, bool add,        \
+                         int64_t begin, int64_t end, int64_t row, int64_t last, float* sums) {                         \
+    block_sums_of<bytes>(g, inputs, grads, count, add, begin, end, row, last, sums);                                   \
+  }                                                                                                                    \
+  target void weight_grad(const WeightGrad& g, const float* sums, int64_t stride, int64_t begin, int64_t end) {        \
+    weight_grad_of<bytes>(g, sums, stride, begin, end);                                                                \
+  }                                                                                                                    \
+  constexpr Machine machine{columns, input_points, grad_points, panel_points, forward_panel, block_sums, weight_grad}; \
+  }
+// clang-format on
+
+LOFI_FAST_MACHINE(plain, 16, )
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+LOFI_FAST_MACHINE(avx2, 32, __attribute__((target("arch=x86-64-v3"))))
+LOFI_FAST_MACHINE(avx512, 64, __attribute__((target("arch=x86-64-v4"))))
+#endif
+#undef LOFI_FAST_MACHINE
+
+// The widest vectors of this CPU, or those that torch is told to stop at: ATEN_CPU_CAPABILITY=avx2 or default.
+const Machine& choose_machine() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  const char* const told = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view most = told == nullptr ? "" : told;
+  if (most != "default" && __builtin_cpu_supports("x86-64-v3")) {
+    return most != "avx2" && __builtin_cpu_supports("x86-64-v4") ? avx512::machine : avx2::machine;
+  }
+#endif
+  return plain::machine;
+}
+
+const Machine& machine() {
+  static const Machine& chosen = choose_machine();
+  return chosen;
+}
+
+Tensor floats(int64_t num) { return torch::stable::empty({num}, ScalarType::Float); }
+
+Tensor dense(const Tensor& x) { return torch::stable::contiguous(x, MemoryFormat::ChannelsLast); }
+
+Tensor empty_images(int64_t num, int64_t channels, int64_t height, int64_t width) {
+  return torch::stable::empty({num, channels, height, width}, ScalarType::Float, std::nullopt, std::nullopt,
+                              std::nullopt, MemoryFormat::ChannelsLast);
+}
+
+int64_t whole_rows(int64_t count) { return (count + kRows - 1) / kRows * kRows; }
+
+// Calls f(worker, begin, end) for as many workers as there are threads, with equal shares of [0, num).
+template <typename F>
+void share(int64_t workers, int64_t num, const F& f) {
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      f(worker, num * worker / workers, num * (worker + 1) / workers);
+    }
+  });
+}
+
+// Many tiles: the whole weight is transformed, then tiles in blocks. A block's points and products stay in a core's
+// cache beside the panel that they are multiplied with.
+void convolve_blocks(const Machine& run, const Forward& f) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t block = 4 * kRows;
+  const int64_t blocks = (f.tiles.count() + block - 1) / block;
+  const int64_t workers = std::min(threads, blocks);
+  const int64_t own = kPoints * block * (f.in + f.columns);
+  Tensor scratch = floats(f.panels() * f.panel_points() + workers * own);
+  float* const points = scratch.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, f.in / kChannels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = 0; panel < f.panels(); ++panel) {
+      run.panel_points(f, panel, begin * kChannels, end * kChannels, points + panel * f.panel_points());
+    }
+  });
+  share(workers, blocks, [&](int64_t worker, int64_t begin, int64_t end) {
+    float* const inputs = points + f.panels() * f.panel_points() + worker * own;
+    float* const products = inputs + kPoints * block * f.in;
+    for (int64_t first = begin * block; first < std::min(end * block, f.tiles.count()); first += block) {
+      const int64_t count = std::min(block, f.tiles.count() - first);
+      run.input_points(f.tiles, f.x, f.in, first, count, block, inputs);
+      for (int64_t panel = 0; panel < f.panels(); ++panel) {
+        run.forward_panel(f, first, count, inputs, block, panel, points + panel * f.panel_points(), products);
+      }
+    }
+  });
+}
+
+// Few tiles, many channels: all tiles are transformed, then the weight panel by panel.
+void convolve_panels(const Machine& run, const Forward& f) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t workers = std::min(threads, f.panels());
+  const int64_t block = 16 * kRows;
+  const int64_t stride = whole_rows(f.tiles.count());
+  const int64_t own = f.panel_points() + kPoints * std::min(block, stride) * f.columns;
+  Tensor scratch = floats(kPoints * stride * f.in + workers * own);
+  float* const inputs = scratch.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, f.tiles.count(), 8, [&](int64_t begin, int64_t end) {
+    run.input_points(f.tiles, f.x, f.in, begin, end - begin, stride, inputs + begin * f.in);
+  });
+  share(workers, f.panels(), [&](int64_t worker, int64_t begin, int64_t end) {
+    float* const points = inputs + kPoints * stride * f.in + worker * own;
+    for (int64_t panel = begin; panel < end; ++panel) {
+      run.panel_points(f, panel, 0, f.in, points);
+      for (int64_t first = 0; first < f.tiles.count(); first += block) {
+        run.forward_panel(f, first, std::min(block, f.tiles.count() - first), inputs + first * f.in, stride, panel,
+                          points, points + f.panel_points());
+      }
+    }
+  });
+}
+
+// Result (N, out, H, W) of x (N, in, H, W) and of the weight (out, in, 3, 3), or (in, out, 3, 3) where it is turned;
+// all channels-last.
+Tensor convolve(const Tensor& x, const Tensor& weight, bool turned, const float* bias, bool relu, const float* mask) {
+  const Machine& run = machine();
+  const int64_t in = x.size(1), out = weight.size(turned ? 1 : 0);
+  Tensor result = empty_images(x.size(0), out, x.size(2), x.size(3));
+  if (result.numel() > 0) {
+    const Forward f{Tiles(x.size(0), x.size(2), x.size(3)),
+                    in,
+                    out,
+                    run.panel_columns(out),
+                    turned,
+                    x.const_data_ptr<float>(),
+                    weight.const_data_ptr<float>(),
+                    bias,
+                    mask,
+                    relu,
+                    result.mutable_data_ptr<float>()};
+    // The smaller of the two sets of points is the one that is held whole.
+    f.tiles.count() >= out ? convolve_blocks(run, f) : convolve_panels(run, f);
+  }
+  return result;
+}
+
+// The sum over tiles, in blocks whose points take no more room than the sums.
+Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
+  const Machine& run = machine();
+  const int64_t in = x.size(1), out = grad.size(1);
+  Tensor result = empty_images(out, in, 3, 3);
+  const Tiles tiles(x.size(0), x.size(2), x.size(3));
+  if (tiles.count() == 0) {
+    return torch::stable::zero_(result);
+  }
+  const WeightGrad g{tiles,
+                     in,
+                     out,
+                     run.panel_columns(in),
+                     x.const_data_ptr<float>(),
+                     grad.const_data_ptr<float>(),
+                     result.mutable_data_ptr<float>()};
+  const int64_t block = std::min(tiles.count(), std::max<int64_t>(8 * kRows, in * out / (in + out)));
+  const bool one = block == tiles.count();
+  // With one block a panel's sums are done with before the next panel's begin.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t rows = one ? run.panel_columns(out) : out;
+  const int64_t workers = one ? std::min(threads, out / rows) : 1;
+  Tensor scratch = floats(kPoints * (block * (in + out) + workers * rows * in));
+  float* const inputs = scratch.mutable_data_ptr<float>();
+  float* const grads = inputs + kPoints * block * in;
+  float* const sums = grads + kPoints * block * out;
+  for (int64_t first = 0; first < tiles.count(); first += block) {
+    const int64_t count = std::min(block, tiles.count() - first);
+    torch::stable::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
+      run.input_points(tiles, g.x, in, first + begin, end - begin, count, inputs + begin * in);
+      run.grad_points(tiles, g.grad, out, first + begin, end - begin, count, grads + begin * out);
+    });
+    if (!one) {
+      torch::stable::parallel_for(0, kPoints, 1, [&](int64_t begin, int64_t end) {
+        run.block_sums(g, inputs, grads, count, first > 0, begin, end, 0, out, sums);
+      });
+    }
+  }
+  if (one) {
+    share(workers, out / rows, [&](int64_t worker, int64_t begin, int64_t end) {
+      float* const own = sums + worker * kPoints * rows * in;
+      for (int64_t row = begin * rows; row < end * rows; row += rows) {
+        run.block_sums(g, inputs, grads, block, false, 0, kPoints, row, row + rows, own);
+        run.weight_grad(g, own, rows, row, row + rows);
+      }
+    });
+  } else {
+    torch::stable::parallel_for(
+        0, out, 8, [&](int64_t begin, int64_t end) { run.weight_grad(g, sums + begin * in, out, begin, end); });
+  }
+  return result;
+}
+
+void check(const char* op, const Tensor& x, const Tensor& weight) {
+  STD_TORCH_CHECK(
+      x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 3 && weight.size(3) == 3,
+      op, ": expected x (N, C, H, W) and weight (K, C, 3, 3)");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float, op,
+                  ": expected float32");
+  STD_TORCH_CHECK(weight.size(0) % kChannels == 0 && weight.size(1) % kChannels == 0, op,
+                  ": channels must come in multiples of 16, got ", weight.size(1), " and ", weight.size(0));
+}
+
+Tensor conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool relu) {
+  check("conv3x3", x, weight);
+  std::optional<Tensor> dense_bias;
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == ScalarType::Float,
+                    "conv3x3: bias must be (", weight.size(0), ",) float32");
+    dense_bias = torch::stable::contiguous(*bias);
+  }
+  return convolve(dense(x), dense(weight), false, dense_bias ? dense_bias->const_data_ptr<float>() : nullptr, relu,
+                  nullptr);
+}
+
+std::tuple<Tensor, Tensor> conv3x3_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, bool relu,
+                                            bool with_x, bool with_weight) {
+  check("conv3x3_backward", x, weight);
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.scalar_type() == ScalarType::Float && grad.size(0) == x.size(0) &&
+                      grad.size(1) == weight.size(0) && grad.size(2) == x.size(2) && grad.size(3) == x.size(3),
+                  "conv3x3_backward: expected grad (N, K, H, W) float32");
+  const Tensor dense_grad = dense(grad), dense_x = dense(x);
+  Tensor grad_weight = with_weight ? weight_gradient(dense_grad, dense_x) : floats(0);
+  Tensor grad_x = with_x ? convolve(dense_grad, dense(weight), true, nullptr, false,
+                                    relu ? dense_x.const_data_ptr<float>() : nullptr)
+                         : floats(0);
+  return {grad_x, grad_weight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lofi_fast, CPU, m) {
+  m.impl("conv3x3", TORCH_BOX(&conv3x3));
+  m.impl("conv3x3_backward", TORCH_BOX(&conv3x3_backward));
+}
