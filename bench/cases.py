@@ -16,8 +16,9 @@ from bench.peers.align import CHUNK, DenseSampling, Materialised, batched_rois, 
 from bench.peers.blocks import eager_block_end, eager_stem, eager_stem_input, frozen_norm
 from bench.peers.shift import published_shift
 from bench.peers.soft_nms import published_soft_nms
-from lofi_fast.kernels import align_linear_sum, proposal_grid, soft_nms, temporal_roi_align, temporal_shift
+from lofi_fast.kernels import align_linear_sum, conv3x3, proposal_grid, soft_nms, temporal_roi_align, temporal_shift
 from lofi_fast.kernels.align_linear.sampling import SparseRows, weights_of
+from lofi_fast.kernels.conv3x3 import reference as conv3x3_reference
 from lofi_fast.kernels.library import forms
 from lofi_fast.kernels.residual_shift import reference as residual_shift_reference
 from lofi_fast.kernels.residual_shift import residual_shift
@@ -62,6 +63,7 @@ class Problem:
     bytes_forward: int | None = None
     bytes_backward: int | None = None
     copies: bool = False  # no arithmetic: every form gives the same bits
+    roundings: float = 2  # how many times plain PyTorch's largest error ours may have
     left_out: dict[str, str] = field(default_factory=dict)  # peer -> why it does not run here
 
 
@@ -124,6 +126,10 @@ def cases(device: torch.device, quick: bool = False, tiny: bool = False) -> list
         shape = f"{stage_side}x{stage_side}x{channels}, {frames} frames"
         add("temporal_shift", shape, (torch.float32, half), _temporal_shift, frames, stage_side, channels)
         add("residual_shift", shape, (torch.float32, half), _residual_shift, frames, stage_side, channels, "")
+    if device.type == "cpu" and not tiny:  # a GPU has its library's
+        for stage_side, channels in stages:
+            shape = f"{stage_side}x{stage_side}x{channels}, {frames} frames"
+            add("conv3x3", shape, (torch.float32,), _conv3x3, frames, stage_side, channels)
     side, channels = stages[0] if quick else STAGES[1]
     for variant in ("downsample", "no shift", "no identity, no shift"):
         shape = f"{side}x{side}x{channels}, {frames} frames, {variant}"
@@ -252,6 +258,27 @@ def _residual_shift(
         exact=partial(_double, definition, Form(ours, inputs, grads)),
         bytes_forward=(len(inputs) + results) * x.nbytes,
         bytes_backward=(results + 1 + len(inputs)) * x.nbytes,  # the gradients and out for ReLU; the gradients
+    )
+
+
+def _conv3x3(frames: int, side: int, channels: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    x = torch.randn(frames, channels, side, side, device=device).relu_().to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 3, 3, device=device) / channels
+    weight = weight.to(dtype, memory_format=torch.channels_last)
+    inputs = (x.requires_grad_(), weight.requires_grad_())
+    grads = (torch.randn_like(x),)
+
+    def definition(x: Tensor, weight: Tensor) -> Outputs:
+        return (conv3x3_reference.conv3x3(x, weight, None, relu=False),)
+
+    ours = Form(lambda x, weight: (conv3x3(x, weight),), inputs, grads)
+    return Problem(
+        ours=ours,
+        peers={"PyTorch": Form(lambda x, weight: (F.conv2d(x, weight, padding=1),), inputs, grads)},
+        exact=partial(_double, definition, ours),
+        bytes_forward=2 * x.nbytes + weight.nbytes,
+        bytes_backward=3 * x.nbytes + 2 * weight.nbytes,
+        roundings=32,  # Winograd's sums, and no blocks within the sum over channels
     )
 
 

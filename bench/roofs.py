@@ -1,10 +1,11 @@
 """What a device can do at best, measured, and the least that an encoder's step asks of it, computed.
 
 Floor of a step: the larger of two times. Its operations at the rate of a large matrix product or a large convolution,
-whichever is faster: every convolution forward, and twice that backward (for its input and its weight; the first has no
-gradient of its input). Its bytes at the rate of a large copy: every map that backward needs written once and read twice
-(by the next layer and by backward), its gradient written and read once, and the frames read twice. Head, loss and
-folding are left out. What takes sampled gradients has less to do than this.
+PyTorch's or ours, whichever is fastest: every convolution forward, and twice that backward (for its input and its
+weight; the first has no gradient of its input). Operations are counted by the definition, so that a convolution which
+saves some may be faster than its processor. Its bytes at the rate of a large copy: every map that backward needs
+written once and read twice (by the next layer and by backward), its gradient written and read once, and the frames read
+twice. Head, loss and folding are left out. What takes sampled gradients has less to do than this.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 
 from bench.measure import Call
 from lofi_fast.config import EncoderName
+from lofi_fast.kernels import conv3x3
 from lofi_fast.memory.model import lean_kept_bytes, network
 
 PASSES = 5  # over the kept maps
@@ -50,7 +52,9 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Call, int
     channels, side = 256, 14  # of a ResNet-18's third stage
     x = torch.randn(images, channels, side, side, device=device).to(dtype, memory_format=torch.channels_last)
     weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+    operations = 2 * weight.numel() * images * side**2
     return {
         "matrix product": (lambda: torch.mm(a, b), 2 * size**3),
-        "convolution": (lambda: F.conv2d(x, weight, padding=1), 2 * weight.numel() * images * side**2),
+        "convolution": (lambda: F.conv2d(x, weight, padding=1), operations),
+        "convolution, ours": (lambda: conv3x3(x, weight), operations),  # where it is not faster, PyTorch's again
     }

@@ -26,7 +26,7 @@ from lofi_fast.data.video import probe
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, select_snippets
 
-pytest.importorskip("nvidia.dali", exc_type=ImportError)  # a machine that only computes may lack it
+pytest.importorskip("nvidia.dali", exc_type=ModuleNotFoundError)  # a machine that only computes may lack it
 
 NUM_FRAMES = 24
 WHOLE = View(0.0, 0.0, 1.0, 1.0, False)

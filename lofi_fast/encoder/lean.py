@@ -26,6 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lofi_fast.encoder.resnet import BasicBlock, Bottleneck, TSMResNet
 from lofi_fast.kernels import (
+    conv3x3,
+    conv3x3_backward,
+    conv3x3_is_faster,
     fold_normalization,
     residual_shift,
     residual_shift_backward,
@@ -53,15 +56,35 @@ class Convolution:
     padding: int
     bias: Tensor
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding)
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Without the bias."""
+        if self._takes_conv3x3(x, weight):
+            return conv3x3(x, weight)
+        return F.conv2d(x, weight, None, self.stride, self.padding)
 
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
-        """Gradients of (x, weight), each where `mask` asks for it."""
+    def forward_relu(self, x: Tensor, weight: Tensor) -> Tensor:
+        """With the bias, and a ReLU after it."""
+        if self._takes_conv3x3(x, weight):
+            return conv3x3(x, weight, self.bias, relu=True)
+        out, _ = residual_shift(self.forward(x, weight), torch.ones_like(self.bias), self.bias)
+        return out
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool], relu: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of (x, weight), each where `mask` asks for it; of x before its ReLU, where `relu`."""
+        if self._takes_conv3x3(x, weight):
+            return conv3x3_backward(grad, x, weight, relu, mask)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad, x, weight, None, [self.stride] * 2, [self.padding] * 2, [1, 1], False, [0, 0], 1, [*mask, False]
         )
+        if relu and mask[0]:
+            grad_x = torch.ops.aten.threshold_backward.grad_input(grad_x, x, 0, grad_input=grad_x)
         return grad_x, grad_weight
+
+    def _takes_conv3x3(self, x: Tensor, weight: Tensor) -> bool:
+        # By shapes alone, so that recompute and backward choose as forward did.
+        return self.stride == 1 and self.padding == 1 and conv3x3_is_faster(x, weight)
 
 
 @dataclass(frozen=True)
@@ -95,7 +118,7 @@ class _Block(torch.autograd.Function):
         del shifted
         kept = [x]
         for convolution, weight in zip(block.branch[:-1], weights, strict=False):
-            hidden = _relu_convolution(convolution, hidden, weight)
+            hidden = convolution.forward_relu(hidden, weight)
             kept.append(hidden)
         last = block.branch[-1]
         bias = last.bias
@@ -120,27 +143,30 @@ class _Block(torch.autograd.Function):
         out, *kept_and_weights = ctx.saved_tensors
         kept, weights = kept_and_weights[:count], kept_and_weights[count:]
         _, need_x, need_shifted, *need_weights = ctx.needs_input_grad
-        grad = _through_relu(grad_out, grad_shifted_out, out, block.num_frames, block.next_fold)
+        grad: Tensor | None = _through_relu(grad_out, grad_shifted_out, out, block.num_frames, block.next_fold)
         del grad_out, grad_shifted_out, out
-        grad_identity = grad
+        grad_identity: Tensor | None = grad
         grad_weights: list[Tensor | None] = [None] * len(weights)
         for i in reversed(range(count)):
             hidden = kept[i]
             if i == 0 and block.fold:
                 hidden = temporal_shift(hidden, block.num_frames, block.fold)
             need_hidden = i > 0 or need_x or need_shifted
-            grad, grad_weights[i] = block.branch[i].backward(grad, hidden, weights[i], (need_hidden, need_weights[i]))
-            if i > 0:
-                grad = torch.ops.aten.threshold_backward.grad_input(grad, hidden, 0, grad_input=grad)
+            assert grad is not None
+            grad, grad_weights[i] = block.branch[i].backward(
+                grad, hidden, weights[i], (need_hidden, need_weights[i]), relu=i > 0
+            )
         x = kept[0]
         grad_shifted = None
         if block.downsample is not None:
+            assert grad_identity is not None
             grad_identity, grad_weights[-1] = block.downsample.backward(
                 grad_identity, x, weights[-1], (need_x, need_weights[-1])
             )
         if block.fold:
             grad_shifted = grad
         elif need_x:
+            assert grad_identity is not None and grad is not None
             grad_identity = grad_identity + grad
         return None, grad_identity if need_x else None, grad_shifted, *grad_weights
 
@@ -168,12 +194,6 @@ class _Stem(torch.autograd.Function):
         grad = stem_backward(grad, pooled, argmax, scale, *ctx.size)
         _, grad_weight = ctx.convolution.backward(grad, stem_input(frames, mean, weight.dtype), weight, (False, True))
         return None, None, None, grad_weight, None, None
-
-
-def _relu_convolution(convolution: Convolution, x: Tensor, weight: Tensor) -> Tensor:
-    hidden = convolution.forward(x, weight)
-    out, _ = residual_shift(hidden, torch.ones_like(convolution.bias), convolution.bias)
-    return out
 
 
 def _through_relu(

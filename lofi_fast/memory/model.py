@@ -18,8 +18,9 @@ their chunk's gradient is worked out. Plain PyTorch keeps 25.1 MB a frame in fp3
 cast weights (`plain_kept_bytes`).
 
 Not counted, because no tensor of ours shows it, and left to the fitted part of the planner: what operators take for
-themselves and give back before they return (a GPU's convolution workspaces; oneDNN's two further copies of the weight's
-gradient that it works out), rounding and fragmentation of the allocator, the context of the device, code and Python.
+themselves and give back before they return (a GPU's convolution workspaces; on a CPU conv3x3's transformed tiles, and
+the two further copies of a weight's gradient that oneDNN works out), rounding and fragmentation of the allocator, the
+context of the device, code and Python.
 """
 
 from __future__ import annotations
