@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -225,6 +227,36 @@ def under_a_cap() -> None:
     assert before + 20 * MB < meter.held() < before + 60 * MB, "what is kept of freed blocks is not in use"
     meter.release()
     assert meter.own() < before + 60 * MB
+
+
+class Keeps(torch.autograd.Function):
+    """Keeps a tensor for its backward, which fails where it is told to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, kept: torch.Tensor, fails: bool) -> torch.Tensor:
+        ctx.kept, ctx.fails = kept, fails
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        if ctx.fails:
+            raise MemoryError
+        return grad, None, None
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["", "no_grad"])
+def test_a_backward_that_was_broken_off_holds_nothing_after_release(grad: bool) -> None:
+    x, kept = torch.ones(2, requires_grad=True), torch.ones(3)
+    held = weakref.ref(kept)
+    # The branch that fails is gone through first: it is the younger.
+    with pytest.raises(MemoryError):
+        (Keeps.apply(x, kept, False) + Keeps.apply(x, None, True)).sum().backward()
+    del kept
+    gc.collect()
+    assert held() is not None, "this torch lets go of it by itself: release need not"
+    with torch.set_grad_enabled(grad):
+        CpuMeter().release()
+    assert held() is None
 
 
 def test_without_an_allocator_of_ours_a_cpu_has_no_cap_but_keeps_the_readings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,6 +240,9 @@ class CpuMeter:
         yield  # the resident set has everything
 
     def release(self) -> None:
+        # A backward that was broken off leaves what it did not come to in this thread's queue of autograd's engine, and
+        # its graph with it, until the next one begins.
+        torch.zeros((), requires_grad=True).backward()
         if allocator.installed():  # glibc, as `settle_glibc` sets it, does so by itself
             allocator.release()
 
