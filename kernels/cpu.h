@@ -1,4 +1,4 @@
-// What the CPU forms share: element types, loops cloned for wider vectors, parallel loops.
+// What the CPU forms share: element types, loops cloned for wider vectors, large outputs.
 
 #pragma once
 
@@ -12,6 +12,11 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 // A function with this mark is compiled for baseline x86-64, AVX2 and AVX-512, and the machine's best is taken at load
 // time, so that one binary serves every CPU. What it calls must be inlined into it to gain: pass no function pointers.
@@ -69,6 +74,22 @@ void with_floating_type(ScalarType dtype, const char* op, const F& f) {
     default:
       STD_TORCH_CHECK(false, op, ": expected float32, float64, bfloat16 or float16, got ", dtype);
   }
+}
+
+// Where large blocks come fresh from the kernel, taking their pages one by one costs several times the copy itself.
+inline void expect_to_fill(const Tensor& x) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t bytes = static_cast<uintptr_t>(x.numel()) * x.element_size();
+  if (bytes >= (4 << 20)) {
+    // All these pages hold our elements, the first and the last too. It is advice, so a refusal changes nothing.
+    const uintptr_t start = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()) / page * page;
+    const uintptr_t end = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()) + bytes;
+    madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+  }
+#else
+  (void)x;
+#endif
 }
 
 }  // namespace lofi_fast

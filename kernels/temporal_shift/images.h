@@ -11,11 +11,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include "../cpu.h"
 
 namespace lofi_fast {
@@ -68,22 +63,6 @@ inline Tensor laid_out_as(const Tensor& like, const Tensor& x) {
   Tensor copy = torch::stable::empty_like(like);
   torch::stable::copy_(copy, x);
   return copy;
-}
-
-// Where large blocks come fresh from the kernel, taking their pages one by one costs several times the copy itself.
-inline void expect_to_fill(const Tensor& x) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t bytes = static_cast<uintptr_t>(x.numel()) * x.element_size();
-  if (bytes >= (4 << 20)) {
-    // All these pages hold our elements, the first and the last too. It is advice, so a refusal changes nothing.
-    const uintptr_t start = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()) / page * page;
-    const uintptr_t end = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()) + bytes;
-    madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-  }
-#else
-  (void)x;
-#endif
 }
 
 inline void check_snippets(const char* op, const Tensor& x, int64_t num_frames, int64_t fold) {
