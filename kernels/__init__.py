@@ -12,6 +12,7 @@ from .align_linear import (
 )
 from .conv3x3 import conv3x3, conv3x3_backward, conv3x3_is_faster
 from .library import describe, native_available
+from .quantize import dequantize, quantize
 from .residual_shift import residual_shift, residual_shift_backward
 from .soft_nms import nms, soft_nms
 from .stem import fold_normalization, stem, stem_backward, stem_forward, stem_input
@@ -28,11 +29,13 @@ __all__ = [
     "conv3x3",
     "conv3x3_backward",
     "conv3x3_is_faster",
+    "dequantize",
     "describe",
     "fold_normalization",
     "native_available",
     "nms",
     "proposal_grid",
+    "quantize",
     "residual_shift",
     "residual_shift_backward",
     "roi_grid",

@@ -16,6 +16,7 @@ from lofi_fast.kernels.library import triton_version
 TARGETS = {"75", "80", "86", "89", "90", "100", "120"}
 OPERATORS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/kernel.py"))
 WRITES_LITTLE = {"align_backward_kernel"}  # a sum over thousands of values for each that it writes
+WRITES_A_SCALE = {"quantize_kernel"}  # beside its codes one store more, of a number for each channel
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -83,4 +84,7 @@ def test_hot_launches_read_and_write_16_bytes_at_a_time(rows: list[Row], op: str
             loads, stores = set(map(int, code["loads"])), set(map(int, code["stores"]))
             assert max(loads) == 128, where(row, target)
             if row["kernel"] not in WRITES_LITTLE:
-                assert max(stores) == 128 and min(stores) >= 64, where(row, target)  # 64: bytes beside 16-bit numbers
+                assert max(stores) == 128, where(row, target)
+                # 64: bytes beside 16-bit numbers
+                narrow = sum(number for width, number in code["stores"].items() if int(width) < 64)
+                assert narrow <= (row["kernel"] in WRITES_A_SCALE), where(row, target)
