@@ -18,7 +18,7 @@ import torch
 from bench.against import read_against
 from bench.dtypes import DTYPES, half_of
 from bench.measure import in_child, peak_above_start
-from bench.networks import TINY_WIDTH, WIDTH, Encoded, WholeStep, kept_bytes
+from bench.networks import EIGHT_BIT, TINY_WIDTH, WIDTH, Encoded, WholeStep, kept_bytes
 from bench.record import options, record
 from bench.rows import Row, environment, software
 from bench.tables import aligned
@@ -30,6 +30,7 @@ from lofi_fast.precision import choose_device
 SIDES = (224, 158, 112)  # of (100, 224) and (25, 224), (50, 158), (100, 112)
 PEAKS = ((64, 224), (256, 112))  # frames, side
 GPU_PEAKS = ((1, 100, 224), (16, 50, 158))  # videos, snippets, side: full fidelity, and the paper's batch at a cut of 4
+KEPT = ("plain PyTorch", "lean", EIGHT_BIT)
 KEY = ("measured", "encoder", "videos", "snippets", "frames", "side", "dtype", "form")
 
 
@@ -72,7 +73,7 @@ def kept(device: torch.device, quick: bool = False, tiny: bool = False) -> Itera
                 width = TINY_WIDTH if tiny else WIDTH
                 case = Encoded.of(name, FRAMES_PER_SNIPPET, side, dtype, device, width)
                 frames = Encoded.of(name, 2 * FRAMES_PER_SNIPPET, side, dtype, device, width)
-                for form in ("plain PyTorch", "lean"):
+                for form in KEPT:
                     # Two runs, so that what does not grow with the frames (folded weights) is told apart.
                     once, twice = (kept_bytes(c.encoder, partial(c.features, form)) for c in (case, frames))
                     yield {

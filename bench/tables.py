@@ -244,7 +244,8 @@ def memory_table(rows: Sequence[Row]) -> str:
     for row in kept:
         key = (row["encoder"], row["side"])
         cells.setdefault(key, {})[f"{row['form']}, {row['dtype']}"] = row["bytes_a_frame"]
-    forms = [f"{form}, {dtype}" for dtype in ("float32", "bfloat16") for form in ("plain PyTorch", "lean")]
+    ways = ("plain PyTorch", "lean", "lean, 8 bits")
+    forms = [f"{form}, {dtype}" for dtype in ("float32", "bfloat16") for form in ways]
     lines = []
     for (encoder, side), found in cells.items():
         numbers = [f"{found[form] / 1e6:.2f}" if form in found else MISSING for form in forms]

@@ -24,6 +24,7 @@ Stage = Literal["pretrain", "joint", "head", "eval"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 EncoderName = Literal["tsm_r18", "tsm_r34", "tsm_r50"]
 OptimizerImpl = Literal["auto", "apex", "torch"]
+KeptMaps = Literal["exact", "8bit"]
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -141,6 +142,7 @@ class Config:
     micro_batch: int | None = None  # videos of a joint step in memory at once; None: all of them
     policy: Policy = Policy.BATCH
     recompute: Recompute = "auto"
+    kept_maps: KeptMaps = "exact"  # how the encoder's maps wait for backward
     replay: str | None = None  # log.jsonl of a run whose rungs are taken
     budget: Budget = field(default_factory=lambda: Budget.parse("auto"))
     optimizer_impl: OptimizerImpl = "auto"
@@ -273,6 +275,8 @@ def _parser() -> argparse.ArgumentParser:
                         "loss is the same; default: the policy decides)")  # fmt: skip
     memory.add_argument("--recompute", choices=get_args(Recompute), help="run the encoder forward a second time "
                         "instead of keeping its maps; auto (default): where nothing fits without")  # fmt: skip
+    memory.add_argument("--kept-maps", choices=get_args(KeptMaps), help="how the encoder's maps wait for backward: "
+                        "exact (default), or in 8bit: less memory, gradients rounded by some 1e-3")  # fmt: skip
     memory.add_argument("--replay-rungs", metavar="FILE", help="take the rungs of every joint step from the log.jsonl "
                         "of another run")  # fmt: skip
 
@@ -384,6 +388,7 @@ def from_arguments(argv: Sequence[str] | None, *, cuda: bool, with_data: bool = 
         micro_batch=args.micro_batch,
         policy=Policy(args.policy or base.policy),
         recompute=args.recompute or base.recompute,
+        kept_maps=args.kept_maps or base.kept_maps,
         replay=args.replay_rungs,
         budget=Budget.parse(args.mem_budget),
         optimizer_impl=args.optimizer_impl,

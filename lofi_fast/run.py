@@ -173,6 +173,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "allocator": [os.environ.get("GLIBC_TUNABLES", ""), allocator.installed()],
             "encoder": [config.encoder.name, config.encoder.width],
+            "kept_maps": config.kept_maps,
             "head": asdict(config.head),
             "classes": len(self.dataset.classes),
             "full": [config.full.num_snippets, config.full.side],

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ SMALL = HeadConfig(hidden=32, groups=4, inner_bins=5, context_bins=2, map_channe
 LARGE = HeadConfig(hidden=128, groups=16, inner_bins=16, map_channels=256)
 NUM_CLASSES = 6
 FP32, BF16 = 4, 2
+BACKWARDS = (torch.ops.aten.convolution_backward.default, torch.ops.lofi_fast.conv3x3_backward.default)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +73,7 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.convolution_backward.default and out[1] is not None:
+        if func in BACKWARDS and out[1] is not None:
             self._weight_gradients.add(storage(out[1]))
         # Autograd adds the chunks' gradients of a weight in place, but not where a dispatch mode looks on: so the sum
         # takes the place of its first operand, which is given back as soon as this returns.
@@ -154,12 +156,13 @@ def test_kept_by_the_encoder_to_the_byte(
     known = [*encoder.parameters(), *encoder.buffers()]
     arguments = (name, width, side, len(x), map_bytes)
 
-    def forward(recompute: bool) -> Tensor:
-        return encode(encoder, x, FRAMES_PER_SNIPPET, chunk=chunk, recompute=recompute)
+    def forward(**how: bool) -> Tensor:
+        return encode(encoder, x, FRAMES_PER_SNIPPET, chunk=chunk, **how)
 
     with precision(map_bytes):
-        assert saved_bytes(known, lambda: forward(False)) == model.lean_kept_bytes(*arguments)
-        assert saved_bytes(known, lambda: forward(True)) == model.lean_kept_bytes(*arguments, recompute=True)
+        for recompute, eight_bit in product((False, True), repeat=2):
+            how = {"recompute": recompute, "eight_bit": eight_bit}
+            assert saved_bytes(known, partial(forward, **how)) == model.lean_kept_bytes(*arguments, **how), how
         plain = saved_bytes(known, lambda: encoder(x, FRAMES_PER_SNIPPET))
     assert plain == model.plain_kept_bytes(*arguments)
 
@@ -252,11 +255,12 @@ class StepCase:
     accumulates: bool = False
     class_loss: bool = True
     full: int | None = None
+    eight_bit: bool = False
 
     def predicted(self) -> StepBytes:
         setting = Setting(
             self.name, self.width, self.head, NUM_CLASSES, self.full or self.length, self.map_bytes, self.class_loss,
-            "sgd",
+            "sgd", self.eight_bit,
         )  # fmt: skip
         return step_bytes(
             setting, Fidelity(self.length, self.side), self.batch, recompute=self.recompute, chunk=self.chunk,
@@ -279,7 +283,10 @@ class StepCase:
         gradients = [p.grad for p in learning if p.grad is not None]
         with Alive([*learning, *encoder.buffers(), x, *case.cells(head), *gradients]) as alive:
             with precision(self.map_bytes):
-                features = encode(encoder, x, FRAMES_PER_SNIPPET, chunk=self.chunk, recompute=self.recompute)
+                features = encode(
+                    encoder, x, FRAMES_PER_SNIPPET,
+                    chunk=self.chunk, recompute=self.recompute, eight_bit=self.eight_bit,
+                )  # fmt: skip
             output, terms, total = case.forward(head, features)
             kept = alive.now
             total.backward()
@@ -314,6 +321,14 @@ STEPS = {
     "r50": StepCase("tsm_r50", 8, 46, 5, 1, THREE, chunk=2),
     "r50_bf16": StepCase("tsm_r50", 8, 50, 4, 1, SMALL, BF16, chunk=3, accumulates=True),
     "r50_again": StepCase("tsm_r50", 8, 46, 6, 1, SMALL, recompute=True, chunk=2),
+    "8bit": StepCase("tsm_r18", 16, 64, 7, 1, SMALL, chunk=2, eight_bit=True),
+    "8bit_one_chunk": StepCase("tsm_r18", 8, 46, 4, 1, SMALL, chunk=9, eight_bit=True),
+    "8bit_bf16": StepCase("tsm_r18", 16, 50, 5, 2, THREE, BF16, chunk=3, eight_bit=True),
+    "8bit_again": StepCase("tsm_r18", 8, 64, 8, 2, SMALL, recompute=True, chunk=3, eight_bit=True),
+    "8bit_again_bf16": StepCase("tsm_r34", 8, 46, 5, 1, THREE, BF16, True, 2, True, eight_bit=True),
+    "8bit_r50": StepCase("tsm_r50", 8, 64, 5, 1, THREE, chunk=2, eight_bit=True),
+    "8bit_r50_bf16": StepCase("tsm_r50", 8, 50, 4, 1, SMALL, BF16, chunk=3, accumulates=True, eight_bit=True),
+    "8bit_r50_again": StepCase("tsm_r50", 8, 46, 6, 1, SMALL, recompute=True, chunk=2, eight_bit=True),
 }  # fmt: skip
 
 

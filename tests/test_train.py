@@ -561,7 +561,9 @@ def test_a_budget_that_binds_takes_lower_rungs_and_is_kept_to(
         assert step["predicted"] <= step["room"] <= step["limit"] <= budget
 
 
-def test_recompute_comes_before_a_refusal_and_a_refusal_says_what_is_needed(demo_set: Demo, tmp_path: Path) -> None:
+def test_recompute_or_8_bits_come_before_a_refusal_and_a_refusal_says_what_is_needed(
+    demo_set: Demo, tmp_path: Path
+) -> None:
     # Large enough for the maps to be most of what a step holds.
     flags = ["--fidelity", "16x96", "--width", "32", "--batch", "4", "--stages", "joint", "--joint-epochs", "1"]
     flags += ["--pattern", "spatial", "--max-cut", "1.3"]
@@ -582,6 +584,15 @@ def test_recompute_comes_before_a_refusal_and_a_refusal_says_what_is_needed(demo
     assert re.search(r"nothing fits: of a budget of [\d.]+ GB.*--recompute auto.*--mem-budget [\d.]+GB", refusal), (
         refusal
     )
+
+    # As bytes the maps fit, at full fidelity and once.
+    eight = [*kept, "--kept-maps", "8bit", "--mem-budget", str(budget)]
+    done = launch(demo_set.command(tmp_path / "eight", *eight), tmp_path / "eight")
+    assert (done.status, done.err) == (0, ""), done.out + done.err
+    assert "maps kept in 8 bits" in done.out
+    steps, exact = (events(tmp_path / name, "step") for name in ("eight", "kept"))
+    assert all(step["side"] == 96 and not step["recompute"] and step["peak"] <= budget for step in steps)
+    assert steps[0]["loss"] == pytest.approx(exact[0]["loss"], rel=1e-6) and exact[0]["peak"] > budget
 
 
 class Scarce:

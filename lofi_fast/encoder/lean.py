@@ -6,6 +6,10 @@ mask, the shifted input is copied again in backward, the affine needs nothing. T
 pooled map and the int8 position of each maximum. The sum over a TSM-R18 at 224 px is 7.2 MB a frame in fp32, where
 plain PyTorch keeps 25.
 
+With `eight_bit` these maps are kept as bytes with a scale for each frame and channel (`kernels/quantize`): 2.1 MB a
+frame. Features stay as they are, and so do the ReLUs' masks, through which all gradients pass; a weight's own gradient
+comes from a map rounded to 1/255 of its largest value (some 1e-3 of its norm; the stem's, from its frames, is exact).
+
 Snippets do not see each other under frozen batch norm, so the graph is built in chunks of whole snippets: backward's
 own maps exist for one chunk at a time. With `recompute` a chunk keeps only its frames and runs forward once more when
 its gradient arrives.
@@ -29,7 +33,9 @@ from lofi_fast.kernels import (
     conv3x3,
     conv3x3_backward,
     conv3x3_is_faster,
+    dequantize,
     fold_normalization,
+    quantize,
     residual_shift,
     residual_shift_backward,
     stem_backward,
@@ -98,6 +104,20 @@ class Block:
     next_fold: int  # the same of the block that follows; 0: no shifted copy wanted
 
 
+Stored = tuple[Tensor, ...]  # a map that backward needs: itself, or its codes and their scale
+
+
+def _store(x: Tensor, eight_bit: bool) -> Stored:
+    return quantize(x) if eight_bit else (x,)
+
+
+def _restore(stored: Stored, dtype: torch.dtype) -> Tensor:
+    if len(stored) == 1:
+        return stored[0]
+    codes, scale = stored
+    return dequantize(codes, scale, dtype)
+
+
 def fold_batchnorm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """(weight, bias) of one convolution that equals `bn(conv(x))` with bn's running statistics.
 
@@ -110,16 +130,23 @@ def fold_batchnorm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]
 
 
 class _Block(torch.autograd.Function):
-    """(x, shift of x by `fold`, weights) -> (out, shift of out by `next_fold`). Keeps x, the ReLU maps, the weights."""
+    """(x, shift of x by `fold`, x as stored, weights) -> (out, shift of out by `next_fold`, *out as stored).
+
+    Keeps x, the ReLU maps between the convolutions and out, as stored, and the weights. Where nothing but themselves is
+    stored, x's place is empty and nothing follows out.
+    """
 
     @staticmethod
-    def forward(ctx: Any, block: Block, x: Tensor, shifted: Tensor | None, *weights: Tensor) -> tuple[Tensor, Any]:
+    def forward(
+        ctx: Any, block: Block, x: Tensor, shifted: Tensor | None, stored_x: Stored, *weights: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        eight_bit = len(stored_x) == 2
         hidden = x if shifted is None else shifted
         del shifted
-        kept = [x]
+        kept = list(stored_x) if eight_bit else [x]
         for convolution, weight in zip(block.branch[:-1], weights, strict=False):
             hidden = convolution.forward_relu(hidden, weight)
-            kept.append(hidden)
+            kept += _store(hidden, eight_bit)
         last = block.branch[-1]
         bias = last.bias
         identity = x
@@ -130,25 +157,34 @@ class _Block(torch.autograd.Function):
         out, shifted_out = residual_shift(
             hidden, torch.ones_like(bias), bias, identity, num_frames=block.num_frames, fold=block.next_fold
         )
+        stored_out = _store(out, eight_bit)
         ctx.set_materialize_grads(False)
-        ctx.block = block
-        ctx.save_for_backward(out, *kept, *weights)
-        return out, shifted_out
+        ctx.block, ctx.dtype, ctx.eight_bit = block, out.dtype, eight_bit
+        ctx.save_for_backward(*kept, *stored_out, *weights)
+        if not eight_bit:
+            return out, shifted_out
+        ctx.mark_non_differentiable(*stored_out)
+        return out, shifted_out, *stored_out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_shifted_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_shifted_out: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         block: Block = ctx.block
         count = len(block.branch)
-        out, *kept_and_weights = ctx.saved_tensors
-        kept, weights = kept_and_weights[:count], kept_and_weights[count:]
-        _, need_x, need_shifted, *need_weights = ctx.needs_input_grad
+        _, need_x, need_shifted, _, *need_weights = ctx.needs_input_grad
+        size = 2 if ctx.eight_bit else 1
+        saved = ctx.saved_tensors
+        maps, weights = [saved[k : k + size] for k in range(0, size * (count + 1), size)], saved[size * (count + 1) :]
+        del saved
+        out = _restore(maps.pop(), ctx.dtype)
         grad: Tensor | None = _through_relu(grad_out, grad_shifted_out, out, block.num_frames, block.next_fold)
         del grad_out, grad_shifted_out, out
         grad_identity: Tensor | None = grad
         grad_weights: list[Tensor | None] = [None] * len(weights)
         for i in reversed(range(count)):
-            hidden = kept[i]
+            hidden = _restore(maps[i], ctx.dtype)
             if i == 0 and block.fold:
                 hidden = temporal_shift(hidden, block.num_frames, block.fold)
             need_hidden = i > 0 or need_x or need_shifted
@@ -156,10 +192,11 @@ class _Block(torch.autograd.Function):
             grad, grad_weights[i] = block.branch[i].backward(
                 grad, hidden, weights[i], (need_hidden, need_weights[i]), relu=i > 0
             )
-        x = kept[0]
+            del hidden
         grad_shifted = None
         if block.downsample is not None:
             assert grad_identity is not None
+            x = _restore(maps[0], ctx.dtype)
             grad_identity, grad_weights[-1] = block.downsample.backward(
                 grad_identity, x, weights[-1], (need_x, need_weights[-1])
             )
@@ -168,32 +205,50 @@ class _Block(torch.autograd.Function):
         elif need_x:
             assert grad_identity is not None and grad is not None
             grad_identity = grad_identity + grad
-        return None, grad_identity if need_x else None, grad_shifted, *grad_weights
+        return None, grad_identity if need_x else None, grad_shifted, None, *grad_weights
 
 
 class _Stem(torch.autograd.Function):
-    """uint8 frames (N*T, H, W, 3), weight -> (pooled, its shift). Keeps the frames, pooled and its int8 argmax."""
+    """uint8 frames (N*T, H, W, 3), weight -> (pooled, its shift, *pooled as stored, where that is not itself).
+
+    Keeps the frames, pooled as stored and its int8 argmax.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, convolution: Convolution, frames: Tensor, mean: Tensor, weight: Tensor, num_frames: int, fold: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        convolution: Convolution,
+        frames: Tensor,
+        mean: Tensor,
+        weight: Tensor,
+        num_frames: int,
+        fold: int,
+        eight_bit: bool,
+    ) -> tuple[Tensor, ...]:
         hidden = convolution.forward(stem_input(frames, mean, weight.dtype), weight)
         pooled, argmax = stem_forward(hidden, torch.ones_like(convolution.bias), convolution.bias)
         ctx.set_materialize_grads(False)
         ctx.convolution, ctx.size, ctx.num_frames, ctx.fold = convolution, hidden.shape[2:], num_frames, fold
-        ctx.save_for_backward(frames, mean, weight, pooled, argmax)
-        return pooled, temporal_shift(pooled, num_frames, fold)
+        shifted, stored = temporal_shift(pooled, num_frames, fold), _store(pooled, eight_bit)
+        ctx.save_for_backward(frames, mean, weight, argmax, *stored)
+        if not eight_bit:
+            return pooled, shifted
+        ctx.mark_non_differentiable(*stored)
+        return pooled, shifted, *stored
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_pooled: Tensor | None, grad_shifted: Tensor | None) -> tuple[Tensor | None, ...]:
-        frames, mean, weight, pooled, argmax = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_pooled: Tensor | None, grad_shifted: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        frames, mean, weight, argmax, *stored = ctx.saved_tensors
+        pooled = _restore(tuple(stored), weight.dtype)
         grad = _through_relu(grad_pooled, grad_shifted, pooled, ctx.num_frames, ctx.fold)
         scale = torch.ones_like(ctx.convolution.bias)
         grad = stem_backward(grad, pooled, argmax, scale, *ctx.size)
+        del pooled
         _, grad_weight = ctx.convolution.backward(grad, stem_input(frames, mean, weight.dtype), weight, (False, True))
-        return None, None, None, grad_weight, None, None
+        return None, None, None, grad_weight, None, None, None
 
 
 def _through_relu(
@@ -252,22 +307,28 @@ class LeanEncoder:
             weights.append((*(w for _, w in branch), *(() if downsample is None else (downsample[1],))))
         return LeanEncoder(stem, encoder.mean.flatten().float(), stem_weight, tuple(blocks), tuple(weights))
 
-    def __call__(self, frames: Tensor, chunk: int, recompute: bool) -> Tensor:
+    def __call__(self, frames: Tensor, chunk: int, recompute: bool, eight_bit: bool) -> Tensor:
         """Features (N, C) of uint8 frames (N*T, H, W, 3), `chunk` snippets to a graph of their own."""
         parts = frames.split(chunk * self.blocks[0].num_frames)
         if recompute and torch.is_grad_enabled():
             # Weights are captured, not passed: the non-reentrant form follows them through the graph.
             return torch.cat(
-                [checkpoint(self._chunk, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+                [
+                    checkpoint(self._chunk, part, eight_bit, use_reentrant=False, preserve_rng_state=False)
+                    for part in parts
+                ]
             )
-        return torch.cat([self._chunk(part) for part in parts])
+        return torch.cat([self._chunk(part, eight_bit) for part in parts])
 
-    def _chunk(self, frames: Tensor) -> Tensor:
+    def _chunk(self, frames: Tensor, eight_bit: bool) -> Tensor:
         num_frames = self.blocks[0].num_frames
+        eight_bit = eight_bit and torch.is_grad_enabled()  # else nothing is kept
         with torch.autocast(frames.device.type, enabled=False):
-            x, shifted = _Stem.apply(self.stem, frames, self.mean, self.stem_weight, num_frames, self.blocks[0].fold)  # type: ignore[no-untyped-call]
+            x, shifted, *stored = _Stem.apply(  # type: ignore[no-untyped-call]
+                self.stem, frames, self.mean, self.stem_weight, num_frames, self.blocks[0].fold, eight_bit
+            )
             for block, weights in zip(self.blocks, self.weights, strict=True):
-                x, shifted = _Block.apply(block, x, shifted, *weights)  # type: ignore[no-untyped-call]
+                x, shifted, *stored = _Block.apply(block, x, shifted, tuple(stored), *weights)  # type: ignore[no-untyped-call]
             sums = torch.promote_types(x.dtype, torch.float32)
             x_NTC: Tensor = x.mean(dim=(2, 3), dtype=sums).unflatten(0, (-1, num_frames))
             return x_NTC.mean(dim=1)
@@ -283,7 +344,13 @@ def _placed(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def encode(
-    encoder: TSMResNet, frames: Tensor, num_frames: int, *, chunk: int | None = None, recompute: bool = False
+    encoder: TSMResNet,
+    frames: Tensor,
+    num_frames: int,
+    *,
+    chunk: int | None = None,
+    recompute: bool = False,
+    eight_bit: bool = False,
 ) -> Tensor:
     """Features (N, C) of uint8 frames (N*T, H, W, 3): the lean way where batch norm is frozen, else the plain one.
 
@@ -295,17 +362,21 @@ def encode(
             chunks', so it depends on the size of a chunk to rounding.
         recompute: keep only the frames, and run each chunk forward again when its gradient arrives: the same bits as
             without, for one more forward.
+        eight_bit: keep maps as bytes: the same features, gradients rounded.
 
     Raises:
-        ValueError: the frames are no whole number of snippets, or `recompute` is asked for while batch norm is live.
+        ValueError: the frames are no whole number of snippets, or `recompute` or `eight_bit` is asked for while batch
+            norm is live.
     """
     if frames.shape[0] % num_frames:
         raise ValueError(f"{frames.shape[0]} frames are not a whole number of {num_frames}-frame snippets")
     if not encoder.frozen_batchnorm:
         if recompute:
             raise ValueError("recompute needs frozen batch norm: live statistics tie the snippets of a batch together")
+        if eight_bit:
+            raise ValueError("maps in 8 bits are the lean encoder's, which needs frozen batch norm")
         features: Tensor = encoder(frames, num_frames)
         return features
     if chunk is None:
         chunk = default_chunk(num_frames, max(frames.shape[1:3]))
-    return LeanEncoder.of(encoder, num_frames)(frames, chunk, recompute)
+    return LeanEncoder.of(encoder, num_frames)(frames, chunk, recompute, eight_bit)

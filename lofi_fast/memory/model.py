@@ -13,8 +13,9 @@ Kept by the lean encoder for each frame, in elements of the maps' dtype (R18, wi
     stage 3, 4       2 blocks x (y, out) each        U / 4, U / 8 each                            1.5 U
     in all           8.5 U + 0.351 MB                7.18 MB in fp32, 3.76 MB in bf16 or fp16
 
-and once: the folded weights and the few numbers of the frozen batch norms. With `recompute` the maps stay only while
-their chunk's gradient is worked out. Plain PyTorch keeps 25.1 MB a frame in fp32, and 13.3 MB in bf16 beside 22 MB of
+and once: the folded weights and the few numbers of the frozen batch norms. With `eight_bit` a map's number is a byte,
+and each of its channels has a scale of 4: 2.07 MB a frame. With `recompute` the maps stay only while their chunk's
+gradient is worked out. Plain PyTorch keeps 25.1 MB a frame in fp32, and 13.3 MB in bf16 beside 22 MB of
 cast weights (`plain_kept_bytes`).
 
 Not counted, because no tensor of ours shows it, and left to the fitted part of the planner: what operators take for
@@ -167,13 +168,20 @@ def default_chunk(side: int) -> int:
 
 
 def lean_kept_bytes(
-    name: EncoderName, width: int, side: int, num_frames: int, map_bytes: int, *, recompute: bool = False
+    name: EncoderName,
+    width: int,
+    side: int,
+    num_frames: int,
+    map_bytes: int,
+    *,
+    recompute: bool = False,
+    eight_bit: bool = False,
 ) -> int:
     """What autograd saves of the lean encoder's forward, its uint8 frames included. `map_bytes`: 4 (fp32) or 2 (bf16
     and fp16 autocast). To be compared with `plain_kept_bytes`; a step holds some more, see `StepBytes`.
     """
     net = network(name, width, side)
-    maps = 0 if recompute else _kept_maps(net, num_frames, map_bytes)
+    maps = 0 if recompute else _kept_maps(net, num_frames, map_bytes, eight_bit)
     once = (0 if recompute else map_bytes * net.weights) + FLOAT * net.channels
     return num_frames * net.stem.source.numel + maps + once
 
@@ -194,9 +202,14 @@ def plain_kept_bytes(name: EncoderName, width: int, side: int, num_frames: int, 
     return num_frames * (map_bytes * maps + indices) + (0 if map_bytes == FLOAT else map_bytes * net.weights)
 
 
-def _kept_maps(net: Network, num_frames: int, map_bytes: int) -> int:
-    maps = net.pooled.numel + sum(block.kept for block in net.blocks)
-    return num_frames * (map_bytes * maps + net.pooled.numel)
+def _kept_maps(net: Network, num_frames: int, map_bytes: int, eight_bit: bool) -> int:
+    maps = [net.pooled, *(conv.result for block in net.blocks for conv in block.branch)]
+    return num_frames * (sum(_stored(a_map, map_bytes, eight_bit) for a_map in maps) + net.pooled.numel)
+
+
+def _stored(a_map: Map, map_bytes: int, eight_bit: bool) -> int:
+    """Bytes of one frame's map as it is kept for backward: itself, or its codes and a scale for each channel."""
+    return a_map.numel + FLOAT * a_map.channels if eight_bit else map_bytes * a_map.numel
 
 
 # A step, as a row of stages
@@ -252,41 +265,47 @@ class _Tally:
         self.take(-pending)  # what comes out is the caller's to count
 
 
-def _encoder_stages(net: Network, frames: int, e: int, recompute: bool) -> list[Stage]:
+def _encoder_stages(net: Network, frames: int, e: int, recompute: bool, eight_bit: bool) -> list[Stage]:
     """A chunk of the lean encoder. `e`: bytes of a map's element.
 
     Autograd holds the gradients that come into a block (of its last map and of that map's shifted copy) until the block
-    is done. A vector of ones stands beside every call of residual_shift and stem.
+    is done. A vector of ones stands beside every call of residual_shift and stem. With `eight_bit` the maps themselves
+    are handed on beside what is stored of them, and stand beside it again where backward reads them.
     """
     size = e * frames
     pooled, argmax, conv = size * net.pooled.numel, frames * net.pooled.numel, size * net.stem.result.numel
+    stored = frames * _stored(net.pooled, e, eight_bit)
     image, ones = size * net.stem.source.numel, FLOAT * net.stem.result.channels
     stages = [
         Stage(
             "stem",
-            kept=pooled + argmax,
-            handed=pooled,
-            forward=max(conv + ones, image + conv - 2 * pooled - argmax),
+            kept=stored + argmax,
+            handed=2 * pooled if eight_bit else pooled,
+            forward=max(conv + ones, image + conv - (2 * pooled + argmax + (stored if eight_bit else 0))),
             weight=net.stem.weight,
-            backward=ones + conv + max(pooled, image),
+            backward=ones + conv + max(2 * pooled if eight_bit else pooled, image),
         )
     ]
     for index, block in enumerate(net.blocks):
         out, x, first = size * block.out.numel, size * block.x.numel, size * block.branch[0].result.numel
+        stored = frames * _stored(block.out, e, eight_bit)
         ones = FLOAT * block.out.channels
         identity = 0 if block.downsample is None else out + ones  # and the sum of two biases
+        following = index + 1 < len(net.blocks)
         # Beside the first convolution: its output's gradient, x's shifted copy, the gradient of that; at the identity:
-        # the copy and two gradients of x.
-        inner = max(first + 2 * x, 0 if block.downsample is None else 3 * x)
+        # two gradients of x, and x where it is not kept.
+        inner = max(first + 2 * x, 0 if block.downsample is None or not eight_bit else 3 * x)
+        # The gradient before the last ReLU takes the place of the map, where that is not kept elsewhere; beside a map
+        # that is kept in 8 bits stands the map.
+        relu = out + ones if recompute or eight_bit else ones
         stages.append(
             Stage(
                 f"block {index}",
-                kept=size * block.kept,
-                handed=out if index + 1 < len(net.blocks) else 0,
-                forward=identity + out + ones,
+                kept=frames * sum(_stored(conv.result, e, eight_bit) for conv in block.branch),
+                handed=out * (following + eight_bit),
+                forward=identity + out + ones - (stored if eight_bit else 0),
                 weight=block.weight,
-                # The gradient before the last ReLU takes the place of the map, where that is not kept elsewhere.
-                backward=max(inner, out + ones) if recompute else out + max(inner, ones),
+                backward=max(inner, relu) if recompute and not eight_bit else out + max(inner, relu),
                 pending=2 * x,
             )
         )
@@ -493,6 +512,7 @@ class Setting:
     map_bytes: int  # 4 in fp32, 2 under bf16 or fp16 autocast
     class_loss: bool
     optimizer: Literal["sgd", "adam", "adamw"]
+    eight_bit: bool = False  # the lean encoder's maps
     decoded_ahead: int = 1  # micro-batches of frames beside the one that is worked on: FramePipeline's depth
 
     @staticmethod
@@ -506,6 +526,7 @@ class Setting:
             map_bytes=map_bytes,
             class_loss=config.joint.class_loss != 0,
             optimizer=config.joint.optimizer,
+            eight_bit=config.kept_maps == "8bit",
         )
 
 
@@ -547,14 +568,26 @@ class _Chunk(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _chunk(
-    name: EncoderName, width: int, side: int, frames: int, e: int, recompute: bool, first: bool, last: bool
+    name: EncoderName,
+    width: int,
+    side: int,
+    frames: int,
+    e: int,
+    recompute: bool,
+    eight_bit: bool,
+    first: bool,
+    last: bool,
 ) -> _Chunk:
     """`first`, `last`: in the order of backward. Autograd sums the gradients of the folded weights over chunks: the
     first chunk's stay, the others' are added to them in place. With the last chunk the weights go.
     """
-    *stages, features = _encoder_stages(network(name, width, side), frames, e, recompute)
+    net = network(name, width, side)
+    *stages, features = _encoder_stages(net, frames, e, recompute, eight_bit)
     forward, backward = _Tally(), _Tally()
-    forward.forward([*stages, features], keep=not recompute)
+    if recompute:  # nothing is kept yet, so nothing is stored in 8 bits either
+        forward.forward(_encoder_stages(net, frames, e, recompute, False), keep=False)
+    else:
+        forward.forward([*stages, features])
     backward.spike(features.backward)
     backward.take(features.pending)
     if recompute:
@@ -587,7 +620,7 @@ def step_bytes(
     chunk = default_chunk(side) if chunk is None else chunk
 
     def part(snippets: int, first: bool, last: bool) -> _Chunk:
-        return _chunk(s.encoder, s.width, side, snippets * FRAMES_PER_SNIPPET, e, recompute, first, last)
+        return _chunk(s.encoder, s.width, side, snippets * FRAMES_PER_SNIPPET, e, recompute, s.eight_bit, first, last)
 
     # The chunk that comes last in forward, first in backward, may be smaller; the others are alike.
     others = -(-snippets // chunk) - 1
@@ -644,7 +677,7 @@ def features_bytes(
     """Peak of the lean encoder without gradients (extraction, evaluation) over `snippets`, its frames aside."""
     net = network(name, width, side)
     chunk = min(default_chunk(side) if chunk is None else chunk, snippets)
-    part = _chunk(name, width, side, chunk * FRAMES_PER_SNIPPET, map_bytes, True, False, False)
+    part = _chunk(name, width, side, chunk * FRAMES_PER_SNIPPET, map_bytes, True, False, False, False)
     features = FLOAT * snippets * net.num_features
     once = map_bytes * net.weights + FLOAT * 2 * net.channels
     return once + features + max(part.forward, features)
