@@ -36,6 +36,7 @@ COSTS = {
     "sampled gradients, 30%": 1 + 2 * SAMPLED,
     "ours": 3.0,
     "ours, recompute": 4.0,
+    "ours, 8 bits": 3.0,
 }
 
 
@@ -73,6 +74,7 @@ def row(encoder: EncoderName, videos: int, way: str) -> Row:
 
 def need(way: str, setting: Setting, fidelity: Fidelity, videos: int) -> int:
     """Bytes as the driver shows them, at the peak of a step."""
+    setting = replace(setting, eight_bit=way == "ours, 8 bits")
     ours = step_bytes(setting, fidelity, videos, recompute=way == "ours, recompute")
     added = ours.added
     if not way.startswith("ours"):

@@ -30,6 +30,7 @@ SHARE = 0.3  # of the snippets that gradients go through, in ETAD
 SAMPLED = "plain, 30% sampled gradients"
 EIGHT_BIT = "lean, 8 bits"
 EIGHT_BIT_LARGEST = 0.002  # ||error|| / ||exact|| of its gradients
+LEAN: dict[str, dict[str, bool]] = {"lean": {}, "lean, recompute": {"recompute": True}, EIGHT_BIT: {"eight_bit": True}}
 HEAD = HeadConfig()
 
 # ||gradient - plain gradient|| / ||plain gradient||, the mean over parameters. In float64 they agree to 1e-12 (tests);
@@ -67,9 +68,7 @@ class Encoded:
             "plain, checkpointed": partial(checkpointed, self.encoder, self.frames, FRAMES_PER_SNIPPET, chunk),
             SAMPLED: partial(sampled, self.encoder, self.frames, FRAMES_PER_SNIPPET, self.chosen(), chunk),
             "lean, one graph": partial(lean, chunk=snippets),
-            "lean": lean,
-            "lean, recompute": partial(lean, recompute=True),
-            EIGHT_BIT: partial(lean, eight_bit=True),
+            **{form: partial(lean, **how) for form, how in LEAN.items()},
         }
         if self.frames.is_cuda:
             forms[COMPILED] = self.compiled
@@ -140,7 +139,7 @@ class WholeStep:
         dense = DenseHead(head, num_snippets).to(device)
         return WholeStep(encoded.encoder, head, dense, encoded.frames, targets, counts, encoded.dtype, videos)
 
-    FORMS = ("plain PyTorch, dense SGAlign", "lean", "lean, recompute")
+    FORMS = ("plain PyTorch, dense SGAlign", *LEAN)
 
     def step(self, form: str) -> None:
         self.encoder.zero_grad(set_to_none=True)
@@ -150,8 +149,7 @@ class WholeStep:
                 plain: Callable[..., Tensor] = compiled(plain_features) if form == COMPILED else plain_features
                 features_NC = plain(self.encoder, self.frames, FRAMES_PER_SNIPPET)
             else:
-                recompute = form == self.FORMS[2]
-                features_NC = encode(self.encoder, self.frames, FRAMES_PER_SNIPPET, recompute=recompute)
+                features_NC = encode(self.encoder, self.frames, FRAMES_PER_SNIPPET, **LEAN[form])
             features_BCL = features_NC.unflatten(0, (self.videos, -1)).transpose(1, 2)
             output = self._head(form)(features_BCL)
         tal_loss(output, self.targets, self.counts, positive_iou=0.9, class_weight=1.0).total.backward()

@@ -16,7 +16,7 @@ import torch
 from bench.against import read_against
 from bench.dtypes import half_of
 from bench.measure import Stopwatch, in_child, interleaved, peak_above_start, spread
-from bench.networks import CLASSES, HEAD, WIDTH, WholeStep
+from bench.networks import CLASSES, HEAD, LEAN, WIDTH, WholeStep
 from bench.record import options, record
 from bench.rows import Row, environment, software
 from bench.tables import aligned, exponents
@@ -94,7 +94,7 @@ def _rows(along: str, size: Size, dtype: str, device: torch.device, stopwatch: S
             "along": along, "snippets": size.snippets, "side": size.side, "videos": size.videos,
             "encoder": size.encoder, "dtype": dtype, "form": form, "rounds": len(seconds),
             "ms": [round(1e3 * value, 2) for value in (timed.median, timed.p20, timed.p80)], "peak": peak,
-            "predicted": None if form == WholeStep.FORMS[0] else predicted(size, dtype, form == WholeStep.FORMS[2]),
+            "predicted": None if form == WholeStep.FORMS[0] else predicted(size, dtype, **LEAN[form]),
         }  # fmt: skip
         said = "more than there is" if peak is None else f"{peak / 2**20:.0f} MiB"
         print(f"{along}: {size}, {form}: {1e3 * timed.median:.0f} ms, {said}", flush=True)
@@ -109,12 +109,12 @@ def _peak(size: Size, dtype: str, form: str, device: str, threads: int) -> int:
     return peak_above_start(partial(case.step, form), case.frames.device, warm=False)
 
 
-def predicted(size: Size, dtype: str, recompute: bool) -> int:
+def predicted(size: Size, dtype: str, recompute: bool = False, eight_bit: bool = False) -> int:
     """What the step adds by the ledger; its frames are there before."""
     map_bytes = 4 if dtype == "float32" else 2
     setting = replace(
         Setting.of(activitynet(), CLASSES, map_bytes), encoder=size.encoder, width=WIDTH, head=HEAD, class_loss=True,
-        full_snippets=size.snippets,
+        full_snippets=size.snippets, eight_bit=eight_bit,
     )  # fmt: skip
     bytes_ = step_bytes(setting, Fidelity(size.snippets, size.side), size.videos, recompute=recompute)
     return bytes_.added - bytes_.frames

@@ -551,7 +551,10 @@ def fits_figure(results: Path) -> str | None:
         for row in read_rows(results / "memory.jsonl")
         if row["measured"] == "step" and row["driver"] and not row["quick"]
     ]
-    ways = {"plain PyTorch, dense SGAlign": "plain PyTorch", "lean": "ours", "lean, recompute": "ours, recompute"}
+    ways = {
+        "plain PyTorch, dense SGAlign": "plain PyTorch", "lean": "ours", "lean, recompute": "ours, recompute",
+        "lean, 8 bits": "ours, 8 bits",
+    }  # fmt: skip
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -582,7 +585,7 @@ def fits_figure(results: Path) -> str | None:
         for ax in axes[::2]:
             ax.set_ylabel("highest fidelity, of Omega")
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=(len(labels) + 1) // 2, frameon=False)
         text = StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
     return text.getvalue()
