@@ -148,9 +148,9 @@ struct Place {
         y(index / tiles.across % tiles.down * kTile),
         x(index % tiles.across * kTile) {}
 
-  LOFI_FAST_INLINE const float* pixel(const float* images, const Tiles& tiles, int64_t channels, int64_t row,
-                                      int64_t column) const {
-    return images + ((image * tiles.height + row) * tiles.width + column) * channels;
+  // Of a pixel's first channel in images of so many; pixels beyond the edge have none, but may be reckoned with.
+  LOFI_FAST_INLINE int64_t offset(const Tiles& tiles, int64_t channels, int64_t row, int64_t column) const {
+    return ((image * tiles.height + row) * tiles.width + column) * channels;
   }
 };
 
@@ -160,12 +160,12 @@ template <typename Lanes, int kSize, int kFirst>
 LOFI_FAST_INLINE void read_tile(const Tiles& tiles, const Place& place, const float* images, int64_t channels,
                                 int64_t channel, Lanes* pixels) {
   const int64_t top = place.y + kFirst, left = place.x + kFirst;
-  const float* corner = place.pixel(images, tiles, channels, top, left) + channel;
+  const int64_t corner = place.offset(tiles, channels, top, left) + channel;
   const int64_t row = tiles.width * channels;
   if (top >= 0 && left >= 0 && top + kSize <= tiles.height && left + kSize <= tiles.width) {
     for (int i = 0; i < kSize; ++i) {
       for (int j = 0; j < kSize; ++j) {
-        pixels[i * kSize + j] = at<Lanes>(corner + i * row + j * channels);
+        pixels[i * kSize + j] = at<Lanes>(images + corner + i * row + j * channels);
       }
     }
     return;
@@ -173,8 +173,9 @@ LOFI_FAST_INLINE void read_tile(const Tiles& tiles, const Place& place, const fl
   for (int i = 0; i < kSize; ++i) {
     const bool inside = top + i >= 0 && top + i < tiles.height;
     for (int j = 0; j < kSize; ++j) {
-      pixels[i * kSize + j] =
-          inside && left + j >= 0 && left + j < tiles.width ? at<Lanes>(corner + i * row + j * channels) : Lanes{};
+      pixels[i * kSize + j] = inside && left + j >= 0 && left + j < tiles.width
+                                  ? at<Lanes>(images + corner + i * row + j * channels)
+                                  : Lanes{};
     }
   }
 }
@@ -375,8 +376,7 @@ LOFI_FAST_INLINE void outputs_of_tiles(const Forward& f, int64_t first, int64_t 
       const Lanes bias = f.bias == nullptr ? Lanes{} : at<Lanes>(f.bias + channel + column);
       for (int64_t i = 0; i < height; ++i) {
         transform_output(half + i * kIn, 1, whole, 1);
-        const int64_t offset =
-            ((place.image * f.tiles.height + place.y + i) * f.tiles.width + place.x) * f.out + channel + column;
+        const int64_t offset = place.offset(f.tiles, f.out, place.y + i, place.x) + channel + column;
         for (int64_t j = 0; j < width; ++j) {
           Lanes value = whole[j] + bias;
           if (f.relu) {
@@ -621,7 +621,7 @@ Tensor convolve(const Tensor& x, const Tensor& weight, bool turned, const float*
   return result;
 }
 
-// The sum over tiles, in blocks whose points take no more room than the sums.
+// The sum over tiles, in blocks; those of many channels are so large that their points take the room of the sums.
 Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
   const Machine& run = machine();
   const int64_t in = x.size(1), out = grad.size(1);
@@ -637,10 +637,12 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
                      x.const_data_ptr<float>(),
                      grad.const_data_ptr<float>(),
                      result.mutable_data_ptr<float>()};
-  const int64_t block = std::min(tiles.count(), std::max<int64_t>(8 * kRows, in * out / (in + out)));
+  // Threads meet twice a block, so that there is more of it for more of them.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t least = 8 * kRows * std::min<int64_t>(threads, 12);
+  const int64_t block = std::min(tiles.count(), std::max(least, in * out / (in + out)));
   const bool one = block == tiles.count();
   // With one block a panel's sums are done with before the next panel's begin.
-  const int64_t threads = torch::stable::get_num_threads();
   const int64_t rows = one ? run.panel_columns(out) : out;
   const int64_t workers = one ? std::min(threads, out / rows) : 1;
   Tensor scratch = floats(kPoints * (block * (in + out) + workers * rows * in));
