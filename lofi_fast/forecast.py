@@ -107,6 +107,7 @@ class Forecast:
             "budget": self.budget,
             "room": self.room,
             "policy": self.config.policy.value,
+            "kept_maps": self.config.kept_maps,
             "assumed": {
                 "beside_tensors": self.assumed,
                 "allocator_scale": PRIOR.likely.scale,
@@ -120,7 +121,8 @@ class Forecast:
         config = self.config
         lines = [
             f"{config.encoder.name} of width {config.encoder.width}, full fidelity {config.full}, "
-            f"{config.joint.batch} videos a step, policy {config.policy}; {self.device}",
+            f"{config.joint.batch} videos a step, policy {config.policy}"
+            f"{', maps kept in 8 bits' if config.kept_maps == '8bit' else ''}; {self.device}",
             f"budget {gigabytes(self.budget)}, of which {gigabytes(self.room)} can be planned with",
             f"computed: the bytes of every tensor. assumed: {gigabytes(self.assumed)} beside them, and "
             f"{PRIOR.likely.scale:g} times + {gigabytes(round(PRIOR.likely.extra))} for allocator and workspaces. "

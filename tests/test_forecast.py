@@ -88,3 +88,15 @@ def test_bad_input_is_one_sentence(capsys: pytest.CaptureFixture[str], flags: li
     assert main(flags) == 2
     error = capsys.readouterr().err
     assert said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_maps_in_8_bits_leave_room_for_more(capsys: pytest.CaptureFixture[str]) -> None:
+    exact, eight = (forecast(capsys, "--mem-budget", "11GB", "--kept-maps", kept) for kept in ("exact", "8bit"))
+    assert (exact["kept_maps"], eight["kept_maps"]) == ("exact", "8bit")
+    for pattern, rows in exact["ladders"].items():
+        for row, smaller in zip(rows, eight["ladders"][pattern], strict=True):
+            for peak, less in zip(row["peaks"], smaller["peaks"], strict=True):
+                # Recompute keeps frames alone, and its peak may be anywhere.
+                assert less["peak"] < peak["peak"] or (peak["recompute"] and less["peak"] == peak["peak"])
+    assert main(["--mem-budget", "11GB", "--kept-maps", "8bit"]) == 0
+    assert "policy batch, maps kept in 8 bits; " in capsys.readouterr().out

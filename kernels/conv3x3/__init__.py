@@ -17,7 +17,7 @@ __all__ = ["conv3x3", "conv3x3_backward", "conv3x3_is_faster"]
 
 CHANNELS = 16  # the C++ form's come in multiples of this
 TILE = 4  # its outputs are worked out in tiles of 4 x 4
-MIN_TILES = 32  # that pay for the transformed weight, measured with 16 to 512 channels (bench/README.md)
+MIN_TILES = 32  # that pay for the transformed weight; measured with 16 to 512 channels
 
 
 def conv3x3_is_faster(x: Tensor, weight: Tensor) -> bool:
