@@ -16,10 +16,20 @@ from bench.peers.align import CHUNK, DenseSampling, Materialised, batched_rois, 
 from bench.peers.blocks import eager_block_end, eager_stem, eager_stem_input, frozen_norm
 from bench.peers.shift import published_shift
 from bench.peers.soft_nms import published_soft_nms
-from lofi_fast.kernels import align_linear_sum, conv3x3, proposal_grid, soft_nms, temporal_roi_align, temporal_shift
+from lofi_fast.kernels import (
+    align_linear_sum,
+    conv3x3,
+    dequantize,
+    proposal_grid,
+    quantize,
+    soft_nms,
+    temporal_roi_align,
+    temporal_shift,
+)
 from lofi_fast.kernels.align_linear.sampling import SparseRows, weights_of
 from lofi_fast.kernels.conv3x3 import reference as conv3x3_reference
 from lofi_fast.kernels.library import forms
+from lofi_fast.kernels.quantize import reference as quantize_reference
 from lofi_fast.kernels.residual_shift import reference as residual_shift_reference
 from lofi_fast.kernels.residual_shift import residual_shift
 from lofi_fast.kernels.soft_nms import reference as soft_nms_reference
@@ -126,6 +136,8 @@ def cases(device: torch.device, quick: bool = False, tiny: bool = False) -> list
         shape = f"{stage_side}x{stage_side}x{channels}, {frames} frames"
         add("temporal_shift", shape, (torch.float32, half), _temporal_shift, frames, stage_side, channels)
         add("residual_shift", shape, (torch.float32, half), _residual_shift, frames, stage_side, channels, "")
+        add("quantize", shape, (torch.float32, half), _quantize, frames, stage_side, channels)
+        add("dequantize", shape, (torch.float32, half), _dequantize, frames, stage_side, channels)
     if device.type == "cpu" and not tiny:  # a GPU has its library's
         for stage_side, channels in stages:
             shape = f"{stage_side}x{stage_side}x{channels}, {frames} frames"
@@ -258,6 +270,33 @@ def _residual_shift(
         exact=partial(_double, definition, Form(ours, inputs, grads)),
         bytes_forward=(len(inputs) + results) * x.nbytes,
         bytes_backward=(results + 1 + len(inputs)) * x.nbytes,  # the gradients and out for ReLU; the gradients
+    )
+
+
+def _quantize(frames: int, side: int, channels: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    x = torch.randn(frames, channels, side, side, device=device).relu_().to(dtype, memory_format=torch.channels_last)
+    return Problem(
+        ours=Form(quantize, (x,)),
+        peers={"PyTorch": Form(quantize_reference.quantize, (x,))},
+        exact=lambda: (quantize_reference.quantize(x), ()),  # codes are those of x's dtype
+        bytes_forward=x.nbytes + x.numel() + 4 * frames * channels,
+    )
+
+
+def _dequantize(frames: int, side: int, channels: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    x = torch.randn(frames, channels, side, side, device=device).relu_().to(dtype, memory_format=torch.channels_last)
+    ours = Form(lambda codes, scale: (dequantize(codes, scale, dtype),), quantize(x))
+
+    def definition(codes: Tensor, scale: Tensor) -> Outputs:
+        return (quantize_reference.dequantize(codes, scale.double(), torch.float64),)
+
+    return Problem(
+        ours=ours,
+        peers={
+            "PyTorch": Form(lambda codes, scale: (quantize_reference.dequantize(codes, scale, dtype),), ours.inputs)
+        },
+        exact=partial(_double, definition, ours),
+        bytes_forward=x.nbytes + x.numel() + 4 * frames * channels,
     )
 
 
