@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 LAYOUTS = ("contiguous", "channels_last", "strided", "permuted")
+
+
+class Form:
+    """One form of an operator's functions, over tensors of the CPU: a form for GPUs takes them there and back."""
+
+    def __init__(self, ops: ModuleType, device: str = "cpu") -> None:
+        self.ops, self.device = ops, device
+        # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds, and misreads bfloat16's denormal numbers.
+        self.truncates = ops.__name__.endswith("kernel") and device == "cpu"
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            results = getattr(self.ops, name)(*(a.to(self.device) if isinstance(a, Tensor) else a for a in args))
+            return results.cpu() if isinstance(results, Tensor) else tuple(result.cpu() for result in results)
+
+        return call
 
 
 def images(

@@ -3,11 +3,10 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable
-from types import ModuleType
 
 import pytest
 import torch
-from forms import LAYOUTS, images
+from forms import LAYOUTS, Form, images
 from torch import Tensor
 
 from lofi_fast.kernels import dequantize, library, quantize
@@ -41,22 +40,6 @@ SHAPES = {
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-class Form:
-    """One form of the two operators, over tensors of the CPU: a form for GPUs takes them there and back."""
-
-    def __init__(self, ops: ModuleType, device: str = "cpu") -> None:
-        self.ops, self.device = ops, device
-        # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds, and misreads bfloat16's denormal numbers.
-        self.truncates = ops.__name__.endswith("kernel") and device == "cpu"
-
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        codes, scale = self.ops.quantize(x.to(self.device))
-        return codes.cpu(), scale.cpu()
-
-    def dequantize(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.ops.dequantize(codes.to(self.device), scale.to(self.device), dtype).cpu()
 
 
 @pytest.fixture(params=["reference", "C++", "Triton"])

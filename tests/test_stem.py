@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
-from forms import LAYOUTS, assert_as_good_as, images
+from forms import LAYOUTS, Form, assert_as_good_as, images
 from torch import Tensor
 
 from lofi_fast.encoder.resnet import TSMResNet
@@ -41,22 +40,6 @@ CASES = {
 every_case = pytest.mark.parametrize(("shape", "layout", "dtype"), CASES.values(), ids=CASES.keys())
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-class Form:
-    """One form of the three operators, over tensors of the CPU: a form for GPUs takes them there and back."""
-
-    def __init__(self, ops: ModuleType, device: str = "cpu") -> None:
-        self.ops, self.device = ops, device
-        # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds.
-        self.truncates = ops.__name__.endswith("kernel") and device == "cpu"
-
-    def __getattr__(self, name: str):
-        def call(*args):
-            results = getattr(self.ops, name)(*(a.to(self.device) if isinstance(a, Tensor) else a for a in args))
-            return results.cpu() if isinstance(results, Tensor) else tuple(result.cpu() for result in results)
-
-        return call
 
 
 @pytest.fixture(params=["reference", "C++", "Triton"])

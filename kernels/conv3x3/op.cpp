@@ -40,6 +40,8 @@ constexpr int64_t kChannels = 16;             // channels come in multiples of t
 constexpr float kA = 0.70710678118654752440;  // the inner points of interpolation: sqrt(1/2)
 constexpr float kB = 1.41421356237309504880;  // the outer ones: sqrt(2)
 
+LOFI_FAST_INLINE int64_t whole_rows(int64_t count) { return (count + kRows - 1) / kRows * kRows; }
+
 template <int kBytes>
 struct Vector {
   // Aligned as its elements are: tensors promise no more.
@@ -397,7 +399,7 @@ LOFI_FAST_INLINE void outputs_of_tiles(const Forward& f, int64_t first, int64_t 
 template <int kBytes>
 LOFI_FAST_INLINE void forward_panel_of(const Forward& f, int64_t first, int64_t count, const float* inputs,
                                        int64_t stride, int64_t panel, const float* points, float* products) {
-  const int64_t rows = (count + kRows - 1) / kRows * kRows;
+  const int64_t rows = whole_rows(count);
   for (int p = 0; p < kPoints; ++p) {
     multiply<kBytes, false>(inputs + p * stride * f.in, f.in, 1, points + p * f.in * f.columns, f.columns, f.in,
                             products + p * rows * f.columns, f.columns, rows, f.columns);
@@ -532,8 +534,6 @@ Tensor empty_images(int64_t num, int64_t channels, int64_t height, int64_t width
   return torch::stable::empty({num, channels, height, width}, ScalarType::Float, std::nullopt, std::nullopt,
                               std::nullopt, MemoryFormat::ChannelsLast);
 }
-
-int64_t whole_rows(int64_t count) { return (count + kRows - 1) / kRows * kRows; }
 
 // Calls f(worker, begin, end) for as many workers as there are threads, with equal shares of [0, num).
 template <typename F>
