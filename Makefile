@@ -41,7 +41,7 @@ $(VENV)/installed: $(VENV)/build-tools pyproject.toml setup.py CMakeLists.txt $(
 	@touch $@
 
 $(VENV)/tested-with: $(VENV)/installed
-	$(PIP) pytest hypothesis ruff mypy clang-format
+	$(PIP) pytest hypothesis ruff mypy clang-format import-linter
 	@touch $@
 
 report: $(VENV)/installed

@@ -37,7 +37,7 @@ from lofi_fast.kernels.stem import reference as stem_reference
 from lofi_fast.kernels.stem import stem, stem_input
 from lofi_fast.kernels.temporal_roi_align import reference as roi_reference
 from lofi_fast.kernels.temporal_shift import reference as shift_reference
-from lofi_fast.memory.meter import open_meter
+from lofi_fast.memory.settle import open_meter
 
 FRAMES, SNIPPET = 64, 8  # images of an encoder case, and frames in a snippet
 STAGES = ((56, 64), (28, 128), (14, 256), (7, 512))  # side and channels of a ResNet-18's stages at 224 pixels

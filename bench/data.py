@@ -30,7 +30,6 @@ from bench.record import options, record
 from bench.rows import Row, environment, software
 from bench.tables import aligned
 from lofi_fast.config import Config
-from lofi_fast.config import demo as demo_config
 from lofi_fast.data import demo
 from lofi_fast.data.dataset import CROP_OF_CACHED, Sample, Sampler, load_dataset
 from lofi_fast.data.pipeline import FramePipeline, pictures_of_a_run
@@ -38,6 +37,7 @@ from lofi_fast.data.video import find_videos
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, select_snippets
 from lofi_fast.precision import choose_device
+from lofi_fast.presets import demo as demo_config
 
 OURS = "frame cache, DALI"
 VIDEOS = 8

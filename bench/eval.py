@@ -24,7 +24,7 @@ from bench.record import options, record
 from bench.rows import Row, environment, software
 from bench.tables import aligned
 from lofi_fast.errors import InputError
-from lofi_fast.evaluate import average_recall, mean_average_precision, parse_tiou
+from lofi_fast.metrics import average_recall, mean_average_precision, parse_tiou
 
 VIDEOS, DETECTIONS, CLASSES = 4728, 100, 200  # of ActivityNet-1.3's validation, as usually submitted
 PART = 240  # videos for the official procedure

@@ -16,11 +16,13 @@ from pathlib import Path
 
 from bench.rows import RESULTS, Row, append_row, environment
 from bench.tables import FITS_BUDGETS, aligned, fits_cells
-from lofi_fast.config import EncoderName, activitynet
+from lofi_fast.config import EncoderName
+from lofi_fast.encoder.resnet_ledger import default_chunk, plain_kept_bytes
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, Pattern, ladder
-from lofi_fast.memory.model import Setting, default_chunk, plain_kept_bytes, step_bytes
-from lofi_fast.memory.profiles import profile_named
-from lofi_fast.plan import PRIOR
+from lofi_fast.memory.cards import profile_named
+from lofi_fast.memory.plans import PRIOR
+from lofi_fast.memory.step_bytes import Setting, step_bytes
+from lofi_fast.presets import activitynet
 
 USAGE = "python -m bench fits [options]"
 ENCODERS: tuple[EncoderName, ...] = ("tsm_r18", "tsm_r50")

@@ -8,7 +8,6 @@ the budget is left. What the driver shows for the training process is read from 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -27,11 +26,12 @@ import psutil
 import torch
 
 from bench.against import add_against, comparison, read_against
-from bench.rows import RESULTS, ROOT, Row, alike, append_row, environment, read_rows, software
+from bench.rows import RESULTS, ROOT, Row, alike, append_row, environment, read_log, read_rows, software
 from bench.tables import aligned
-from lofi_fast.config import parse_bytes
+from lofi_fast.budget import parse_bytes
 from lofi_fast.errors import InputError
 from lofi_fast.precision import choose_device
+from lofi_fast.run import events
 
 USAGE = "python -m bench gpu_planner [options]"
 BUDGETS = "11GB,4GB,24GB,8GB,16GB,6GB"  # in the order of what a cut-off should leave
@@ -110,9 +110,9 @@ def measure(
     told = {"seconds": round(time.perf_counter() - began, 1), "seen": neighbour.seen, "turns": neighbour.turns}
     if child.returncode not in (0, 2):
         raise RuntimeError(f"a budget of {budget} bytes: status {child.returncode}: {' / '.join(last)}")
-    events = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
-    steps = [event for event in events if event["event"] == "step"]
-    trials = [event for event in events if event["event"] == "measured"]
+    log = read_log(out)
+    steps = [event for event in log if isinstance(event, events.Step)]
+    trials = [event for event in log if isinstance(event, events.Measured)]
     # Refused at the start, or in the middle, when others left too little for too long: as a user would read it.
     refused = last[-1] if child.returncode else None
     return told | summary(steps, trials, neighbour.seen) | {"refused": refused}
@@ -216,26 +216,26 @@ for line in sys.stdin:
         return int(torch.cuda.mem_get_info(self._device)[0]) if self._device.type == "cuda" else 0
 
 
-def summary(steps: Sequence[Row], trials: Sequence[Row], seen: int) -> Row:
+def summary(steps: Sequence[events.Step], trials: Sequence[events.Measured], seen: int) -> Row:
     """What a log says of predictions, peaks, rungs and samples."""
-    errors = [abs(step["peak"] - step["predicted"]) / step["peak"] for step in steps]
-    added = [abs(s["peak"] - s["predicted"]) / max(s["predicted"] - s["base"], 1) for s in steps]
-    used = [step["peak"] / min(step["budget"], step["limit"]) for step in steps]
-    omegas = [step["num_snippets"] * step["side"] ** 2 for step in steps]
+    errors = [abs(step.peak - step.predicted) / step.peak for step in steps]
+    added = [abs(s.peak - s.predicted) / max(s.predicted - s.base, 1) for s in steps]
+    used = [step.peak / min(step.budget, step.limit) for step in steps]
+    omegas = [step.num_snippets * step.side**2 for step in steps]
     of_pattern: dict[str, list[int]] = {}
     for omega, step in zip(omegas, steps, strict=True):
-        of_pattern.setdefault(step["pattern"], []).append(omega)
+        of_pattern.setdefault(step.pattern, []).append(omega)
     moves = [b - a for found in of_pattern.values() for a, b in pairwise(found)]
     epochs: dict[int, list[str]] = {}
     for step in steps:
-        epochs.setdefault(step["epoch"], []).extend(step["videos"])
+        epochs.setdefault(step.epoch, []).extend(step.videos)
     # Of the last epoch only some steps may have been taken.
     whole = set().union(*epochs.values()) if epochs else set()
     complete = [videos for epoch, videos in epochs.items() if epoch != max(epochs)]
     lost = sum(len(whole - set(videos)) for videos in complete)
     repeated = sum(len(videos) - len(set(videos)) for videos in epochs.values())
     spent = _seconds(steps)
-    over = [trial for trial in trials if trial["peak"] is not None and trial["peak"] > trial["budget"]]
+    over = [trial for trial in trials if trial.peak is not None and trial.peak > trial.budget]
     return {
         "steps": len(steps),
         "trials": len(trials),
@@ -245,22 +245,22 @@ def summary(steps: Sequence[Row], trials: Sequence[Row], seen: int) -> Row:
         "used": [round(f(used or [0.0]), 4) for f in (min, median, max)],
         "used_median": round(median(used or [0.0]), 4),
         "bound": True,  # full fidelity of 16 videos needs about 50 GB
-        "violations": sum(step["peak"] > min(step["budget"], step["limit"]) for step in steps) + len(over),
-        "seen_of_budget": round(seen / steps[0]["budget"], 4) if steps else None,
-        "short": sum(step["limit"] < step["budget"] for step in steps),
-        "retries": sum(step["retries"] for step in steps),
-        "reduced": sum(step["reduced_from"] is not None for step in steps),
+        "violations": sum(step.peak > min(step.budget, step.limit) for step in steps) + len(over),
+        "seen_of_budget": round(seen / steps[0].budget, 4) if steps else None,
+        "short": sum(step.limit < step.budget for step in steps),
+        "retries": sum(step.retries for step in steps),
+        "reduced": sum(step.reduced_from is not None for step in steps),
         "down": sum(move < 0 for move in moves),
         "up": sum(move > 0 for move in moves),
-        "rungs": len({(s["num_snippets"], s["side"], s["micro_batch"], s["recompute"]) for s in steps}),
+        "rungs": len({(s.num_snippets, s.side, s.micro_batch, s.recompute) for s in steps}),
         "lost": lost + repeated,
     }
 
 
-def _seconds(steps: Sequence[Row]) -> float:
+def _seconds(steps: Sequence[events.Step]) -> float:
     if len(steps) < 2:
         return 0.0
-    first, last = (datetime.fromisoformat(step["time"]) for step in (steps[0], steps[-1]))
+    first, last = (datetime.fromisoformat(step.time) for step in (steps[0], steps[-1]))
     return (last - first).total_seconds()
 
 

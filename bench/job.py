@@ -20,12 +20,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench.rows import RESULTS, ROOT, Row, append_row, environment
-from lofi_fast.config import Config, from_arguments
+from bench.rows import RESULTS, ROOT, Row, append_row, environment, read_log
+from lofi_fast.arguments import from_arguments
+from lofi_fast.config import Config
 from lofi_fast.data import demo
 from lofi_fast.data.annotations import load_annotations
 from lofi_fast.data.video import VideoError, find_videos, probe
 from lofi_fast.errors import InputError
+from lofi_fast.run import events
 
 USAGE = "python -m bench job [options] -- <arguments of lofi_fast.train>"
 
@@ -99,15 +101,15 @@ def results_of(out: Path) -> Row:
     config, machine, plans = (_read(out / f"{name}.json") for name in ("config", "environment", "plan"))
     evaluated = (out / "metrics.json").exists()  # not when --stages leaves eval out
     metrics = _read(out / "metrics.json") if evaluated else {"average_map": None, "map_by_tiou": {}}
-    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    times = {event["event"]: datetime.fromisoformat(event["time"]) for event in events}
-    peaks = [e["peak"] for e in events if e["event"] in ("measured", "step") and e.get("peak") is not None]
+    log = read_log(out)
+    times = {type(event): datetime.fromisoformat(event.time) for event in log}
+    peaks = [e.peak for e in log if isinstance(e, events.Measured | events.Step) and e.peak is not None]
     stages = {"pretrain": "pretrain", "joint": "joint", "head": "head_stage"}
     return {
         "average_map": metrics["average_map"],
         "map_by_tiou": metrics["map_by_tiou"],
-        "prepare_seconds": round((times["data"] - times["start"]).total_seconds(), 1),
-        "training_seconds": next(e["seconds"] for e in events if e["event"] == "done"),
+        "prepare_seconds": round((times[events.Data] - times[events.Start]).total_seconds(), 1),
+        "training_seconds": next(e.seconds for e in log if isinstance(e, events.Done)),
         "peak": max(peaks, default=None),
         "budget": plans["budget"],
         "plan": {

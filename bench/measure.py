@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from lofi_fast.memory.meter import CpuMeter, is_out_of_memory, settle_glibc
+from lofi_fast.memory.cpu import CpuMeter
+from lofi_fast.memory.meter import is_out_of_memory
+from lofi_fast.memory.settle import settle_glibc
 
 MIB = 2**20
 ROOF = "copy"  # the name of the copy among the calls

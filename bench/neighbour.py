@@ -16,7 +16,7 @@ from threading import Event, Thread
 
 import psutil
 
-from lofi_fast.memory.groups import ControlGroup, control_groups
+from lofi_fast.memory.cgroups import ControlGroup, control_groups
 
 ROOM = 2.0  # budgets that the group holds
 PLENTY = 1.3  # budgets that are left in good times

@@ -21,14 +21,14 @@ from bench.measure import in_child
 from bench.networks import Encoded, WholeStep
 from bench.rows import RESULTS, Row, append_row, environment, software
 from bench.tables import aligned
-from lofi_fast.config import activitynet
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, ladder
 from lofi_fast.memory import allocator
+from lofi_fast.memory.cpu import CpuMeter
 from lofi_fast.memory.governor import Governor
-from lofi_fast.memory.meter import CpuMeter
-from lofi_fast.memory.model import Setting, step_bytes
-from lofi_fast.plan import Plan, candidates
+from lofi_fast.memory.plans import Plan, candidates
+from lofi_fast.memory.step_bytes import Setting, step_bytes
+from lofi_fast.presets import activitynet
 
 USAGE = "python -m bench overhead [options]"
 PLAIN, SETTLED, OURS = "glibc as it comes", "glibc settled", "glibc settled, ours under torch"

@@ -23,10 +23,11 @@ import numpy as np
 
 from bench.gpu_planner import summary
 from bench.neighbour import ROOM, Neighbour, inside, new_group
-from bench.rows import RESULTS, ROOT, Row, append_row, environment
+from bench.rows import RESULTS, ROOT, Row, append_row, environment, read_log
 from bench.tables import aligned
 from lofi_fast.data import demo
 from lofi_fast.errors import InputError
+from lofi_fast.run import events
 
 USAGE = "python -m bench planner [options]"
 MODELS = {
@@ -112,12 +113,12 @@ def run(flags: Sequence[str], out: Path, pressed: tuple[int, int] | None) -> Row
         return told | summary([], [], 0) | {"refused": last[-1]}
     if child.returncode:
         raise RuntimeError(f"{' '.join(command)}: status {child.returncode}: {' / '.join(last)}")
-    events = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
-    steps = [event for event in events if event["event"] == "step"]
-    trials = [event for event in events if event["event"] == "measured" and event["plan"].startswith("joint")]
+    log = read_log(out)
+    steps = [event for event in log if isinstance(event, events.Step) and event.stage == "joint"]
+    trials = [event for event in log if isinstance(event, events.Measured) and event.plan.startswith("joint")]
     full = json.loads((out / "config.json").read_text())["full"]
-    bound = any(step["num_snippets"] * step["side"] ** 2 < full["num_snippets"] * full["side"] ** 2 for step in steps)
-    seen = max((event["peak"] for event in (*steps, *trials) if event["peak"]), default=0)
+    bound = any(step.num_snippets * step.side**2 < full["num_snippets"] * full["side"] ** 2 for step in steps)
+    seen = max((event.peak for event in (*steps, *trials) if event.peak), default=0)
     return told | summary(steps, trials, seen) | {"bound": bound, "refused": None}
 
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from bench.measure import Call
 from lofi_fast.config import EncoderName
+from lofi_fast.encoder.resnet_ledger import lean_kept_bytes, network
 from lofi_fast.kernels import conv3x3
-from lofi_fast.memory.model import lean_kept_bytes, network
 
 PASSES = 5  # over the kept maps
 

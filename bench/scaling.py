@@ -20,11 +20,12 @@ from bench.networks import CLASSES, HEAD, LEAN, WIDTH, WholeStep
 from bench.record import options, record
 from bench.rows import Row, environment, software
 from bench.tables import aligned, exponents
-from lofi_fast.config import EncoderName, activitynet
+from lofi_fast.config import EncoderName
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity
-from lofi_fast.memory.model import Setting, step_bytes
+from lofi_fast.memory.step_bytes import Setting, step_bytes
 from lofi_fast.precision import choose_device
+from lofi_fast.presets import activitynet
 
 SECONDS = 20.0  # that one form may take, at least three rounds
 

@@ -19,20 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lofi_fast.checkpoint import Position
-from lofi_fast.config import Budget, Config, activitynet, demo
+from lofi_fast.budget import Budget, gigabytes
+from lofi_fast.config import Config
 from lofi_fast.data.dataset import Dataset, Sample, Sampler
 from lofi_fast.data.pipeline import FramePipeline
 from lofi_fast.data.windows import Window
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
-from lofi_fast.joint import joint, plan_joint
-from lofi_fast.log import RunLog
-from lofi_fast.memory.meter import Meter, open_meter, settle_allocator
-from lofi_fast.plan import gigabytes
+from lofi_fast.memory.meter import Meter
+from lofi_fast.memory.settle import open_meter, settle_allocator
 from lofi_fast.precision import choose_device, choose_precision
-from lofi_fast.run import Run
+from lofi_fast.presets import activitynet, demo
+from lofi_fast.run.checkpoint import Position
+from lofi_fast.run.log import RunLog
+from lofi_fast.run.state import Run
+from lofi_fast.stages.joint import joint, plan_joint
 
 BATCHES = 2  # of an epoch
 SECONDS = 120.0  # that each made-up video is said to last

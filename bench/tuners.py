@@ -7,7 +7,6 @@ hard cap at the budget, so that what would not fit fails. A search is followed b
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,19 +20,22 @@ import torch
 from bench.against import add_against, comparison, read_against
 from bench.measure import in_child
 from bench.peers.tuners import TUNERS, halving
-from bench.rows import RESULTS, Row, append_row, environment, software
+from bench.rows import RESULTS, Row, append_row, environment, read_log, software
 from bench.synthetic import SyntheticRun
 from bench.tables import aligned
-from lofi_fast.config import Budget, Config, demo
+from lofi_fast.budget import Budget
+from lofi_fast.config import Config
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern, ladder
-from lofi_fast.joint import plan_joint, trial
-from lofi_fast.log import RunLog
 from lofi_fast.memory import allocator
 from lofi_fast.memory.governor import Decision
-from lofi_fast.memory.meter import open_meter
+from lofi_fast.memory.plans import Plan, candidates
+from lofi_fast.memory.settle import open_meter
 from lofi_fast.optim import make_optimizer
-from lofi_fast.plan import Plan, candidates
+from lofi_fast.presets import demo
+from lofi_fast.run import events
+from lofi_fast.run.log import RunLog
+from lofi_fast.stages.joint import plan_joint, trial
 
 USAGE = "python -m bench tuners [options]"
 OURS = "lofi_fast"
@@ -112,9 +114,7 @@ def _work(tuner: str, budget: int, steps: int, width: int, folder: Path) -> Row:
             optimizers.append(make_optimizer(config.joint, parameters, "torch"))
             assert run.planner is not None
             chosen = run.planner.choose(Pattern.SPATIAL, 0, 0).plan
-            path = Path(config.out) / "log.jsonl"
-            events = [json.loads(text) for text in path.read_text().splitlines()]
-            attempts += [event["peak"] for event in events if event["event"] == "measured"]
+            attempts += [event.peak for event in read_log(Path(config.out)) if isinstance(event, events.Measured)]
         else:
             chosen = TUNERS[tuner](plans, attempt, budget, held)
         seconds, searched = time.perf_counter() - began, len(attempts)

@@ -1,323 +1,187 @@
-"""The plan: which step fits the budget. Pure: what a step needs is told by a function, or by one that runs it.
+"""What will fit? The ladder against a budget, by arithmetic alone: `python -m lofi_fast.plan`. Needs no GPU, no data.
 
-A plan is a rung of a ladder, how many videos are in memory at once, and whether the encoder's maps are recomputed.
-`candidates` lists what may be chosen, best first; `first_fitting` chooses; `refusal` says what would help when nothing
-fits; `fit` turns readings of real steps into the two scalars that the ledger of bytes does not know.
-
-`highest_fitting` plans by running instead, where there are few candidates and no ledger: it starts at the lowest rung,
-goes where a straight line through its readings says the budget ends, and closes in. A line only proposes; what is
-chosen has been run. (Memory is not monotone in pixels: convolution algorithms change.)
+Bytes of tensors come from the ledger (memory/step_bytes.py), which is exact; what a card holds beside them is assumed
+(memory/cards.py), and so is what the allocator adds (`plans.PRIOR`). A training run measures both.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+import argparse
+import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import Any
 
+from lofi_fast.arguments import from_arguments
+from lofi_fast.budget import gigabytes
+from lofi_fast.config import Config
 from lofi_fast.errors import InputError
-from lofi_fast.fidelity import Fidelity
+from lofi_fast.fidelity import CYCLE, PAPER_CUT, Fidelity, Pattern, ladder
+from lofi_fast.memory.cards import Profile, profile_for, profile_named
+from lofi_fast.memory.plans import PRIOR, Plan, candidates, first_fitting, refusal, relative_cost, remedies
+from lofi_fast.memory.step_bytes import Setting, step_bytes
+from lofi_fast.precision import BF16_CAPABILITY
 
-if TYPE_CHECKING:  # config.py takes Policy and Recompute from here
-    from lofi_fast.config import Budget
-
-T = TypeVar("T")
-MARGIN = 0.05  # of the budget, kept free: what one and the same step's peak was seen to vary by
-PATIENCE = 6  # readings after which lines are no longer trusted, and what is left is halved
-AUTO_SHARE = 0.9  # of what is free, for --mem-budget auto
-
-
-def resolve_budget(budget: Budget, total: int, available: int) -> int:
-    """Bytes of a budget on a device of `total` bytes with `available` for this process now."""
-    if budget.amount is not None:
-        return budget.amount
-    if budget.share is not None:
-        return round(budget.share * total)
-    return round(AUTO_SHARE * available)
+CPU_BASE = 400_000_000  # resident set of Python with torch and DALI before a step; assumed, as for a card
+NUM_CLASSES = 200  # ActivityNet's and HACS's
+KEPT_FREE = 0.02  # of the budget: the governor's smallest margin
 
 
-def gigabytes(amount: int) -> str:
-    return f"{amount / 1e9:.2f} GB"
+@dataclass(frozen=True)
+class Forecast:
+    """Predicted peaks, in bytes as the driver shows them, of a run that was not made."""
 
-
-# What may be chosen
-
-Recompute = Literal["auto", "always", "never"]
-RECOMPUTE_COST = 4 / 3  # forward, backward, and forward again, where backward costs two forwards
-SMALL_BATCH = 0.1  # more for one video at a time than for many, of what a video costs
-
-
-class Policy(StrEnum):
-    """What gives way when memory is short."""
-
-    BATCH = "batch"  # the paper's: all videos of a step at once, the cut takes the slack
-    FIDELITY = "fidelity"  # fewer videos at once, down to one, before the cut grows
-
-
-@dataclass(frozen=True, order=True)
-class Plan:
-    """How a step is taken: `micro_batch` videos in memory at once, the encoder's maps kept or recomputed."""
-
-    fidelity: Fidelity
-    micro_batch: int
-    recompute: bool = False
-
-    @property
-    def omega(self) -> int:
-        return self.fidelity.omega
-
-    def to_json(self) -> list[int]:
-        """[num_snippets, side, micro_batch, recompute]"""
-        return [self.fidelity.num_snippets, self.fidelity.side, self.micro_batch, int(self.recompute)]
+    config: Config
+    setting: Setting
+    device: str  # in words
+    assumed: int  # what the process holds beside tensors
+    budget: int
 
     @staticmethod
-    def from_json(numbers: Sequence[Any]) -> Plan:
-        """Raises ValueError for what `to_json` did not write."""
-        if len(numbers) != 4 or not all(isinstance(n, int) for n in numbers) or min(numbers[:3]) < 1:
-            raise ValueError(f"{numbers} is not a plan")
-        return Plan(Fidelity(numbers[0], numbers[1]), numbers[2], bool(numbers[3]))
+    def of(config: Config, card: Profile | None, classes: int) -> Forecast:
+        """`card` None: a CPU. Raises InputError for a budget that is no amount."""
+        if config.budget.amount is None and config.budget.share is None:
+            raise InputError(f'--mem-budget "{config.budget.text}": give an amount like 11GB, or a share of a --card')
+        if card is None:
+            if config.budget.amount is None:
+                raise InputError(f'--mem-budget "{config.budget.text}": give an amount like 8GB for a CPU')
+            return Forecast(config, Setting.of(config, classes, 4), "a CPU, float32", CPU_BASE, config.budget.amount)
+        amount = config.budget.amount or round((config.budget.share or 0) * card.usable)
+        precision = "bfloat16" if card.capability >= BF16_CAPABILITY else "float16"
+        setting = Setting.of(config, classes, 2)
+        return Forecast(config, setting, f"{card}, {precision}", card.outside_torch, min(amount, card.usable))
 
-    def __str__(self) -> str:
-        return f"{self.fidelity}, {self.micro_batch} at once{', recompute' if self.recompute else ''}"
+    @property
+    def room(self) -> int:
+        return int((1 - KEPT_FREE) * self.budget)
+
+    def peak(self, plan: Plan) -> int:
+        parted = plan.micro_batch < self.config.joint.batch
+        step = step_bytes(
+            self.setting, plan.fidelity, plan.micro_batch, recompute=plan.recompute, accumulates=parted
+        )  # fmt: skip
+        return self.assumed + step.between + PRIOR.likely.added(step.added)
+
+    def patterns(self) -> tuple[Pattern, ...]:
+        return CYCLE if self.config.pattern is Pattern.CYCLIC else (self.config.pattern,)
+
+    def rungs(self, pattern: Pattern) -> tuple[Fidelity, ...]:
+        return ladder(pattern, self.config.full, self.config.min_cut, self.config.max_cut)
+
+    def chosen(self, pattern: Pattern) -> Plan | None:
+        c = self.config
+        plans = candidates(self.rungs(pattern), c.joint.batch, c.policy, c.micro_batch, c.recompute)
+        return first_fitting(plans, self.peak, self.room)
+
+    def refusal(self, pattern: Pattern) -> str:
+        c = self.config
+        levers = (self.rungs(pattern), c.joint.batch, c.policy, c.micro_batch, c.recompute)
+        return refusal(candidates(*levers), self.peak, self.budget, self.room, self.budget, remedies(*levers))
+
+    def levers(self) -> tuple[tuple[int, bool], ...]:
+        """(videos at once, recompute), the columns of the table."""
+        sizes = dict.fromkeys((self.config.joint.batch, 1))
+        return tuple((size, recompute) for size in sizes for recompute in (False, True))
+
+    def rows(self, pattern: Pattern) -> list[dict[str, Any]]:
+        """One for each rung, highest first."""
+        full = self.config.full
+        return [
+            {
+                "pattern": pattern.value,
+                "num_snippets": rung.num_snippets,
+                "side": rung.side,
+                "cut": round(full.omega / rung.omega, 2),
+                "relative_cost": round(relative_cost(Plan(rung, self.config.joint.batch), full), 3),
+                "peaks": [
+                    {"micro_batch": size, "recompute": again, "peak": self.peak(Plan(rung, size, again))}
+                    for size, again in self.levers()
+                ],
+            }
+            for rung in self.rungs(pattern)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        chosen = {pattern: self.chosen(pattern) for pattern in self.patterns()}
+        return {
+            "device": self.device,
+            "budget": self.budget,
+            "room": self.room,
+            "policy": self.config.policy.value,
+            "kept_maps": self.config.kept_maps,
+            "assumed": {
+                "beside_tensors": self.assumed,
+                "allocator_scale": PRIOR.likely.scale,
+                "allocator_extra": PRIOR.likely.extra,
+            },
+            "ladders": {pattern.value: self.rows(pattern) for pattern in self.patterns()},
+            "chosen": {pattern.value: None if plan is None else plan.to_json() for pattern, plan in chosen.items()},
+        }
+
+    def text(self, everything: bool) -> str:
+        config = self.config
+        lines = [
+            f"{config.encoder.name} of width {config.encoder.width}, full fidelity {config.full}, "
+            f"{config.joint.batch} videos a step, policy {config.policy}"
+            f"{', maps kept in 8 bits' if config.kept_maps == '8bit' else ''}; {self.device}",
+            f"budget {gigabytes(self.budget)}, of which {gigabytes(self.room)} can be planned with",
+            f"computed: the bytes of every tensor. assumed: {gigabytes(self.assumed)} beside them, and "
+            f"{PRIOR.likely.scale:g} times + {gigabytes(round(PRIOR.likely.extra))} for allocator and workspaces. "
+            "A training run measures what is assumed here.",
+        ]
+        for pattern in self.patterns():
+            lines += ["", *self._table(pattern, everything)]
+        return "\n".join(lines)
+
+    def _table(self, pattern: Pattern, everything: bool) -> list[str]:
+        plan, rows = self.chosen(pattern), self.rows(pattern)
+        rungs = self.rungs(pattern)
+        at = len(rows) - 1 if plan is None else rungs.index(plan.fidelity)
+        cuts = [abs(row["cut"] - PAPER_CUT) for row in rows]
+        shown = {0, at - 1, at, at + 1, cuts.index(min(cuts)), len(rows) - 1}
+        heads = [f"{size} at once{', recompute' if again else ''}" for size, again in self.levers()]
+        lines = [f"{pattern}: predicted peak in GB (* does not fit)"]
+        lines.append(f"  {'rung':<24}{'cut':>6}{'cost':>7}" + "".join(f"{head:>{len(head) + 3}}" for head in heads))
+        for index, row in enumerate(rows):
+            if not everything and index not in shown:
+                continue
+            rung = rungs[index]
+            cells = ""
+            for head, cell in zip(heads, row["peaks"], strict=True):
+                mark = "*" if cell["peak"] > self.room else " "
+                cells += f"{cell['peak'] / 1e9:>{len(head) + 2}.2f}{mark}"
+            taken = plan is not None and plan.fidelity == rung
+            note = f"   <- {plan.micro_batch} at once{', recompute' * plan.recompute}" if plan and taken else ""
+            lines.append(f"  {rung!s:<24}{row['cut']:>6.2f}{row['relative_cost']:>7.3f}{cells}{note}")
+        if plan is None:
+            lines.append(f"  {self.refusal(pattern)}")
+        return lines
 
 
-def micro_batches(batch: int) -> tuple[int, ...]:
-    """`batch`, then halved, rounding up, down to 1."""
-    sizes = [batch]
-    while sizes[-1] > 1:
-        sizes.append((sizes[-1] + 1) // 2)
-    return tuple(sizes)
-
-
-def candidates(
-    rungs: Sequence[Fidelity],
-    batch: int,
-    policy: Policy = Policy.BATCH,
-    micro_batch: int | None = None,
-    recompute: Recompute = "auto",
-) -> tuple[Plan, ...]:
-    """All plans of a ladder's `rungs` (highest first), best first.
-
-    Higher rungs come first, and of a rung, for the policy `fidelity`, more videos at once; `micro_batch` fixes their
-    number. With "auto" the same again with recomputation comes last: it is used where nothing fits without.
-    """
-    if micro_batch is not None:
-        sizes: tuple[int, ...] = (min(micro_batch, batch),)
-    else:
-        sizes = (batch,) if policy is Policy.BATCH else micro_batches(batch)
-    again = {"auto": (False, True), "always": (True,), "never": (False,)}[recompute]
-    return tuple(Plan(rung, size, twice) for twice in again for rung in rungs for size in sizes)
-
-
-def relative_cost(plan: Plan, full: Fidelity) -> float:
-    """Time of a step, of that at full fidelity with many videos at once: in proportion to Omega, which is what the
-    convolutions cost, with a little more for few videos at once, whose kernels are small.
-    """
-    return plan.omega / full.omega * (RECOMPUTE_COST if plan.recompute else 1.0) * (1 + SMALL_BATCH / plan.micro_batch)
-
-
-# What is chosen
-
-
-def first_fitting(plans: Iterable[Plan], predict: Callable[[Plan], int], room: int) -> Plan | None:
-    """The first of `plans` whose predicted bytes are within `room`, or None."""
-    return next((plan for plan in plans if predict(plan) <= room), None)
-
-
-def remedies(
-    rungs: Sequence[Fidelity],
-    batch: int,
-    policy: Policy = Policy.BATCH,
-    micro_batch: int | None = None,
-    recompute: Recompute = "auto",
-    lower: Sequence[tuple[str, Fidelity]] = (),
-) -> tuple[tuple[str, Plan], ...]:
-    """What to change when none of the `candidates` of the same arguments fits: (flags, smallest plan with them).
-
-    `lower`: rungs below the ladder's end, each with its flag, like ("--max-cut 32", rung).
-    """
-    lowest, twice = rungs[-1], recompute == "always"
-    size = candidates(rungs, batch, policy, micro_batch, recompute)[-1].micro_batch
-    changes = []
-    if recompute == "never":
-        changes.append(("--recompute auto", Plan(lowest, size, True)))
-    changes += [(flag, Plan(rung, size, recompute != "never")) for flag, rung in lower]
-    if size > 1:
-        flag = "--policy fidelity" if micro_batch is None else "--micro-batch 1"
-        changes.append((flag, Plan(lowest, 1, twice or recompute == "auto")))
-        if recompute == "never":
-            changes.append((f"{flag} --recompute auto", Plan(lowest, 1, True)))
-    return tuple(changes)
-
-
-def refusal(
-    plans: Sequence[Plan],
-    predict: Callable[[Plan], int],
-    limit: int,
-    room: int,
-    budget: int,
-    changes: Sequence[tuple[str, Plan]] = (),
-) -> str:
-    """The sentence for when none of `plans` fits: what the smallest needs, and which flag would change it.
-
-    `limit`: the smaller of the budget and what can be had; `room`: what of it can be planned with.
-    """
-    smallest = min(plans, key=predict)
-    needs = predict(smallest)
-    whose = f"a budget of {gigabytes(budget)}" if limit >= budget else f"the {gigabytes(limit)} that others leave"
-    helping = [f"{flag} ({gigabytes(predict(plan))})" for flag, plan in changes if predict(plan) <= room]
-    enough = gigabytes(math.ceil(needs * limit / room / 1e7) * 10**7 if room > 0 else needs)
-    more = f"--mem-budget {enough.replace(' ', '')}"
-    if limit < budget:
-        more = f"free some memory (a step needs {enough} to be left)"
-    return (
-        f"nothing fits: of {whose}, {gigabytes(max(room, 0))} can be planned with, and the smallest step ({smallest}) "
-        f"needs {gigabytes(needs)}; {' or '.join([*helping, more])} would do"
-        f"{'' if helping else ', or a smaller --batch, --encoder or --width'}"
+def main(argv: Sequence[str]) -> int:
+    """Print the forecast; 1 when some pattern has no plan that fits, 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lofi_fast.plan",
+        description="What will fit? Takes the flags of lofi_fast.train that memory depends on, and these:",
     )
-
-
-# What real steps say about the ledger
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The peak of a step above the process between steps, in bytes: scale * ledger + extra.
-
-    `scale` (1 or more) is what allocators add in rounding and fragmentation, `extra` what does not grow with the step:
-    workspaces, pools, code loaded at the first use.
-    """
-
-    scale: float
-    extra: float
-
-    def added(self, ledger: int) -> int:
-        return max(math.ceil(self.scale * ledger + self.extra), ledger)
-
-
-@dataclass(frozen=True)
-class Prior:
-    """What is believed before any step was run."""
-
-    careful: Fit = Fit(1.3, 128e6)  # for the first trial: safe rather than exact
-    likely: Fit = Fit(1.1, 64e6)
-    scale_spread: float = 0.1
-    extra_spread: float = 128e6
-    noise: float = 0.03  # of a reading, as a share of it: plans differ by their convolution algorithms
-
-
-PRIOR = Prior()
-
-
-def fit(readings: Sequence[tuple[int, int]], prior: Prior) -> Fit:
-    """The most probable scalars given `readings` (ledger, added), both in bytes; the careful ones without readings.
-
-    Least squares with the prior as two more equations, under scale >= 1 and extra >= 0.
-    """
-    if not readings:
-        return prior.careful
-    unit = float(max(1, *(ledger for ledger, _ in readings)))
-    pairs = [(ledger / unit, added / unit) for ledger, added in readings]
-    points = [(x, y, (prior.noise * max(x, y, 1e-6)) ** -2) for x, y in pairs]  # with weights
-    s0, e0 = prior.likely.scale, prior.likely.extra / unit
-    ps, pe = prior.scale_spread**-2, (prior.extra_spread / unit) ** -2
-    ss = sum(w * x * x for x, _, w in points) + ps
-    se = sum(w * x for x, _, w in points)
-    ee = sum(w for _, _, w in points) + pe
-    s_ = sum(w * x * y for x, y, w in points) + ps * s0
-    e_ = sum(w * y for _, y, w in points) + pe * e0
-
-    def error(s: float, e: float) -> float:
-        return ss * s * s + 2 * se * s * e + ee * e * e - 2 * s_ * s - 2 * e_ * e
-
-    determinant = ss * ee - se * se  # positive: the prior's terms make it so
-    scale, extra = (s_ * ee - e_ * se) / determinant, (e_ * ss - s_ * se) / determinant
-    if scale < 1 or extra < 0:  # then the best lies on one of the two bounds
-        bounds = [(1.0, max((e_ - se) / ee, 0.0)), (max(s_ / ss, 1.0), 0.0)]
-        scale, extra = min(bounds, key=lambda bound: error(*bound))
-    return Fit(scale, extra * unit)
-
-
-# Planning by running
-
-
-@dataclass(frozen=True)
-class Reading(Generic[T]):
-    """One candidate that was run: its peak in bytes, or None when memory ran out under the cap."""
-
-    candidate: T
-    peak: int | None
-
-
-@dataclass(frozen=True)
-class Choice(Generic[T]):
-    candidate: T
-    peak: int
-    readings: tuple[Reading[T], ...]  # in the order they were taken
-
-
-def highest_fitting(
-    candidates: Sequence[T],
-    cost: Callable[[T], float],
-    measure: Callable[[T], int | None],
-    budget: int,
-    held: int,
-    refusal: str,
-) -> Choice[T]:
-    """The highest of `candidates` (highest first) found to have a measured peak under the budget less the margin.
-
-    `cost` orders them (Omega, or a batch size); `measure` runs one and gives its peak in bytes, None for out of
-    memory; `held` is what the process holds before any. The rung above the choice was run and did not fit, or the
-    readings say that running it would pass the budget, or there is none. Raises InputError, ending with `refusal`,
-    when not even the lowest fits.
-    """
-    limit = int(budget * (1 - MARGIN))
-    rising = list(reversed(candidates))
-    peaks: dict[int, int | None] = {}
-
-    def fits(index: int) -> bool:
-        peaks[index] = measure(rising[index])
-        peak = peaks[index]
-        return peak is not None and peak <= limit
-
-    if not fits(0):
-        peak = peaks[0]
-        needs = "more than that" if peak is None else f"{gigabytes(peak)}"
-        raise InputError(
-            f"nothing fits: of a budget of {gigabytes(budget)}, {gigabytes(limit)} can be planned with, and the "
-            f"smallest step ({rising[0]}) needs {needs}; {refusal}"
-        )
-    good, bad = 0, len(rising)
-    while bad - good > 1:
-        readings = [(cost(rising[i]), p) for i, p in peaks.items() if p is not None]
-        predicted = {i: _line([(0.0, held), *readings], cost(rising[i])) for i in range(good + 1, bad)}
-        index = max((i for i, peak in predicted.items() if peak <= limit), default=good + 1)
-        if len(peaks) > PATIENCE:
-            index = (good + bad) // 2
-        if predicted[index] > budget:
-            index = good + 1
-        if predicted[index] > budget:
-            break
-        if fits(index):
-            good = index
-        else:
-            bad = index
-    peak = peaks[good]
-    assert peak is not None
-    return Choice(rising[good], peak, tuple(Reading(rising[i], p) for i, p in peaks.items()))
-
-
-def _line(points: list[tuple[float, int]], cost: float) -> float:
-    """Peak at `cost` on the straight line through the two dearest readings."""
-    (x0, y0), (x1, y1) = sorted(points)[-2:]
-    return y1 if x1 == x0 else y1 + (y1 - y0) / (x1 - x0) * (cost - x1)
+    parser.add_argument("--card", help='a card to plan for, like "2080ti" (default: the class that the budget means)')
+    parser.add_argument("--classes", type=int, default=NUM_CLASSES, help=f"in the data (default: {NUM_CLASSES})")
+    parser.add_argument("--all", action="store_true", help="every rung of the ladder")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    args, rest = parser.parse_known_args(argv)
+    try:
+        config, _ = from_arguments(rest, cuda=True, with_data=False)
+        card = None
+        if config.device != "cpu":
+            card = profile_named(args.card) if args.card else profile_for(config.budget.amount or 0)
+        forecast = Forecast.of(config, card, args.classes)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(forecast.to_json(), indent=1) if args.json else forecast.text(args.all))
+    return int(any(forecast.chosen(pattern) is None for pattern in forecast.patterns()))
 
 
 if __name__ == "__main__":
-    import sys
-
-    from lofi_fast.forecast import main
-
     sys.exit(main(sys.argv[1:]))

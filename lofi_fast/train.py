@@ -22,25 +22,29 @@ from pathlib import Path
 import torch
 
 from lofi_fast import __version__
-from lofi_fast.config import Config, from_arguments
+from lofi_fast.arguments import from_arguments
+from lofi_fast.budget import gigabytes, resolve_budget
+from lofi_fast.config import Config
 from lofi_fast.data import demo
 from lofi_fast.data.dataset import Dataset, load_dataset
 from lofi_fast.data.packages import require_dali, require_pyav
-from lofi_fast.detect import load_video_scores
+from lofi_fast.data.video_scores import load_video_scores
 from lofi_fast.errors import InputError
-from lofi_fast.evaluate import MapResult, parse_tiou
-from lofi_fast.folder import DISK_FULL, PLANNED_FOR, cache_folder, choose_folder, has_checkpoint, run_folder
-from lofi_fast.joint import joint, plan_joint
 from lofi_fast.kernels import library
-from lofi_fast.localize import evaluate, train_head
-from lofi_fast.log import RunLog
-from lofi_fast.memory.meter import Meter, is_out_of_memory, open_meter, settle_allocator
+from lofi_fast.memory.meter import Meter, is_out_of_memory
+from lofi_fast.memory.settle import open_meter, settle_allocator
+from lofi_fast.metrics import MapResult, parse_tiou
 from lofi_fast.optim import Implementation, choose_implementation
-from lofi_fast.plan import gigabytes, resolve_budget
 from lofi_fast.precision import Precision, choose_device, choose_precision
-from lofi_fast.pretrain import plan_pretrain, pretrain
-from lofi_fast.report import write_report
-from lofi_fast.run import Run, environment
+from lofi_fast.report.page import write_report
+from lofi_fast.run import events
+from lofi_fast.run.folder import DISK_FULL, PLANNED_FOR, cache_folder, choose_folder, has_checkpoint, run_folder
+from lofi_fast.run.log import RunLog
+from lofi_fast.run.state import Run, environment
+from lofi_fast.stages.evaluation import evaluate
+from lofi_fast.stages.head import train_head
+from lofi_fast.stages.joint import joint, plan_joint
+from lofi_fast.stages.pretrain import plan_pretrain, pretrain
 
 RESULTS = ("metrics.json", "predictions.json", "ground_truth.json", "report.html", "plan.json", "log.jsonl",
            "checkpoints", "features")  # fmt: skip
@@ -80,7 +84,7 @@ def train(argv: Sequence[str] | None = None) -> MapResult | None:
         joint(run)
         train_head(run)
         result = evaluate(run)
-        log.event("done", seconds=round(time.monotonic() - began, 1))
+        log.event(events.Done(seconds=round(time.monotonic() - began, 1)))
         write_report(folder)
         log.say(f"trained in {time.monotonic() - began:.0f} s; written:")
         for name in RESULTS:
@@ -130,8 +134,10 @@ def introduce(
         f"{'maps kept in 8 bits, ' if config.kept_maps == '8bit' else ''}run folder {config.out}"
     )
     log.event(
-        "start", device=meter.device, precision=str(precision), optimizers=str(optimizers), budget=budget,
-        available=room, argv=sys.argv[1:],
+        events.Start(
+            device=meter.device, precision=str(precision), optimizers=str(optimizers), budget=budget,
+            available=room, argv=sys.argv[1:],
+        )
     )  # fmt: skip
 
 
@@ -151,7 +157,7 @@ def prepare(config: Config, log: RunLog) -> Dataset:
         log.say(f"note: {note}")
     for skipped in dataset.skipped:
         log.say(f"skipped: {skipped.name}: {skipped.reason}")
-        log.event("skipped", video=skipped.name, path=skipped.path, reason=skipped.reason)
+        log.event(events.SkippedVideo(video=skipped.name, path=skipped.path, reason=skipped.reason))
     if config.data.video_scores:  # read again for every evaluation; a mistake in it must not wait for the first
         names = [video.name for video in dataset.videos["validation"]]
         load_video_scores(Path(config.data.video_scores), names, dataset.classes)
@@ -161,7 +167,7 @@ def prepare(config: Config, log: RunLog) -> Dataset:
         for subset in dataset.videos
     )
     log.say(f"data: {counts}, {len(dataset.classes)} classes, {len(dataset.skipped)} videos skipped")
-    log.event("data", classes=list(dataset.classes), skipped=len(dataset.skipped))
+    log.event(events.Data(classes=list(dataset.classes), skipped=len(dataset.skipped)))
     return dataset
 
 

@@ -220,7 +220,7 @@ from pathlib import Path
 
 import numpy as np
 
-import lofi_fast.joint, lofi_fast.train
+import lofi_fast.presets, lofi_fast.stages.joint, lofi_fast.train
 from lofi_fast.data import demo
 from lofi_fast.data.cache import CacheRequest, prepare
 from lofi_fast.data.dataset import load_dataset
@@ -228,13 +228,13 @@ from lofi_fast.data.pipeline import FramePipeline
 from lofi_fast.data.video import VideoInfo, decode, probe
 from lofi_fast.errors import InputError
 from lofi_fast.kernels import library
-from lofi_fast.run import environment
+from lofi_fast.run.state import environment
 
 print("imported", *environment("CPU", "float32", library.describe())["packages"])
 annotations, videos, folder = map(Path, sys.argv[1:])
 video = videos / "a.mp4"
 info = VideoInfo(video, np.arange(8.0), 8.0, 64, 48, 0, "h264", "yuv420p", 1, 1)
-config = lofi_fast.config.demo()
+config = lofi_fast.presets.demo()
 for ask in (
     lambda: probe(video),
     lambda: decode(info, np.arange(2)),

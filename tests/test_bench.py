@@ -25,10 +25,10 @@ from bench.__main__ import main
 from bench.peers import decoders, official_map
 from bench.peers.shift import published_shift
 from bench.rows import ROOT, Row, append_row, environment, read_rows
-from lofi_fast.config import from_arguments
+from lofi_fast.arguments import from_arguments
 from lofi_fast.data import demo
 from lofi_fast.errors import InputError
-from lofi_fast.evaluate import parse_tiou
+from lofi_fast.metrics import parse_tiou
 
 TINY = (
     "--preset small --fidelity 8x32 --window video --frame-stride 1 --width 8 --pretrain-epochs 1 --joint-epochs 1 "

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from lofi_fast.checkpoint import Position, load, restore_rng, rng_state, save_atomic
 from lofi_fast.errors import InputError
+from lofi_fast.run.checkpoint import Position, load, restore_rng, rng_state, save_atomic
 
 
 def checkpoint(value: float) -> dict[str, Any]:

@@ -8,11 +8,14 @@ import json
 import pytest
 import torch
 
-from lofi_fast.config import PRESETS, STAGES, Budget, Config, from_arguments, parse_bytes
+from lofi_fast.arguments import from_arguments
+from lofi_fast.budget import Budget, parse_bytes
+from lofi_fast.config import STAGES, Config
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern
 from lofi_fast.head.gtad import GTAD
+from lofi_fast.presets import PRESETS
 
 OWN = ["--annotations", "a.json", "--videos", "v"]
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from av.video.frame import VideoFrame
 
-from lofi_fast.config import Config, demo
+from lofi_fast.config import Config
 from lofi_fast.data.dataset import Dataset, Sample, Sampler, cache_side, centre_requests, load_dataset
 from lofi_fast.data.pipeline import View
 from lofi_fast.data.windows import Window
 from lofi_fast.fidelity import Fidelity, Pattern, rung
+from lofi_fast.presets import demo
 
 FULL = Fidelity(8, 32)
 SECONDS, RATE = 8, 8  # 64 frames: snippet centres of a whole video lie at 0.5, 1.5, ... 7.5 s

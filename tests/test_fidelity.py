@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lofi_fast.config import PRESETS
 from lofi_fast.fidelity import CYCLE, MIN_SIDE, Fidelity, Pattern, ladder, phase, rung, select_snippets
+from lofi_fast.presets import PRESETS
 
 PAPER = Fidelity(100, 224)
 FULLS = sorted({preset().full for preset in PRESETS.values()})

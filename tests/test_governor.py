@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed
 
+from lofi_fast.config import Policy
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, LARGEST_STEP, Fidelity, Pattern, ladder, phase
 from lofi_fast.memory.governor import (
@@ -31,10 +32,10 @@ from lofi_fast.memory.governor import (
     Decision,
     Governor,
     NothingFits,
-    Replay,
 )
 from lofi_fast.memory.meter import Memory
-from lofi_fast.plan import PRIOR, Plan, Policy, candidates, relative_cost, remedies
+from lofi_fast.memory.plans import PRIOR, Plan, candidates, relative_cost, remedies
+from lofi_fast.memory.replay import Replay
 
 GB, MB = 10**9, 10**6
 FULL = Fidelity(100, 224)

@@ -21,18 +21,13 @@ import torch
 
 from bench.neighbour import inside, new_group
 from lofi_fast.memory import allocator
-from lofi_fast.memory import meter as meter_module
-from lofi_fast.memory.groups import ControlGroup
-from lofi_fast.memory.meter import (
-    RETRY_SECONDS,
-    SEGMENT,
-    CpuMeter,
-    GpuMeter,
-    is_out_of_memory,
-    open_meter,
-    settle_allocator,
-)
-from lofi_fast.memory.profiles import assumed_context
+from lofi_fast.memory import gpu as gpu_room
+from lofi_fast.memory.cards import assumed_context
+from lofi_fast.memory.cgroups import ControlGroup
+from lofi_fast.memory.cpu import CpuMeter
+from lofi_fast.memory.gpu import RETRY_SECONDS, SEGMENT, GpuMeter
+from lofi_fast.memory.meter import is_out_of_memory
+from lofi_fast.memory.settle import open_meter, settle_allocator
 
 ROOT = Path(__file__).resolve().parents[1]
 MB = 10**6
@@ -72,7 +67,8 @@ import psutil
 import torch
 from lofi_fast.kernels import temporal_shift
 from lofi_fast.memory import allocator
-from lofi_fast.memory.meter import is_out_of_memory, settle_allocator
+from lofi_fast.memory.meter import is_out_of_memory
+from lofi_fast.memory.settle import settle_allocator
 
 settle_allocator("probe", sys.argv[1:])
 torch.set_num_threads(2)
@@ -197,7 +193,7 @@ def test_real_failures_are_recognised_and_the_process_goes_on(probed: list[str])
 # In a process of its own: an allocator stays.
 CAPPED = """
 from lofi_fast.memory import allocator
-from lofi_fast.memory.meter import settle_glibc
+from lofi_fast.memory.settle import settle_glibc
 from test_meter import under_a_cap
 
 settle_glibc()
@@ -325,7 +321,7 @@ def test_the_limit_of_a_control_group_binds() -> None:
         if group is None:
             pytest.skip("no control group may be made here")
         program = (
-            "from lofi_fast.memory.meter import CpuMeter; import json, numpy; meter = CpuMeter(); "
+            "from lofi_fast.memory.cpu import CpuMeter; import json, numpy; meter = CpuMeter(); "
             "before = meter.reading(); held = numpy.ones(200_000_000, numpy.uint8); after = meter.reading(); "
             "print(json.dumps([meter.total(), before.available, after.available, after.own - before.own]))"
         )
@@ -522,7 +518,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
         "get_per_process_memory_fraction": lambda index: driver.fraction,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, function)
-    monkeypatch.setattr(meter_module, "time", SimpleNamespace(monotonic=lambda: driver.clock, sleep=lambda s: None))
+    monkeypatch.setattr(gpu_room, "time", SimpleNamespace(monotonic=lambda: driver.clock, sleep=lambda s: None))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return driver
 
@@ -772,7 +768,7 @@ class TestGpuMeter:
     def test_the_context_counts_as_ours(self) -> None:
         # Read in a process of its own: here, the context was there before the meter.
         script = (
-            "import torch; from lofi_fast.memory.meter import open_meter; m = open_meter(torch.device('cuda', 0));"
+            "import torch; from lofi_fast.memory.settle import open_meter; m = open_meter(torch.device('cuda', 0));"
             "print(m.source); print(m.own())"
         )
         source, own = run(["-c", script]).stdout.splitlines()
@@ -782,7 +778,7 @@ class TestGpuMeter:
         # In a process of its own, on a device that others leave alone: all that the device lost must be ours.
         script = """
 import torch
-from lofi_fast.memory.meter import open_meter
+from lofi_fast.memory.settle import open_meter
 from pynvml import nvmlDeviceGetHandleByUUID, nvmlDeviceGetMemoryInfo, nvmlInit
 nvmlInit()
 uuid = torch.cuda.get_device_properties(0).uuid
@@ -803,7 +799,8 @@ print(lost, meter.own(), meter.booked["first step"], meter.faults())
     def test_the_cap_holds_for_odd_sizes(self, segments: str) -> None:
         script = """
 import torch
-from lofi_fast.memory.meter import is_out_of_memory, open_meter
+from lofi_fast.memory.meter import is_out_of_memory
+from lofi_fast.memory.settle import open_meter
 meter = open_meter(torch.device("cuda", 0))
 limit = meter.own() + 500_000_000
 tensors, failed = [], False

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lofi_fast import checkpoint, optim
+from lofi_fast import optim
 from lofi_fast.config import OptimizerImpl, StageConfig
 from lofi_fast.errors import InputError
 from lofi_fast.optim import Implementation, choose_implementation, learning_rate, make_optimizer, set_learning_rate
 from lofi_fast.precision import choose_device, choose_precision
+from lofi_fast.run import checkpoint
 from tests import apex_stand_in
 
 STEP = StageConfig(epochs=15, batch=1, optimizer="sgd", lr=0.1)

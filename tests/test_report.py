@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lofi_fast.errors import InputError
-from lofi_fast.report import (
+from lofi_fast.report.page import (
     FILES,
     Bar,
     _lanes,
@@ -436,5 +436,5 @@ def test_lanes_never_overlap(spans: list[tuple[int, int]], most: int | None) -> 
 
 def test_reading_imports_no_plotting() -> None:
     """What the training process imports at its start counts against its budget."""
-    code = "import sys, lofi_fast.report; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, lofi_fast.report.page; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

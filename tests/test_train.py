@@ -21,29 +21,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
-from lofi_fast import checkpoint
 from lofi_fast import evaluate as evaluator
-from lofi_fast import joint as joint_room
-from lofi_fast import run as run_room
-from lofi_fast.checkpoint import Position, restore_rng, rng_state
-from lofi_fast.config import Config, from_arguments
+from lofi_fast.arguments import from_arguments
+from lofi_fast.config import Config
 from lofi_fast.data import demo
 from lofi_fast.data.pipeline import FramePipeline
-from lofi_fast.extract import encoder_digest
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder
-from lofi_fast.joint import batches, forward_backward, joint
-from lofi_fast.localize import train_head
-from lofi_fast.log import RunLog
 from lofi_fast.memory.governor import Decision, Governor
-from lofi_fast.memory.meter import open_meter
-from lofi_fast.plan import Plan
+from lofi_fast.memory.plans import Plan
+from lofi_fast.memory.settle import open_meter
 from lofi_fast.precision import choose_precision
-from lofi_fast.pretrain import pretrain
-from lofi_fast.run import Run
+from lofi_fast.run import checkpoint
+from lofi_fast.run import state as run_room
+from lofi_fast.run.checkpoint import Position, restore_rng, rng_state
+from lofi_fast.run.events import decode
+from lofi_fast.run.log import RunLog
+from lofi_fast.run.state import Run
+from lofi_fast.stages import step as step_room
+from lofi_fast.stages.features import encoder_digest
+from lofi_fast.stages.head import train_head
+from lofi_fast.stages.joint import joint
+from lofi_fast.stages.pretrain import pretrain
+from lofi_fast.stages.step import batches, forward_backward
 from lofi_fast.train import main, plan, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,11 +117,18 @@ def launch(command: list[str], out: Path, kill: Callable[[list[Event]], bool] | 
     return Outcome(process.returncode, text, errors)
 
 
+def plain(line: str) -> Event:
+    """A line of a log with all of its fields, those that hold their default too."""
+    event = decode(line)
+    fields = msgspec.structs.asdict(event)
+    return {"event": json.loads(line)["event"], **fields, **fields.pop("terms", {})}
+
+
 def events(folder: Path, kind: str | None = None, **fields: object) -> list[Event]:
     """Events of a run's log by kind and fields; a last line that is not whole yet is left out."""
     path = folder / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("}\n")]
+    found = [plain(line) for line in lines if line.endswith("}\n")]
     return [
         event
         for event in found
@@ -600,7 +611,7 @@ class Scarce:
 
     def __init__(self, patched: pytest.MonkeyPatch, phase: str) -> None:
         self.calls = 0
-        room = joint_room
+        room = step_room
         if phase == "frames":
             patched.setattr(FramePipeline, "_run", self.failing(FramePipeline._run, MemoryError("std::bad_alloc")))
         elif phase == "encoder":
@@ -673,10 +684,11 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_lower_and_a_replay_gives_
 MISTAKEN = """
 import sys
 from dataclasses import replace
-from lofi_fast import joint, train
+from lofi_fast import train
 from lofi_fast.memory.governor import Governor
-from lofi_fast.memory.meter import settle_allocator
-from lofi_fast.plan import PRIOR, Fit
+from lofi_fast.memory.plans import PRIOR, Fit
+from lofi_fast.memory.settle import settle_allocator
+from lofi_fast.stages import joint
 
 class Mistaken(Governor):
     load_readings = lambda self, *of: False

@@ -13,7 +13,7 @@ from bench.peers.tuners import TUNERS, doubling, fixed, halving, linear
 from bench.rows import Row
 from bench.tables import optim_table, overhead_table, planner_table, tuners_table
 from lofi_fast.fidelity import Fidelity, Pattern, ladder
-from lofi_fast.plan import Plan, candidates
+from lofi_fast.memory.plans import Plan, candidates
 
 FULL = Fidelity(100, 224)
 PLANS = candidates(ladder(Pattern.SPATIAL, FULL), 4, recompute="never")

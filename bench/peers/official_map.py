@@ -1,4 +1,4 @@
-"""The official ActivityNet procedure, step by step: slow, plain, and the oracle of tests/test_evaluate.py.
+"""The official ActivityNet procedure, step by step: slow, plain, and the oracle of tests/test_metrics.py.
 
 Written from the behaviour of Evaluation/eval_detection.py and eval_proposal.py (public repository
 activitynet/ActivityNet), without their pandas, which only makes it faster. NumPy stands only where its exact behaviour

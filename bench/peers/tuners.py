@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lofi_fast.plan import Plan
+from lofi_fast.memory.plans import Plan
 
 Attempt = Callable[[Plan], int | None]  # peak bytes of a step; None when it ran out of memory
 CUT = 4.0  # the paper's

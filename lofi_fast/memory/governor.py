@@ -22,13 +22,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-import torch
-from torch import distributed
-
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import LARGEST_STEP, Fidelity, Pattern
 from lofi_fast.memory.meter import Memory
-from lofi_fast.plan import PRIOR, Plan, Prior, first_fitting, fit, gigabytes, refusal, relative_cost
+from lofi_fast.memory.plans import PRIOR, Plan, Prior, first_fitting, fit, refusal, relative_cost
+from lofi_fast.memory.ranks import _agree, _highest_of_all
 
 T = TypeVar("T", int, float)
 CLEAN = 4  # readings in a row that must allow a higher plan with a rung to spare
@@ -529,84 +527,6 @@ class Governor:
         self._refit()
 
 
-class Replay:
-    """The plans of another run, step by step, in a governor's place: from its log.jsonl, or a JSON list of the same
-    "step" events. On any machine: nothing is measured, and memory that runs out ends the run.
-    """
-
-    def __init__(self, path: Path, limit: int) -> None:
-        self._path, self._limit = path, limit
-        self._steps: dict[tuple[int, int], tuple[Plan, Plan]] = {}  # (plan, requested)
-        try:
-            events = _events(path.read_text(encoding="utf-8"))
-            for event in events:
-                if event.get("event", "step") == "step" and event.get("stage", "joint") == "joint":
-                    # A resumed run repeats the steps after its last checkpoint: the later ones led on.
-                    self._steps[_count(event["epoch"]), _count(event["step"])] = _replayed(event)
-        except OSError as error:
-            raise InputError(f"--replay-rungs {path}: cannot be read ({error.strerror})") from None
-        except (KeyError, ValueError, TypeError) as error:
-            raise InputError(
-                f"--replay-rungs {path}: a step without its plan ({type(error).__name__}: {error}); name a log.jsonl "
-                "whose steps have epoch, step, num_snippets, side, micro_batch, recompute and reduced_from"
-            ) from None
-        if not self._steps:
-            raise InputError(f"--replay-rungs {path}: no joint step in it; name the log.jsonl of a run")
-
-    def choose(self, pattern: Pattern, epoch: int, step: int) -> Decision:
-        found = self._steps.get((epoch, step))
-        if found is None:
-            raise InputError(
-                f"--replay-rungs {self._path}: no plan for epoch {epoch}, step {step}; replay a run that got as far, "
-                "with the same data, batch and seed"
-            )
-        _, requested = found
-        return Decision(pattern, epoch, step, requested, requested, 0, self._limit, self._limit, 0, "replayed")
-
-    def recheck(self, decision: Decision) -> Decision:
-        plan, _ = self._steps[decision.epoch, decision.step]
-        return replace(decision, plan=plan)
-
-    def learn(self, decision: Decision, peak: int | None, seconds: float | None = None) -> None:
-        pass
-
-    def failed(self, decision: Decision) -> Decision:
-        raise NothingFits(
-            f"--replay-rungs {self._path}: memory ran out at {decision.plan}, which that run took at epoch "
-            f"{decision.epoch}, step {decision.step}; a limit of {gigabytes(self._limit)} is too little to replay it"
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
-
-
-def _replayed(event: Mapping[str, Any]) -> tuple[Plan, Plan]:
-    plan = Plan.from_json(
-        [event["num_snippets"], event["side"], event["micro_batch"], int(event["recompute"])]
-    )  # fmt: skip
-    source = event["reduced_from"]
-    requested = plan if source is None else Plan.from_json([*source, plan.micro_batch, int(plan.recompute)])
-    return plan, requested
-
-
-def _events(text: str) -> Iterable[Mapping[str, Any]]:
-    """The objects of a JSON list, or of JSON lines; a line that a killed run left torn is passed over."""
-    with suppress(ValueError):
-        whole = json.loads(text)
-        if isinstance(whole, list):
-            return [event for event in whole if isinstance(event, dict)]
-    events = []
-    for line in text.splitlines():
-        with suppress(ValueError):
-            event = json.loads(line)
-            if isinstance(event, dict):
-                events.append(event)
-    return events
-
-
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{value!r} is not a count")
@@ -616,31 +536,3 @@ def _count(value: Any) -> int:
 def _quantile(values: Iterable[T], share: float) -> T | Literal[0]:
     ordered = sorted(values)
     return ordered[math.ceil(share * len(ordered)) - 1] if ordered else 0
-
-
-def _agree(mine: int, fits: Callable[[int], bool], count: int) -> int:
-    """The first of `count` plans that is no higher than what any process chose (`mine`) and `fits` in all of them;
-    `count` when none does. In a single process: `mine`.
-    """
-    if not _several():
-        return mine
-    agreed = _highest_of_all(mine)
-    while True:
-        mine = next((i for i in range(agreed, count) if fits(i)), count)
-        lower = _highest_of_all(mine)
-        if lower == agreed:
-            return agreed
-        agreed = lower
-
-
-def _several() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _highest_of_all(value: int) -> int:
-    if not _several():
-        return value
-    device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else "cpu"
-    shared = torch.tensor(value, device=device)
-    distributed.all_reduce(shared, op=distributed.ReduceOp.MAX)
-    return int(shared)

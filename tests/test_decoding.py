@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lofi_fast.detect import Detection, WindowMaps, detections, load_video_scores, proposals, write_predictions
+from lofi_fast.data.video_scores import load_video_scores
+from lofi_fast.detections import Detection, write_predictions
 from lofi_fast.errors import InputError
-from lofi_fast.evaluate import load_predictions
+from lofi_fast.head.gtad_decoding import WindowMaps, detections, proposals
+from lofi_fast.metrics import load_predictions
 
 ANNOTATIONS = Path(__file__).parents[2] / "shared" / "data" / "annotations"
 

@@ -31,9 +31,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lofi_fast import __version__
+from lofi_fast.budget import gigabytes
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE
-from lofi_fast.plan import gigabytes
 
 if TYPE_CHECKING:
     # matplotlib is imported where a figure is drawn: the training process imports this file, its resident memory counts
@@ -176,7 +176,7 @@ def _events(lines: Iterable[str], log: Log) -> Iterator[Json]:
         event = _event(line)
         if event is None and line.strip():
             log.unreadable += 1
-            event = _event(line[line.rfind('{"time"') :])
+            event = _event(line[max(line.rfind('{"event"'), line.rfind('{"time"')) :])
         if event is not None:
             yield event
 
@@ -217,7 +217,8 @@ def read_log(lines: Iterable[str]) -> Log:
             name = str(event.get("plan"))
             log.plans[name] = event, readings.pop(name, [])
         elif kind == "step":
-            row = [_number(event.get(name)) for name in STEP_NUMBERS]
+            terms = _dict(event.get("terms"))
+            row = [_number(event.get(name, terms.get(name))) for name in STEP_NUMBERS]
             if not math.isnan(row[0] + row[1]):
                 pattern = sys.intern(str(event.get("pattern")))
                 _append_over(steps.setdefault(stage, []), (row, pattern), lambda step: step[0][:2])

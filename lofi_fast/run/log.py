@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lofi_fast.run.events import Event, encode
 
 NOTE_SECONDS = 30.0  # how often a long task is reported where no live bar can be drawn
 
@@ -28,15 +28,14 @@ class RunLog:
     def __init__(self, path: Path, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
         torn = _ends_torn(path)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file = path.open("ab")
         if torn:  # a killed run's last line: the next event starts a line of its own
-            self._file.write("\n")
+            self._file.write(b"\n")
         self._start = time.monotonic()
 
-    def event(self, kind: str, **fields: Any) -> None:
-        """Append one line: UTC time, kind, fields. Flushed, so that a killed run keeps what it logged."""
-        stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._file.write(json.dumps({"time": stamp, "event": kind, **fields}) + "\n")
+    def event(self, event: Event) -> None:
+        """Append one line. Flushed, so that a killed run keeps what it logged."""
+        self._file.write(encode(event))
         self._file.flush()
 
     def say(self, text: str) -> None:

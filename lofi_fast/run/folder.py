@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lofi_fast import checkpoint
 from lofi_fast.config import Config
 from lofi_fast.errors import InputError
+from lofi_fast.run import checkpoint, events
 
 PLANNED_FOR = ("budget", "min_cut", "max_cut", "micro_batch", "policy", "recompute", "replay")  # changed: plan again
 # Between a run and its --resume.
@@ -109,7 +109,12 @@ def run_folder(config: Config, resume: bool, going_on: bool) -> Iterator[Path]:
 def has_trained(folder: Path) -> bool:
     """Whether a run has done anything that would have to be done again."""
     log = folder / "log.jsonl"
-    return any((folder / "checkpoints").glob("*.pt")) or (log.exists() and '"event": "step"' in log.read_text())
+    if any((folder / "checkpoints").glob("*.pt")):
+        return True
+    if not log.exists():
+        return False
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        return any(isinstance(event, events.Step) for event in events.read(lines))
 
 
 def discard(folder: Path, names: Sequence[str], made: bool) -> None:

@@ -14,7 +14,8 @@ from lofi_fast.data.dataset import SUBSETS, Sample, centre_requests
 from lofi_fast.encoder import lean
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
-from lofi_fast.run import Run
+from lofi_fast.run import events
+from lofi_fast.run.state import Run
 
 LARGEST_CHUNK = 64  # snippets encoded at once, at most
 
@@ -62,7 +63,7 @@ def extract(run: Run) -> None:
                 )
             _write(feature_path(run, sample), features)
             advance(done, sample.window.video)
-    run.log.event("features", windows=len(missing), chunk=chunk, encoder=digest)
+    run.log.event(events.Features(windows=len(missing), chunk=chunk, encoder=digest))
 
 
 @torch.no_grad()
@@ -102,3 +103,9 @@ def _write(path: Path, features: NDArray[np.float32]) -> None:
         partial.unlink(missing_ok=True)
         reason = error.strerror or error  # NumPy's own OSError, a file that became too short, has no strerror
         raise InputError(f"{path}: cannot write ({reason}); free some space or change --out") from error
+
+
+def load_features(run: Run, samples: Sequence[Sample]) -> torch.Tensor:
+    """Features (B, C, L) of windows, on the device."""
+    features = [torch.from_numpy(np.load(feature_path(run, sample))) for sample in samples]
+    return torch.stack(features).to(run.device)

@@ -23,21 +23,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lofi_fast.config import EncoderName, HeadConfig, StageConfig, activitynet, demo, thumos
+from lofi_fast.config import EncoderName, HeadConfig, StageConfig
 from lofi_fast.data.pipeline import FramePipeline
-from lofi_fast.encoder import lean
+from lofi_fast.encoder import lean, resnet_ledger
 from lofi_fast.encoder.lean import encode
 from lofi_fast.encoder.resnet import STAGES, TSMResNet
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
-from lofi_fast.head import gtad
+from lofi_fast.head import gtad, gtad_ledger
 from lofi_fast.head.gtad import GTAD, video_dropout
 from lofi_fast.head.loss import Counts, LossTerms, tal_loss
 from lofi_fast.head.targets import Targets, make_targets
 from lofi_fast.kernels import proposal_grid
 from lofi_fast.kernels.align_linear.sampling import weights_of
-from lofi_fast.memory import model
-from lofi_fast.memory.model import Setting, StepBytes, step_bytes
+from lofi_fast.memory import step_bytes as step_bytes_room
+from lofi_fast.memory.step_bytes import Setting, StepBytes, step_bytes
 from lofi_fast.optim import make_optimizer
+from lofi_fast.presets import activitynet, demo, thumos
 
 SMALL = HeadConfig(hidden=32, groups=4, inner_bins=5, context_bins=2, map_channels=24, class_bins=3)
 LARGE = HeadConfig(hidden=128, groups=16, inner_bins=16, map_channels=256)
@@ -162,9 +163,9 @@ def test_kept_by_the_encoder_to_the_byte(
     with precision(map_bytes):
         for recompute, eight_bit in product((False, True), repeat=2):
             how = {"recompute": recompute, "eight_bit": eight_bit}
-            assert saved_bytes(known, partial(forward, **how)) == model.lean_kept_bytes(*arguments, **how), how
+            assert saved_bytes(known, partial(forward, **how)) == resnet_ledger.lean_kept_bytes(*arguments, **how), how
         plain = saved_bytes(known, lambda: encoder(x, FRAMES_PER_SNIPPET))
-    assert plain == model.plain_kept_bytes(*arguments)
+    assert plain == resnet_ledger.plain_kept_bytes(*arguments)
 
 
 @dataclass
@@ -218,14 +219,14 @@ def test_kept_by_the_head_and_the_loss_to_the_byte() -> None:
     num_features = 40
     for case in HEADS:
         head = case.head(num_features)
-        sizes = model.Head.of(case.config, num_features, NUM_CLASSES, case.full, case.batch, case.length)
+        sizes = gtad_ledger.Head.of(case.config, num_features, NUM_CLASSES, case.full, case.batch, case.length)
         assert sizes.cells == case.labels(head)[0].iou.numel(), case
         assert sizes.duration == head.max_duration(case.length), case
         made = torch.randn(case.batch * case.length, num_features, requires_grad=True)
         known = [*head.parameters(), *case.cells(head), made]
         dropout = case.config.dropout > 0
-        kept = sum(stage.kept for stage in model._head_stages(sizes, case.map_bytes, dropout, case.class_loss))
-        held = model._head_held(sizes, case.map_bytes, dropout, case.class_loss)
+        kept = sum(stage.kept for stage in gtad_ledger._head_stages(sizes, case.map_bytes, dropout, case.class_loss))
+        held = gtad_ledger._head_held(sizes, case.map_bytes, dropout, case.class_loss)
 
         def forward(case: HeadCase = case, head: GTAD = head, made: Tensor = made) -> tuple[object, ...]:
             features_NC = made * 1  # a new tensor, as the encoder's
@@ -350,7 +351,7 @@ def test_features_without_gradients(name: EncoderName, map_bytes: int, snippets:
     known = [*encoder.parameters(), *encoder.buffers(), x]
     with torch.no_grad(), Alive(known) as alive, precision(map_bytes):
         features = encode(encoder, x, FRAMES_PER_SNIPPET, chunk=chunk)
-    predicted = model.features_bytes(name, 8, 46, snippets, map_bytes, chunk)
+    predicted = resnet_ledger.features_bytes(name, 8, 46, snippets, map_bytes, chunk)
     assert alive.peak <= predicted <= 1.02 * alive.peak
     assert features.shape[0] == snippets
 
@@ -364,7 +365,7 @@ def test_features_without_gradients(name: EncoderName, map_bytes: int, snippets:
 def test_parameters_gradients_and_optimizer_state(
     name: EncoderName, optimizer: Literal["sgd", "adamw"], class_loss: bool
 ) -> None:
-    encoder, head = frozen(name, 8), GTAD(THREE, model.network(name, 8, 32).num_features, NUM_CLASSES, 10)
+    encoder, head = frozen(name, 8), GTAD(THREE, resnet_ledger.network(name, 8, 32).num_features, NUM_CLASSES, 10)
     setting = Setting(name, 8, THREE, NUM_CLASSES, 10, FP32, class_loss, optimizer)
     bytes_ = step_bytes(setting, Fidelity(10, 32), 1, accumulates=True)
     learning = [p for module in (encoder, head) for p in module.parameters() if p.requires_grad]
@@ -400,22 +401,22 @@ def test_sampling_grids_to_the_byte(head: HeadConfig, full: int, length: int) ->
             used |= {storage(t): t.nbytes for rows in pair for t in rows}
     for grid in (inner, context, classes):
         used |= {storage(t): t.nbytes for t in (grid.rois, grid.cells)}
-    assert model.grid_bytes(head, full, length, "cpu") == sum(used.values())
-    assert model.grid_bytes(head, full, length, "cuda") == sum(t.nbytes for t in device)
+    assert gtad_ledger.grid_bytes(head, full, length, "cpu") == sum(used.values())
+    assert gtad_ledger.grid_bytes(head, full, length, "cuda") == sum(t.nbytes for t in device)
 
 
 def test_the_tables_are_the_networks() -> None:
-    assert model.BLOCKS == STAGES
-    assert model.NUM_NEIGHBOURS == gtad.NUM_NEIGHBOURS
-    assert len(list(GTAD(THREE, 8, 2, 4).parameters())) == model.HEAD_TENSORS
-    assert [model.default_chunk(side) for side in range(1, 600)] == [
+    assert resnet_ledger.BLOCKS == STAGES
+    assert gtad_ledger.NUM_NEIGHBOURS == gtad.NUM_NEIGHBOURS
+    assert len(list(GTAD(THREE, 8, 2, 4).parameters())) == gtad_ledger.HEAD_TENSORS
+    assert [resnet_ledger.default_chunk(side) for side in range(1, 600)] == [
         lean.default_chunk(FRAMES_PER_SNIPPET, side) for side in range(1, 600)
     ]
     depth = inspect.signature(FramePipeline).parameters["depth"].default
     assert Setting.of(demo(), 6, FP32).decoded_ahead == depth
     for name in STAGES:
         convs = [p.numel() for p in TSMResNet(name, 8).parameters() if p.dim() == 4]
-        assert sorted(conv.weight for conv in model.network(name, 8, 64).convs) == sorted(convs)
+        assert sorted(conv.weight for conv in resnet_ledger.network(name, 8, 64).convs) == sorted(convs)
 
 
 # Settings and terms
@@ -434,9 +435,11 @@ def test_bytes_a_frame_at_224_pixels() -> None:
     def frame(of: Callable[..., int], name: EncoderName, map_bytes: int) -> int:
         return of(name, 64, 224, 2, map_bytes) - of(name, 64, 224, 1, map_bytes)
 
-    assert [frame(model.lean_kept_bytes, "tsm_r18", b) for b in (FP32, BF16)] == [7_175_168, 3_763_200]
-    assert [frame(model.plain_kept_bytes, "tsm_r18", b) for b in (FP32, BF16)] == [25_088_000, 13_346_816]
-    assert frame(model.plain_kept_bytes, "tsm_r50", BF16) > 2.5 * frame(model.lean_kept_bytes, "tsm_r50", BF16)
+    assert [frame(resnet_ledger.lean_kept_bytes, "tsm_r18", b) for b in (FP32, BF16)] == [7_175_168, 3_763_200]
+    assert [frame(resnet_ledger.plain_kept_bytes, "tsm_r18", b) for b in (FP32, BF16)] == [25_088_000, 13_346_816]
+    assert frame(resnet_ledger.plain_kept_bytes, "tsm_r50", BF16) > 2.5 * frame(
+        resnet_ledger.lean_kept_bytes, "tsm_r50", BF16
+    )
 
 
 def test_frames_are_of_this_micro_batch_and_of_those_decoded_ahead() -> None:
@@ -454,11 +457,11 @@ def test_the_update_may_be_the_peak() -> None:
 
 
 def test_the_decoders_pool() -> None:
-    assert model.decode_pool(10, 256 * 340, 112) == 3 * 10 * (256 * 340 + 2 * 112 * 112)
+    assert step_bytes_room.decode_pool(10, 256 * 340, 112) == 3 * 10 * (256 * 340 + 2 * 112 * 112)
 
 
 def test_torch_is_not_loaded() -> None:
-    code = "import sys, lofi_fast.memory.model; sys.exit('torch' in sys.modules)"
+    code = "import sys, lofi_fast.memory.step_bytes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -513,8 +516,12 @@ def test_what_is_kept_grows_by_the_video(setting: Setting, length: int, side: in
     for name in ("frames", "kept_encoder", "kept_head"):
         assert getattr(two, name) - getattr(one, name) == getattr(one, name) - getattr(none, name) > 0
     assert one.frames * batch == none.frames * (batch + 1)
-    a_video = model.lean_kept_bytes(setting.encoder, setting.width, side, 8 * length * (batch + 1), setting.map_bytes)
-    a_video -= model.lean_kept_bytes(setting.encoder, setting.width, side, 8 * length * batch, setting.map_bytes)
+    a_video = resnet_ledger.lean_kept_bytes(
+        setting.encoder, setting.width, side, 8 * length * (batch + 1), setting.map_bytes
+    )
+    a_video -= resnet_ledger.lean_kept_bytes(
+        setting.encoder, setting.width, side, 8 * length * batch, setting.map_bytes
+    )
     assert one.kept_encoder - none.kept_encoder == a_video - 8 * length * 3 * side**2
 
 
@@ -525,7 +532,7 @@ def test_recomputing_keeps_the_weights_alone_and_never_needs_more_than_all_maps(
 ) -> None:
     kept = step_bytes(setting, Fidelity(length, side), batch, chunk=chunk)
     again = step_bytes(setting, Fidelity(length, side), batch, chunk=chunk, recompute=True)
-    net = model.network(setting.encoder, setting.width, side)
+    net = resnet_ledger.network(setting.encoder, setting.width, side)
     assert again.kept_encoder == setting.map_bytes * net.weights + 8 * net.channels <= kept.kept_encoder
     assert again.kept_head == kept.kept_head
     if length * batch >= 3 * chunk:  # else most maps are there at once in any case

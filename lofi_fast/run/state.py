@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -16,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lofi_fast import __version__, checkpoint
-from lofi_fast.checkpoint import Position
+from lofi_fast import __version__
+from lofi_fast.budget import gigabytes
 from lofi_fast.config import STAGES, Config
 from lofi_fast.data.dataset import Dataset, Jitter, Sample, Sampler
 from lofi_fast.data.pipeline import FramePipeline, FrameRequest, pictures_of_a_run
@@ -25,24 +24,21 @@ from lofi_fast.encoder.lean import CHUNK_PIXELS
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.encoder.weights import load_encoder_weights
 from lofi_fast.errors import InputError
-from lofi_fast.folder import cache_folder
 from lofi_fast.head.gtad import GTAD, video_dropout
-from lofi_fast.log import RunLog
 from lofi_fast.memory import allocator
 from lofi_fast.memory.governor import Planner
 from lofi_fast.memory.meter import Meter, is_out_of_memory
-from lofi_fast.plan import Choice, Reading, gigabytes, highest_fitting
+from lofi_fast.memory.trial import Choice, Reading, highest_fitting
 from lofi_fast.precision import Precision
+from lofi_fast.run import checkpoint, events
+from lofi_fast.run.checkpoint import Position
+from lofi_fast.run.folder import cache_folder
+from lofi_fast.run.log import RunLog
+from lofi_fast.run.seeds import seed_of
 
 T = TypeVar("T")
 CHECKPOINT_SECONDS = 300.0  # within an epoch; each epoch's end is saved besides
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "numpy", "av", "nvidia-ml-py")
-
-
-def seed_of(*key: int | str) -> int:
-    """A 63-bit seed of a key, the same on every machine."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class Run:
@@ -147,7 +143,7 @@ class Run:
 
         def measure(candidate: T) -> int | None:
             peak = self.measure(lambda: step(candidate), next(caps, limit))
-            self.log.event("measured", plan=name, candidate=str(candidate), peak=peak, budget=limit)
+            self.log.event(events.Measured(plan=name, candidate=str(candidate), peak=peak, budget=limit))
             return peak
 
         choice = highest_fitting(candidates, cost, measure, limit, own, refusal)
@@ -157,8 +153,10 @@ class Run:
             f"{f' (also measured{others[1:]})' if others else ''}"
         )
         self.log.event(
-            "plan", plan=name, chosen=str(choice.candidate), peak=choice.peak, budget=limit,
-            seconds=round(time.monotonic() - began, 3),
+            events.Planned(
+                plan=name, chosen=str(choice.candidate), peak=choice.peak, budget=limit,
+                seconds=round(time.monotonic() - began, 3),
+            )
         )  # fmt: skip
         return choice
 

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lofi_fast.checkpoint import Position
 from lofi_fast.data.dataset import Clip
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.optim import learning_rate, make_optimizer, set_learning_rate
-from lofi_fast.run import Run, seed_of
+from lofi_fast.run import events
+from lofi_fast.run.checkpoint import Position
+from lofi_fast.run.seeds import seed_of
+from lofi_fast.run.state import Run
 
 LEAST_BATCH = 4  # below this the statistics of live BN are noise
 
@@ -75,10 +77,10 @@ def pretrain(run: Run, extra: dict[str, Any]) -> None:
                 optimizer.zero_grad(set_to_none=True)
                 correct, seen = correct + hits, seen + len(labels)
                 value, accuracy = float(loss.detach()), float(correct) / seen
-                run.log.event("step", stage="pretrain", epoch=epoch, step=step, loss=value, accuracy=accuracy)
+                run.log.event(events.Step(stage="pretrain", epoch=epoch, step=step, loss=value, accuracy=accuracy))
                 advance(step + 1, f"loss {value:.3f} accuracy {accuracy:.2f}")
                 run.save_when_due(Position("pretrain", epoch, step + 1), optimizer, classifier=classifier)
-        run.log.event("epoch", stage="pretrain", epoch=epoch, accuracy=float(correct) / max(seen, 1))
+        run.log.event(events.Epoch(stage="pretrain", epoch=epoch, accuracy=float(correct) / max(seen, 1)))
         run.save(Position("pretrain", epoch + 1), optimizer, classifier=classifier)
     run.finish("pretrain")
 

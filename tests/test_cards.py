@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lofi_fast.config import Budget
+from lofi_fast.budget import Budget
 from lofi_fast.errors import InputError
-from lofi_fast.memory.profiles import PROFILES, Profile, assumed_context, profile_for, profile_named
+from lofi_fast.memory.cards import PROFILES, Profile, assumed_context, profile_for, profile_named
 from lofi_fast.precision import BF16_CAPABILITY
 
 

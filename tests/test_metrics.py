@@ -11,11 +11,11 @@ import pytest
 
 from bench.peers import official_map
 from lofi_fast.errors import InputError
-from lofi_fast.evaluate import (
+from lofi_fast.evaluate import main
+from lofi_fast.metrics import (
     average_recall,
     load_ground_truth,
     load_predictions,
-    main,
     mean_average_precision,
     metrics_table,
     parse_tiou,

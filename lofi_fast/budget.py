@@ -1,0 +1,61 @@
+"""The memory budget: what a user writes, and what it means in bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from lofi_fast.errors import InputError
+
+AUTO_SHARE = 0.9  # of what is free, for --mem-budget auto
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "11GB" (11e9), "11GiB" (11 * 2^30), "512MB", "2000000000". Raises InputError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE | re.ASCII)
+    if match is None or (match[3] and not match[2]):
+        raise InputError(f'"{text}" is not an amount of memory: write it like 11GB, 11GiB, 80% or auto (--mem-budget)')
+    base = 1024 if match[3] else 1000
+    amount = float(match[1]) * float(base ** _UNITS[match[2].upper()])
+    if not 0.5 < amount < float(2**63):
+        raise InputError(f'"{text}" is no memory that a machine has: give --mem-budget an amount like 11GB')
+    return round(amount)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user allows this process: an amount in bytes, a share of the device, or (neither) what is free now."""
+
+    text: str
+    amount: int | None = None
+    share: float | None = None
+
+    @staticmethod
+    def parse(text: str) -> Budget:
+        """ "11GB", "11GiB", "80%" (of the device's memory) or "auto" (what is free at the start)."""
+        if text.strip().lower() == "auto":
+            return Budget(text)
+        if text.strip().endswith("%"):
+            try:
+                share = float(text.strip()[:-1]) / 100
+            except ValueError:
+                share = math.nan
+            if not 0 < share <= 1:
+                raise InputError(f'"{text}" is not a share of memory: write --mem-budget like 80% (0 to 100)')
+            return Budget(text, share=share)
+        return Budget(text, amount=parse_bytes(text))
+
+
+def resolve_budget(budget: Budget, total: int, available: int) -> int:
+    """Bytes of a budget on a device of `total` bytes with `available` for this process now."""
+    if budget.amount is not None:
+        return budget.amount
+    if budget.share is not None:
+        return round(budget.share * total)
+    return round(AUTO_SHARE * available)
+
+
+def gigabytes(amount: int) -> str:
+    return f"{amount / 1e9:.2f} GB"

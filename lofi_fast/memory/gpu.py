@@ -1,0 +1,248 @@
+"""The meter of one NVIDIA GPU: what the driver shows for the device, and what of it is ours."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lofi_fast.memory.cards import assumed_context
+from lofi_fast.memory.meter import Faults, Memory
+
+SEGMENT = 20 << 20  # torch maps its expandable segments in pieces of this size: so far a cap can be overrun
+SAME_DEVICE = (0.9, 1.02)  # CUDA's total memory over NVML's: below, NVML shows the whole card and CUDA a slice of it
+CONTEXT = (64 << 20, 3 << 30)  # what one can take; a reading outside says that it was there before, or others moved
+JUMP = 0.1  # of the device's memory: a change of others' memory between two readings that is read again
+RETRY_SECONDS = 10.0  # after NVML failed
+
+
+class _Nvml:
+    """Memory of one GPU, or of the slice of one (MIG) that CUDA shows, at device level.
+
+    No figures of single processes are asked for: containers hide processes, and the driver then shows none or all.
+    """
+
+    def __init__(self, index: int) -> None:
+        import pynvml
+
+        self._nvml = pynvml
+        pynvml.nvmlInit()
+        properties = torch.cuda.get_device_properties(index)  # creates no context
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = [f"GPU-{properties.uuid}", f"MIG-{properties.uuid}"]
+        if index < len(visible) and visible[index].strip().startswith("MIG-"):
+            names.append(visible[index].strip())
+        problems = []
+        for name in names:
+            try:
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(name)
+                _, total = self.free_total()
+            except pynvml.NVMLError as error:
+                problems.append(f"{name}: {_words(error)}")
+                continue
+            if SAME_DEVICE[0] <= properties.total_memory / total <= SAME_DEVICE[1]:
+                return
+            problems.append(f"{name}: {total / 1e9:.1f} GB, where CUDA shows {properties.total_memory / 1e9:.1f} GB")
+        raise RuntimeError("; ".join(problems))
+
+    def free_total(self) -> tuple[int, int]:
+        info = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
+        return int(info.free), int(info.total)
+
+
+class GpuMeter:
+    """One NVIDIA GPU: free memory of the device through NVML, torch.cuda.mem_get_info while NVML fails.
+
+    What this process holds is torch's reserved memory plus everything else it took (context, code of kernels, DALI's
+    and NVDEC's pools, NCCL). The driver shows the device's sum only, so the rest is counted by `settle`: what the
+    device's used memory grew by, less torch's share, during events known to take such memory. Wrap in it the first
+    batch of a pipeline and the first step of every plan (kernels are loaded when first used); never a step whose plan
+    has been run before, whose changes are others'.
+
+    What is certain: the rest can never be more than what is used and not torch's, and `own` is cut to that, so memory
+    of others that was counted as ours is let go when they leave. What is not: another process that takes memory during
+    an event is counted as ours (too much: we plan too small); one that gives memory back hides as much of ours (too
+    little: by as much we can pass the budget, though not what is free). Events are short, and readings are repeated.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._index = device.index or 0
+        self._faults = Faults()
+        self._nvml: _Nvml | None = None
+        self._nvml_again = -math.inf  # monotonic seconds before which NVML is not tried
+        self._others: int | None = None  # free + torch's at the last reading: it changes with others' memory alone
+        self._retries = 0
+        self.booked: dict[str, int] = {}  # bytes held outside torch, by event
+
+        properties = torch.cuda.get_device_properties(self._index)  # like NVML, and unlike mem_get_info, this
+        self._total = int(properties.total_memory)  # creates no context
+        self._open_nvml()
+        before = None if self._nvml is None else self._quiet()
+        torch.zeros(1, device=device)  # creates it
+        torch.cuda.synchronize(self._index)
+        context = 0 if before is None else before - self._quiet()
+        if not CONTEXT[0] <= context <= CONTEXT[1]:
+            seen = "cannot be read" if before is None else f"seemed to take {context / 1e9:.2f} GB"
+            context = assumed_context((properties.major, properties.minor))
+            self._faults.note("context", f"the CUDA context {seen}: assumed to hold {context / 1e9:.2f} GB")
+        self.booked["context"] = context
+        self.device = f"{properties.name}, {self.total() / 1e9:.1f} GB"
+
+    @property
+    def source(self) -> str:
+        return "cudaMemGetInfo, NVML does not answer" if self._nvml is None else "NVML, device level"
+
+    def faults(self) -> list[str]:
+        return self._faults.drain()
+
+    # The device
+
+    def _open_nvml(self) -> None:
+        """Open NVML, when it is time to."""
+        if self._nvml is not None or time.monotonic() < self._nvml_again:
+            return
+        try:
+            self._nvml = _Nvml(self._index)
+        except Exception as error:  # no package, no library, no permission, a slice it does not name
+            self._without_nvml(error)
+        else:
+            if self._nvml_again > -math.inf:
+                self._faults.note("back", "NVML answers again")
+
+    def _without_nvml(self, error: Exception) -> None:
+        self._nvml, self._nvml_again = None, time.monotonic() + RETRY_SECONDS
+        self._faults.note("nvml", f"NVML cannot be used ({_words(error)}): memory is read through cudaMemGetInfo")
+
+    def _read(self, source: Callable[[], tuple[int, int]], reserved: int) -> int:
+        """Free bytes by one source. Raises what it raises, and RuntimeError for figures that cannot be."""
+        free, total = source()
+        if not 0 <= free <= total - reserved:
+            raise RuntimeError(f"{free / 1e9:.2f} of {total / 1e9:.2f} GB free, while torch holds {reserved / 1e9:.2f}")
+        return free
+
+    def _cuda_free_total(self) -> tuple[int, int]:
+        free, total = torch.cuda.mem_get_info(self._index)
+        return int(free), int(total)
+
+    def _free(self, reserved: int) -> int:
+        """Free bytes of the device, by the first source whose reading can be true; else by the last such reading."""
+        self._open_nvml()
+        free = None
+        if self._nvml is not None:
+            try:
+                free = self._confirmed(self._read(self._nvml.free_total, reserved), reserved)
+            except Exception as error:  # whatever the driver has: the run can go on without NVML
+                self._without_nvml(error)
+        if free is None:
+            try:
+                free = self._read(self._cuda_free_total, reserved)
+            except RuntimeError as error:
+                if self._others is None:
+                    raise
+                free = max(self._others - reserved, 0)
+                self._faults.note("cuda", f"cudaMemGetInfo failed ({_words(error)}): the last good reading stands")
+        self._others = free + reserved
+        return free
+
+    def _confirmed(self, free: int, reserved: int) -> int:
+        """NVML's reading; where others' memory seems to have jumped, CUDA must have seen it too, or CUDA's counts."""
+        if self._others is None or abs(free + reserved - self._others) <= JUMP * self._total:
+            return free
+        try:
+            second = self._read(self._cuda_free_total, reserved)
+        except RuntimeError:
+            return free
+        if abs(second - free) <= JUMP / 2 * self._total:
+            return free
+        self._faults.note("jump", f"NVML's reading jumped to {free / 1e9:.2f} GB free, CUDA sees {second / 1e9:.2f} GB")
+        return second
+
+    def _quiet(self) -> int:
+        """Bytes that are free or torch's: the most of a few readings, since others also hold memory for a moment."""
+        readings = []
+        for attempt in range(3):
+            time.sleep(0.005 if attempt else 0)
+            reserved = self._torch()
+            readings.append(self._free(reserved) + reserved)
+        return max(readings)
+
+    def _torch(self, kind: str = "reserved", key: str = "current") -> int:
+        stats = torch.cuda.memory_stats_as_nested_dict(self._index)  # far cheaper than the flat form
+        return int(stats[f"{kind}_bytes"]["all"][key]) if stats else 0  # empty before CUDA is used
+
+    @contextmanager
+    def settle(self, event: str) -> Iterator[None]:
+        before = self._quiet()
+        try:
+            yield
+        finally:
+            torch.cuda.synchronize(self._index)
+            grown = before - self._quiet()
+            if grown < 0:
+                self._faults.note("shrunk", f"during {event} others gave {-grown / 1e9:.2f} GB back; ours is not seen")
+            self.booked[event] = self.booked.get(event, 0) + max(grown, 0)
+
+    # This process
+
+    def total(self) -> int:
+        return self._total
+
+    def reading(self) -> Memory:
+        reserved = self._torch()
+        free = self._free(reserved)
+        outside = self._outside(free, reserved)
+        return Memory(reserved + outside, self._torch("allocated") + outside, free)
+
+    def _outside(self, free: int, reserved: int) -> int:
+        return min(sum(self.booked.values()), max(self._total - free - reserved, 0))
+
+    def own(self) -> int:
+        return self.reading().own
+
+    def held(self) -> int:
+        return self.reading().held
+
+    def available(self) -> int:
+        return self.reading().available
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+
+    def reset_peak(self) -> None:
+        torch.cuda.synchronize(self._index)
+        torch.cuda.reset_peak_memory_stats(self._index)
+        self._retries = self._retried()
+
+    def peak(self) -> int:
+        torch.cuda.synchronize(self._index)
+        reserved = self._torch()
+        return self._torch(key="peak") + self._outside(self._free(reserved), reserved)
+
+    def retries(self) -> int:
+        return self._retried() - self._retries
+
+    def _retried(self) -> int:
+        return int(torch.cuda.memory_stats_as_nested_dict(self._index)["num_alloc_retries"])
+
+    @contextmanager
+    def cap(self, limit: int) -> Iterator[None]:
+        """torch's share of the device: `limit` less what it does not cover (context, foreign pools), and less one
+        segment, by which torch can overrun its share. Foreign pools that grow inside are not held back.
+        """
+        reserved = self._torch()
+        rest = self._outside(self._free(reserved), reserved)
+        before = torch.cuda.get_per_process_memory_fraction(self._index)
+        share = (limit - rest - SEGMENT) / self._total
+        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), self._index)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, self._index)
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,490 @@
+"""Mean average precision and average recall, bit-equal to the official ActivityNet evaluator.
+
+    python -m lofi_fast.evaluate --ground-truth G.json --predictions P.json --tiou activitynet
+
+The semantics are those of Evaluation/eval_detection.py and Evaluation/eval_proposal.py in the public repository
+activitynet/ActivityNet, whose scripts need Python 2; the arithmetic here is done in the same order on the same float64
+values, so results are equal to the last bit, only without a Python loop over predictions. What is kept on purpose:
+
+- equal scores are ranked by ``argsort()[::-1]`` with NumPy's default (unstable) sort, class by class, and equal tIoUs
+  likewise. Such ties are therefore the same as the official ones on the same machine and NumPy, not across machines;
+- a zero-length ground truth met by the same zero-length prediction has tIoU 0/0 = NaN and matches, because the official
+  test is "not (tIoU < threshold)";
+- a prediction in a video that has no ground truth of its class, or that is not in the evaluated subset at all, is a
+  false positive;
+- thresholds are those of ``np.linspace``, so 0.9 is really 0.8999999999999999;
+- classes are ordered by first appearance in the ground truth, which fixes the order of the mean.
+
+Two things differ, where the official script stops with a KeyError or returns NaN: predictions of labels that the ground
+truth does not have are ignored and counted, and an evaluation in which nothing can match is an InputError.
+
+Letters of array shapes: P predictions, G ground-truth segments, V videos, C classes, K tIoU thresholds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lofi_fast.errors import InputError
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+GroundTruth = Mapping[str, Sequence[tuple[float, float, str]]]
+Predictions = Mapping[str, Sequence[tuple[float, float, str, float]]]
+
+_RANGES = {"activitynet": (0.5, 0.05, 0.95), "thumos": (0.3, 0.1, 0.7)}
+_SUBSETS = {"train": "training", "val": "validation", "test": "testing"}
+
+
+@dataclass(frozen=True, eq=False)
+class MapResult:
+    """Average precision of every class at every threshold, and what was left out.
+
+    tious (K,); classes: C labels by first appearance in the ground truth; average_precision (C, K) in [0, 1];
+    map_by_tiou (K,) mean over the classes; average: mean of map_by_tiou. num_unknown_label counts predictions ignored
+    because no ground truth has their label; num_unknown_video counts those (of known labels) in videos that the ground
+    truth does not name, which are false positives.
+    """
+
+    tious: Floats
+    classes: tuple[str, ...]
+    average_precision: Floats
+    map_by_tiou: Floats
+    average: float
+    num_videos: int
+    num_segments: int
+    num_predictions: int
+    num_unknown_label: int
+    num_unknown_video: int
+
+
+@dataclass(frozen=True, eq=False)
+class RecallResult:
+    """Average recall against the average number of proposals per video (AR@AN).
+
+    proposals_per_video (100,): 1..max_avg in 100 equal steps; recall (K, 100); average_recall (100,) mean over the K
+    thresholds; auc: area under average_recall, in percent of the rectangle of height 1.
+    """
+
+    tious: Floats
+    proposals_per_video: Floats
+    recall: Floats
+    average_recall: Floats
+    auc: float
+
+
+def parse_tiou(text: str) -> Floats:
+    """Thresholds (K,) from "activitynet", "thumos", "start:step:stop" (stop included) or "0.5,0.75".
+
+    The two names are the official grids 0.5:0.05:0.95 and 0.3:0.1:0.7. Raises InputError for anything else, and for
+    values outside (0, 1].
+    """
+    expected = "--tiou takes activitynet, thumos, start:step:stop or a comma-separated list of values in (0, 1]"
+    try:
+        if text in _RANGES or ":" in text:
+            start, step, stop = _RANGES[text] if text in _RANGES else (float(part) for part in text.split(":"))
+            if not (math.isfinite(start) and math.isfinite(stop) and math.isfinite(step) and step > 0):
+                raise ValueError
+            # The tolerance absorbs what (0.95 - 0.5) / 0.05 loses; a stop between two steps is not itself a threshold.
+            num_steps = math.floor((stop - start) / step + 1e-6)
+            if num_steps < 0 or num_steps > 1000:
+                raise ValueError
+            last = start + num_steps * step
+            tious = np.linspace(start, stop if abs(last - stop) < 1e-9 else last, num_steps + 1)
+        else:
+            tious = np.array([float(part) for part in text.split(",")])
+    except ValueError:
+        raise InputError(f"{expected}, not {text!r}.") from None
+    if not bool(((tious > 0) & (tious <= 1)).all()):
+        raise InputError(f"{expected}, not {text!r}.")
+    return tious
+
+
+def _tiou(start: Floats, end: Floats, other_start: Floats, other_end: Floats) -> Floats:
+    """tIoU of predictions with ground truth (the "other"), broadcast; NaN where both have zero length (0/0)."""
+    intersection = (np.minimum(end, other_end) - np.maximum(start, other_start)).clip(0)
+    union = (other_end - other_start) + (end - start) - intersection
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(intersection / union, dtype=np.float64)
+
+
+def _check_overlap(ground_truth: GroundTruth, predictions: Predictions) -> None:
+    if not any(len(segments) for segments in ground_truth.values()):
+        raise InputError("The ground truth holds no segment in the evaluated subset; choose another with --subset.")
+    if not any(name in ground_truth for name in predictions):
+        given = next(iter(predictions), None)
+        example = f"{given!r} against {next(iter(ground_truth))!r}" if given is not None else "there is no prediction"
+        raise InputError(
+            f"None of the predictions' videos is in the ground truth ({example}); check --predictions and --subset."
+        )
+
+
+def mean_average_precision(ground_truth: GroundTruth, predictions: Predictions, tious: Floats) -> MapResult:
+    """Interpolated mean average precision of detections, as the official ActivityNet evaluator computes it.
+
+    ground_truth: video -> [(start, end, label)], predictions: video -> [(start, end, label, score)], in seconds; tious
+    (K,). The order of the mappings matters only for ties. Raises InputError when the ground truth has no segment or no
+    video of the predictions is in it; a video with an empty list of predictions counts as predicted.
+    Source: activitynet/ActivityNet, Evaluation/eval_detection.py.
+    """
+    _check_overlap(ground_truth, predictions)
+    video_index = {name: i for i, name in enumerate(ground_truth)}
+    gt_rows = [(video_index[name], *segment) for name, segments in ground_truth.items() for segment in segments]
+    class_index: dict[str, int] = {}
+    for _, _, _, label in gt_rows:
+        class_index.setdefault(label, len(class_index))
+    num_classes = len(class_index)
+    gt_key = np.array([video * num_classes + class_index[label] for video, _, _, label in gt_rows], dtype=np.int64)
+    gt_start = np.array([row[1] for row in gt_rows], dtype=np.float64)
+    gt_end = np.array([row[2] for row in gt_rows], dtype=np.float64)
+
+    num_predictions = sum(len(items) for items in predictions.values())
+    rows = [
+        (video_index.get(name, -1), class_index[label], start, end, score)
+        for name, items in predictions.items()
+        for start, end, label, score in items
+        if label in class_index
+    ]
+    video_of = np.array([row[0] for row in rows], dtype=np.int64)
+    class_of = np.array([row[1] for row in rows], dtype=np.int64)
+    bounds = np.array([row[2:4] for row in rows], dtype=np.float64).reshape(-1, 2)
+    score = np.array([row[4] for row in rows], dtype=np.float64)
+
+    by_class = np.argsort(class_of, kind="stable")
+    counts = np.bincount(class_of, minlength=num_classes)
+    class_stop = np.cumsum(counts)
+    class_start = class_stop - counts
+    ranked = np.empty_like(by_class)
+    for begin, stop in zip(class_start, class_stop, strict=True):
+        members = by_class[begin:stop]
+        ranked[begin:stop] = members[score[members].argsort()[::-1]]
+    # Absent videos get a negative key, which no ground truth has.
+    key = np.where(video_of < 0, -1, video_of * num_classes + class_of)[ranked]
+    start, end = bounds[ranked, 0], bounds[ranked, 1]
+    true_positive = _match(key, start, end, gt_key, gt_start, gt_end, tious)
+
+    num_gt = np.bincount(gt_key % num_classes, minlength=num_classes)
+    # (K, C) and not (C, K): NumPy's summation order over classes follows the memory layout of the official array.
+    precision = np.zeros((len(tious), num_classes))
+    for c in range(num_classes):
+        precision[:, c] = _interpolated_precision(true_positive[class_start[c] : class_stop[c]].T, float(num_gt[c]))
+    map_by_tiou = precision.mean(axis=1)
+    return MapResult(
+        tious=np.asarray(tious, dtype=np.float64),
+        classes=tuple(class_index),
+        average_precision=precision.T,
+        map_by_tiou=map_by_tiou,
+        average=float(map_by_tiou.mean()),
+        num_videos=len(ground_truth),
+        num_segments=len(gt_rows),
+        num_predictions=num_predictions,
+        num_unknown_label=num_predictions - len(rows),
+        num_unknown_video=int((video_of < 0).sum()),
+    )
+
+
+def _match(
+    key: Ints, start: Floats, end: Floats, gt_key: Ints, gt_start: Floats, gt_end: Floats, tious: Floats
+) -> npt.NDArray[np.bool_]:
+    """Greedy matching -> (P, K) true positives. Predictions come ranked by score within a key (= video and class).
+
+    Predictions of one key depend on each other through the segments already taken, those of different keys do not: so
+    round r settles the r-th prediction of every key at once. Keys are taken together by their number of ground-truth
+    segments, because tied tIoUs are ranked as the official sort ranks them only on arrays of the same length.
+    """
+    matched = np.zeros((len(key), len(tious)), dtype=np.bool_)
+    gt_order = np.argsort(gt_key, kind="stable")
+    keys, first_gt, sizes = np.unique(gt_key[gt_order], return_index=True, return_counts=True)
+    group = np.searchsorted(keys, key).clip(max=len(keys) - 1)
+    known = np.flatnonzero(keys[group] == key)
+    for size in np.unique(sizes[group[known]]):
+        rows = known[sizes[group[known]] == size]
+        members = gt_order[first_gt[group[rows], None] + np.arange(size)]
+        overlap = _tiou(start[rows, None], end[rows, None], gt_start[members], gt_end[members])
+        # A prediction below every threshold takes nothing: it can leave without changing the others.
+        useful = ~(overlap < tious.min()).all(axis=1)
+        rows, overlap = rows[useful], overlap[useful]
+        best_first = overlap.argsort(axis=1)[:, ::-1]
+        overlap = np.take_along_axis(overlap, best_first, axis=1)
+
+        _, local = np.unique(group[rows], return_inverse=True)
+        by_group = np.argsort(local, kind="stable")
+        counts = np.bincount(local)
+        turn = np.empty(len(rows), dtype=np.int64)
+        turn[by_group] = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        by_turn = np.argsort(turn, kind="stable")
+        taken = np.zeros((len(counts), int(size), len(tious)), dtype=np.bool_)
+        for now in np.split(by_turn, np.cumsum(np.bincount(turn))[:-1]):
+            owner, order = local[now], best_first[now]
+            free = ~(overlap[now, :, None] < tious) & ~taken[owner[:, None], order]
+            hit = free.any(axis=1)
+            matched[rows[now]] = hit
+            i, k = np.nonzero(hit)
+            taken[owner[i], order[i, free.argmax(axis=1)[i, k]], k] = True
+    return matched
+
+
+def _interpolated_precision(true_positive: npt.NDArray[np.bool_], num_gt: float) -> Floats:
+    """All-point interpolated average precision (VOC 2010), (K, P) ranked by score -> (K,)."""
+    num_tious, num_predictions = true_positive.shape
+    average = np.zeros(num_tious)
+    if num_predictions == 0:
+        return average
+    hits = np.cumsum(true_positive, axis=1, dtype=np.float64)
+    recall = np.zeros((num_tious, num_predictions + 2))
+    recall[:, 1:-1] = hits / num_gt
+    recall[:, -1] = 1
+    precision = np.zeros_like(recall)
+    precision[:, 1:-1] = hits / np.arange(1, num_predictions + 1)
+    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    steps = recall[:, 1:] - recall[:, :-1]
+    area = steps * precision[:, 1:]
+    changed = recall[:, 1:] != recall[:, :-1]
+    # One sum per row over the kept terms alone: leaving the zeros in would regroup NumPy's pairwise summation.
+    for k in range(num_tious):
+        average[k] = area[k, changed[k]].sum()
+    return average
+
+
+def average_recall(
+    ground_truth: GroundTruth, proposals: Predictions, tious: Floats, max_avg: float = 100
+) -> RecallResult:
+    """Average recall against the average number of proposals per video, as the official proposal evaluator does.
+
+    proposals: video -> [(start, end, label, score)] in seconds, labels ignored; tious (K,), officially 0.5:0.05:0.95.
+    Every video keeps its best proposals by the one ratio that makes the average max_avg (all of them when there are
+    fewer); the curve has 100 points up to max_avg, and auc is its trapezoid. Proposals in videos without ground truth
+    enter the ratio alone. NaN overlaps match nothing here (the official test is "tIoU >= threshold"). Raises InputError
+    when nothing can match.
+    Source: activitynet/ActivityNet, Evaluation/eval_proposal.py.
+    """
+    _check_overlap(ground_truth, proposals)
+    names = [name for name, segments in ground_truth.items() if len(segments)]
+    total_given = sum(len(items) for items in proposals.values())
+    if total_given == 0:
+        raise InputError("The predictions hold no proposal at all; there is no recall to compute.")
+    ratio = max_avg * float(len(names)) / total_given
+
+    first_hits: list[Ints] = []  # per video (G, K): rank of the first proposal that reaches the threshold
+    num_ranked = np.zeros(len(names), dtype=np.int64)
+    total = 0
+    for i, name in enumerate(names):
+        segments = ground_truth[name]
+        items = proposals.get(name, ())
+        never = np.full((len(segments), len(tious)), np.iinfo(np.int64).max)
+        first_hits.append(never)
+        if not items:
+            continue
+        best = np.array([item[3] for item in items], dtype=np.float64).argsort()[::-1]
+        kept = min(int(len(items) * ratio), len(items))
+        total += kept
+        num_ranked[i] = kept
+        if kept == 0:
+            continue
+        bounds = np.array([item[:2] for item in items], dtype=np.float64)[best[:kept]]
+        gt = np.array([segment[:2] for segment in segments], dtype=np.float64)
+        overlap = _tiou(bounds[:, 0], bounds[:, 1], gt[:, 0, None], gt[:, 1, None])
+        reached = overlap[:, :, None] >= tious
+        never[reached.any(axis=1)] = reached.argmax(axis=1)[reached.any(axis=1)]
+    if total == 0:
+        raise InputError(f"No proposal is left at an average of {max_avg:g} per video; raise the average number.")
+
+    fraction = np.arange(1, 101) / 100.0 * (max_avg * float(len(names)) / total)
+    allowed = np.minimum((num_ranked[:, None] * fraction).astype(np.int64), num_ranked[:, None])
+    allowed = np.repeat(allowed, [len(hits) for hits in first_hits], axis=0)
+    first_hit = np.concatenate(first_hits)
+    recall = np.empty((len(tious), len(fraction)))
+    for k in range(len(tious)):
+        recall[k] = (first_hit[:, k, None] < allowed).sum(axis=0) / float(len(first_hit))
+    curve = recall.mean(axis=0)
+    per_video = fraction * (float(total) / len(names))
+    area = ((per_video[1:] - per_video[:-1]) * (curve[1:] + curve[:-1]) / 2.0).sum()
+    return RecallResult(
+        tious=np.asarray(tious, dtype=np.float64),
+        proposals_per_video=per_video,
+        recall=recall,
+        average_recall=curve,
+        auc=float(100.0 * float(area) / per_video[-1]),
+    )
+
+
+def _read_json(path: Path, flag: str, key: str) -> dict[str, Any]:
+    """The mapping under ``key`` of a JSON file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give {flag} an existing JSON file.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give {flag} a readable JSON file.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}); give {flag} an ActivityNet JSON file.") from None
+    if not isinstance(content, dict) or not isinstance(content.get(key), dict):
+        raise InputError(f'{path} has no "{key}" object; give {flag} an ActivityNet JSON file.')
+    return dict(content[key])
+
+
+def _number(value: object, where: str) -> float:
+    """A finite float from a JSON number, or from a string that holds one (THUMOS files)."""
+    number = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{where} is {value!r}, which is not a finite number.")
+    return number
+
+
+def _entries(items: object, where: str) -> list[tuple[float, float, str, dict[str, Any]]]:
+    """(start, end, label, the whole entry) of a list of {"segment": [start, end], "label": ...}."""
+    if not isinstance(items, list):
+        raise InputError(f"{where}: expected a list of segments.")
+    entries = []
+    for i, item in enumerate(items):
+        place = f"{where}, segment {i}"
+        if not isinstance(item, dict):
+            raise InputError(f'{place}: expected an object with "segment" and "label".')
+        segment, label = item.get("segment"), item.get("label")
+        if not isinstance(segment, list) or len(segment) != 2:
+            raise InputError(f'{place}: "segment" must be [start, end] in seconds.')
+        if not isinstance(label, str):
+            raise InputError(f'{place}: "label" is missing or is not a text.')
+        start, end = (_number(value, f"{place}: {name}") for value, name in zip(segment, ("start", "end"), strict=True))
+        entries.append((start, end, label, item))
+    return entries
+
+
+def _choose_subset(path: Path, database: Mapping[str, Any], wanted: str | None) -> tuple[str, list[str]]:
+    """(subset, its videos): the wanted one, or validation, or the only one, or testing."""
+    members: dict[str, list[str]] = {}
+    for name, entry in database.items():
+        subset = entry.get("subset") if isinstance(entry, dict) else None
+        if not isinstance(subset, str):
+            raise InputError(f'{path}, video {name}: "subset" is missing or is not a text.')
+        members.setdefault(_SUBSETS.get(subset, subset), []).append(name)
+    found = ", ".join(sorted(members)) or "none"
+    if wanted is not None:
+        subset = _SUBSETS.get(wanted, wanted)
+        if subset not in members:
+            raise InputError(f"{path} has no subset {wanted!r} (it has: {found}); change --subset.")
+    elif "validation" in members:
+        subset = "validation"
+    elif len(members) == 1:
+        subset = next(iter(members))
+    elif "testing" in members:
+        subset = "testing"
+    else:
+        raise InputError(f"{path} has neither a validation nor a testing subset (it has: {found}); give --subset.")
+    return subset, members[subset]
+
+
+def _load_subset(path: Path, wanted: str | None) -> tuple[str, dict[str, list[tuple[float, float, str]]]]:
+    database = _read_json(path, "--ground-truth", "database")
+    subset, names = _choose_subset(path, database, wanted)
+    ground_truth: dict[str, list[tuple[float, float, str]]] = {}
+    for name in names:
+        where = f"{path}, video {name}"
+        if "annotations" not in database[name]:
+            raise InputError(f'{where}: "annotations" is missing.')
+        entries = _entries(database[name]["annotations"], where)
+        for i, (start, end, _, _) in enumerate(entries):
+            if start > end:
+                raise InputError(f"{where}, segment {i}: starts at {start} s, after its end at {end} s.")
+        ground_truth[name] = [(start, end, label) for start, end, label, _ in entries]
+    if not any(ground_truth.values()):
+        raise InputError(f"{path} has no segment in the subset {subset!r}; choose another with --subset.")
+    return subset, ground_truth
+
+
+def load_ground_truth(path: Path, subset: str | None = None) -> dict[str, list[tuple[float, float, str]]]:
+    """One subset of an ActivityNet, HACS or THUMOS JSON file: video -> [(start, end, label)], seconds.
+
+    Nothing is clipped or dropped, duplicates and zero lengths stay, as the official evaluator has it. subset None means
+    validation, else the only one, else testing; train, val and test are understood. Raises InputError for unreadable
+    files, missing keys, values that are no finite numbers, reversed segments and subsets without a segment.
+    """
+    return _load_subset(path, subset)[1]
+
+
+def load_predictions(path: Path) -> dict[str, list[tuple[float, float, str, float]]]:
+    """Detections of an ActivityNet JSON file: video -> [(start, end, label, score)], seconds.
+
+    The file's form is {"results": {video: [{"segment": [start, end], "label": ..., "score": ...}]}}. Raises
+    InputError for unreadable files, missing keys and values that are no finite numbers.
+    """
+    predictions: dict[str, list[tuple[float, float, str, float]]] = {}
+    for name, items in _read_json(path, "--predictions", "results").items():
+        where = f"{path}, video {name}"
+        rows = []
+        for i, (start, end, label, item) in enumerate(_entries(items, where)):
+            if "score" not in item:
+                raise InputError(f'{where}, segment {i}: "score" is missing.')
+            rows.append((start, end, label, _number(item["score"], f"{where}, segment {i}: score")))
+        predictions[name] = rows
+    return predictions
+
+
+def metrics_table(result: MapResult, per_class: bool = False) -> str:
+    """A plain-text table in percent: mAP by tIoU and their average, with a row for each class when asked."""
+    rows = [("mAP (%)", [*result.map_by_tiou, result.average])]
+    if per_class:
+        by_name = sorted(zip(result.classes, result.average_precision, strict=True), key=lambda row: row[0])
+        rows += [(name, [*values, values.mean()]) for name, values in by_name]
+    width = max(len(name) for name, _ in rows)
+    header = "".join(f"{f'{tiou:.4g}':>8}" for tiou in result.tious)
+    lines = [f"{'tIoU':<{width}}{header}{'average':>10}"]
+    for name, values in rows:
+        cells = "".join(f"{100 * value:>8.2f}" for value in values[:-1])
+        lines.append(f"{name:<{width}}{cells}{100 * values[-1]:>10.2f}")
+    return "\n".join(lines)
+
+
+def _write_metrics(path: Path, subset: str, result: MapResult) -> None:
+    content = {
+        "subset": subset,
+        "tiou": result.tious.tolist(),
+        "map": result.map_by_tiou.tolist(),
+        "average_map": result.average,
+        "average_precision": {
+            name: values.tolist() for name, values in zip(result.classes, result.average_precision, strict=True)
+        },
+        "num_videos": result.num_videos,
+        "num_segments": result.num_segments,
+        "num_predictions": result.num_predictions,
+        "num_unknown_label": result.num_unknown_label,
+        "num_unknown_video": result.num_unknown_video,
+    }
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({error.strerror}); change --json.") from None
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m lofi_fast.evaluate",
+        description="mAP of detections, equal to the last bit to the official ActivityNet evaluator.",
+    )
+    parser.add_argument("--ground-truth", type=Path, required=True, metavar="JSON", help="ActivityNet-form annotations")
+    parser.add_argument("--predictions", type=Path, required=True, metavar="JSON", help="ActivityNet-form detections")
+    parser.add_argument(
+        "--tiou", default="activitynet", help="activitynet, thumos, start:step:stop or a list (default: activitynet)"
+    )
+    parser.add_argument("--subset", help="default: validation, else the only one, else testing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+    parser.add_argument("--per-class", action="store_true", help="also print the average precision of each class")
+    return parser.parse_args(argv)

@@ -1,0 +1,1 @@
+"""The report of a run folder: what it says, its rows, its figures, its page."""

@@ -1,0 +1,7 @@
+"""`python -m lofi_fast.report RUN`."""
+
+import sys
+
+from lofi_fast.report.page import main
+
+sys.exit(main())
