@@ -306,7 +306,7 @@ def plan_rows(run: RunContents) -> list[PlanRow]:
 
 def _joint_row(name: str, plan: JointPlan) -> PlanRow:
     chosen = _rung(*plan.rung)
-    measured = [r for r in plan.measured if len(r) >= 3 and r[0] is not None and r[1] is not None]
+    measured = [(_rung(r[0], r[1]), r[-1]) for r in plan.measured if len(r) >= 3 and r[0] and r[1]]
     return PlanRow(
         name=name,
         chosen=chosen,
@@ -314,7 +314,7 @@ def _joint_row(name: str, plan: JointPlan) -> PlanRow:
         cut=finite(plan.cut),
         batch=finite(plan.batch),
         peak=finite(plan.predicted if plan.peak is None else plan.peak),
-        others=_others(chosen, ((_rung(r[0], r[1]), r[-1]) for r in measured)),
+        others=_others(chosen, measured),
     )
 
 
@@ -328,7 +328,7 @@ def _highest(run: RunContents, pattern: str) -> str:
     return f"{memory(float(np.fmax.reduce(peaks)))} in {count(len(peaks), 'step')}" if len(peaks) else UNKNOWN
 
 
-def _rung(num_snippets: object, side: object) -> str:
+def _rung(num_snippets: float, side: float) -> str:
     return f"{num_snippets:g} snippets x {side:g} px"
 
 
@@ -337,6 +337,9 @@ def levers(micro_batch: float, chunk: float, recompute: float) -> str:
     said = [f"{count(int(micro_batch), 'video')} at once"] if micro_batch else []
     said += [f"chunks of {count(int(chunk), 'snippet')}"] if chunk else []
     return ", ".join([*said, *(["recompute"] if recompute else [])])
+
+
+_RUN_AT = ("num_snippets", "side", "micro_batch", "chunk", "recompute")
 
 
 @dataclass(frozen=True)
@@ -363,9 +366,6 @@ def rung_rows(joint: Steps) -> list[RungRow]:
         for key in order
         if not math.isnan(key[1] + key[2])
     ]
-
-
-_RUN_AT = ("num_snippets", "side", "micro_batch", "chunk", "recompute")
 
 
 # Results
