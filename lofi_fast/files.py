@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 
@@ -48,6 +48,38 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 
 def write_json(path: Path, content: object) -> Path:
-    """Write readable JSON; records and dataclasses are taken as they are. A number that is not finite becomes null."""
-    encoded = msgspec.json.encode(content, enc_hook=lambda value: value.item())  # NumPy's numbers
-    return write_bytes(path, msgspec.json.format(encoded, indent=1) + b"\n")
+    """Write readable JSON of what `json_bytes` takes."""
+    return write_bytes(path, msgspec.json.format(json_bytes(content), indent=1) + b"\n")
+
+
+def json_bytes(content: object) -> bytes:
+    """JSON of records, dataclasses, builtins and NumPy's numbers, valid whatever they hold.
+
+    A number that is not finite becomes null. Lone surrogates, by which Python holds those bytes of a file name that are
+    no text, become escapes.
+    """
+    try:
+        return _json.encode(content)
+    except UnicodeEncodeError:
+        return _json.encode(_readable(msgspec.to_builtins(content, enc_hook=_number)))
+
+
+def _number(value: Any) -> Any:
+    """The Python number of one of NumPy's. Raises TypeError for what JSON has no form for."""
+    if not hasattr(value, "item"):
+        raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+    return value.item()
+
+
+_json = msgspec.json.Encoder(enc_hook=_number)
+
+
+def _readable(value: object) -> object:
+    """The same with each lone surrogate of a text written out, like \\udcff."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_readable(key): _readable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_readable(item) for item in value]
+    return value

@@ -109,6 +109,23 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_says_so(
     assert "the CPU allocator is" in allocator  # not built, or written for Linux
 
 
+def test_the_report_is_written_from_a_wheel(source: Path, tmp_path: Path) -> None:
+    """Its template and its stylesheet are files beside the code."""
+    assert build(source, LOFI_FAST_NATIVE="0").returncode == 0
+    with zipfile.ZipFile(wheel_of(source)) as archive:
+        archive.extractall(tmp_path / "installed")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.json").write_text('{"average_map": 0.5, "map_by_tiou": {"0.5": 0.5}}')
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "lofi_fast.report", run],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")}, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = (run / "report.html").read_text()
+    assert "50.00 %" in text and "prefers-color-scheme: dark" in text
+
+
 def test_a_pure_wheel_refuses_to_run_when_cpp_is_demanded(source: Path, tmp_path: Path) -> None:
     assert build(source, LOFI_FAST_NATIVE="0").returncode == 0
     used = use(wheel_of(source), tmp_path / "installed", native="1")
@@ -162,4 +179,5 @@ def test_a_source_distribution_holds_what_the_build_needs(source: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = [path.relative_to(source) for path in (source / "lofi_fast").glob("**/*.cpp")]
     kernels = [path.relative_to(source) for path in (source / "lofi_fast" / "kernels").glob("**/*.[ch]*")]
-    assert {str(path) for path in sources + kernels} | {"CMakeLists.txt", "setup.py"} <= names
+    report = {"lofi_fast/report/page.html.jinja", "lofi_fast/report/style.css"}
+    assert {str(path) for path in sources + kernels} | report | {"CMakeLists.txt", "setup.py"} <= names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -20,21 +21,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lofi_fast.errors import InputError
-from lofi_fast.report.page import (
+from lofi_fast.report import main
+from lofi_fast.report.figures import PALETTE, memory_axis, panels, thin
+from lofi_fast.report.page import page, write_report
+from lofi_fast.report.read import (
     FILES,
-    Bar,
-    _lanes,
-    headline,
-    main,
-    page,
-    panels,
-    plan_rows,
+    GroundTruthFile,
+    PredictionsFile,
+    Segment,
+    Steps,
+    TruthVideo,
     read_log,
     read_run,
-    thin,
-    timelines,
-    write_report,
 )
+from lofi_fast.report.rows import Bar, headline, lanes, plan_rows, rung_rows, state, timelines
+from lofi_fast.run import events
 
 BUDGET = 11_000_000_000
 HOSTILE = 'jump & <script>alert("1")</script>'
@@ -51,23 +52,46 @@ class Lines:
         self.now = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
         self.lines: list[str] = []
 
-    def add(self, kind: str, **fields: Any) -> None:
+    def add(self, event: events.Event) -> None:
         self.now += timedelta(seconds=1)
-        self.lines.append(json.dumps({"time": self.now.isoformat(timespec="milliseconds"), "event": kind, **fields}))
+        line = json.loads(events.encode(event))
+        self.lines.append(json.dumps(line | {"time": self.now.isoformat(timespec="milliseconds")}))
 
     def start(self, budget: int = BUDGET) -> None:
         self.now += timedelta(hours=1)  # between two sittings: not time of the run
-        self.add("start", device="CPU, 2 cores", precision="float32", budget=budget, available=2 * budget, argv=["--x"])
+        self.add(
+            events.Start(
+                device="CPU, 2 cores", precision="float32", optimizers="torch", budget=budget, available=2 * budget,
+                argv=["--x"],
+            )
+        )  # fmt: skip
 
     def joint(
-        self, epoch: int, step: int, *, loss: float = 2.0, peak: int = 9_000_000_000, budget: int = BUDGET
+        self, epoch: int, step: int, *, loss: float = 2.0, peak: int = 9_000_000_000, budget: int = BUDGET, **more: Any
     ) -> None:
         pattern = tuple(RUNGS)[epoch % 3]
-        terms = {name: loss / 4 for name in ("boundary", "regression", "confidence", "classes")}
         self.add(
-            "step", stage="joint", epoch=epoch, step=step, pattern=pattern, lr=0.1, peak=peak, budget=budget,
-            num_snippets=RUNGS[pattern][0], side=RUNGS[pattern][1], videos=["v"], loss=loss, **terms,
+            events.Step(
+                stage="joint", epoch=epoch, step=step, pattern=pattern, lr=0.1, peak=peak, budget=budget,
+                num_snippets=RUNGS[pattern][0], side=RUNGS[pattern][1], videos=["v"], loss=loss,
+                terms={name: loss / 4 for name in ("boundary", "regression", "confidence", "classes")}, **more,
+            )
         )  # fmt: skip
+
+    def measured(self, plan: str, candidate: str, peak: int | None, budget: int = BUDGET) -> None:
+        self.add(events.Measured(plan=plan, candidate=candidate, peak=peak, budget=budget))
+
+    def planned(self, plan: str, chosen: str, peak: int, budget: int = BUDGET) -> None:
+        self.add(events.Planned(plan=plan, chosen=chosen, peak=peak, budget=budget, seconds=2.0))
+
+    def done(self, evaluated: bool = True) -> None:
+        if evaluated:
+            self.add(
+                events.Metrics(
+                    average_map=0.4321, map_by_tiou={}, average_precision={}, best_epoch=None, videos=20, segments=30
+                )
+            )
+        self.add(events.Done(seconds=40.0))
 
 
 def write_run(folder: Path, log: Iterable[str] | None = None) -> Path:
@@ -76,23 +100,25 @@ def write_run(folder: Path, log: Iterable[str] | None = None) -> Path:
     if log is None:
         lines = Lines()
         lines.start()
-        lines.add("skipped", video="v_<broken>", path="/data/v.mp4", reason="no video stream")
-        lines.add("data", classes=list(CLASSES), skipped=1)
-        lines.add("measured", plan="pretrain", candidate="64", peak=None, budget=BUDGET)
-        lines.add("measured", plan="pretrain", candidate="32", peak=6_000_000_000, budget=BUDGET)
-        lines.add("plan", plan="pretrain", chosen="32", peak=6_000_000_000, budget=BUDGET, seconds=2.0)
+        lines.add(events.SkippedVideo(video="v_<broken>", path="/data/v.mp4", reason="no video stream"))
+        lines.add(events.Data(classes=list(CLASSES), skipped=1))
+        lines.measured("pretrain", "64", None)
+        lines.measured("pretrain", "32", 6_000_000_000)
+        lines.planned("pretrain", "32", 6_000_000_000)
         for step in range(8):
-            lines.add("step", stage="pretrain", epoch=step // 4, step=step % 4, loss=2 - step / 8, accuracy=step / 8)
-        lines.add("epoch", stage="pretrain", epoch=0, accuracy=0.25)
-        lines.add("epoch", stage="pretrain", epoch=1, accuracy=0.5)
+            lines.add(
+                events.Step(stage="pretrain", epoch=step // 4, step=step % 4, loss=2 - step / 8, accuracy=step / 8)
+            )
+        lines.add(events.Epoch(stage="pretrain", epoch=0, accuracy=0.25))
+        lines.add(events.Epoch(stage="pretrain", epoch=1, accuracy=0.5))
         for epoch in range(3):
             for step in range(4):
                 lines.joint(epoch, step, loss=3 - epoch / 2, peak=9_000_000_000 + 1_000_000 * step)
         for epoch in range(2):
-            lines.add("step", stage="head", epoch=epoch, step=0, lr=0.1, loss=1.5, boundary=1.0, regression=0.5)
-            lines.add("validation", stage="head", epoch=epoch, average=0.3 + epoch / 10, map=[0.5, 0.3])
-        lines.add("metrics", average_map=0.4321)
-        lines.add("done", seconds=40.0)
+            terms = {"boundary": 1.0, "regression": 0.5}
+            lines.add(events.Step(stage="head", epoch=epoch, step=0, lr=0.1, loss=1.5, terms=terms))
+            lines.add(events.Validation(stage="head", epoch=epoch, average=0.3 + epoch / 10, map=[0.5, 0.3]))
+        lines.done()
         log = lines.lines
     (folder / "log.jsonl").write_text("\n".join(log) + "\n", encoding="utf-8")
     joint = {
@@ -135,9 +161,9 @@ def write_run(folder: Path, log: Iterable[str] | None = None) -> Path:
 
 def render(folder: Path) -> str:
     """The page with the descriptions of its figures in place of the figures."""
-    record = read_run(folder)
-    shown = {name: panel if isinstance(panel, str) else panel.alt for name, panel in panels(record).items()}
-    return page(record, shown, timelines(record.ground_truth, record.predictions))
+    run = read_run(folder)
+    shown = {name: panel if isinstance(panel, str) else panel.alt for name, panel in panels(run).items()}
+    return page(run, shown, timelines(run.ground_truth, run.predictions))
 
 
 @pytest.fixture(scope="module")
@@ -297,8 +323,8 @@ def test_failing_write_keeps_the_old_report(tmp_path: Path) -> None:
     folder = write_run(tmp_path, ['{"event": "start"}'])
     for name in ("report.png", "report.html"):
         (folder / name).write_text("old")
-    (folder / "report.png.partial").mkdir()  # in the way of the temporary file
-    with pytest.raises(InputError, match=r"report\.png: cannot write"):
+    (folder / f"report.png.{os.getpid()}.partial").mkdir()  # in the way of the temporary file
+    with pytest.raises(InputError, match=r"report\.png: cannot write .*python -m lofi_fast\.report"):
         write_report(folder)
     assert (folder / "report.html").read_text() == (folder / "report.png").read_text() == "old"
 
@@ -339,8 +365,8 @@ def test_skipped_videos_are_those_of_the_last_sitting() -> None:
     for videos in (("a", "b"), ("b",)):
         lines.start()
         for video in videos:
-            lines.add("skipped", video=video, path="p", reason="zero bytes")
-    assert [event["video"] for event in read_log(lines.lines).skipped] == ["b"]
+            lines.add(events.SkippedVideo(video=video, path="p", reason="zero bytes"))
+    assert [event.video for event in read_log(lines.lines).skipped] == ["b"]
 
 
 def test_peak_over_the_budget_warns(tmp_path: Path) -> None:
@@ -348,14 +374,14 @@ def test_peak_over_the_budget_warns(tmp_path: Path) -> None:
     lines.start()
     lines.joint(0, 0, peak=BUDGET + 1_000_000_000)
     lines.joint(0, 1, peak=BUDGET)
-    lines.add("measured", plan="joint, spatial", candidate="x", peak=BUDGET + 1, budget=BUDGET)
-    lines.add("plan", plan="joint, spatial", chosen="x", peak=BUDGET + 1, budget=BUDGET)  # says that reading again
+    lines.measured("joint, spatial", "x", BUDGET + 1)
+    lines.planned("joint, spatial", "x", BUDGET + 1)  # says that reading again
     lines.start(budget=20_000_000_000)
     lines.joint(0, 2, peak=15_000_000_000, budget=20_000_000_000)  # within the budget of its own sitting
     folder = write_run(tmp_path, lines.lines)
-    record = read_run(folder)
-    assert record.log.over == 2
-    peak = next(tile for tile in headline(record) if tile.name == "highest peak")
+    run = read_run(folder)
+    assert run.log.over == 2
+    peak = next(tile for tile in headline(run) if tile.name == "highest peak")
     assert (peak.value, peak.warns) == ("15.00 GB", True) and "75.0 % of the budget" in peak.note
     assert "2 measured peak(s) lie above the budget" in render(folder)
 
@@ -363,9 +389,12 @@ def test_peak_over_the_budget_warns(tmp_path: Path) -> None:
 def test_plans_join_the_file_and_the_log(tmp_path: Path) -> None:
     lines = Lines()
     lines.start()
-    lines.add("measured", plan="features, snippets at once", candidate="64", peak=None, budget=BUDGET)
-    lines.add("measured", plan="features, snippets at once", candidate="32", peak=5_000_000_000, budget=BUDGET)
-    lines.add("plan", plan="features, snippets at once", chosen="32", peak=5_000_000_000, budget=BUDGET)
+    lines.measured("pretrain, clips a step", "64", None)
+    lines.measured("pretrain, clips a step", "32", 6_000_000_000)
+    lines.planned("pretrain, clips a step", "32", 6_000_000_000)
+    lines.measured("features, snippets at once", "64", None)
+    lines.measured("features, snippets at once", "32", 5_000_000_000)
+    lines.planned("features, snippets at once", "32", 5_000_000_000)
     folder = write_run(tmp_path, lines.lines)
     rows = {row.name: row for row in plan_rows(read_run(folder))}
     assert list(rows) == ["pretrain", *(f"joint, {p}" for p in RUNGS), "features, snippets at once"]
@@ -373,6 +402,8 @@ def test_plans_join_the_file_and_the_log(tmp_path: Path) -> None:
     assert rows["joint, temporal"].others == (("26 snippets x 226 px", None),)
     assert rows["features, snippets at once"].others == (("64", None),)
     assert rows["features, snippets at once"].peak == 5_000_000_000
+    assert rows["features, snippets at once"].size("32") == "32 snippets at once"
+    assert rows["pretrain"].others == (("64 clips", None),)
 
 
 def test_long_log_is_thinned(tmp_path: Path) -> None:
@@ -386,8 +417,8 @@ def test_long_log_is_thinned(tmp_path: Path) -> None:
         folder = tmp_path / str(num_steps)
         folder.mkdir()
         (folder / "log.jsonl").write_text("\n".join(lines.lines))
-        record = read_run(folder)
-        text = page(record, panels(record), [])
+        run = read_run(folder)
+        text = page(run, panels(run), [])
         assert f"of {num_steps + 1} joint steps: 9.00 GB to 11.00 GB" in text
         sizes.append(len(text))
     assert sizes[1] < 1.2 * sizes[0] < 600_000
@@ -411,22 +442,23 @@ def test_thin_leaves_a_short_curve(count: int) -> None:
 
 
 def test_timelines_show_segments_above_the_best_detections() -> None:
-    truth = {f"v{i:02d}": {"duration": 50, "annotations": [{"segment": [1, 9], "label": "a"}]} for i in range(30)}
-    truth["empty"] = {"duration": 50, "annotations": []}
-    items = [{"segment": [k, k + 20], "score": k / 30, "label": "a"} for k in range(30)]
-    rows = timelines({"database": truth}, {"results": {name: items for name in truth}})
+    truth = {f"v{i:02d}": TruthVideo(50, [Segment((1, 9), "a")]) for i in range(30)}
+    truth["empty"] = TruthVideo(50)
+    items = [Segment((k, k + 20), "a", k / 30) for k in range(30)]
+    rows = timelines(GroundTruthFile(truth), PredictionsFile({name: items for name in truth}))
     assert [row.video for row in rows] == ["v01", "v05", "v09", "v13", "v16", "v20", "v24", "v28"]
     assert [(bar.start, bar.end, bar.lane) for bar in rows[0].truth] == [(1, 9, 0)]
     assert [bar.start for bar in rows[0].found] == [29, 28, 27, 26, 25]  # all overlap: the best of each of 5 lanes
     assert rows[0].left_out == 25
-    assert not timelines({}, {}) and len(timelines({"database": truth}, {})) == 8
+    assert not timelines(GroundTruthFile(), PredictionsFile())
+    assert len(timelines(GroundTruthFile(truth), PredictionsFile())) == 8
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=30), st.sampled_from([None, 1, 3]))
 def test_lanes_never_overlap(spans: list[tuple[int, int]], most: int | None) -> None:
     bars = [Bar(start, start + length, "a", 1.0, 0) for start, length in spans]
-    placed, left_out = _lanes(bars, most)
+    placed, left_out = lanes(bars, most)
     assert len(placed) + left_out == len(bars) and (most is not None or left_out == 0)
     for lane in {bar.lane for bar in placed}:
         assert most is None or lane < most
@@ -434,7 +466,196 @@ def test_lanes_never_overlap(spans: list[tuple[int, int]], most: int | None) -> 
         assert all(end <= start for (_, end), (start, _) in pairwise(row))
 
 
-def test_reading_imports_no_plotting() -> None:
+def test_page_says_which_epoch_is_reported_and_what_best_means(reported: Path) -> None:
+    text = (reported / "report.html").read_text(encoding="utf-8")
+    assert "of the final weights, after head epoch 2<" in text
+    assert "The best validation was 40.00 %, after epoch 2; checkpoints/best.pt has those weights." in text
+    assert text.count("best 40.00") == 1  # marked in the figure; it is the last too
+
+
+def test_validation_figure_marks_the_best_and_the_last(tmp_path: Path) -> None:
+    lines = Lines()
+    lines.start()
+    for epoch, average in enumerate((0.2, 0.5, 0.4)):
+        lines.add(events.Validation(stage="head", epoch=epoch, average=average, map=[average]))
+    text = write_report(write_run(tmp_path, lines.lines)).read_text(encoding="utf-8")
+    assert "best 50.00" in text and "last 40.00" in text
+
+
+@pytest.mark.parametrize(
+    ("stages", "evaluated", "done", "words"),
+    [
+        (["pretrain", "head", "eval"], True, True, "Finished 2026-01-02 04:04 UTC."),
+        (
+            ["pretrain", "head"],
+            False,
+            True,
+            "--stages did not ask for it. The run's command with --resume --stages eval",
+        ),
+        (["pretrain", "eval"], False, True, "no validation video has a segment"),
+        (
+            ["pretrain", "eval"],
+            False,
+            False,
+            "in joint epoch 1, step 1. There are no results yet. The run's command with",
+        ),
+    ],
+    ids=["evaluated", "not_asked_for", "nothing_to_evaluate", "killed"],
+)
+def test_state_says_what_the_run_is(tmp_path: Path, stages: list[str], evaluated: bool, done: bool, words: str) -> None:
+    lines = Lines()
+    lines.start()
+    lines.joint(0, 0)
+    if done:
+        lines.done(evaluated)
+    folder = write_run(tmp_path, lines.lines)
+    (folder / "config.json").write_text(json.dumps({"stages": stages}))
+    if not evaluated:
+        for name in ("metrics.json", "predictions.json", "ground_truth.json"):
+            (folder / name).unlink()
+    run = read_run(folder)
+    assert words in state(run)
+    assert not run.unread  # results that were never due are not missing
+    text = render(folder)
+    assert "is not there" not in text and not Checker(text).wrong
+
+
+def test_whatever_terms_the_loss_has_are_drawn(tmp_path: Path) -> None:
+    lines = Lines()
+    lines.start()
+    names = ["actionness", "<offset>", *(f"term {i}" for i in range(9))]
+    for step in range(3):
+        loss = {name: 0.5 for name in names}
+        lines.add(events.Step(stage="head", epoch=0, step=step, loss=5.5, terms=loss | ({"late": 0.1} if step else {})))
+    folder = write_run(tmp_path, lines.lines)
+    steps = read_run(folder).log.steps["head"]
+    assert list(steps.terms) == [*names, "late"]
+    assert steps.terms["late"].tolist()[1:] == [0.1, 0.1] and math.isnan(steps.terms["late"][0])
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert all(name in text for name in (*names[2:], "late", "actionness", "&lt;offset&gt;"))
+
+
+def trouble(lines: Lines, epoch: int, step: int) -> None:
+    lines.add(
+        events.OutOfMemory(
+            stage="joint", epoch=epoch, step=step, reason="out", peak=None, plan=[8, 8, 1, 0], next=[4, 8, 1, 0],
+            limit=BUDGET,
+        )
+    )  # fmt: skip
+
+
+def test_steps_that_ran_out_of_memory_or_were_not_finite_are_told(tmp_path: Path) -> None:
+    lines = Lines()
+    lines.start()
+    trouble(lines, 0, 0)
+    trouble(lines, 0, 0)
+    lines.joint(0, 0)
+    trouble(lines, 0, 1)
+    lines.joint(0, 1)
+    for step, what in ((2, "loss"), (3, "gradient"), (4, "loss")):
+        lines.add(
+            events.NotFinite(stage="joint", epoch=0, step=step, what=what, videos=["a", "b", "<c>", "d"], in_a_row=1)
+        )
+    text = render(write_run(tmp_path, lines.lines))
+    assert "Memory ran out 3 times, in 2 joint steps; each was taken again" in text
+    assert "3 joint steps updated nothing, because a number was not finite (loss: 2, gradient: 1)" in text
+    assert "the last was step 5 of epoch 1, with a, b, &lt;c&gt; and others." in text
+
+
+def test_trouble_of_steps_that_a_resumed_run_took_again_is_not_counted_twice() -> None:
+    lines = Lines()
+    lines.start()
+    for step in (1, 2, 3):
+        trouble(lines, 0, step)
+        lines.joint(0, step)
+    lines.start()  # back to the checkpoint after step 1
+    trouble(lines, 0, 2)
+    lines.joint(0, 2)
+    assert [(event.epoch, event.step) for event in read_log(lines.lines).out_of_memory] == [(0, 1), (0, 2)]
+
+
+def joint_steps(peaks: Iterable[int], budget: int, predicted: int = 0) -> Steps:
+    lines = Lines()
+    for step, peak in enumerate(peaks):
+        lines.joint(0, step, peak=peak, budget=budget, predicted=predicted)
+    return read_log(lines.lines).steps["joint"]
+
+
+def test_memory_axis_is_fitted_to_the_readings_where_the_budget_is_far_above() -> None:
+    low, high, drawn = memory_axis(joint_steps([740_000_000, 770_000_000], 11_000_000_000))
+    assert 0.7e9 < low < 0.74e9 and 0.77e9 < high < 0.8e9 and drawn < 11e9
+
+
+@pytest.mark.parametrize("budget", [10_900_000_000, 9_000_000_000], ids=["above", "exceeded"])
+def test_memory_axis_shows_a_budget_that_is_near(budget: int) -> None:
+    low, high, drawn = memory_axis(joint_steps([9_800_000_000, 10_000_000_000], budget))
+    assert low < 9.8e9 and high > max(budget, 10e9) and drawn >= budget
+
+
+def test_memory_axis_begins_at_zero_where_readings_differ_much() -> None:
+    assert memory_axis(joint_steps([1_000_000_000, 9_000_000_000], 11_000_000_000))[0] == 0
+
+
+def test_page_says_a_budget_that_is_above_the_axis(tmp_path: Path) -> None:
+    lines = Lines()
+    lines.start()
+    lines.joint(0, 0, peak=1_000_000_000)
+    folder = write_run(tmp_path, lines.lines)
+    words = "The budget, 11.00 GB, is above this axis: 11 times the highest point."
+    assert words in write_report(folder).read_text(encoding="utf-8")
+    lines.joint(0, 1, peak=10_000_000_000)
+    (folder / "log.jsonl").write_text("\n".join(lines.lines))
+    assert "above this axis" not in write_report(folder).read_text(encoding="utf-8")
+
+
+def test_rungs_show_the_levers_that_steps_ran_with(tmp_path: Path) -> None:
+    lines = Lines()
+    lines.start()
+    for step in range(3):
+        lines.joint(0, step, peak=8_000_000_000 + step, micro_batch=2, chunk=8)
+    lines.joint(0, 3, peak=5_000_000_000, micro_batch=1, chunk=1, recompute=True)
+    lines.joint(1, 0, peak=6_000_000_000, micro_batch=2)
+    folder = write_run(tmp_path, lines.lines)
+    rows = rung_rows(read_run(folder).log.steps["joint"])
+    assert [(row.pattern, row.rung, row.levers, row.steps, row.peak) for row in rows] == [
+        ("spatial", "100 snippets x 112 px", "2 videos at once, chunks of 8 snippets", 3, 8_000_000_002),
+        ("spatial", "100 snippets x 112 px", "1 video at once, chunks of 1 snippet, recompute", 1, 5_000_000_000),
+        ("temporal", "25 snippets x 224 px", "2 videos at once", 1, 6_000_000_000),
+    ]
+    assert "1 video at once, chunks of 1 snippet, recompute" in render(folder)
+
+
+def test_every_table_has_as_many_cells_in_a_row_as_in_its_head(reported: Path) -> None:
+    text = (reported / "report.html").read_text(encoding="utf-8")
+    tables = [table for table in re.findall(r"<table.*?</table>", text, re.DOTALL) if "<thead>" in table]
+    assert len(tables) == 6
+    for table in tables:
+        head, body = table.split("</thead>")
+        rows = [len(re.findall("<t[dh][ >]", row)) for row in body.split("<tr>")[1:]]
+        assert rows and set(rows) == {len(re.findall("<th[ >]", head))}
+        aligned = [' class="n"' in cell for cell in re.findall("<th(?: [^>]*)?>", head)]
+        for row in body.split("<tr>")[1:]:
+            assert [bool(re.search(r'class="n\b', cell)) for cell in re.findall("<t[dh](?: [^>]*)?>", row)] == aligned
+
+
+def test_cells_of_a_table_that_a_phone_stacks_carry_their_columns_name(reported: Path) -> None:
+    text = (reported / "report.html").read_text(encoding="utf-8")
+    stacked = re.findall(r'<table class="stacked">.*?</table>', text, re.DOTALL)
+    assert len(stacked) == 3
+    for table in stacked:
+        names = re.findall(r"<th[^>]*>([^<]*)</th>", table.partition("</thead>")[0])
+        for row in table.partition("</thead>")[2].split("<tr>")[1:]:
+            assert re.findall(r'data-label="([^"]*)"', row) == names[1:]
+
+
+def test_light_colours_of_the_page_are_those_of_the_figures(reported: Path) -> None:
+    style = (reported / "report.html").read_text(encoding="utf-8").partition("</style>")[0]
+    light = style.partition("@media")[0]
+    assert tuple(re.findall(r"--c\d: (#[0-9a-f]{6})", light)) == PALETTE
+
+
+@pytest.mark.parametrize("room", ["read", "rows", "figures", "page"])
+def test_reading_imports_no_plotting(room: str) -> None:
     """What the training process imports at its start counts against its budget."""
-    code = "import sys, lofi_fast.report.page; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
+    code = f"import sys, lofi_fast.report.{room}; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,6 +2,6 @@
 
 import sys
 
-from lofi_fast.report.page import main
+from lofi_fast.report import main
 
 sys.exit(main())

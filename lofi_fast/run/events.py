@@ -1,19 +1,24 @@
 """What a run logs: one typed record for each kind of event. What is written is what is read.
 
 log.jsonl holds one JSON object a line: "event" names the kind, "time" is UTC, the rest are the record's fields. A
-number that is not finite is written as null, because JSON has no other word for it. The log, the report, the replay of
-another run's rungs and the benchmarks all go through this file.
+number that is not finite is written as null, because JSON has no other word for it. The log, the report and the
+benchmarks all go through this file.
 
-Amounts of memory are bytes, times are seconds.
+A log may be read by an older or a newer version than the one that wrote it: fields and kinds of event that the reader
+does not know are passed over, so a new field needs a default, and a field's name never changes its meaning.
+
+Amounts of memory are bytes, durations are seconds, epochs and steps count from 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import get_args
 
 import msgspec
+
+from lofi_fast.files import json_bytes
 
 Number = float | None  # None: not finite
 
@@ -71,8 +76,10 @@ class Planned(Event, frozen=True, kw_only=True, tag="plan"):
 
 
 class Step(Event, frozen=True, kw_only=True, tag="step"):
-    """One optimiser step of any stage that trains. What follows `videos` is a LoFi step's: the plan that it ran under,
-    and what was predicted and measured of its memory.
+    """One optimiser step of any stage that trains.
+
+    The fields after `videos` are those of a LoFi step: the plan that it ran under, and its memory as it was predicted
+    and measured.
     """
 
     stage: str
@@ -80,29 +87,33 @@ class Step(Event, frozen=True, kw_only=True, tag="step"):
     step: int
     loss: Number
     lr: float | None = None
-    terms: Mapping[str, Number] = {}  # of the loss, by name, as they enter it
-    accuracy: Number = None  # of clips, in this epoch so far
+    terms: Mapping[str, Number] = {}  # of the loss, by name, as they are added up in it
+    accuracy: Number = None  # share of the clips named right, in this epoch so far
     videos: list[str] = []
 
     pattern: str | None = None
     num_snippets: int = 0
     side: int = 0
-    micro_batch: int = 0
+    micro_batch: int = 0  # videos in memory at once
+    chunk: int = 0  # snippets in one graph of the encoder; 0: as many as the device takes by default
     recompute: bool = False
     reduced_from: list[int] | None = None  # [num_snippets, side] that the frames were decoded at, where it was higher
-    predicted: int = 0
-    peak: int | None = None
-    base: int = 0
-    limit: int = 0
-    room: int = 0
-    free: int = 0
+    predicted: int = 0  # peak of the step
+    peak: int | None = None  # as measured
+    base: int = 0  # held before the step
+    limit: int = 0  # the smaller of the budget and what others left
+    room: int = 0  # what of the limit could be planned with
+    free: int = 0  # on the whole device
     budget: int = 0
-    retries: int = 0  # how often memory ran out before it went through
-    reason: str = ""  # for this plan
+    retries: int = 0  # how often memory ran out before the step went through
+    reason: str = ""  # why this plan was chosen
 
 
 class OutOfMemory(Event, frozen=True, kw_only=True, tag="out_of_memory"):
-    """A step ran out of memory, and is taken again by a lower plan. Plans as `Plan.to_json` writes them."""
+    """A step ran out of memory, and is taken again with the same videos by a lower plan.
+
+    `plan` and `next` are the two plans, as `Plan.to_json` writes them.
+    """
 
     stage: str
     epoch: int
@@ -115,7 +126,10 @@ class OutOfMemory(Event, frozen=True, kw_only=True, tag="out_of_memory"):
 
 
 class NotFinite(Event, frozen=True, kw_only=True, tag="not_finite"):
-    """A step whose loss or gradient was not finite: nothing was updated. `in_a_row` counts it and those before it."""
+    """A step whose loss or gradient was not finite: nothing was updated.
+
+    `in_a_row` counts it together with the steps of that kind that came directly before it.
+    """
 
     stage: str
     epoch: int
@@ -126,7 +140,7 @@ class NotFinite(Event, frozen=True, kw_only=True, tag="not_finite"):
 
 
 class Epoch(Event, frozen=True, kw_only=True, tag="epoch"):
-    """An epoch of the encoder on clips is done."""
+    """An epoch of pretraining is done; `accuracy` is the share of its clips that were named right."""
 
     stage: str
     epoch: int
@@ -134,16 +148,16 @@ class Epoch(Event, frozen=True, kw_only=True, tag="epoch"):
 
 
 class Validation(Event, frozen=True, kw_only=True, tag="validation"):
-    """mAP of the validation videos after an epoch; `map` by tIoU."""
+    """mAP of the validation videos after an epoch, from 0 to 1; `map` has one value for each tIoU of the run."""
 
     stage: str
     epoch: int
-    average: float
-    map: list[float]
+    average: Number
+    map: list[Number]
 
 
 class Features(Event, frozen=True, kw_only=True, tag="features"):
-    """Features of so many windows were made, `chunk` snippets at once; `encoder` is a digest of its weights."""
+    """Features of `windows` windows were made, `chunk` snippets at once; `encoder` is a digest of its weights."""
 
     windows: int
     chunk: int
@@ -151,12 +165,12 @@ class Features(Event, frozen=True, kw_only=True, tag="features"):
 
 
 class Metrics(Event, frozen=True, kw_only=True, tag="metrics"):
-    """The content of metrics.json."""
+    """The content of metrics.json: mAP of the final weights on the validation videos, from 0 to 1."""
 
-    average_map: float
-    map_by_tiou: dict[str, float]
-    average_precision: dict[str, list[float]]
-    best_epoch: dict[str, Any] | None
+    average_map: Number
+    map_by_tiou: dict[str, Number]
+    average_precision: dict[str, list[Number]]  # of each class, one value for each tIoU
+    best_epoch: dict[str, Number] | None  # "epoch" and "average" of the best validation; checkpoints/best.pt holds it
     videos: int
     segments: int
 
@@ -172,29 +186,62 @@ AnyEvent = (
     | Metrics | Done
 )  # fmt: skip
 
-_encoder = msgspec.json.Encoder(enc_hook=lambda value: value.item())  # numbers of NumPy
 _decoder = msgspec.json.Decoder(AnyEvent)
+
+
+class _Kind(msgspec.Struct):
+    event: str
+
+
+_kind_decoder = msgspec.json.Decoder(_Kind)
+_KINDS = {kind.__struct_config__.tag for kind in get_args(AnyEvent)}
 
 
 def encode(event: Event) -> bytes:
     """One line, with its end; the time is now's."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return _encoder.encode(msgspec.structs.replace(event, time=now)) + b"\n"
+    return json_bytes(msgspec.structs.replace(event, time=now)) + b"\n"
 
 
-def decode(line: str | bytes) -> AnyEvent:
-    """The event of a line. Raises ValueError for what `encode` did not write."""
+def decode(line: str | bytes) -> AnyEvent | None:
+    """The event of a line; None for a kind of event that this version does not know.
+
+    Raises ValueError for what is no event, or lacks what its kind has.
+    """
     try:
         event: AnyEvent = _decoder.decode(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        if _kind(line) not in (None, *_KINDS):
+            return None
         raise ValueError(str(error)) from None
     return event
 
 
-def read(lines: Iterable[str]) -> Iterator[AnyEvent]:
-    """The events of a log; a line that a killed run left torn is passed over."""
+def _kind(line: str | bytes) -> str | None:
+    try:
+        return _kind_decoder.decode(line).event
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return None
+
+
+def read(lines: Iterable[str], unreadable: list[str] | None = None) -> Iterator[AnyEvent]:
+    """The events of a log, without those of kinds that this version does not know.
+
+    A line that a killed run left torn is passed over, and appended to `unreadable`; an event that was written behind
+    it on the same line is found.
+    """
     for line in lines:
         try:
-            yield decode(line)
+            event = decode(line)
         except ValueError:
-            continue
+            if not line.strip():
+                continue
+            if unreadable is not None:
+                unreadable.append(line)
+            begins = max(line.rfind('{"event"'), line.rfind('{"time"'))
+            try:
+                event = decode(line[begins:]) if begins > 0 else None
+            except ValueError:
+                event = None
+        if event is not None:
+            yield event
