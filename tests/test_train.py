@@ -43,7 +43,7 @@ from lofi_fast.run import state as run_room
 from lofi_fast.run.checkpoint import Position, restore_rng, rng_state
 from lofi_fast.run.events import AnyEvent, Step, decode
 from lofi_fast.run.log import RunLog
-from lofi_fast.run.state import Run
+from lofi_fast.run.state import Machine, Run, open_run
 from lofi_fast.stages.features import encoder_digest
 from lofi_fast.stages.head import train_head
 from lofi_fast.stages.joint import joint
@@ -271,10 +271,8 @@ def opened(config: Config) -> Iterator[Run]:
     folder.mkdir(exist_ok=True)
     device = torch.device("cpu")
     with closing(RunLog(folder / "log.jsonl")) as log:
-        run = Run(
-            config, prepare(config, log), device, choose_precision(device), open_meter(device),
-            4_000_000_000, log,
-        )  # fmt: skip
+        machine = Machine(device, choose_precision(device), open_meter(device), 4_000_000_000)
+        run = open_run(config, prepare(config, log), machine, log)
         with closing(run.pipeline):
             yield run
 
@@ -742,7 +740,7 @@ def test_frames_that_were_asked_for_at_more_memory_are_reduced_and_replayed(
     with opened(config) as run:
         plan(run)
         choose, recheck = Governor.choose, Governor.recheck
-        reading = run.meter.reading
+        reading = run.machine.meter.reading
 
         def shrunk(self: Governor, decision: Decision) -> Decision:
             if (decision.epoch, decision.step) != (0, 1):
@@ -750,7 +748,7 @@ def test_frames_that_were_asked_for_at_more_memory_are_reduced_and_replayed(
             with monkeypatch.context() as patched:  # a neighbour takes what all but the lowest rungs would need
                 needed = self.table(decision.pattern, config.full)[-1]["predicted"]
                 now = reading()
-                patched.setattr(run.meter, "reading", lambda: replace(now, free=int(1.03 * needed) - now.own))
+                patched.setattr(run.machine.meter, "reading", lambda: replace(now, free=int(1.03 * needed) - now.own))
                 return recheck(self, decision)
 
         with monkeypatch.context() as patched:

@@ -27,7 +27,7 @@ def detect_subset(run: Run, subset: str) -> dict[str, list[Detection]]:
     samples = run.dataset.samples[subset]
     for k in range(0, len(samples), config.head_stage.batch):
         batch = samples[k : k + config.head_stage.batch]
-        with run.precision.autocast(run.device):
+        with run.machine.autocast():
             output = run.head(load_features(run, batch))
         try:
             found = run.head.proposals(output, [run.sampler.edges(sample, config.full) for sample in batch])
