@@ -1,4 +1,4 @@
-"""The joint stage on frames that are made up on their device: `lofi_fast.joint` as it is, without videos or decoders.
+"""The joint stage on frames that are made up on their device: the stage as it is, without videos or decoders.
 
 A process of its own, started by `bench.gpu_planner`; `bench.tuners` takes single steps of such a run.
 """
@@ -9,7 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,30 +19,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lofi_fast import encoder as encoders
 from lofi_fast.budget import Budget, gigabytes
 from lofi_fast.config import Config
-from lofi_fast.data.dataset import Dataset, Sample, Sampler
+from lofi_fast.data.dataset import Dataset, Sample
 from lofi_fast.data.pipeline import FramePipeline
 from lofi_fast.data.windows import Window
-from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
 from lofi_fast.memory.meter import Meter
 from lofi_fast.memory.settle import open_meter, settle_allocator
 from lofi_fast.precision import choose_device, choose_precision
 from lofi_fast.presets import activitynet, demo
-from lofi_fast.run.checkpoint import Position
 from lofi_fast.run.log import RunLog
-from lofi_fast.run.state import Run
+from lofi_fast.run.state import Machine, Run
 from lofi_fast.stages.joint import joint, plan_joint
 
 BATCHES = 2  # of an epoch
 SECONDS = 120.0  # that each made-up video is said to last
 TRAINING = "training"  # said when the plans are made and the steps begin
-
-
-class TimeIsUp(Exception):
-    """Enough steps were taken."""
 
 
 class NoisePipeline(FramePipeline):
@@ -62,41 +57,25 @@ class NoisePipeline(FramePipeline):
         return frames
 
 
-class SyntheticRun(Run):
+def synthetic_run(config: Config, device: torch.device, meter: Meter, log: RunLog) -> Run:
     """A run whose videos have labels and no frames. It writes its log, and no checkpoints."""
+    assert config.budget.amount is not None
+    torch.manual_seed(0)
+    encoder = encoders.build(config)
+    encoder.to(device).to(memory_format=torch.channels_last)
+    machine = Machine(device, choose_precision(device), meter, config.budget.amount)
+    return Run(
+        config, made_up(config), machine, NoisePipeline(1, device.type, num_threads=1), log, encoder, saves=False
+    )
 
-    def __init__(self, config: Config, device: torch.device, meter: Meter, log: RunLog, seconds: float) -> None:
-        assert config.budget.amount is not None
-        self.config, self.device, self.meter, self.log = config, device, meter, log
-        self.budget, self.precision = config.budget.amount, choose_precision(device)
-        self.folder = self.cache = Path(config.out)
-        self.dataset = made_up(config)
-        self.sampler = Sampler(self.dataset, config.data, config.full, config.seed)
-        torch.manual_seed(0)
-        self.encoder = TSMResNet(config.encoder.name, config.encoder.width)
-        self.encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.head = self.new_head("joint")
-        self.pipeline = NoisePipeline(1, device.type, num_threads=1)
-        self.scaler = self.new_scaler()
-        self.position = Position("joint")
-        self.planner, self.plans, self.best = None, {}, {}
-        self._planner_state, self._optimizer_state = {}, None
-        self._seconds, self._until = seconds, 0.0
 
-    def train(self) -> None:
-        """Plan, then train until the time is up."""
-        plan_joint(self)
-        print(TRAINING, flush=True)
-        self._until = time.monotonic() + self._seconds
-        with suppress(TimeIsUp):
-            joint(self)
-
-    def save(self, position: Position, optimizer: Any, **modules: Any) -> None:
-        self.position = position
-
-    def save_when_due(self, position: Position, optimizer: Any, **modules: Any) -> None:
-        if time.monotonic() > self._until:
-            raise TimeIsUp
+def train(run: Run, seconds: float) -> None:
+    """Plan, then train until the time is up."""
+    plan_joint(run)
+    print(TRAINING, flush=True)
+    until = time.monotonic() + seconds
+    run.stop = lambda: time.monotonic() > until
+    joint(run)
 
 
 def made_up(config: Config) -> Dataset:
@@ -143,9 +122,8 @@ def main(argv: Sequence[str]) -> int:
         device = choose_device(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
         with closing(RunLog(args.out / "log.jsonl")) as log:
-            SyntheticRun(
-                setting(args.budget, args.out, args.tiny), device, open_meter(device), log, args.seconds
-            ).train()
+            config = setting(args.budget, args.out, args.tiny)
+            train(synthetic_run(config, device, open_meter(device), log), args.seconds)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ from bench.against import add_against, comparison, read_against
 from bench.measure import in_child
 from bench.peers.tuners import TUNERS, halving
 from bench.rows import RESULTS, Row, append_row, environment, read_log, software
-from bench.synthetic import SyntheticRun
+from bench.synthetic import synthetic_run
 from bench.tables import aligned
 from lofi_fast.budget import Budget
 from lofi_fast.config import Config
@@ -89,7 +89,7 @@ def _work(tuner: str, budget: int, steps: int, width: int, folder: Path) -> Row:
     plans = candidates(ladder(Pattern.SPATIAL, FULL, 1.0, 16.0), BATCH, recompute="never")
     attempts: list[int | None] = []
     with closing(RunLog(Path(config.out) / "log.jsonl")) as log:
-        run = SyntheticRun(config, device, open_meter(device), log, 0.0)
+        run = synthetic_run(config, device, open_meter(device), log)
         run.encoder.freeze_batchnorm()
         run.encoder.train()
         run.head.train()
@@ -99,12 +99,12 @@ def _work(tuner: str, budget: int, steps: int, width: int, folder: Path) -> Row:
 
         def attempt(plan: Plan) -> int | None:
             decision = Decision(Pattern.SPATIAL, 0, 0, plan, plan, 0, budget, budget, budget, tuner)
-            attempts.append(trial(run, optimizers[0], samples, decision))
+            attempts.append(trial(run, samples, decision))
             return attempts[-1]
 
         attempt(plans[-1])  # a process's first step loads code and leaves memory behind, whoever plans
         attempts.clear()
-        held, began = run.meter.held(), time.perf_counter()
+        held, began = run.machine.meter.held(), time.perf_counter()
         chosen: Plan | None
         if tuner in ("smallest", "largest"):
             chosen = plans[0 if tuner == "largest" else -1]

@@ -1,7 +1,7 @@
 """The one way in which files of a run folder and of the cache are written: whole, or not at all.
 
 A file is written beside its place as NAME.PID.partial, flushed to disk, then renamed. Another reader sees the old file
-or the new one, and a killed process leaves at most a `.partial` that nothing reads.
+or the new one, and a killed process leaves at most a `.partial` that nothing reads, until `sweep` removes it.
 """
 
 from __future__ import annotations
@@ -83,3 +83,21 @@ def _readable(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_readable(item) for item in value]
     return value
+
+
+def sweep(folder: Path) -> None:
+    """Remove the `.partial` files that processes of this machine left in `folder` when they were killed."""
+    for partial in folder.glob("*.partial"):
+        with suppress(OSError):
+            if not _is_alive(partial.name.split(".")[-2]):
+                partial.unlink()
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:  # another user's
+        return True
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    return True

@@ -40,7 +40,7 @@ from lofi_fast.report.page import write_report
 from lofi_fast.run import events
 from lofi_fast.run.folder import DISK_FULL, PLANNED_FOR, cache_folder, choose_folder, has_checkpoint, run_folder
 from lofi_fast.run.log import RunLog
-from lofi_fast.run.state import Run, environment
+from lofi_fast.run.state import Machine, Run, environment, open_run
 from lofi_fast.stages.evaluation import evaluate
 from lofi_fast.stages.head import train_head
 from lofi_fast.stages.joint import joint, plan_joint
@@ -66,7 +66,7 @@ def train(argv: Sequence[str] | None = None) -> MapResult | None:
     with run_folder(config, resume, going_on) as folder, closing(RunLog(folder / "log.jsonl")) as log:
         introduce(log, config, meter, precision, optimizers, budget)
         dataset = prepare(config, log)
-        run = Run(config, dataset, device, precision, meter, budget, log)
+        run = open_run(config, dataset, Machine(device, precision, meter, budget), log)
         extra = run.resume() if going_on else {}
         if going_on:
             log.say(f"resuming at {run.position.stage}, epoch {run.position.epoch + 1}, step {run.position.step + 1}")

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lofi_fast.config import Config, DataConfig
@@ -27,6 +28,7 @@ from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, select_snippets
 
 SUBSETS = ("training", "validation")
 CROP_OF_CACHED = 7 / 8  # a 224 px crop out of a 256 px frame, and the same share at every size
+JITTER_PIXELS = 64 * 112 * 112  # of the frames that are jittered at once
 SQUASH_LEAST = 0.85  # share of each side that a random crop keeps when the whole frame is squashed
 Progress = Callable[[int, int, str], None]
 Array = NDArray[np.float64]
@@ -184,6 +186,18 @@ class Jitter:
 
     gain: tuple[float, float, float]
     offset: float
+
+
+def jitter_pixels(frames: torch.Tensor, jitters: Sequence[Jitter]) -> None:
+    """Apply each request's jitter to its share of a batch's frames, uint8 (N, side, side, 3), in place.
+
+    In pieces of whole frames: they are floats in between, and stay below the activations of a chunk of the encoder.
+    """
+    size = max(JITTER_PIXELS // (frames.shape[1] * frames.shape[2]), 1)
+    for part, jitter in zip(frames.chunk(len(jitters)), jitters, strict=True):
+        gain = torch.tensor(jitter.gain, device=frames.device)
+        for piece in part.split(size):
+            piece.copy_(piece.float().mul_(gain).add_(255 * jitter.offset).clamp_(0, 255))
 
 
 class Sampler:

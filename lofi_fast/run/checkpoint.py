@@ -6,16 +6,16 @@ gradient scaler, RNG states of torch, numpy and python, position in the run, and
 
 from __future__ import annotations
 
-import os
 import random
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
+from lofi_fast import files
 from lofi_fast.errors import InputError
 
 
@@ -29,26 +29,38 @@ class Position:
 
 
 def save_atomic(content: dict[str, Any], path: Path) -> None:
-    """Write to a temporary name in the same folder, flush to disk, rename: a reader sees the old file or the new.
+    """Write a checkpoint, whole or not at all: a reader sees the old file or the new one.
 
     Raises InputError when the disk is full or not writable; the old file stays.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        with files.replacing(path) as file:
+            _write(content, file)
+        files.sweep(path.parent)
+    except InputError as error:
+        reason = error.__cause__.strerror or error.__cause__ if isinstance(error.__cause__, OSError) else error
         raise InputError(
             f"{path}: cannot write the checkpoint ({reason}); free some space or change --out, then go on with --resume"
         ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+
+
+def _write(content: dict[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def not_finite(content: Mapping[str, Any]) -> str:
+    """The first tensor of a checkpoint's networks that holds a NaN or an infinity, as "encoder.conv1.weight"; empty
+    where all are finite.
+    """
+    networks = {part: content[part] for part in ("encoder", "head") if part in content} | content.get("extra", {})
+    for part, state in networks.items():
+        for name, value in state.items():
+            if not bool(value.isfinite().all()):
+                return f"{part}.{name}"
+    return ""
 
 
 def load(path: Path) -> dict[str, Any]:

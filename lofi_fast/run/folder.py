@@ -1,4 +1,4 @@
-"""The run folder: which one, whether this command may use it, and nothing left behind by a run that came to nothing."""
+"""The run folder: chosen, checked for whether this command may use it, cleaned up when the run is refused early."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
+from lofi_fast import files
 from lofi_fast.config import Config
 from lofi_fast.errors import InputError
 from lofi_fast.run import checkpoint, events
@@ -84,16 +86,18 @@ def run_folder(config: Config, resume: bool, going_on: bool) -> Iterator[Path]:
     """
     folder = Path(config.out)
     made = not os.path.exists(folder)
-    partial = folder / "config.json.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(config.to_json() + "\n", encoding="utf-8")
         if going_on:
-            partial.unlink()
+            files.sweep(folder)
+            with TemporaryFile(dir=folder):  # it can be written to
+                pass
         else:
-            partial.replace(folder / "config.json")
-    except OSError as error:
-        discard(folder, [partial.name], made)
+            files.write_bytes(folder / "config.json", config.to_json().encode() + b"\n")
+    except (OSError, InputError) as error:
+        discard(folder, [], made)
+        if isinstance(error, InputError):
+            raise
         mend = "free some space or change --out" if error.errno in DISK_FULL else "change --out"
         raise InputError(f"{folder}: cannot write there ({error.strerror}); {mend}") from None
     try:

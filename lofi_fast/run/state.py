@@ -1,175 +1,137 @@
-"""What every stage of a run shares: folder, log, device, models, frames, plans, and the position to resume from."""
+"""What the stages of a training share: where it runs, its data and networks, and the position to resume from.
+
+A `Run` is a record: `open_run` builds the parts as the main job wants them, and other parts can stand in their place
+(bench/synthetic.py has frames that are made up and saves nothing).
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lofi_fast import __version__
+from lofi_fast import __version__, files
 from lofi_fast.budget import gigabytes
 from lofi_fast.config import STAGES, Config
-from lofi_fast.data.dataset import Dataset, Jitter, Sample, Sampler
-from lofi_fast.data.pipeline import FramePipeline, FrameRequest, pictures_of_a_run
-from lofi_fast.encoder.lean import CHUNK_PIXELS
-from lofi_fast.encoder.resnet import TSMResNet
+from lofi_fast.data.dataset import Dataset, Sampler
+from lofi_fast.data.pipeline import FramePipeline, pictures_of_a_run
+from lofi_fast.encoder.protocol import Encoder
 from lofi_fast.encoder.weights import load_encoder_weights
 from lofi_fast.errors import InputError
-from lofi_fast.head.gtad import GTAD, video_dropout
+from lofi_fast.head.protocol import Head
 from lofi_fast.memory import allocator
 from lofi_fast.memory.governor import Planner
-from lofi_fast.memory.meter import Meter, is_out_of_memory
-from lofi_fast.memory.trial import Choice, Reading, highest_fitting
+from lofi_fast.memory.meter import Meter
+from lofi_fast.memory.trial import Choice, Reading, Trials
 from lofi_fast.precision import Precision
 from lofi_fast.run import checkpoint, events
 from lofi_fast.run.checkpoint import Position
 from lofi_fast.run.folder import cache_folder
 from lofi_fast.run.log import RunLog
+from lofi_fast.run.networks import Networks
 from lofi_fast.run.seeds import seed_of
 
-T = TypeVar("T")
-CHECKPOINT_SECONDS = 300.0  # within an epoch; each epoch's end is saved besides
+CHECKPOINT_SECONDS = 300.0  # between two checkpoints within an epoch; the end of each epoch is saved besides
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "numpy", "av", "nvidia-ml-py")
 
 
-class Run:
-    """One run folder and everything in memory that its stages work on."""
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes, and with how much memory."""
 
-    def __init__(
-        self, config: Config, dataset: Dataset, device: torch.device, precision: Precision, meter: Meter,
-        budget: int, log: RunLog,
-    ) -> None:  # fmt: skip
-        self.config, self.dataset, self.device, self.precision = config, dataset, device, precision
-        self.meter, self.budget, self.log = meter, budget, log
-        self.folder, self.cache = Path(config.out), cache_folder(config)
-        self.sampler = Sampler(dataset, config.data, config.full, config.seed)
-        torch.manual_seed(seed_of(config.seed, "encoder"))
-        self.encoder = TSMResNet(config.encoder.name, config.encoder.width)
-        if config.encoder.weights:
-            log.say(load_encoder_weights(self.encoder, Path(config.encoder.weights)))
-        self.encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.head = self.new_head("joint")
-        largest = max(s.cached.width * s.cached.height for samples in dataset.samples.values() for s in samples)
-        self.pipeline = FramePipeline(
-            pictures_of_a_run(largest, device.type), device.type, num_threads=min(os.cpu_count() or 1, 8)
-        )
-        self.scaler = self.new_scaler()
-        self.position = Position(config.stages[0])
-        self.plans: dict[str, Any] = {}
-        self.planner: Planner | None = None  # of the joint stage
-        self._planner_state: dict[str, Any] = {}
-        self.best: dict[str, Any] = {}
-        self._optimizer_state: dict[str, Any] | None = None
-        self._last_saved = time.monotonic()
+    device: torch.device
+    precision: Precision
+    meter: Meter
+    budget: int  # bytes
 
-    def new_head(self, stage: str) -> GTAD:
-        """A head from scratch, initialised the same on every machine."""
-        torch.manual_seed(seed_of(self.config.seed, "head", stage))
-        config = self.config
-        head = GTAD(config.head, self.encoder.num_features, len(self.dataset.classes), config.full.num_snippets)
-        return head.to(self.device)
+    def autocast(self) -> AbstractContextManager[None]:
+        return self.precision.autocast(self.device)
 
     def new_scaler(self, state: dict[str, Any] | None = None) -> torch.amp.GradScaler:
+        """A scaler of gradients, which does nothing where the precision needs none."""
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scaled)
         if state:
             scaler.load_state_dict(state)
         return scaler
 
-    # Frames
 
-    def frames(self, batches: Iterable[Sequence[FrameRequest]]) -> Iterator[Tensor]:
-        """uint8 frames (num_frames, side, side, 3) on the device for each batch, decoded ahead of their use."""
-        return self.pipeline.stream(batches)
+@dataclass
+class Run:
+    """What the stages of a training share."""
 
-    def jitter(self, frames: Tensor, jitters: Sequence[Jitter]) -> Tensor:
-        """Apply each request's pixel jitter to its share of a batch's frames, in place; uint8.
+    config: Config
+    dataset: Dataset
+    machine: Machine
+    pipeline: FramePipeline
+    log: RunLog
+    encoder: Encoder
+    networks: Networks = field(default_factory=Networks)
+    saves: bool = True  # whether checkpoints are written
+    stop: Callable[[], bool] = lambda: False  # asked after every step; once true, the stage saves and ends
 
-        In pieces: they are floats in between, and so stay below the maps of one chunk of the encoder.
-        """
-        if not self.config.data.jitter:
-            return frames
-        size = max(CHUNK_PIXELS // (frames.shape[1] * frames.shape[2]), 1)
-        for part, jitter in zip(frames.chunk(len(jitters)), jitters, strict=True):
-            gain = torch.tensor(jitter.gain, device=frames.device)
-            for piece in part.split(size):
-                piece.copy_(piece.float().mul_(gain).add_(255 * jitter.offset).clamp_(0, 255))
-        return frames
+    position: Position = field(init=False)
+    plans: dict[str, Any] = field(init=False, default_factory=dict)  # of each stage, as plan.json has them
+    planner: Planner | None = field(init=False, default=None)  # of the joint stage
+    best: dict[str, Any] = field(init=False, default_factory=dict)  # epoch of the head with the highest mAP, and that
 
-    def dropout(self, features_BCL: Tensor, samples: Sequence[Sample], stage: str, epoch: int) -> Tensor:
-        """The head's dropout, a function of (seed, stage, epoch, window): a step tried again, resumed, or taken in
-        parts draws the same.
-        """
-        seeds = [seed_of(self.config.seed, "dropout", stage, epoch, sample.index) for sample in samples]
-        return video_dropout(features_BCL, self.config.head.dropout, seeds)
+    def __post_init__(self) -> None:
+        self.folder, self.cache = Path(self.config.out), cache_folder(self.config)
+        self.sampler = Sampler(self.dataset, self.config.data, self.config.full, self.config.seed)
+        self.head = self.new_head("joint")
+        self.scaler = self.machine.new_scaler()
+        self.position = Position(self.config.stages[0])
+        self._resumed_planner: dict[str, Any] = {}
+        self._resumed_optimizer: dict[str, Any] | None = None
+        self._last_saved = time.monotonic()
+
+    def new_head(self, stage: str) -> Head:
+        """A head from scratch, initialised the same on every machine."""
+        torch.manual_seed(seed_of(self.config.seed, "head", stage))
+        head = self.networks.head(self.config, self.encoder.num_features, len(self.dataset.classes))
+        return head.to(self.machine.device)
 
     # Plans
 
-    def measure(self, step: Callable[[], None], limit: int) -> int | None:
-        """Peak bytes of `step` run under a cap of `limit`, or None when it ran out of memory."""
-        self.meter.release()
-        self.meter.reset_peak()
-        failed = False
-        with self.meter.settle("a trial step"), self.meter.cap(limit):
-            try:
-                step()
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed = True  # the traceback holds tensors: leave the except block before going on
-        peak = self.meter.peak()
-        return None if failed else peak
+    @property
+    def trials(self) -> Trials:
+        """For planning by running steps; what is measured and chosen is logged."""
+        return Trials(self.machine.meter, self.machine.budget, self._log_reading, self._log_choice)
 
-    def plan(
-        self, name: str, candidates: Sequence[T], cost: Callable[[T], float], step: Callable[[T], None], refusal: str
-    ) -> Choice[T]:
-        """The highest candidate whose step, run for real, fits the budget; logged with all that was measured."""
-        began = time.monotonic()
-        limit = min(self.budget, self.meter.available())
-        if (own := self.meter.own()) >= limit:
-            raise InputError(
-                f"nothing fits: before its first step this process holds {gigabytes(own)} of a budget of "
-                f"{gigabytes(limit)}; {refusal}"
-            )
-        caps = iter((self.meter.available(),))  # the first and lowest runs freely: a refusal can then say its need
+    def _log_reading(self, plan: str, candidate: object, peak: int | None, limit: int) -> None:
+        self.log.event(events.Measured(plan=plan, candidate=str(candidate), peak=peak, budget=limit))
 
-        def measure(candidate: T) -> int | None:
-            peak = self.measure(lambda: step(candidate), next(caps, limit))
-            self.log.event(events.Measured(plan=name, candidate=str(candidate), peak=peak, budget=limit))
-            return peak
-
-        choice = highest_fitting(candidates, cost, measure, limit, own, refusal)
+    def _log_choice(self, plan: str, choice: Choice[Any], limit: int, seconds: float) -> None:
         others = "".join(f", {_reading(r)}" for r in choice.readings if r.candidate != choice.candidate)
         self.log.say(
-            f"plan {name}: {choice.candidate}, peak {gigabytes(choice.peak)} of {gigabytes(limit)}"
+            f"plan {plan}: {choice.candidate}, peak {gigabytes(choice.peak)} of {gigabytes(limit)}"
             f"{f' (also measured{others[1:]})' if others else ''}"
         )
         self.log.event(
             events.Planned(
-                plan=name, chosen=str(choice.candidate), peak=choice.peak, budget=limit,
-                seconds=round(time.monotonic() - began, 3),
+                plan=plan, chosen=str(choice.candidate), peak=choice.peak, budget=limit, seconds=round(seconds, 3)
             )
-        )  # fmt: skip
-        return choice
+        )
 
     def memory_key(self) -> dict[str, Any]:
         """What readings of memory depend on beside the plan: another run with the same may start from them."""
         config = self.config
         return {
-            "device": self.meter.device,
+            "device": self.machine.meter.device,
             "torch": torch.__version__,
             "lofi_fast": __version__,
-            "precision": str(self.precision),
+            "precision": str(self.machine.precision),
             "threads": torch.get_num_threads(),
             "allocator": [os.environ.get("GLIBC_TUNABLES", ""), allocator.installed()],
+            "networks": [type(self.encoder).__qualname__, type(self.head).__qualname__],
             "encoder": [config.encoder.name, config.encoder.width],
             "kept_maps": config.kept_maps,
             "head": asdict(config.head),
@@ -181,27 +143,19 @@ class Run:
 
     def say_faults(self) -> None:
         """Tell what went wrong with the meter's readings since the last call; each kind is told once."""
-        for fault in self.meter.faults():
+        for fault in self.machine.meter.faults():
             self.log.say(f"memory readings: {fault}")
 
     def write_plans(self) -> None:
-        self.write_json("plan.json", {"budget": self.budget, "plans": self.plans})
+        self.write_json("plan.json", {"budget": self.machine.budget, "plans": self.plans})
 
     # Folder
 
     def write_json(self, name: str, content: object) -> Path:
-        """Atomic: a temporary name, then renamed."""
-        path = self.folder / name
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise InputError(f"{path}: cannot write ({error.strerror}); free some space or change --out") from error
-        return path
+        """Write a file of the run folder. Raises InputError when it cannot be written."""
+        return files.write_json(self.folder / name, content)
 
-    # Position, checkpoints
+    # Position
 
     def ahead(self, stage: str) -> bool:
         """Whether `stage` was asked for and is not done yet."""
@@ -213,7 +167,7 @@ class Run:
             return None
         if self.position.stage != stage:
             self.position = Position(stage)
-            self._optimizer_state = None  # it belongs to the stage that was under way
+            self._resumed_optimizer = None  # it belongs to the stage that was under way
         return self.position
 
     def finish(self, stage: str) -> None:
@@ -224,39 +178,68 @@ class Run:
 
     def planner_state(self) -> dict[str, Any]:
         """The resumed state of the joint stage's planner; empty when it has to begin anew."""
-        return self._planner_state if "joint" in self.plans else {}
+        return self._resumed_planner if "joint" in self.plans else {}
 
     def optimizer_state(self) -> dict[str, Any] | None:
-        """The resumed optimiser state, once: for the stage that was under way."""
-        state, self._optimizer_state = self._optimizer_state, None
+        """The resumed state of the optimiser, once: for the stage that was under way."""
+        state, self._resumed_optimizer = self._resumed_optimizer, None
         return state
 
+    # Checkpoints
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "last.pt"
+
     def save(self, position: Position, optimizer: torch.optim.Optimizer | None, **modules: nn.Module) -> None:
-        """Write checkpoints/last.pt; `position` is the next step to do."""
+        """Write checkpoints/last.pt; `position` is the next step to do, `modules` are those of one stage alone.
+
+        Raises InputError when the weights are not finite: the checkpoint before stays.
+        """
         self.position = position
+        if not self.saves:
+            return
         content = self._weights() | {
             "position": asdict(position),
             "optimizer": None if optimizer is None else optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": checkpoint.rng_state(),
             "plans": self.plans,
-            "planner": self._planner_state if self.planner is None else self.planner.state_dict(),
+            "planner": self._resumed_planner if self.planner is None else self.planner.state_dict(),
             "best": self.best,
             "extra": {name: module.state_dict() for name, module in modules.items()},
         }
-        checkpoint.save_atomic(content, self.folder / "checkpoints" / "last.pt")
+        if broken := checkpoint.not_finite(content):
+            raise InputError(
+                f"{self.last_checkpoint}: not saved, since the weights are not finite any more ({broken}): the "
+                f"training has diverged; {self.last_good()}; start again with a lower --pretrain-lr, --joint-lr or "
+                "--head-lr and another --out"
+            )
+        checkpoint.save_atomic(content, self.last_checkpoint)
         self._last_saved = time.monotonic()
 
     def save_when_due(self, position: Position, optimizer: torch.optim.Optimizer, **modules: nn.Module) -> None:
+        """Save within an epoch, when the last checkpoint is `CHECKPOINT_SECONDS` old."""
         if time.monotonic() - self._last_saved > CHECKPOINT_SECONDS:
             self.save(position, optimizer, **modules)
+
+    def last_good(self) -> str:
+        """In words: the checkpoint that a run which has diverged left, and where it stands."""
+        if not self.last_checkpoint.exists():
+            return "no checkpoint was saved before"
+        at = Position(**checkpoint.load(self.last_checkpoint)["position"])
+        return (
+            f"the last good checkpoint is {self.last_checkpoint} (before stage {at.stage}, epoch {at.epoch + 1}, step "
+            f"{at.step + 1})"
+        )
 
     def save_best(self, epoch: int, average: float) -> None:
         """Keep the weights as checkpoints/best.pt when `average` beats what was seen so far."""
         if average > self.best.get("average", -1.0):
             self.best = {"epoch": epoch, "average": average}
-            path = self.folder / "checkpoints" / "best.pt"
-            checkpoint.save_atomic(self._weights() | {"position": {}, "best": self.best}, path)
+            if self.saves:
+                path = self.folder / "checkpoints" / "best.pt"
+                checkpoint.save_atomic(self._weights() | {"position": {}, "best": self.best}, path)
 
     def _weights(self) -> dict[str, Any]:
         return {
@@ -269,12 +252,14 @@ class Run:
 
     def resume(self) -> dict[str, Any]:
         """Restore checkpoints/last.pt; returns the state of modules that only one stage has."""
-        path = self.folder / "checkpoints" / "last.pt"
+        path = self.last_checkpoint
         content = checkpoint.load(path)
         if missing := {"classes", "head", "plans", "best", "optimizer", "scaler", "rng", "extra"} - content.keys():
             raise InputError(
                 f"{path}: not a checkpoint that a run can go on from (no {min(missing)}); name another --out"
             )
+        if broken := checkpoint.not_finite(content):
+            raise InputError(f"{path}: its weights are not finite ({broken}); start again with another --out")
         if content["classes"] != list(self.dataset.classes):
             raise InputError(f"{path}: trained on other classes than --annotations has; use the run's own annotations")
         try:
@@ -284,12 +269,38 @@ class Run:
             raise InputError(f"{path}: another model; resume with the run's own flags") from None
         self.position = Position(**content["position"])
         self.plans, self.best = content["plans"], content["best"]
-        self._planner_state = content.get("planner", {})
-        self._optimizer_state = content["optimizer"]
+        self._resumed_planner = content.get("planner", {})
+        self._resumed_optimizer = content["optimizer"]
         self.scaler.load_state_dict(content["scaler"])
         checkpoint.restore_rng(content["rng"])
         extra: dict[str, Any] = content["extra"]
         return extra
+
+
+def open_run(
+    config: Config,
+    dataset: Dataset,
+    machine: Machine,
+    log: RunLog,
+    networks: Networks | None = None,
+) -> Run:
+    """The run of a training on videos: networks on the device, frames out of the cache.
+
+    `networks` None: those that the settings name; others have no ledger, and their memory is planned by running steps.
+    Raises InputError for weights, or levers, that do not go with the encoder.
+    """
+    networks = networks or Networks()
+    torch.manual_seed(seed_of(config.seed, "encoder"))
+    encoder = networks.encoder(config)
+    if config.kept_maps == "8bit" and not encoder.eight_bit:
+        raise InputError(f"--kept-maps 8bit: {encoder.name} cannot keep its activations in 8 bits; use exact")
+    if config.encoder.weights:
+        log.say(load_encoder_weights(encoder, Path(config.encoder.weights)))
+    encoder.to(machine.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    largest = max(s.cached.width * s.cached.height for samples in dataset.samples.values() for s in samples)
+    device = machine.device.type
+    pipeline = FramePipeline(pictures_of_a_run(largest, device), device, num_threads=min(os.cpu_count() or 1, 8))
+    return Run(config, dataset, machine, pipeline, log, encoder, networks)
 
 
 def _reading(reading: Reading[Any]) -> str:

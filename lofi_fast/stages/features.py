@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lofi_fast import files
 from lofi_fast.data.dataset import SUBSETS, Sample, centre_requests
-from lofi_fast.encoder import lean
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.run import events
@@ -48,12 +48,11 @@ def extract(run: Run) -> None:
     run.encoder.eval()
     chunk = _chunk(run, missing)  # before the folder is touched: a refusal leaves nothing behind
     if stale:
-        folder.mkdir(exist_ok=True)
         for path in folder.glob("*.npy"):
             path.unlink()
-        stamp.write_text(digest)
+        files.write_bytes(stamp, digest.encode())
     with run.log.progress("features", len(missing)) as advance:
-        stream = run.frames(centre_requests(missing, run.sampler, run.config.full))
+        stream = run.pipeline.stream(centre_requests(missing, run.sampler, run.config.full))
         for done, (sample, frames) in enumerate(zip(missing, stream, strict=True), 1):
             features = encode(run, frames, chunk)
             if not np.isfinite(features).all():
@@ -61,7 +60,8 @@ def extract(run: Run) -> None:
                     f"the encoder's features of {sample.window.video} are not finite, its training has diverged: "
                     "start again with a lower --pretrain-lr or --joint-lr, and another --out"
                 )
-            _write(feature_path(run, sample), features)
+            with files.replacing(feature_path(run, sample)) as file:
+                np.save(file, features)
             advance(done, sample.window.video)
     run.log.event(events.Features(windows=len(missing), chunk=chunk, encoder=digest))
 
@@ -69,8 +69,8 @@ def extract(run: Run) -> None:
 @torch.no_grad()
 def encode(run: Run, frames: torch.Tensor, chunk: int) -> NDArray[np.float32]:
     """Features (C, L) of uint8 frames (L * 8, side, side, 3), `chunk` snippets at a time."""
-    with run.precision.autocast(run.device):
-        encoded = lean.encode(run.encoder, frames, FRAMES_PER_SNIPPET, chunk=chunk)
+    with run.machine.autocast():
+        encoded = run.encoder.encode(frames, FRAMES_PER_SNIPPET, chunk=chunk)
     features: NDArray[np.float32] = encoded.float().T.contiguous().cpu().numpy()
     return features
 
@@ -85,27 +85,15 @@ def _chunk(run: Run, samples: Sequence[Sample]) -> int:
     first = samples[:1]
 
     def step(size: int) -> None:
-        for frames in run.frames(centre_requests([*first, *first], run.sampler, run.config.full)):
+        for frames in run.pipeline.stream(centre_requests([*first, *first], run.sampler, run.config.full)):
             encode(run, frames[: size * FRAMES_PER_SNIPPET], size)
             return
 
     refusal = "raise --mem-budget, or give a smaller --fidelity"
-    return run.plan("features, snippets at once", sizes, float, step, refusal).candidate
-
-
-def _write(path: Path, features: NDArray[np.float32]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            np.save(file, features)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        reason = error.strerror or error  # NumPy's own OSError, a file that became too short, has no strerror
-        raise InputError(f"{path}: cannot write ({reason}); free some space or change --out") from error
+    return run.trials.highest_fitting("features, snippets at once", sizes, float, step, refusal).candidate
 
 
 def load_features(run: Run, samples: Sequence[Sample]) -> torch.Tensor:
     """Features (B, C, L) of windows, on the device."""
     features = [torch.from_numpy(np.load(feature_path(run, sample))) for sample in samples]
-    return torch.stack(features).to(run.device)
+    return torch.stack(features).to(run.machine.device)

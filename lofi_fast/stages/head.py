@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+from torch import nn
 
-from lofi_fast.data.dataset import Sample
-from lofi_fast.head.loss import Counts, tal_loss
-from lofi_fast.head.targets import Targets
-from lofi_fast.optim import learning_rate, make_optimizer, set_learning_rate
+from lofi_fast.head.protocol import total
 from lofi_fast.run import events
 from lofi_fast.run.checkpoint import Position
 from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
+from lofi_fast.stages import epochs
+from lofi_fast.stages.epochs import Done, numbers, optimizer_of, update
 from lofi_fast.stages.evaluation import detect_subset, score
 from lofi_fast.stages.features import encoder_digest, extract, load_features
-from lofi_fast.stages.step import targets_of
+from lofi_fast.stages.step import dropout, targets_of
 
 WATCH_WINDOWS = 500  # up to so many validation windows, mAP is measured after each epoch; beyond, after the last
 
@@ -24,8 +22,7 @@ WATCH_WINDOWS = 500  # up to so many validation windows, mAP is measured after e
 def train_head(run: Run) -> None:
     """Freeze the encoder, extract features once, train the head from scratch on them."""
     start = run.due("head")
-    config = run.config.head_stage
-    if start is None or config.epochs == 0:
+    if start is None or run.config.head_stage.epochs == 0:
         return
     run.encoder.freeze_batchnorm()
     run.encoder.eval().requires_grad_(False)
@@ -35,54 +32,52 @@ def train_head(run: Run) -> None:
         run.head = run.new_head("head")
         run.best = {}
     torch.manual_seed(seed_of(run.config.seed, "head"))
-    optimizer = make_optimizer(config, run.head.parameters(), run.config.optimizer_impl)
-    if state := run.optimizer_state():
-        optimizer.load_state_dict(state)
-    scored = any(video.segments for video in run.dataset.videos["validation"])
-    watch = len(run.dataset.samples["validation"]) <= WATCH_WINDOWS
-
-    for epoch in range(start.epoch, config.epochs):
-        order = run.sampler.epoch("head", epoch, config.batch)
-        first = start.step if epoch == start.epoch else 0
-        run.head.train()
-        total = 0.0
-        with run.log.progress(f"head {epoch + 1}/{config.epochs}", len(order), first) as advance:
-            for step, samples in enumerate(order[first:], first):
-                lr = learning_rate(config, epoch, step, len(order))
-                set_learning_rate(optimizer, lr)
-                numbers = head_step(run, samples, epoch, optimizer)
-                loss = numbers.pop("loss")
-                total += loss
-                run.log.event(events.Step(stage="head", epoch=epoch, step=step, lr=lr, loss=loss, terms=numbers))
-                advance(step + 1, f"loss {total / (step + 1 - first):.3f}")
-                run.save_when_due(Position("head", epoch, step + 1), optimizer)
-        if scored and (watch or epoch + 1 == config.epochs):
-            result = score(run, detect_subset(run, "validation"))
-            run.log.event(
-                events.Validation(stage="head", epoch=epoch, average=result.average, map=list(result.map_by_tiou))
-            )
-            run.save_best(epoch, result.average)
-        run.save(Position("head", epoch + 1), optimizer)
+    epochs.train(run, HeadStage(run), run.config.head_stage)
     if encoder_digest(run) != before:
         raise RuntimeError("the encoder changed during the head stage")
-    run.finish("head")
 
 
-def head_step(run: Run, samples: Sequence[Sample], epoch: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """One optimiser step of the head on cached features."""
-    config = run.config
-    targets = [targets_of(run, sample, config.full, "head", epoch) for sample in samples]
-    with run.precision.autocast(run.device):
-        output = run.head(run.dropout(load_features(run, samples), samples, "head", epoch))
-    terms = tal_loss(
-        output,
-        Targets.stack(targets, run.device),
-        Counts.of(targets, len(run.dataset.classes), config.head.positive_iou),
-        positive_iou=config.head.positive_iou,
-        class_weight=config.head_stage.class_loss,
-    )
-    run.scaler.scale(terms.total).backward()
-    run.scaler.step(optimizer)
-    run.scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return terms.numbers()
+class HeadStage:
+    """The steps of the stage."""
+
+    name = "head"
+    lr_flag = "--head-lr"
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.optimizer = optimizer_of(run, run.config.head_stage, run.head)
+        self.modules: dict[str, nn.Module] = {}
+        self._scored = any(video.segments for video in run.dataset.videos["validation"])
+        self._watched = len(run.dataset.samples["validation"]) <= WATCH_WINDOWS
+
+    def begin(self, epoch: int, first: int) -> int:
+        self._order = self.run.sampler.epoch("head", epoch, self.run.config.head_stage.batch)
+        self._losses: list[float] = []
+        self.run.head.train()
+        return len(self._order)
+
+    def step(self, epoch: int, step: int) -> Done:
+        run, config, samples = self.run, self.run.config, self._order[step]
+        targets = [targets_of(run, sample, config.full, "head", epoch) for sample in samples]
+        with run.machine.autocast():
+            output = run.head(dropout(run, load_features(run, samples), samples, "head", epoch))
+        terms = run.head.loss(output, targets, run.head.counts(targets), config.head_stage.class_loss)
+        run.scaler.scale(total(terms)).backward()
+        loss, logged = numbers([terms])
+        not_finite = update(run, self.optimizer, loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._losses.append(loss)
+        note = f"loss {sum(self._losses) / len(self._losses):.3f}"
+        return Done(loss, [sample.window.video for sample in samples], not_finite, note, {"terms": logged})
+
+    def end(self, epoch: int) -> None:
+        run, config = self.run, self.run.config.head_stage
+        if not self._scored or not (self._watched or epoch + 1 == config.epochs):
+            return
+        result = score(run, detect_subset(run, "validation"))
+        run.log.event(
+            events.Validation(stage="head", epoch=epoch, average=result.average, map=list(result.map_by_tiou))
+        )
+        run.save_best(epoch, result.average)
+        best = ", the best so far" if run.best["epoch"] == epoch else ""
+        run.log.say(f"head {epoch + 1}/{config.epochs}: mAP {100 * result.average:.2f}%{best}")

@@ -2,85 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lofi_fast.budget import gigabytes
 from lofi_fast.data.dataset import Sample
-from lofi_fast.fidelity import CYCLE, Pattern, ladder, phase
+from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder, phase
 from lofi_fast.memory.governor import Decision, Governor, Planner
 from lofi_fast.memory.plans import Plan, candidates, remedies
 from lofi_fast.memory.replay import Replay
 from lofi_fast.memory.step_bytes import Setting, step_bytes
-from lofi_fast.optim import learning_rate, make_optimizer, set_learning_rate
+from lofi_fast.memory.trial import LearnedLedger, learn_ledger
 from lofi_fast.run import events
-from lofi_fast.run.checkpoint import Position
 from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
-from lofi_fast.stages.step import Batch, batches, forward_backward, patiently, take_step
+from lofi_fast.stages import epochs
+from lofi_fast.stages.epochs import Done, new_optimizer, optimizer_of
+from lofi_fast.stages.step import batches, forward_backward, lofi_step, patiently
 
 READINGS = "memory-readings.json"  # beside the frame cache
 
 
 def joint(run: Run) -> None:
     """Run the stage from where it stands."""
-    start = run.due("joint")
-    config = run.config.joint
-    if start is None or config.epochs == 0:
+    if run.due("joint") is None or run.config.joint.epochs == 0:
         return
     torch.manual_seed(seed_of(run.config.seed, "joint"))
+    set_modes(run)
+    epochs.train(run, Joint(run), run.config.joint)
+
+
+def set_modes(run: Run) -> None:
+    """Both networks learn, but for batch norm."""
     run.encoder.freeze_batchnorm()
     run.encoder.train()
     run.head.train()
-    parameters = [*run.encoder.parameters(), *run.head.parameters()]
-    optimizer = make_optimizer(config, parameters, run.config.optimizer_impl)
-    if state := run.optimizer_state():
-        optimizer.load_state_dict(state)
-    if run.planner is None:
-        run.planner = new_planner(run)
-        if planned := run.planner_state():
-            run.planner.load_state_dict(planned)
-    planner = run.planner
-
-    for epoch in range(start.epoch, config.epochs):
-        order = run.sampler.epoch("joint", epoch, config.batch)
-        first = start.step if epoch == start.epoch else 0
-        feed = feed_from(run, planner, epoch, order, first)
-        with run.log.progress(f"joint {epoch + 1}/{config.epochs}", len(order), first) as advance:
-            for step in range(first, len(order)):
-                lr = learning_rate(config, epoch, step, len(order))
-                set_learning_rate(optimizer, lr)
-                taken = take_step(run, planner, optimizer, next(feed))
-                if taken.retries:  # the stream of frames ended with the step that failed
-                    feed = feed_from(run, planner, epoch, order, step + 1)
-                numbers, plan, pattern = taken.terms.numbers(), taken.decision.plan, taken.decision.pattern
-                loss = numbers.pop("loss")
-                run.log.event(
-                    events.Step(
-                        stage="joint", epoch=epoch, step=step, pattern=pattern, lr=lr, peak=taken.peak,
-                        budget=run.budget, retries=taken.retries, **taken.decision.fields(),
-                        videos=[s.window.video for s in order[step]], loss=loss, terms=numbers,
-                    )
-                )  # fmt: skip
-                advance(step + 1, f"{pattern}, {plan}, loss {loss:.3f}, {gigabytes(taken.peak)}")
-                run.save_when_due(Position("joint", epoch, step + 1), optimizer)
-        run.save(Position("joint", epoch + 1), optimizer)
-    run.finish("joint")
 
 
-def feed_from(run: Run, planner: Planner, epoch: int, order: Sequence[Sequence[Sample]], first: int) -> Iterator[Batch]:
-    """The batches of an epoch from a step on, planned one ahead of the step that is taken."""
-    config, count = run.config, len(order)
+class Joint:
+    """The steps of the stage."""
 
-    def decide(number: int) -> Decision:
-        step = first + number
-        pattern = phase(config.pattern, epoch, epoch * count + step, config.short_cycle)
-        return patiently(run, lambda: planner.choose(pattern, epoch, step))
+    name = "joint"
+    lr_flag = "--joint-lr"
 
-    return batches(run, epoch, order[first:], decide)
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.optimizer = optimizer_of(run, run.config.joint, run.encoder, run.head)
+        self.modules: dict[str, nn.Module] = {}
+        if run.planner is None:
+            run.planner = new_planner(run)
+            if planned := run.planner_state():
+                run.planner.load_state_dict(planned)
+        self.planner = run.planner
+
+    def begin(self, epoch: int, first: int) -> int:
+        self._order = self.run.sampler.epoch("joint", epoch, self.run.config.joint.batch)
+        self._feed(epoch, first)
+        return len(self._order)
+
+    def step(self, epoch: int, step: int) -> Done:
+        taken = lofi_step(self.run, self.planner, self.optimizer, next(self._batches))
+        if taken.retries:  # the stream of frames ended with the step that failed
+            self._feed(epoch, step + 1)
+        videos, plan = [sample.window.video for sample in self._order[step]], taken.decision.plan
+        logged = {
+            "pattern": taken.decision.pattern, "terms": taken.terms, "videos": videos, "peak": taken.peak,
+            "budget": self.run.machine.budget, "retries": taken.retries, **taken.decision.fields(),
+        }  # fmt: skip
+        note = f"{taken.decision.pattern}, {plan}, loss {taken.loss:.3f}, {gigabytes(taken.peak)}"
+        return Done(taken.loss, videos, taken.not_finite, note, logged)
+
+    def end(self, epoch: int) -> None:
+        pass
+
+    def _feed(self, epoch: int, first: int) -> None:
+        """The batches of an epoch from a step on, each planned when its frames are asked for: one step ahead."""
+        config, count = self.run.config, len(self._order)
+
+        def decide(number: int) -> Decision:
+            step = first + number
+            pattern = phase(config.pattern, epoch, epoch * count + step, config.short_cycle)
+            return patiently(self.run, lambda: self.planner.choose(pattern, epoch, step))
+
+        self._batches = batches(self.run, epoch, self._order[first:], decide)
 
 
 # Planning
@@ -90,48 +98,81 @@ def patterns_of(run: Run) -> tuple[Pattern, ...]:
     return CYCLE if run.config.pattern is Pattern.CYCLIC else (run.config.pattern,)
 
 
+def ladders(run: Run) -> dict[Pattern, tuple[Fidelity, ...]]:
+    config = run.config
+    return {pattern: ladder(pattern, config.full, config.min_cut, config.max_cut) for pattern in patterns_of(run)}
+
+
 def new_planner(run: Run) -> Planner:
     """A governor over the ladder of every pattern of the run, or the replay of another run."""
-    config = run.config
+    config, machine = run.config, run.machine
     if config.replay is not None:
-        return Replay(Path(config.replay), run.budget)
-    setting = Setting.of(config, len(run.dataset.classes), run.precision.dtype.itemsize)
-
-    def ledger(plan: Plan) -> int:
-        parted = plan.micro_batch < config.joint.batch
-        return step_bytes(setting, plan.fidelity, plan.micro_batch, recompute=plan.recompute, accumulates=parted).added
-
+        return Replay(Path(config.replay), machine.budget)
     plans, changes = {}, {}
-    for pattern in patterns_of(run):
-        rungs = ladder(pattern, config.full, config.min_cut, config.max_cut)
+    for pattern, rungs in ladders(run).items():
         levers = (rungs, config.joint.batch, config.policy, config.micro_batch, config.recompute)
         plans[pattern], changes[pattern] = candidates(*levers), remedies(*levers)
+    every = [plan for pattern in plans for plan in (*plans[pattern], *(plan for _, plan in changes[pattern]))]
     return Governor(
-        run.meter, run.budget, ledger, plans, run.log.say, changes=changes, pending=lambda: run.pipeline.pending
-    )
+        machine.meter, machine.budget, ledger_of(run, every), plans, run.log.say, changes=changes,
+        pending=lambda: run.pipeline.pending,
+    )  # fmt: skip
 
 
-def trial(run: Run, optimizer: torch.optim.Optimizer, samples: Sequence[Sample], decision: Decision) -> int | None:
+def ledger_of(run: Run, plans: Sequence[Plan]) -> Callable[[Plan], int]:
+    """Bytes that a step of a plan adds: by arithmetic for the networks that the settings name; for others by a line
+    through readings of steps, which are run once and then belong to the run's plans.
+    """
+    if not run.networks.named:
+        if "ledger" not in run.plans:
+            run.plans["ledger"] = learn(run, plans).to_json()
+        return LearnedLedger.from_json(run.plans["ledger"])
+    setting = Setting.of(run.config, len(run.dataset.classes), run.machine.precision.dtype.itemsize)
+
+    def ledger(plan: Plan) -> int:
+        parted = plan.micro_batch < run.config.joint.batch
+        return step_bytes(setting, plan.fidelity, plan.micro_batch, recompute=plan.recompute, accumulates=parted).added
+
+    return ledger
+
+
+def learn(run: Run, plans: Sequence[Plan]) -> LearnedLedger:
+    """Run steps of a few plans to learn what all of them need."""
+    meter, limit = run.machine.meter, min(run.machine.budget, run.machine.meter.available())
+    samples = run.sampler.epoch("joint", 0, run.config.joint.batch)[0]
+
+    def measure(plan: Plan) -> int | None:
+        decision = Decision(patterns_of(run)[0], 0, 0, plan, plan, 0, limit, limit, limit, "to learn what steps need")
+        peak = trial(run, samples, decision)
+        run.log.event(events.Measured(plan="joint, ledger", candidate=str(plan), peak=peak, budget=limit))
+        return peak
+
+    refusal = "raise --mem-budget, or give a smaller --fidelity or --batch"
+    return learn_ledger(plans, measure, meter.held, limit, refusal)
+
+
+def trial(run: Run, samples: Sequence[Sample], decision: Decision) -> int | None:
     """Peak bytes of a step on real frames that updates nothing; None when memory ran out."""
+
+    def forget_gradients() -> None:
+        run.encoder.zero_grad(set_to_none=True)
+        run.head.zero_grad(set_to_none=True)
 
     def step() -> None:
         # The second batch is there to be decoded ahead, as in training.
         forward_backward(run, next(batches(run, 0, [samples, samples], lambda _: decision)), decision)
-        optimizer.zero_grad(set_to_none=True)
+        forget_gradients()
 
-    peak = run.measure(step, decision.limit)
-    optimizer.zero_grad(set_to_none=True)
+    peak = run.trials.measure(step, decision.limit)
+    forget_gradients()
     return peak
 
 
 def plan_joint(run: Run) -> dict[str, dict[str, Any]]:
     """Make the planner, and run its trials on real frames. Leaves no trace but what was learned."""
     config = run.config
-    run.encoder.freeze_batchnorm()
-    run.encoder.train()
-    run.head.train()
-    parameters = [*run.encoder.parameters(), *run.head.parameters()]
-    optimizer = make_optimizer(config.joint, parameters, config.optimizer_impl)
+    set_modes(run)
+    _optimizer = new_optimizer(run, config.joint, run.encoder, run.head)  # its state is held between steps
     samples = run.sampler.epoch("joint", 0, config.joint.batch)[0]
     run.planner = planner = new_planner(run)
     if not isinstance(planner, Governor):
@@ -139,7 +180,7 @@ def plan_joint(run: Run) -> dict[str, dict[str, Any]]:
         return {}
 
     def measure(decision: Decision) -> int | None:
-        peak = trial(run, optimizer, samples, decision)
+        peak = trial(run, samples, decision)
         run.log.event(
             events.Measured(
                 plan=f"joint, {decision.pattern}", candidate=str(decision.plan), peak=peak,

@@ -1,88 +1,107 @@
-"""Stage 1, pretrain: the encoder learns to classify the trimmed positive segments, snippet by snippet, with live BN."""
+"""Stage 1, pretrain: the encoder learns to classify single snippets that lie in a labelled segment, with live BN."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lofi_fast.data.dataset import Clip
+from lofi_fast.data.dataset import Clip, jitter_pixels
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
-from lofi_fast.optim import learning_rate, make_optimizer, set_learning_rate
 from lofi_fast.run import events
-from lofi_fast.run.checkpoint import Position
 from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
+from lofi_fast.stages import epochs
+from lofi_fast.stages.epochs import Done, optimizer_of, update
 
 LEAST_BATCH = 4  # below this the statistics of live BN are noise
 
 
-def clip_batches(run: Run, epoch: int, batches: list[list[Clip]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(frames (B*8, side, side, 3), labels (B,)) of each batch, every clip with an augmentation of its own."""
-    sampler = run.sampler
-    views = [[sampler.view(c.sample, "pretrain", epoch, 1 + c.snippet) for c in clips] for clips in batches]
-    stream = run.frames(
-        [sampler.clip_request(clip, view) for clip, (view, _) in zip(clips, augmented, strict=True)]
-        for clips, augmented in zip(batches, views, strict=True)
-    )
-    for frames, clips, augmented in zip(stream, batches, views, strict=True):
-        labels = torch.tensor([clip.label for clip in clips], device=run.device)
-        yield run.jitter(frames, [jitter for _, jitter in augmented]), labels
-
-
-def new_classifier(run: Run) -> nn.Linear:
-    """A linear classifier over the classes, initialised the same on every machine."""
-    torch.manual_seed(seed_of(run.config.seed, "pretrain"))
-    return nn.Linear(run.encoder.num_features, len(run.dataset.classes)).to(run.device)
-
-
-def clip_loss(run: Run, classifier: nn.Linear, frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(cross-entropy, number of right answers) of a batch of clips."""
-    with run.precision.autocast(run.device):
-        logits = classifier(run.encoder(frames, FRAMES_PER_SNIPPET))
-    return F.cross_entropy(logits.float(), labels), (logits.argmax(1) == labels).sum()
-
-
-def pretrain(run: Run, extra: dict[str, Any]) -> None:
-    """Run the stage from where it stands. Logs loss and accuracy of each step and epoch."""
-    start = run.due("pretrain")
-    config = run.config.pretrain
-    if start is None or config.epochs == 0:
+def pretrain(run: Run, extra: Mapping[str, Any]) -> None:
+    """Run the stage from where it stands; `extra` is what `Run.resume` returned. Logs loss and accuracy."""
+    if run.due("pretrain") is None or run.config.pretrain.epochs == 0:
         return
     classifier = new_classifier(run)
     if "classifier" in extra:
         classifier.load_state_dict(extra["classifier"])
     run.encoder.freeze_batchnorm(False)
     run.encoder.train()
-    parameters = [*run.encoder.parameters(), *classifier.parameters()]
-    optimizer = make_optimizer(config, parameters, run.config.optimizer_impl)
-    if state := run.optimizer_state():
-        optimizer.load_state_dict(state)
+    epochs.train(run, Pretrain(run, classifier), run.config.pretrain)
 
-    for epoch in range(start.epoch, config.epochs):
-        batches = run.sampler.clip_epoch(epoch, run.plans["pretrain"]["batch"])
-        first = start.step if epoch == start.epoch else 0
-        correct = torch.zeros((), device=run.device)
-        seen = 0
-        with run.log.progress(f"pretrain {epoch + 1}/{config.epochs}", len(batches), first) as advance:
-            for step, (frames, labels) in enumerate(clip_batches(run, epoch, batches[first:]), first):
-                set_learning_rate(optimizer, learning_rate(config, epoch, step, len(batches)))
-                loss, hits = clip_loss(run, classifier, frames, labels)
-                run.scaler.scale(loss).backward()
-                run.scaler.step(optimizer)
-                run.scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                correct, seen = correct + hits, seen + len(labels)
-                value, accuracy = float(loss.detach()), float(correct) / seen
-                run.log.event(events.Step(stage="pretrain", epoch=epoch, step=step, loss=value, accuracy=accuracy))
-                advance(step + 1, f"loss {value:.3f} accuracy {accuracy:.2f}")
-                run.save_when_due(Position("pretrain", epoch, step + 1), optimizer, classifier=classifier)
-        run.log.event(events.Epoch(stage="pretrain", epoch=epoch, accuracy=float(correct) / max(seen, 1)))
-        run.save(Position("pretrain", epoch + 1), optimizer, classifier=classifier)
-    run.finish("pretrain")
+
+class Pretrain:
+    """The steps of the stage."""
+
+    name = "pretrain"
+    lr_flag = "--pretrain-lr"
+
+    def __init__(self, run: Run, classifier: nn.Linear) -> None:
+        self.run, self.classifier = run, classifier
+        self.optimizer = optimizer_of(run, run.config.pretrain, run.encoder, classifier)
+        self.modules: dict[str, nn.Module] = {"classifier": classifier}
+        self._statistics = [buffer.clone() for buffer in run.encoder.buffers()]
+
+    def begin(self, epoch: int, first: int) -> int:
+        batches = self.run.sampler.clip_epoch(epoch, self.run.plans["pretrain"]["batch"])
+        self._clips = iter(batches[first:])
+        self._batches = clip_batches(self.run, epoch, batches[first:])
+        self._right, self._seen = torch.zeros((), device=self.run.machine.device), 0
+        return len(batches)
+
+    def step(self, epoch: int, step: int) -> Done:
+        run, (frames, labels), clips = self.run, next(self._batches), next(self._clips)
+        copy_each(run.encoder.buffers(), self._statistics)
+        loss, right = clip_loss(run, self.classifier, frames, labels)
+        run.scaler.scale(loss).backward()
+        value = float(loss.detach())
+        not_finite = update(run, self.optimizer, value)
+        self.optimizer.zero_grad(set_to_none=True)
+        if not_finite:  # forward has moved the statistics of live BN
+            copy_each(self._statistics, run.encoder.buffers())
+        self._right, self._seen = self._right + right, self._seen + len(labels)
+        accuracy = float(self._right) / self._seen
+        videos = [clip.sample.window.video for clip in clips]
+        return Done(value, videos, not_finite, f"loss {value:.3f} accuracy {accuracy:.2f}", {"accuracy": accuracy})
+
+    def end(self, epoch: int) -> None:
+        accuracy = float(self._right) / max(self._seen, 1)
+        self.run.log.event(events.Epoch(stage="pretrain", epoch=epoch, accuracy=accuracy))
+
+
+def copy_each(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
+
+
+def clip_batches(run: Run, epoch: int, batches: list[list[Clip]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(frames (B*8, side, side, 3), labels (B,)) of each batch, every clip with an augmentation of its own."""
+    sampler = run.sampler
+    views = [[sampler.view(c.sample, "pretrain", epoch, 1 + c.snippet) for c in clips] for clips in batches]
+    stream = run.pipeline.stream(
+        [sampler.clip_request(clip, view) for clip, (view, _) in zip(clips, augmented, strict=True)]
+        for clips, augmented in zip(batches, views, strict=True)
+    )
+    for frames, clips, augmented in zip(stream, batches, views, strict=True):
+        labels = torch.tensor([clip.label for clip in clips], device=run.machine.device)
+        if run.config.data.jitter:
+            jitter_pixels(frames, [jitter for _, jitter in augmented])
+        yield frames, labels
+
+
+def new_classifier(run: Run) -> nn.Linear:
+    """A linear classifier over the classes, initialised the same on every machine."""
+    torch.manual_seed(seed_of(run.config.seed, "pretrain"))
+    return nn.Linear(run.encoder.num_features, len(run.dataset.classes)).to(run.machine.device)
+
+
+def clip_loss(run: Run, classifier: nn.Linear, frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(cross-entropy, number of right answers) of a batch of clips."""
+    with run.machine.autocast():
+        logits = classifier(run.encoder(frames, FRAMES_PER_SNIPPET))
+    return F.cross_entropy(logits.float(), labels), (logits.argmax(1) == labels).sum()
 
 
 def plan_pretrain(run: Run) -> dict[str, Any]:
@@ -92,8 +111,7 @@ def plan_pretrain(run: Run) -> dict[str, Any]:
     run.encoder.freeze_batchnorm(False)
     run.encoder.train()
     classifier = new_classifier(run)
-    parameters = [*run.encoder.parameters(), *classifier.parameters()]
-    optimizer = make_optimizer(config, parameters, run.config.optimizer_impl)
+    optimizer = epochs.new_optimizer(run, config, run.encoder, classifier)
     sizes = [config.batch]
     while sizes[-1] // 2 >= LEAST_BATCH:
         sizes.append(sizes[-1] // 2)
@@ -104,7 +122,7 @@ def plan_pretrain(run: Run) -> dict[str, Any]:
             clip_loss(run, classifier, frames, labels)[0].backward()
             return  # the second batch was there to be decoded ahead, as in training
 
-    choice = run.plan(
+    choice = run.trials.highest_fitting(
         "pretrain, clips a step", sizes, float, step,
         "raise --mem-budget, or give a smaller --fidelity, or leave the stage out with --stages joint,head,eval",
     )  # fmt: skip

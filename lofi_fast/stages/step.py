@@ -1,4 +1,7 @@
-"""One LoFi step: frames at the planned fidelity, loss, gradients, update; tried again, lower, when memory runs out."""
+"""One LoFi step: frames at the planned fidelity, loss, gradients, update; tried again, lower, when memory runs out.
+
+`lofi_step` is the step, `forward_backward` what it does with its videos, and `batches` where their frames come from.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,18 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from lofi_fast.data.dataset import Sample
+from lofi_fast.data.dataset import Sample, jitter_pixels
 from lofi_fast.data.pipeline import FrameRequest, shrink
-from lofi_fast.encoder.lean import encode
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
-from lofi_fast.head.loss import Counts, LossTerms, tal_loss
-from lofi_fast.head.targets import Targets, make_targets
+from lofi_fast.head.dropout import video_dropout
+from lofi_fast.head.protocol import Targets, total
 from lofi_fast.memory.governor import Decision, NothingFits, Planner
 from lofi_fast.memory.meter import is_out_of_memory
 from lofi_fast.run import events
+from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
+from lofi_fast.stages.epochs import numbers, update
 
 PATIENCE_SECONDS = 120.0  # how long a step waits for memory that others hold
 POLL_SECONDS = 1.0
@@ -31,7 +35,7 @@ POLL_SECONDS = 1.0
 @dataclass(frozen=True)
 class Batch:
     """The videos of one optimiser step. Their frames arrive in micro-batches, each decoded while the one before it is
-    worked on, as the plan was when they were asked for.
+    worked on, as the plan asked for them: `decision` may be higher than what is run in the end.
     """
 
     samples: tuple[Sample, ...]
@@ -43,30 +47,108 @@ class Batch:
 class Taken:
     """A step that went through."""
 
-    terms: LossTerms
+    loss: float
+    terms: dict[str, float]
+    not_finite: str  # see `epochs.update`
     decision: Decision  # as it was run
     peak: int
     retries: int  # how often memory ran out first
 
 
-def targets_of(
-    run: Run, sample: Sample, fidelity: Fidelity, stage: str, epoch: int, decoded: Fidelity | None = None
-) -> Targets:
-    """Labels of a window at a fidelity, from the true times of its snippets; `decoded` as in `Sampler.edges`."""
-    return make_targets(
-        run.sampler.edges(sample, fidelity, decoded),
-        sample.segments,
-        sample.labels,
-        run.head.max_duration(fidelity.num_snippets),
-        len(run.dataset.classes),
-        run.sampler.rng(stage, epoch, sample.index, 1),
-        with_zero=run.config.head.sample_zero_iou,
-    )
+def lofi_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batch: Batch) -> Taken:
+    """One optimiser step. When memory runs out, the same videos are taken again, lower: none is lost, none repeated."""
+    meter = run.machine.meter
+    decision, retries = patiently(run, partial(planner.recheck, batch.decision)), 0
+    if decision.changed:
+        meter.release()
+    while True:
+        began, reason = time.monotonic(), ""
+        unchanged = Unchanged(run, optimizer)
+        meter.reset_peak()
+        # A plan's first step may take memory outside torch for good: workspaces, code that is loaded at its first use.
+        settling = meter.settle(f"a step at {decision.plan}") if decision.new else nullcontext()
+        with settling, meter.cap(decision.limit):
+            try:
+                loss, terms = forward_backward(run, batch, decision)
+                not_finite = update(run, optimizer, loss)
+            except Exception as error:  # its traceback holds tensors: leave the block before going on
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0] or type(error).__name__
+        peak = meter.peak()
+        optimizer.zero_grad(set_to_none=True)
+        if not reason:
+            planner.learn(decision, peak, time.monotonic() - began)
+            run.say_faults()
+            return Taken(loss, terms, not_finite, decision, peak, retries)
+
+        unchanged.restore(reason)
+        meter.release()
+        retries += 1
+        failed, decision = decision, patiently(run, partial(planner.failed, decision))
+        run.log.event(
+            events.OutOfMemory(
+                stage="joint", epoch=failed.epoch, step=failed.step, reason=reason, peak=peak,
+                plan=failed.plan.to_json(), next=decision.plan.to_json(), limit=failed.limit,
+            )
+        )  # fmt: skip
+        # Decoded again, as the lower plan asks: the frames of the failed attempt may be gone, or half of them.
+        decision = replace(decision, requested=decision.plan)
+        batch = next(batches(run, decision.epoch, [batch.samples], [decision].__getitem__))
 
 
-def parts(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
-    """Micro-batches of `size` videos; the last may be smaller."""
-    return [samples[k : k + size] for k in range(0, len(samples), size)]
+def forward_backward(run: Run, batch: Batch, decision: Decision) -> tuple[float, dict[str, float]]:
+    """(loss, its terms) of a batch, its gradients added to the parameters'. The terms are divided by counts of the
+    whole batch, so that neither they nor the gradients depend on the size of the micro-batches.
+    """
+    config, epoch, plan, decoded = run.config, decision.epoch, decision.plan, batch.decision.plan
+    fidelity = plan.fidelity
+    targets = {s.index: targets_of(run, s, fidelity, "joint", epoch, decoded.fidelity) for s in batch.samples}
+    counts = run.head.counts(list(targets.values()))
+    done = []
+    for arrived, frames in zip(parts(batch.samples, decoded.micro_batch), batch.frames, strict=True):
+        whole = shrink(frames, decoded.fidelity, fidelity)
+        del frames
+        if config.data.jitter:
+            jitter_pixels(whole, [run.sampler.view(sample, "joint", epoch)[1] for sample in arrived])
+        share = plan.micro_batch * fidelity.num_frames
+        for samples, frames in zip(parts(arrived, plan.micro_batch), whole.split(share), strict=True):
+            with run.machine.autocast():
+                features_NC = run.encoder.encode(
+                    frames, FRAMES_PER_SNIPPET, recompute=plan.recompute, eight_bit=config.kept_maps == "8bit"
+                )
+                features_BCL = features_NC.unflatten(0, (len(samples), -1)).transpose(1, 2)
+                output = run.head(dropout(run, features_BCL, samples, "joint", epoch))
+            labels = [targets[sample.index] for sample in samples]
+            terms = run.head.loss(output, labels, counts, config.joint.class_loss)
+            run.scaler.scale(total(terms)).backward()
+            done.append({name: term.detach() for name, term in terms.items()})
+            del frames, features_NC, features_BCL, output, terms  # before the next part takes their place
+        del whole
+    return numbers(done)
+
+
+class Unchanged:
+    """What an attempt at a step must leave as it was when memory runs out in it. Batch norm is frozen and every random
+    draw is keyed by its step, so that is the scaler of gradients; the update itself cannot be undone.
+    """
+
+    def __init__(self, run: Run, optimizer: torch.optim.Optimizer) -> None:
+        self._run, self._scaler = run, run.scaler.state_dict()
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._versions = [p._version for p in self._parameters]
+
+    def restore(self, reason: str) -> None:
+        """Raises InputError when memory ran out for `reason` after the update had begun."""
+        if self._versions != [p._version for p in self._parameters]:
+            raise InputError(
+                f"memory ran out in the middle of an update ({reason}); go on from the last checkpoint with --resume, "
+                "and more --mem-budget"
+            )
+        self._run.scaler = self._run.machine.new_scaler(self._scaler)
+
+
+# What a step works on
 
 
 def batches(
@@ -87,7 +169,7 @@ def batches(
             for part in parts(samples, plan.micro_batch):
                 yield [sampler.request(s, plan.fidelity, sampler.view(s, "joint", epoch)[0]) for s in part]
 
-    stream = run.frames(requests())
+    stream = run.pipeline.stream(requests())
     for number, samples in enumerate(order):
         decision = decided(number)
         frames = islice(stream, len(parts(samples, decision.plan.micro_batch)))
@@ -96,102 +178,25 @@ def batches(
             pass
 
 
-def forward_backward(run: Run, batch: Batch, decision: Decision) -> LossTerms:
-    """Loss of a batch, its gradients added to the parameters'. Every term is divided by counts of the whole batch, so
-    that neither depends on the size of the micro-batches.
+def parts(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+    """Micro-batches of `size` videos; the last may be smaller."""
+    return [samples[k : k + size] for k in range(0, len(samples), size)]
+
+
+def targets_of(
+    run: Run, sample: Sample, fidelity: Fidelity, stage: str, epoch: int, decoded: Fidelity | None = None
+) -> Targets:
+    """Labels of a window at a fidelity, from the true times of its snippets; `decoded` as in `Sampler.edges`."""
+    edges = run.sampler.edges(sample, fidelity, decoded)
+    return run.head.targets(edges, sample.segments, sample.labels, run.sampler.rng(stage, epoch, sample.index, 1))
+
+
+def dropout(run: Run, features_BCL: Tensor, samples: Sequence[Sample], stage: str, epoch: int) -> Tensor:
+    """Dropout of what the head sees, a function of (seed, stage, epoch, window): a step that is tried again, resumed,
+    or taken in parts draws the same.
     """
-    config, epoch, plan, decoded = run.config, decision.epoch, decision.plan, batch.decision.plan
-    fidelity = plan.fidelity
-    targets = {s.index: targets_of(run, s, fidelity, "joint", epoch, decoded.fidelity) for s in batch.samples}
-    counts = Counts.of(list(targets.values()), len(run.dataset.classes), config.head.positive_iou)
-    terms = []
-    for arrived, frames in zip(parts(batch.samples, decoded.micro_batch), batch.frames, strict=True):
-        whole = shrink(frames, decoded.fidelity, fidelity)
-        del frames
-        run.jitter(whole, [run.sampler.view(sample, "joint", epoch)[1] for sample in arrived])
-        share = plan.micro_batch * fidelity.num_frames
-        for samples, frames in zip(parts(arrived, plan.micro_batch), whole.split(share), strict=True):
-            with run.precision.autocast(run.device):
-                features_NC = encode(
-                    run.encoder, frames, FRAMES_PER_SNIPPET,
-                    recompute=plan.recompute, eight_bit=config.kept_maps == "8bit",
-                )  # fmt: skip
-                features_BCL = features_NC.unflatten(0, (len(samples), -1)).transpose(1, 2)
-                output = run.head(run.dropout(features_BCL, samples, "joint", epoch))
-            part_terms = tal_loss(
-                output,
-                Targets.stack([targets[sample.index] for sample in samples], run.device),
-                counts,
-                positive_iou=config.head.positive_iou,
-                class_weight=config.joint.class_loss,
-            )
-            run.scaler.scale(part_terms.total).backward()
-            terms.append(part_terms.detach())
-            del frames, features_NC, features_BCL, output, part_terms  # before the next part takes their place
-        del whole
-    return LossTerms.sum(terms)
-
-
-def take_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batch: Batch) -> Taken:
-    """One optimiser step. When memory runs out, the same videos are taken again, lower: none is lost, none repeated."""
-    decision = patiently(run, partial(planner.recheck, batch.decision))
-    retries = 0
-    if decision.changed:
-        run.meter.release()
-    while True:
-        began = time.monotonic()
-        run.meter.reset_peak()
-        terms, reason = attempt(run, optimizer, batch, decision)
-        peak = run.meter.peak()
-        optimizer.zero_grad(set_to_none=True)
-        if terms is not None:
-            planner.learn(decision, peak, time.monotonic() - began)
-            run.say_faults()
-            return Taken(terms, decision, peak, retries)
-        retries += 1
-        run.meter.release()
-        failed, decision = decision, patiently(run, partial(planner.failed, decision))
-        run.log.event(
-            events.OutOfMemory(
-                stage="joint", epoch=failed.epoch, step=failed.step, reason=reason, peak=peak,
-                plan=failed.plan.to_json(), next=decision.plan.to_json(), limit=failed.limit,
-            )
-        )  # fmt: skip
-        # Decoded again, as the lower plan asks: the frames of the failed attempt may be gone, or half of them.
-        decision = replace(decision, requested=decision.plan)
-        batch = next(batches(run, decision.epoch, [batch.samples], [decision].__getitem__))
-
-
-def attempt(
-    run: Run, optimizer: torch.optim.Optimizer, batch: Batch, decision: Decision
-) -> tuple[LossTerms | None, str]:
-    """The step under the cap of its limit; (None, why) when memory ran out, and then nothing has changed.
-
-    Batch norm is frozen and every random draw is keyed, so the scaler is all there is to bring back.
-    """
-    scaler = run.scaler.state_dict()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    versions = [p._version for p in parameters]
-    reason = ""
-    # A plan's first step may take memory outside torch for good: workspaces, code that is loaded at its first use.
-    settling = run.meter.settle(f"a step at {decision.plan}") if decision.new else nullcontext()
-    with settling, run.meter.cap(decision.limit):
-        try:
-            terms = forward_backward(run, batch, decision)
-            run.scaler.step(optimizer)
-            run.scaler.update()
-            return terms, ""
-        except Exception as error:  # its traceback holds tensors: leave the block before going on
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).partition("\n")[0]
-    if versions != [p._version for p in parameters]:
-        raise InputError(
-            f"memory ran out in the middle of an update ({reason}); go on from the last checkpoint with --resume, and "
-            "more --mem-budget"
-        )
-    run.scaler = run.new_scaler(scaler)
-    return None, reason
+    seeds = [seed_of(run.config.seed, "dropout", stage, epoch, sample.index) for sample in samples]
+    return video_dropout(features_BCL, run.config.head.dropout, seeds)
 
 
 def patiently(run: Run, decide: Callable[[], Decision]) -> Decision:
@@ -202,7 +207,7 @@ def patiently(run: Run, decide: Callable[[], Decision]) -> Decision:
         try:
             return decide()
         except NothingFits as error:
-            if run.meter.available() >= run.budget or time.monotonic() > deadline:
+            if run.machine.meter.available() >= run.machine.budget or time.monotonic() > deadline:
                 raise
             if not waited:
                 run.log.say(f"{error}; waiting up to {PATIENCE_SECONDS:.0f} s for it")

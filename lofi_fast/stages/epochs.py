@@ -1,0 +1,145 @@
+"""The one loop over epochs and steps: learning rate, progress, log, checkpoints, and the guard against divergence.
+
+Pretrain, joint and head are `Stage`s: they say what a step is, and `train` runs them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lofi_fast.config import StageConfig
+from lofi_fast.errors import InputError
+from lofi_fast.head.protocol import total
+from lofi_fast.optim import learning_rate, make_optimizer, set_learning_rate
+from lofi_fast.run import events
+from lofi_fast.run.checkpoint import Position
+from lofi_fast.run.state import Run
+
+NOT_FINITE_STEPS = 5  # in a row, after which a stage is given up
+LEAST_SCALE = 1.0  # of the gradient scaler: infinite gradients are its own business as long as it is larger
+
+
+@dataclass(frozen=True)
+class Done:
+    """One optimiser step."""
+
+    loss: float
+    videos: Sequence[str]
+    not_finite: str  # "loss" or "gradient", and then nothing was updated; empty otherwise
+    note: str  # for the progress bar
+    logged: Mapping[str, Any] = field(default_factory=dict)  # further fields of its event
+
+
+class Stage(Protocol):
+    """What differs between the stages."""
+
+    name: str
+    lr_flag: str  # that lowers the learning rate
+    optimizer: Optimizer
+    modules: dict[str, nn.Module]  # that learn beside encoder and head
+
+    def begin(self, epoch: int, first: int) -> int:
+        """Make ready for the steps of an epoch from the `first` on. Returns how many the whole epoch has."""
+
+    def step(self, epoch: int, step: int) -> Done:
+        """One optimiser step; they come in order."""
+
+    def end(self, epoch: int) -> None:
+        """After the last step of an epoch, before it is saved: validate, log."""
+
+
+def new_optimizer(run: Run, config: StageConfig, *modules: nn.Module) -> Optimizer:
+    """Of the modules' parameters."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return make_optimizer(config, parameters, run.config.optimizer_impl)
+
+
+def optimizer_of(run: Run, config: StageConfig, *modules: nn.Module) -> Optimizer:
+    """The same, where a resumed run left it."""
+    optimizer = new_optimizer(run, config, *modules)
+    if state := run.optimizer_state():
+        optimizer.load_state_dict(state)
+    return optimizer
+
+
+def train(run: Run, stage: Stage, config: StageConfig) -> None:
+    """Run a stage from the run's position to its end, or until the run is told to stop.
+
+    Raises InputError when loss or gradients were not finite for `NOT_FINITE_STEPS` steps in a row.
+    """
+    start, in_a_row = run.position, 0
+    for epoch in range(start.epoch, config.epochs):
+        first = start.step if epoch == start.epoch else 0
+        count = stage.begin(epoch, first)
+        with run.log.progress(f"{stage.name} {epoch + 1}/{config.epochs}", count, first) as advance:
+            for step in range(first, count):
+                lr = learning_rate(config, epoch, step, count)
+                set_learning_rate(stage.optimizer, lr)
+                done = stage.step(epoch, step)
+                at: dict[str, Any] = {"stage": stage.name, "epoch": epoch, "step": step}
+                run.log.event(events.Step(**at, loss=done.loss, lr=lr, **done.logged))
+                in_a_row = in_a_row + 1 if done.not_finite else 0
+                if done.not_finite:
+                    run.log.event(
+                        events.NotFinite(**at, what=done.not_finite, videos=list(done.videos), in_a_row=in_a_row)
+                    )
+                    if in_a_row == NOT_FINITE_STEPS:
+                        raise InputError(_diverged(run, stage, done))
+                advance(step + 1, done.note)
+                after = Position(stage.name, epoch, step + 1)
+                if run.stop():
+                    return run.save(after, stage.optimizer, **stage.modules)
+                run.save_when_due(after, stage.optimizer, **stage.modules)
+        stage.end(epoch)
+        run.save(Position(stage.name, epoch + 1), stage.optimizer, **stage.modules)
+    run.finish(stage.name)
+
+
+def _diverged(run: Run, stage: Stage, done: Done) -> str:
+    return (
+        f"{stage.name}: the {done.not_finite} was not finite in {NOT_FINITE_STEPS} steps in a row, the last with "
+        f"{', '.join(done.videos[:2])}: the training has diverged; {run.last_good()}; start again with a lower "
+        f"{stage.lr_flag} and another --out"
+    )
+
+
+def numbers(parts: Sequence[Mapping[str, Tensor]]) -> tuple[float, dict[str, float]]:
+    """(loss, its terms by name) of a batch, from the terms of its parts. Synchronises with the device."""
+    terms = {name: torch.stack([part[name].detach() for part in parts]).sum(0) for name in parts[0]}
+    return float(total(terms)), {name: float(term) for name, term in terms.items()}
+
+
+def update(run: Run, optimizer: Optimizer, loss: float) -> str:
+    """Apply the gradients, unless the loss or one of them is not finite: then nothing changes, and it is named.
+
+    Under fp16 the scaler skips steps whose scaled gradients overflow, and lowers its scale. That is named only once the
+    scale is so low that it cannot be the reason.
+    """
+    if not math.isfinite(loss):
+        return "loss"
+    scaler = run.scaler
+    if not scaler.is_enabled():
+        if not _finite_gradients(optimizer):
+            return "gradient"
+        optimizer.step()
+        return ""
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    return "gradient" if scaler.get_scale() < scale <= LEAST_SCALE else ""
+
+
+def _finite_gradients(optimizer: Optimizer) -> bool:
+    """Largest magnitudes are enough to tell; a sum of squares can overflow where all gradients are finite."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        return True
+    largest = torch._foreach_norm(gradients, ord=math.inf)
+    return bool(torch.stack([value.float() for value in largest]).isfinite().all())

@@ -1,0 +1,231 @@
+"""The loop over epochs: what is not finite updates nothing, is counted, and ends a stage; and a run can be stopped.
+
+The joint stage of a small run on frames that are made up, with heads whose loss breaks at chosen steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.synthetic import NoisePipeline, setting, synthetic_run
+from lofi_fast.config import Config, StageConfig
+from lofi_fast.errors import InputError
+from lofi_fast.head.gtad_head import GTADHead
+from lofi_fast.memory.settle import open_meter
+from lofi_fast.optim import make_optimizer
+from lofi_fast.run import checkpoint, events
+from lofi_fast.run.checkpoint import Position
+from lofi_fast.run.log import RunLog
+from lofi_fast.run.networks import Networks
+from lofi_fast.run.state import Run
+from lofi_fast.stages.epochs import LEAST_SCALE, NOT_FINITE_STEPS, update
+from lofi_fast.stages.joint import joint, plan_joint
+from lofi_fast.stages.pretrain import new_classifier, pretrain
+
+STEPS = 2  # of an epoch
+
+
+class Breaking(GTADHead):
+    """Its loss is NaN, or has a gradient that is, in the given calls."""
+
+    calls = 0
+    broken: Callable[[int], str] = staticmethod(lambda call: "")
+
+    def loss(self, *of: Any) -> dict[str, Tensor]:
+        terms = super().loss(*of)
+        what = self.broken(self.calls)
+        self.calls += 1
+        if what == "loss":
+            terms["classes"] = terms["classes"] * math.nan
+        elif what == "gradient":  # of the square root at 0: infinite, and times 0 it is NaN
+            terms["classes"] = terms["classes"] + (terms["classes"] * 0).sqrt()
+        return terms
+
+
+class Still(NoisePipeline):
+    """The same noise for every batch of a size: frames do not depend on what was decoded before."""
+
+    def _load(self, batch: Any, frames: Tensor, allocated: Any) -> Tensor:
+        return frames.random_(0, 256, generator=torch.Generator().manual_seed(0))
+
+
+def breaking_head(config: Config, num_features: int, num_classes: int) -> Breaking:
+    return Breaking(config.head, num_features, num_classes, config.full.num_snippets)
+
+
+@contextmanager
+def small_run(folder: Path, epochs: int, broken: Callable[[int], str] = lambda call: "") -> Iterator[Run]:
+    """A run whose joint stage is planned. Networks are the settings', so far as planning goes."""
+    config = setting(4 * 10**9, folder, tiny=True)
+    config = replace(config, joint=replace(config.joint, epochs=epochs, lr=1e-3))
+    folder.mkdir(parents=True)
+    log = RunLog(folder / "log.jsonl")
+    device = torch.device("cpu")
+    run = synthetic_run(config, device, open_meter(device), log)
+    run.pipeline, run.saves = Still(1, num_threads=1), True
+    run.plans["joint"] = plan_joint(run)
+    run.networks = Networks(head=breaking_head)
+    run.head = run.new_head("joint")
+    assert isinstance(run.head, Breaking)
+    run.head.broken = broken
+    yield run
+    run.pipeline.close()
+    log.close()
+
+
+def logged(run: Run) -> list[events.AnyEvent]:
+    return list(events.read((run.folder / "log.jsonl").read_text().splitlines()))
+
+
+def weights(run: Run) -> dict[str, Tensor]:
+    return copy.deepcopy({**run.encoder.state_dict(prefix="encoder."), **run.head.state_dict(prefix="head.")})
+
+
+def different(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_updates_nothing_and_the_next_goes_on(tmp_path: Path, what: str) -> None:
+    with small_run(tmp_path / "run", 2, lambda call: what if call == 1 else "") as run:
+        seen = []
+        run.stop = lambda: bool(seen.append(weights(run)))  # asked after every step
+        joint(run)
+        assert different(seen[0], seen[1]) == [], "the second step, which broke"
+        assert different(seen[1], seen[2]) and different(seen[2], seen[3])
+        assert all(bool(value.isfinite().all()) for value in seen[3].values())
+        assert all(p.grad is None for p in run.head.parameters())
+        steps = [event for event in logged(run) if isinstance(event, events.Step)]
+        assert [(step.epoch, step.step) for step in steps] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert [step.loss is None for step in steps] == [False, what == "loss", False, False]
+        (skipped,) = [event for event in logged(run) if isinstance(event, events.NotFinite)]
+        assert (skipped.epoch, skipped.step, skipped.what, skipped.in_a_row) == (0, 1, what, 1)
+        assert skipped.videos == steps[1].videos != []
+
+
+def test_a_stage_that_diverges_ends_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
+    with small_run(tmp_path / "run", 9, lambda call: "loss" if call >= STEPS else "") as run:
+        with pytest.raises(InputError) as error:
+            joint(run)
+        said = str(error.value)
+        assert "\n" not in said and "not finite" in said and "diverged" in said and "--joint-lr" in said
+        assert str(run.last_checkpoint) in said and "epoch" in said
+        counted = [event.in_a_row for event in logged(run) if isinstance(event, events.NotFinite)]
+        assert counted == list(range(1, NOT_FINITE_STEPS + 1))
+        content = checkpoint.load(run.last_checkpoint)
+        assert checkpoint.not_finite(content) == ""
+        # Nothing was updated since: the checkpoint of any epoch's end holds the last good weights.
+        assert different(content["head"], run.head.state_dict()) == []
+
+
+def test_steps_that_are_not_finite_now_and_then_end_nothing(tmp_path: Path) -> None:
+    pattern = [*["loss"] * (NOT_FINITE_STEPS - 1), "", *["gradient"] * (NOT_FINITE_STEPS - 1), ""]
+    with small_run(tmp_path / "run", len(pattern) // STEPS, pattern.__getitem__) as run:
+        joint(run)
+        counted = [event.in_a_row for event in logged(run) if isinstance(event, events.NotFinite)]
+        assert counted == 2 * list(range(1, NOT_FINITE_STEPS))
+
+
+def test_without_a_checkpoint_the_refusal_says_so(tmp_path: Path) -> None:
+    with small_run(tmp_path / "run", 9, lambda call: "loss") as run:
+        run.saves = False
+        with pytest.raises(InputError, match="no checkpoint was saved before"):
+            joint(run)
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(tmp_path: Path) -> None:
+    with small_run(tmp_path / "run", 1) as run:
+        run.save(Position("joint", 0, 1), None)
+        good = run.last_checkpoint.read_bytes()
+        content = checkpoint.load(run.last_checkpoint)
+        with torch.no_grad():
+            next(run.head.parameters()).view(-1)[3] = math.inf
+        with pytest.raises(InputError, match=r"last\.pt: not saved.*not finite.*diverged.*last good.*epoch 1, step 2"):
+            run.save(Position("joint", 0, 2), None)
+        assert run.last_checkpoint.read_bytes() == good
+
+        content["encoder"]["conv1.weight"][0, 0, 0, 0] = math.nan
+        checkpoint.save_atomic(content, run.last_checkpoint)
+        before = weights(run)
+        with pytest.raises(InputError, match=r"last\.pt: its weights are not finite \(encoder\.conv1\.weight\)"):
+            run.resume()
+        assert different(before, weights(run)) == []
+
+
+def test_a_run_that_is_told_to_stop_saves_after_the_step_and_goes_on_from_there(tmp_path: Path) -> None:
+    with small_run(tmp_path / "whole", 2) as run:
+        joint(run)
+        expected = weights(run)
+    with small_run(tmp_path / "stopped", 2) as run:
+        answers = iter([False, False, True])
+        run.stop = lambda: next(answers)
+        joint(run)
+        assert run.position == Position("joint", 1, 1)
+        assert Position(**checkpoint.load(run.last_checkpoint)["position"]) == run.position
+    with small_run(tmp_path / "on", 2) as run:
+        checkpoint.save_atomic(checkpoint.load(tmp_path / "stopped" / "checkpoints" / "last.pt"), run.last_checkpoint)
+        run.resume()
+        run.planner = None
+        joint(run)
+        assert different(expected, weights(run)) == []
+
+
+def test_statistics_of_batchnorm_are_as_before_when_a_step_of_pretraining_breaks(tmp_path: Path) -> None:
+    with small_run(tmp_path / "run", 1) as run:
+        run.config = replace(run.config, stages=("pretrain",), pretrain=replace(run.config.pretrain, epochs=9))
+        run.position, run.plans["pretrain"] = Position("pretrain"), {"batch": 8}
+        classifier = new_classifier(run).state_dict()
+        classifier["weight"].fill_(3e38)  # finite, and its products are not
+        before = weights(run)
+        with pytest.raises(InputError, match=r"pretrain: the loss was not finite in 5 steps .* --pretrain-lr"):
+            pretrain(run, {"classifier": classifier})
+        assert different(before, weights(run)) == []
+
+
+# The update
+
+
+def one_step(scaler: torch.amp.GradScaler, gradients: Sequence[float], loss: float = 1.0) -> tuple[str, Tensor]:
+    parameter = torch.nn.Parameter(torch.ones(len(gradients)))
+    optimizer = make_optimizer(StageConfig(1, 1, "adamw", 0.5), [parameter], "torch")
+    run: Any = type("run", (), {"scaler": scaler})
+    scaler.scale((parameter * torch.tensor(gradients)).sum()).backward()
+    return update(run, optimizer, loss), parameter.detach()
+
+
+def test_under_a_scaler_an_overflow_is_the_scalers_business_until_it_is_stuck() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4 * LEAST_SCALE, enabled=True)
+    told = []
+    for _ in range(4):
+        what, parameter = one_step(scaler, [1.0, math.inf])
+        told.append(what)
+        assert parameter.tolist() == [1.0, 1.0]
+    assert told == ["", "", "gradient", "gradient"]  # at a scale of 4, 2, 1, 1/2
+    what, parameter = one_step(scaler, [1.0, 2.0])
+    assert what == "" and parameter[0] < 1
+
+
+def test_a_loss_that_is_not_finite_leaves_the_scaler_alone() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=True)
+    assert one_step(scaler, [1.0], loss=math.nan)[0] == "loss"
+    assert scaler.get_scale() == 16.0
+
+
+@pytest.mark.parametrize("gradients", [[1e30, 3e30], [0.0, -1e-30], [1.0]], ids=["huge", "tiny", "one"])
+def test_finite_gradients_are_applied_as_by_the_optimizer_alone(gradients: list[float]) -> None:
+    what, parameter = one_step(torch.amp.GradScaler("cpu", enabled=False), gradients)
+    expected = torch.nn.Parameter(torch.ones(len(gradients)))
+    optimizer = make_optimizer(StageConfig(1, 1, "adamw", 0.5), [expected], "torch")
+    (expected * torch.tensor(gradients)).sum().backward()
+    optimizer.step()
+    assert what == "" and torch.equal(parameter, expected.detach())
