@@ -43,13 +43,18 @@ class Forecast:
         """`card` None: a CPU. Raises InputError for a budget that is no amount."""
         if config.budget.amount is None and config.budget.share is None:
             raise InputError(f'--mem-budget "{config.budget.text}": give an amount like 11GB, or a share of a --card')
+        setting = Setting.of(config, classes, 4 if card is None else 2)
+        if setting is None:
+            raise InputError(
+                f"--encoder {config.encoder.name}: its memory is not known before it has run: start lofi_fast.train, "
+                "which plans by running steps"
+            )
         if card is None:
             if config.budget.amount is None:
                 raise InputError(f'--mem-budget "{config.budget.text}": give an amount like 8GB for a CPU')
-            return Forecast(config, Setting.of(config, classes, 4), "a CPU, float32", CPU_BASE, config.budget.amount)
+            return Forecast(config, setting, "a CPU, float32", CPU_BASE, config.budget.amount)
         amount = config.budget.amount or round((config.budget.share or 0) * card.usable)
         precision = "bfloat16" if card.capability >= BF16_CAPABILITY else "float16"
-        setting = Setting.of(config, classes, 2)
         return Forecast(config, setting, f"{card}, {precision}", card.outside_torch, min(amount, card.usable))
 
     @property

@@ -20,11 +20,11 @@ from lofi_fast.budget import gigabytes
 from lofi_fast.config import STAGES, Config
 from lofi_fast.data.dataset import Dataset, Jitter, Sample, Sampler
 from lofi_fast.data.pipeline import FramePipeline, FrameRequest, pictures_of_a_run
-from lofi_fast.encoder.lean import CHUNK_PIXELS
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.encoder.weights import load_encoder_weights
 from lofi_fast.errors import InputError
 from lofi_fast.head.gtad import GTAD, video_dropout
+from lofi_fast.ledger import CHUNK_PIXELS
 from lofi_fast.memory import allocator
 from lofi_fast.memory.governor import Planner
 from lofi_fast.memory.meter import Meter, is_out_of_memory

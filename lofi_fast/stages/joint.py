@@ -96,6 +96,7 @@ def new_planner(run: Run) -> Planner:
     if config.replay is not None:
         return Replay(Path(config.replay), run.budget)
     setting = Setting.of(config, len(run.dataset.classes), run.precision.dtype.itemsize)
+    assert setting is not None, "every encoder and head that a config can name has a ledger"
 
     def ledger(plan: Plan) -> int:
         parted = plan.micro_batch < config.joint.batch
