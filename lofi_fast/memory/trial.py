@@ -1,20 +1,27 @@
-"""Planning by running: the highest candidate whose step, run for real, fits the budget."""
+"""Planning by running, where no ledger says what a step needs.
+
+`highest_fitting` is for a few candidates: it runs them until it knows the highest that fits the budget. `learn_ledger`
+is for the joint stage, whose governor chooses again at every step among hundreds of plans: it runs two of them and
+draws a line through what they took, which the governor then uses in place of a ledger. Its trials, its margin and its
+retries make up for what a straight line does not know.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
 
 from lofi_fast.budget import gigabytes
 from lofi_fast.errors import InputError
-from lofi_fast.memory.plans import T
+from lofi_fast.memory.plans import Plan, T
 
 MARGIN = 0.05  # of the budget, kept free: what one and the same step's peak was seen to vary by
 PATIENCE = 6  # readings after which lines are no longer trusted, and what is left is halved
+SECOND_TRIES = 3  # plans that are tried for the second reading of a line, each smaller than the one before
 
 
-# Planning by running
+# A few candidates
 
 
 @dataclass(frozen=True)
@@ -87,3 +94,114 @@ def _line(points: list[tuple[float, int]], cost: float) -> float:
     """Peak at `cost` on the straight line through the two dearest readings."""
     (x0, y0), (x1, y1) = sorted(points)[-2:]
     return y1 if x1 == x0 else y1 + (y1 - y0) / (x1 - x0) * (cost - x1)
+
+
+# A ledger for the governor
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes that a step adds: fixed + for_pixel * (micro_batch * Omega)."""
+
+    fixed: float
+    for_pixel: float
+
+    @staticmethod
+    def through(first: tuple[int, int], second: tuple[int, int] | None) -> Line:
+        """Through readings (micro_batch * Omega, bytes), the smaller first. Neither part is ever negative: bytes that
+        grow faster than in proportion, or that are known at one size only, are taken to be in proportion.
+        """
+        (x, y), (more_x, more_y) = first, second or first
+        slope = max(more_y - y, 0) / (more_x - x) if more_x > x else 0.0
+        fixed = y - slope * x
+        return Line(fixed, slope) if slope and fixed >= 0 else Line(0.0, max(y / x, more_y / more_x))
+
+
+@dataclass(frozen=True)
+class LearnedLedger:
+    """What `learn_ledger` found: called with a plan, it gives the bytes that a step adds at its peak to the process.
+
+    With and without recomputation each have a line of their own.
+    """
+
+    kept: Line | None
+    recomputed: Line | None
+
+    def __call__(self, plan: Plan) -> int:
+        line = self.recomputed if plan.recompute else self.kept
+        if line is None:
+            raise ValueError(
+                f"{plan}: nothing was learned about plans {'with' if plan.recompute else 'without'} recompute"
+            )
+        return round(line.fixed + line.for_pixel * _pixels(plan))
+
+    def to_json(self) -> dict[str, list[float] | None]:
+        """For a checkpoint: a run that goes on must plan with the same numbers."""
+        lines = {"kept": self.kept, "recomputed": self.recomputed}
+        return {name: None if line is None else [line.fixed, line.for_pixel] for name, line in lines.items()}
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> LearnedLedger:
+        lines = (content["kept"], content["recomputed"])
+        return LearnedLedger(*(None if line is None else Line(*line) for line in lines))
+
+
+def learn_ledger(
+    plans: Sequence[Plan],
+    measure: Callable[[Plan], int | None],
+    held: Callable[[], int],
+    limit: int,
+    refusal: str,
+) -> LearnedLedger:
+    """Find out what steps need by running two of `plans` for each setting of recompute: the smallest, and the largest
+    that fits if bytes are in proportion to pixels.
+
+    `measure` runs a step that updates nothing and gives its peak in bytes as the process holds them, None when memory
+    ran out; `held` is what the process holds between steps; `limit` is what it may hold. Each shape of a step should
+    come with one size of the encoder's graph: a line knows nothing of chunks. Raises InputError, ending with `refusal`,
+    when no plan's step goes through.
+    """
+    rising = sorted(plans, key=_pixels)
+    settings = {again: [plan for plan in rising if plan.recompute == again] for again in (False, True)}
+    measure(min(rising, key=lambda plan: (_pixels(plan), not plan.recompute)))  # a process's first step loads code
+    lines: dict[bool, Line | None] = {}
+    ran = False
+    for again, alike in settings.items():
+        lines[again] = None
+        if not alike:
+            continue
+        smallest, base = alike[0], held()
+        peak = measure(smallest)
+        if peak is None:  # all that is known is that it needs more than there is
+            lines[again] = Line(0.0, limit / _pixels(smallest))
+            continue
+        ran = True
+        first = (_pixels(smallest), max(peak - base, 1))
+        second = _second_reading(alike, measure, base, int(limit * (1 - MARGIN)) - base, first)
+        lines[again] = Line.through(first, second)
+    if not ran:
+        raise InputError(
+            f"nothing fits: the smallest step ({rising[0]}) needs more than the {gigabytes(limit)} that can be had; "
+            f"{refusal}"
+        )
+    return LearnedLedger(lines[False], lines[True])
+
+
+def _second_reading(
+    rising: Sequence[Plan], measure: Callable[[Plan], int | None], base: int, room: int, first: tuple[int, int]
+) -> tuple[int, int] | None:
+    """(micro_batch * Omega, bytes) of the largest plan that should fit in `room`; None where no larger one does."""
+    pixels, added = first
+    larger = [plan for plan in rising if pixels < _pixels(plan) <= room * pixels / added]
+    for _ in range(SECOND_TRIES):
+        if not larger:
+            return None
+        peak = measure(larger[-1])
+        if peak is not None:
+            return _pixels(larger[-1]), max(peak - base, 1)
+        larger = larger[: len(larger) // 2]
+    return None
+
+
+def _pixels(plan: Plan) -> int:
+    return plan.micro_batch * plan.omega
