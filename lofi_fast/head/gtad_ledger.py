@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from lofi_fast.config import HeadConfig
@@ -125,7 +126,8 @@ def held_bytes(h: Head, e: int, dropout: bool, class_loss: bool) -> Held:
     return Held(saved, given + features + logits + e * h.cells * h.num_scores + 5 * FLOAT - saved)
 
 
-def head_stages(h: Head, e: int, dropout: bool, class_loss: bool) -> list[Stage]:
+@lru_cache(maxsize=1024)
+def head_stages(h: Head, e: int, dropout: bool, class_loss: bool) -> tuple[Stage, ...]:
     """The head and the loss, from the features on. `e`: bytes of a number in an activation.
 
     Under autocast autograd keeps the cast inputs and weights of convolutions; align_linear keeps what it was given.
@@ -163,7 +165,7 @@ def head_stages(h: Head, e: int, dropout: bool, class_loss: bool) -> list[Stage]
     )
     rows = e * h.steps * h.num_features
     z_made = z_scores + cast * h.classifier.weight + (rows if cast or dropout else 0)
-    return [
+    return (
         # The scaled mask and what it leaves, which a classifier without a loss does not give back (`Held`).
         Stage("dropout", features * (2 if class_loss else 1) if dropout else 0, backward=features, pending=features),
         Stage(
@@ -222,7 +224,7 @@ def head_stages(h: Head, e: int, dropout: bool, class_loss: bool) -> list[Stage]
             backward=FLOAT * h.cells + (2 * scores if class_loss else 0),
             pending=FLOAT * h.cells + (e * h.cells * h.num_scores if class_loss else 0),
         ),
-    ]
+    )
 
 
 # The head in a step

@@ -22,10 +22,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import LARGEST_STEP, Fidelity, Pattern
 from lofi_fast.memory.meter import Memory
-from lofi_fast.memory.plans import PRIOR, Plan, Prior, first_fitting, fit, refusal, relative_cost
+from lofi_fast.memory.plans import PRIOR, Device, Plan, Prior, fit, refusal, relative_cost, worthwhile
 from lofi_fast.memory.ranks import _agree, _highest_of_all
 
 T = TypeVar("T", int, float)
@@ -41,7 +44,7 @@ RECENT = 8  # readings of the base, and of what a plan added, of which the large
 UNSEEN = 0.02  # of what a plan adds, more for one that was never run
 FEW = 0.12  # and this, divided by the number of plans that were run
 TRIALS = 3
-VERSION = 1  # of the file of readings
+VERSION = 2  # of the file of readings
 
 
 class NothingFits(InputError):
@@ -92,6 +95,7 @@ class Decision:
             "side": self.plan.fidelity.side,
             "micro_batch": self.plan.micro_batch,
             "recompute": self.plan.recompute,
+            "chunk": self.plan.chunk,
             "reduced_from": None if source is None else [source.num_snippets, source.side],
             "predicted": self.predicted,
             "base": self.base,
@@ -148,14 +152,18 @@ class Governor:
         self, meter: Gauge, budget: int, ledger: Callable[[Plan], int], candidates: Mapping[Pattern, Sequence[Plan]],
         say: Callable[[str], None], *, prior: Prior = PRIOR,
         changes: Mapping[Pattern, Sequence[tuple[str, Plan]]] | None = None, pending: Callable[[], int] = lambda: 0,
+        device: Device | None = None,
     ) -> None:  # fmt: skip
         self.budget = budget
-        self._meter, self._say, self._prior, self._pending = meter, say, prior, pending
-        self._plans = {pattern: tuple(plans) for pattern, plans in candidates.items()}
+        self._meter, self._say, self._prior, self._pending, self._device = meter, say, prior, pending, device
+        self._plans = {pattern: tuple(worthwhile(plans, ledger)) for pattern, plans in candidates.items()}
         self._index = {p: {plan: i for i, plan in enumerate(plans)} for p, plans in self._plans.items()}
         self._changes = dict(changes or {})
         asked = [*self._plans.values(), *([plan for _, plan in offers] for offers in self._changes.values())]
         self._ledger = {plan: ledger(plan) for plans in asked for plan in plans}
+        self._ledgers = {p: np.array([self._ledger[plan] for plan in plans]) for p, plans in self._plans.items()}
+        self._needs: dict[Pattern, NDArray[np.float64]] = {}  # of all plans, beyond the base; see `_first_fitting`
+        self._options: dict[tuple[Pattern, Plan], tuple[Plan, ...]] = {}  # see `_lower`
         self._records: dict[Plan, _Record] = {}
         self._off: dict[Plan, tuple[int, int]] = {}  # (limit, base) that a plan failed at: it needs more than that
         self._available: deque[int] = deque(maxlen=STEADY)
@@ -164,7 +172,7 @@ class Governor:
         self._good: int | None = None  # the last reading of what can be had that made sense
         self._free = self._base = self._learned = self._trials = 0
         self._last: Plan | None = None
-        self._device: int | None = None  # its memory
+        self._memory: int | None = None  # of the device
         self._faulty = False
         self._said: set[str] = set()
         self._refit()
@@ -178,14 +186,15 @@ class Governor:
         plans, room = self._plans[pattern], self._room(self._free)
         steady = self._room(min(self._available))
         spare = (1 - LARGEST_STEP) * self._room(min(list(self._available)[-CLEAN:]))
-        plan = first_fitting(plans, self.need, math.floor(max(steady, spare)))
-        if plan is None:  # there was not enough until now: begin low
-            plan = min(plans, key=self.need)
-        index = self._index[pattern][plan] if self.need(plan) <= room else len(plans)
+        index = self._first_fitting(pattern, math.floor(max(steady, spare)))
+        if index == len(plans):  # there was not enough until now: begin low
+            index = self._index[pattern][min(plans, key=self.need)]
+        if self.need(plans[index]) > room:
+            index = len(plans)
         index = _agree(index, lambda i: self.need(plans[i]) <= room, len(plans))
         if index == len(plans):
             raise self._nothing_fits(pattern)
-        best = first_fitting(plans, self.need, room) == plans[index]
+        best = self._first_fitting(pattern, room) == index
         reason = "the best that fits" if best else "up when memory stays"
         return self._decide(pattern, epoch, step, plans[index], reason)
 
@@ -240,19 +249,7 @@ class Governor:
 
     def _lower(self, decision: Decision, start: int, reason: str, *, agreeing: bool) -> Decision:
         """The first that fits of the plan itself and those below it, from the `start`-th on."""
-        room = self._room(self._free)
-        plans, index = self._plans[decision.pattern], self._index[decision.pattern][decision.plan]
-        whole, size = decision.plan.fidelity, decision.plan.micro_batch
-        below = [
-            plan
-            for plan in plans[index + 1 :]
-            if plan.fidelity.num_snippets <= whole.num_snippets and plan.fidelity.side <= whole.side
-        ]
-        options = [
-            decision.plan,
-            *(plan for plan in below if plan.micro_batch == size),
-            *(plan for plan in below if plan.micro_batch < size),
-        ]
+        room, options = self._room(self._free), self._lower_plans(decision.pattern, decision.plan)
         chosen = next((i for i in range(start, len(options)) if self.need(options[i]) <= room), len(options))
         if agreeing:
             chosen = _agree(chosen, lambda i: self.need(options[i]) <= room, len(options))
@@ -261,6 +258,22 @@ class Governor:
         reason = reason if chosen else decision.reason
         made = self._decide(decision.pattern, decision.epoch, decision.step, options[chosen], reason)
         return replace(made, requested=decision.requested)
+
+    def _lower_plans(self, pattern: Pattern, plan: Plan) -> tuple[Plan, ...]:
+        """The plan itself and those below it whose frames can be cut out of its own, as many videos at once first."""
+        if (pattern, plan) not in self._options:
+            whole, size = plan.fidelity, plan.micro_batch
+            below = [
+                lower
+                for lower in self._plans[pattern][self._index[pattern][plan] + 1 :]
+                if lower.fidelity.num_snippets <= whole.num_snippets and lower.fidelity.side <= whole.side
+            ]
+            self._options[pattern, plan] = (
+                plan,
+                *(lower for lower in below if lower.micro_batch == size),
+                *(lower for lower in below if lower.micro_batch < size),
+            )
+        return self._options[pattern, plan]
 
     def _decide(self, pattern: Pattern, epoch: int, step: int, plan: Plan, reason: str) -> Decision:
         limit = min(self.budget, self._free)
@@ -290,6 +303,27 @@ class Governor:
             return predicted
         return predicted + math.ceil(self._allowance * (predicted - self._base))
 
+    def _first_fitting(self, pattern: Pattern, room: int) -> int:
+        """The index of the first plan of a pattern whose `need` is within `room`; their number where none is.
+
+        There may be thousands of plans, so all needs beyond the base are kept until something is learned.
+        """
+        index = self._index[pattern]
+        if pattern not in self._needs:
+            ledgers = self._ledgers[pattern]
+            added = np.maximum(np.ceil(self.fit.scale * ledgers + self.fit.extra), ledgers)
+            verified = np.zeros(len(index), dtype=bool)
+            for plan, record in self._records.items():
+                if plan in index:
+                    added[index[plan]] = max(record.added, self._ledger[plan])
+                    verified[index[plan]] = record.runs > 0
+            self._needs[pattern] = added + np.where(verified, 0.0, np.ceil(self._allowance * added))
+        fitting = self._needs[pattern] <= room - self._base
+        for plan in self._off:
+            if plan in index:
+                fitting[index[plan]] = self.need(plan) <= room
+        return int(fitting.argmax()) if fitting.any() else len(index)
+
     def _refit(self) -> None:
         """The two scalars, and how much more a plan that was never run may need than they say."""
         readings = [(self._ledger[plan], record.added) for plan, record in self._records.items()]
@@ -297,6 +331,7 @@ class Governor:
             if plan not in self._records or limit - base > self._records[plan].added:
                 readings.append((self._ledger[plan], max(limit - base, 0)))
         self.fit = fit(readings, self._prior)
+        self._needs.clear()
         over = [added / max(self.fit.added(ledger), 1) - 1 for ledger, added in readings]
         self._allowance = max(UNSEEN, _quantile(over, OVER)) + FEW / len(over) if over else 0.0
 
@@ -318,7 +353,8 @@ class Governor:
         known = {p: r.seconds for p, r in self._records.items() if r.seconds is not None}
         if not known:
             return None
-        return sum(known.values()) * relative_cost(plan, full) / sum(relative_cost(p, full) for p in known)
+        costs = sum(relative_cost(p, full, self._device) for p in known)
+        return sum(known.values()) * relative_cost(plan, full, self._device) / costs
 
     def table(self, pattern: Pattern, full: Fidelity) -> list[dict[str, Any]]:
         """What is thought of each plan of a pattern, best first; for plan.json, the report and the command `plan`."""
@@ -330,7 +366,7 @@ class Governor:
                     "plan": plan.to_json(),
                     "predicted": self.predict(plan),
                     "measured": record.peak if record is not None and record.runs else None,
-                    "cost": round(relative_cost(plan, full), 4),
+                    "cost": round(relative_cost(plan, full, self._device), 4),
                     "seconds": self.seconds(plan, full),
                     "failed_at": self._off[plan][0] if plan in self._off else None,
                 }
@@ -379,7 +415,7 @@ class Governor:
     def _worth_trying(self, pattern: Pattern) -> Plan:
         """The best plan that is thought to fit; before a refusal the smallest, if it can fit at all."""
         plans, room = self._plans[pattern], self._room(self._free)
-        index = next((i for i, plan in enumerate(plans) if self.need(plan) <= room), len(plans))
+        index = self._first_fitting(pattern, room)
         index = _agree(index, lambda i: self.need(plans[i]) <= room, len(plans))
         if index < len(plans):
             return plans[index]
@@ -418,7 +454,7 @@ class Governor:
             if content["version"] != VERSION or content["key"] != json.loads(json.dumps(dict(key))):
                 self._say(f"{path}: readings of memory of another machine or model are not used")
                 return False
-            found = {Plan.from_json(row[:4]): _count(row[4]) for row in content["readings"]}
+            found = {Plan.from_json(plan): _count(added) for *plan, added in content["readings"]}
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -482,11 +518,11 @@ class Governor:
 
     def _total(self) -> float:
         """Of the device; without an end while that cannot be read."""
-        if self._device is None:
+        if self._memory is None:
             with suppress(Exception):
                 total = self._meter.total()
-                self._device = total if total > 0 else None
-        return math.inf if self._device is None else self._device
+                self._memory = total if total > 0 else None
+        return math.inf if self._memory is None else self._memory
 
     def _once(self, kind: str, text: str) -> None:
         if kind not in self._said:

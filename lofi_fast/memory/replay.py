@@ -27,14 +27,15 @@ class RecordedStep(msgspec.Struct, frozen=True):
     side: int
     micro_batch: int
     recompute: bool = False
+    chunk: int = 0  # not recorded: as many snippets to a graph as the encoder takes by itself
     reduced_from: list[int] | None = None  # [num_snippets, side]
 
     def plans(self) -> tuple[Plan, Plan]:
         """(plan that was run, plan whose frames were asked for). Raises ValueError for what is no plan."""
-        plan = Plan.from_json([self.num_snippets, self.side, self.micro_batch, int(self.recompute)])
+        plan = Plan.from_json([self.num_snippets, self.side, self.micro_batch, int(self.recompute), self.chunk])
         if self.reduced_from is None:
             return plan, plan
-        return plan, Plan.from_json([*self.reduced_from, plan.micro_batch, int(plan.recompute)])
+        return plan, Plan.from_json([*self.reduced_from, plan.micro_batch, int(plan.recompute), plan.chunk])
 
 
 class Replay:

@@ -89,6 +89,7 @@ class Step(Event, frozen=True, kw_only=True, tag="step"):
     side: int = 0
     micro_batch: int = 0
     recompute: bool = False
+    chunk: int = 0  # snippets in one graph of the encoder; 0: not recorded
     reduced_from: list[int] | None = None  # [num_snippets, side] that the frames were decoded at, where it was higher
     predicted: int = 0
     peak: int | None = None

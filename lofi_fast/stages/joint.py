@@ -12,7 +12,7 @@ from lofi_fast.budget import gigabytes
 from lofi_fast.data.dataset import Sample
 from lofi_fast.fidelity import CYCLE, Pattern, ladder, phase
 from lofi_fast.memory.governor import Decision, Governor, Planner
-from lofi_fast.memory.plans import Plan, candidates, remedies
+from lofi_fast.memory.plans import Device, Plan, candidates, remedies
 from lofi_fast.memory.replay import Replay
 from lofi_fast.memory.step_bytes import Setting, step_bytes
 from lofi_fast.optim import learning_rate, make_optimizer, set_learning_rate
@@ -100,16 +100,20 @@ def new_planner(run: Run) -> Planner:
 
     def ledger(plan: Plan) -> int:
         parted = plan.micro_batch < config.joint.batch
-        return step_bytes(setting, plan.fidelity, plan.micro_batch, recompute=plan.recompute, accumulates=parted).added
+        return step_bytes(
+            setting, plan.fidelity, plan.micro_batch, recompute=plan.recompute, chunk=plan.chunk, accumulates=parted
+        ).added
 
+    device: Device = "cuda" if run.device.type == "cuda" else "cpu"
     plans, changes = {}, {}
     for pattern in patterns_of(run):
         rungs = ladder(pattern, config.full, config.min_cut, config.max_cut)
-        levers = (rungs, config.joint.batch, config.policy, config.micro_batch, config.recompute)
+        levers = (rungs, config.joint.batch, config.policy, config.micro_batch, config.recompute, device)
         plans[pattern], changes[pattern] = candidates(*levers), remedies(*levers)
     return Governor(
-        run.meter, run.budget, ledger, plans, run.log.say, changes=changes, pending=lambda: run.pipeline.pending
-    )
+        run.meter, run.budget, ledger, plans, run.log.say,
+        changes=changes, pending=lambda: run.pipeline.pending, device=device,
+    )  # fmt: skip
 
 
 def trial(run: Run, optimizer: torch.optim.Optimizer, samples: Sequence[Sample], decision: Decision) -> int | None:
@@ -171,6 +175,7 @@ def plan_joint(run: Run) -> dict[str, dict[str, Any]]:
             "batch": config.joint.batch,
             "micro_batch": decision.plan.micro_batch,
             "recompute": decision.plan.recompute,
+            "chunk": decision.plan.chunk,
             "predicted": decision.predicted,
             "peak": measured.get((rung.num_snippets, rung.side)),
             "measured": [[*of, peak] for of, peak in measured.items()],

@@ -114,7 +114,7 @@ def forward_backward(run: Run, batch: Batch, decision: Decision) -> LossTerms:
             with run.precision.autocast(run.device):
                 features_NC = encode(
                     run.encoder, frames, FRAMES_PER_SNIPPET,
-                    recompute=plan.recompute, eight_bit=config.kept_maps == "8bit",
+                    chunk=plan.chunk or None, recompute=plan.recompute, eight_bit=config.kept_maps == "8bit",
                 )  # fmt: skip
                 features_BCL = features_NC.unflatten(0, (len(samples), -1)).transpose(1, 2)
                 output = run.head(run.dropout(features_BCL, samples, "joint", epoch))
