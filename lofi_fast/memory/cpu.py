@@ -14,7 +14,7 @@ import torch
 
 from lofi_fast.memory import allocator
 from lofi_fast.memory.cgroups import ControlGroup, control_groups
-from lofi_fast.memory.meter import Faults, Memory
+from lofi_fast.memory.meter import Faults, Memory, finish_backward, is_out_of_memory
 
 GROUPS_SECONDS = 30.0  # between two looks for control groups and their limits
 
@@ -75,13 +75,11 @@ class CpuMeter:
         return groups
 
     @contextmanager
-    def settle(self, event: str) -> Iterator[None]:
+    def settle(self, event: str, once: bool = False) -> Iterator[None]:
         yield  # the resident set has everything
 
     def release(self) -> None:
-        # A backward that was broken off leaves what it did not come to in this thread's queue of autograd's engine, and
-        # its graph with it, until the next one begins.
-        torch.zeros((), requires_grad=True).backward()
+        finish_backward(torch.device("cpu"))
         if allocator.installed():  # glibc, as `settle_glibc` sets it, does so by itself
             allocator.release()
 
@@ -114,6 +112,9 @@ class CpuMeter:
             yield
         finally:
             allocator.limit(None)
+
+    def ran_out(self, error: BaseException) -> bool:
+        return is_out_of_memory(error)
 
 
 def _limited_groups() -> list[tuple[ControlGroup, int]]:

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 import torch
 
 from lofi_fast.memory.cards import assumed_context
-from lofi_fast.memory.meter import Faults, Memory
+from lofi_fast.memory.meter import Faults, Memory, finish_backward, is_out_of_memory, may_be_out_of_memory
 
 SEGMENT = 20 << 20  # torch maps its expandable segments in pieces of this size: so far a cap can be overrun
 SAME_DEVICE = (0.9, 1.02)  # CUDA's total memory over NVML's: below, NVML shows the whole card and CUDA a slice of it
 CONTEXT = (64 << 20, 3 << 30)  # what one can take; a reading outside says that it was there before, or others moved
 JUMP = 0.1  # of the device's memory: a change of others' memory between two readings that is read again
 RETRY_SECONDS = 10.0  # after NVML failed
+NEAR = 0.9  # of what torch may hold: having held so much, a library that found no memory for itself is believed
 
 
 class _Nvml:
@@ -175,7 +176,10 @@ class GpuMeter:
         return int(stats[f"{kind}_bytes"]["all"][key]) if stats else 0  # empty before CUDA is used
 
     @contextmanager
-    def settle(self, event: str) -> Iterator[None]:
+    def settle(self, event: str, once: bool = False) -> Iterator[None]:
+        if once and event in self.booked:
+            yield
+            return
         before = self._quiet()
         try:
             yield
@@ -210,6 +214,10 @@ class GpuMeter:
         return self.reading().available
 
     def release(self) -> None:
+        """The cache is emptied last: until the device is done with it, a block cannot be given back."""
+        finish_backward(torch.device("cpu"))
+        finish_backward(torch.device("cuda", self._index))
+        torch.cuda.synchronize(self._index)
         torch.cuda.empty_cache()
 
     def reset_peak(self) -> None:
@@ -242,6 +250,18 @@ class GpuMeter:
             yield
         finally:
             torch.cuda.set_per_process_memory_fraction(before, self._index)
+
+    def ran_out(self, error: BaseException) -> bool:
+        """cuDNN and cuBLAS are believed only where torch has held nearly all that it may: elsewhere their words have
+        another cause, and a step tried again with less memory would fail with the same words, which are then raised.
+        """
+        if is_out_of_memory(error):
+            return True
+        if not may_be_out_of_memory(error):
+            return False
+        reserved = self._torch()
+        share = torch.cuda.get_per_process_memory_fraction(self._index) * self._total
+        return self._torch(key="peak") >= NEAR * min(share, reserved + self._free(reserved))
 
 
 def _words(error: BaseException) -> str:

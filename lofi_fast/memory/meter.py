@@ -19,6 +19,11 @@ _OUT_OF_MEMORY = (
     "out of memory", "can't allocate", "cannot allocate memory", "bad_alloc", "alloc_failed", "allocation_failed",
     "allocation failed", "could not create a primitive", "could not create a memory",
 )  # fmt: skip
+# What cuDNN and cuBLAS say when they find no memory for a workspace or a handle, and for other reasons too.
+_PERHAPS_OUT_OF_MEMORY = (
+    "unable to find an engine to execute this computation", "unable to find a valid cudnn algorithm",
+    "cudnn_status_not_initialized", "cudnn_status_not_supported", "cublas_status_not_initialized",
+)  # fmt: skip
 # In a kernel of ours built against the stable ABI of torch before 2.13, a failed call loses its reason. Calls that do
 # nothing but allocate (for `contiguous`, and copy) fail for want of memory alone.
 _ALLOCATING_CALL = re.compile(r"(aten::|aoti_torch_(aten_)?)(new_)?(empty|contiguous)\w*.* api call failed", re.DOTALL)
@@ -65,8 +70,10 @@ class Meter(Protocol):
     def available(self) -> int:
         """What this process could hold: its own plus what is free."""
 
-    def settle(self, event: str) -> AbstractContextManager[None]:
-        """Context around an event that takes memory which torch does not know: what it took counts as ours."""
+    def settle(self, event: str, once: bool = False) -> AbstractContextManager[None]:
+        """Context around an event that takes memory which torch does not know: what it took counts as ours. With `once`
+        only the first event of that name in this process counts.
+        """
 
     def release(self) -> None:
         """Give memory that is held but not used back to the device, where it can be given back."""
@@ -83,6 +90,9 @@ class Meter(Protocol):
     def cap(self, limit: int) -> AbstractContextManager[None]:
         """Context in which an allocation beyond `limit` fails inside this process, so that a neighbour never pays."""
 
+    def ran_out(self, error: BaseException) -> bool:
+        """Whether an exception, raised under the cap, means that memory ran out."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on a GPU or a CPU, whichever library raised it."""
@@ -94,6 +104,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         any(words in text for words in _OUT_OF_MEMORY) or _ALLOCATING_CALL.search(text) is not None
     )
+
+
+def may_be_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception is one that libraries raise for want of memory, but not for that alone."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _PERHAPS_OUT_OF_MEMORY)
+
+
+def finish_backward(device: torch.device) -> None:
+    """Let go of what a backward pass that was broken off still holds: the rest of it waits in the queue of autograd's
+    engine for `device`, and its graph with it, until the next backward pass begins.
+    """
+    torch.zeros((), requires_grad=True, device=device).backward()
 
 
 class Faults:

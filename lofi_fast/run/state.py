@@ -27,7 +27,7 @@ from lofi_fast.head.gtad import GTAD, video_dropout
 from lofi_fast.ledger import CHUNK_PIXELS
 from lofi_fast.memory import allocator
 from lofi_fast.memory.governor import Planner
-from lofi_fast.memory.meter import Meter, is_out_of_memory
+from lofi_fast.memory.meter import Meter
 from lofi_fast.memory.trial import Choice, Reading, highest_fitting
 from lofi_fast.precision import Precision
 from lofi_fast.run import checkpoint, events
@@ -59,9 +59,10 @@ class Run:
         self.encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.head = self.new_head("joint")
         largest = max(s.cached.width * s.cached.height for samples in dataset.samples.values() for s in samples)
-        self.pipeline = FramePipeline(
-            pictures_of_a_run(largest, device.type), device.type, num_threads=min(os.cpu_count() or 1, 8)
-        )
+        with meter.settle("the frame pipeline"):
+            self.pipeline = FramePipeline(
+                pictures_of_a_run(largest, device.type), device.type, num_threads=min(os.cpu_count() or 1, 8)
+            )
         self.scaler = self.new_scaler()
         self.position = Position(config.stages[0])
         self.plans: dict[str, Any] = {}
@@ -122,7 +123,7 @@ class Run:
             try:
                 step()
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not self.meter.ran_out(error):
                     raise
                 failed = True  # the traceback holds tensors: leave the except block before going on
         peak = self.meter.peak()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -20,7 +19,6 @@ from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
 from lofi_fast.head.loss import Counts, LossTerms, tal_loss
 from lofi_fast.head.targets import Targets, make_targets
 from lofi_fast.memory.governor import Decision, NothingFits, Planner
-from lofi_fast.memory.meter import is_out_of_memory
 from lofi_fast.run import events
 from lofi_fast.run.state import Run
 
@@ -173,8 +171,10 @@ def attempt(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     versions = [p._version for p in parameters]
     reason = ""
-    # A plan's first step may take memory outside torch for good: workspaces, code that is loaded at its first use.
-    settling = run.meter.settle(f"a step at {decision.plan}") if decision.new else nullcontext()
+    # The first step of a plan, and of a process, may take memory outside torch for good: workspaces, code that is
+    # loaded at its first use.
+    event = f"a step at {decision.plan}" if decision.new else "the first step of the process"
+    settling = run.meter.settle(event, once=not decision.new)
     with settling, run.meter.cap(decision.limit):
         try:
             terms = forward_backward(run, batch, decision)
@@ -182,7 +182,7 @@ def attempt(
             run.scaler.update()
             return terms, ""
         except Exception as error:  # its traceback holds tensors: leave the block before going on
-            if not is_out_of_memory(error):
+            if not run.meter.ran_out(error):
                 raise
             reason = str(error).partition("\n")[0]
     if versions != [p._version for p in parameters]:
