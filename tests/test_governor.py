@@ -293,6 +293,23 @@ def test_the_first_that_fits_is_found_as_if_each_was_asked_for(steps: list[tuple
         assert made._first_fitting(pattern, at) == expected
 
 
+def test_the_smallest_plan_is_tried_with_its_largest_chunk_first() -> None:
+    machine = Machine(bump=0, noise=0)
+    plans = {S: candidates([FULL], 1, recompute="always", device="cuda")}
+    least = {plan.chunk: machine.base + in_chunks(plan) for plan in plans[S]}
+    for left, chunk in ((24 * GB, 62), (least[62] - MB, 31), (least[15], 7)):
+        machine.left = left
+        assert Governor(machine, BUDGET, in_chunks, plans, print).warm_up().plan.chunk == chunk
+    # Where the careful prior believes that nothing fits, chunk after chunk is run before a refusal.
+    made, ran = Governor(machine, BUDGET, in_chunks, plans, print), []
+    machine.left = round(least[3] / (1 - SMALLEST_MARGIN)) + MB
+    with pytest.raises(NothingFits):
+        while (trial := made.probe()) is not None:
+            ran.append(trial.plan.chunk)
+            made.learn(trial, GB + in_chunks(trial.plan))
+    assert ran == [3, 1]
+
+
 def test_memory_that_is_a_little_short_costs_a_smaller_chunk_and_no_fidelity() -> None:
     machine = Machine(bump=0, noise=0)
     machine.base = 820 * MB

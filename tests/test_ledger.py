@@ -37,7 +37,7 @@ from lofi_fast.head.loss import Counts, LossTerms, tal_loss
 from lofi_fast.head.targets import Targets, make_targets
 from lofi_fast.kernels import proposal_grid
 from lofi_fast.kernels.align_linear.sampling import weights_of
-from lofi_fast.ledger import FLOAT, LONG, default_chunk
+from lofi_fast.ledger import FLOAT, LONG, Parameters, Pass, Stage, Tally, default_chunk
 from lofi_fast.memory.step_bytes import Setting, StepBytes, step_bytes
 from lofi_fast.optim import make_optimizer
 from lofi_fast.presets import activitynet, demo, thumos
@@ -593,3 +593,59 @@ def test_recomputing_keeps_the_weights_alone_and_never_needs_more_than_all_maps(
     assert again.kept_head == kept.kept_head
     if length * batch >= 3 * chunk:  # else most maps are there at once in any case
         assert again.total <= kept.total
+
+
+# Networks that step_bytes has never seen
+
+
+@dataclass(frozen=True)
+class PlainEncoder:
+    """Keeps one number for each pixel, has one weight."""
+
+    num_features: int = 10
+
+    @property
+    def parameters(self) -> Parameters:
+        return Parameters(held=400, numbers=100, tensors=1, reached=100)
+
+    def forward(self, tally: Tally, work: Pass) -> int:
+        kept = work.snippets * FRAMES_PER_SNIPPET * work.side**2 * work.itemsize
+        tally.take(kept)
+        tally.spike(work.chunk * 1000)
+        tally.take(FLOAT * work.snippets * self.num_features)
+        return kept
+
+    def backward(self, tally: Tally, work: Pass) -> None:
+        tally.spike(FLOAT * work.snippets * self.num_features)
+        tally.take(100 * work.gradient - work.snippets * FRAMES_PER_SNIPPET * work.side**2 * work.itemsize)
+
+
+@dataclass(frozen=True)
+class PlainHead:
+    """One layer, of whose numbers the loss reaches some."""
+
+    @property
+    def parameters(self) -> Parameters:
+        return Parameters(held=80, numbers=20, tensors=2, reached=15)
+
+    def forward(self, tally: Tally, work: Pass) -> None:
+        tally.forward([Stage("all", kept=300, forward=50)])
+
+    def backward(self, tally: Tally, work: Pass) -> None:
+        tally.backward([Stage("all", kept=300, weight=15, backward=7000)], 0, FLOAT, work.gradient)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_any_encoder_is_put_together_with_any_head(accumulates: bool) -> None:
+    setting = Setting(PlainEncoder(), PlainHead(), BF16, "adamw")
+    found = step_bytes(setting, Fidelity(3, 16), 2, chunk=2, accumulates=accumulates)
+    kept = 6 * 8 * 16**2 * BF16
+    assert found == StepBytes(
+        parameters=480,
+        optimizer=2 * FLOAT * 120 + FLOAT * 3,
+        gradients=FLOAT * 115 if accumulates else 0,
+        frames=2 * 2 * 3 * 8 * 3 * 16**2,
+        kept_encoder=kept,
+        kept_head=FLOAT * 6 * 10 + 300,
+        transient=7000 + FLOAT * 15,
+    )

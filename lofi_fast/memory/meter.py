@@ -34,8 +34,8 @@ class Memory:
     """One reading, in bytes."""
 
     own: int  # what this process holds
-    held: int  # of that, what is in use: without what `release` would give back
-    free: int  # what nobody holds
+    held: int  # of that, what is in use; `release` would give the rest back
+    free: int  # what no process holds
 
     @property
     def available(self) -> int:
@@ -44,16 +44,16 @@ class Memory:
 
 
 class Meter(Protocol):
-    """Readings in bytes."""
+    """Reads the memory of one device, and caps what this process takes of it. Amounts are bytes."""
 
-    device: str  # in words, with its total memory
+    device: str  # its name, with its total memory
 
     @property
     def source(self) -> str:
-        """Where the readings come from, now."""
+        """Where readings come from at present, in words."""
 
     def faults(self) -> list[str]:
-        """What went wrong with the readings and was made good, for the log: each kind is told once."""
+        """Sentences for the log about readings that failed and were replaced. Each kind of fault is reported once."""
 
     def total(self) -> int:
         """Memory of the device."""
@@ -62,21 +62,21 @@ class Meter(Protocol):
         """Own, held and free memory at one moment, in one call; cheap enough for every step."""
 
     def own(self) -> int:
-        """What this process holds now."""
+        """What this process holds now, as the driver or the system counts it."""
 
     def held(self) -> int:
-        """What of `own` is in use: without what `release` would give back."""
+        """What of `own` is in use; `release` would give the rest back."""
 
     def available(self) -> int:
         """What this process could hold: its own plus what is free."""
 
     def settle(self, event: str, once: bool = False) -> AbstractContextManager[None]:
-        """Context around an event that takes memory which torch does not know: what it took counts as ours. With `once`
-        only the first event of that name in this process counts.
+        """Attribute to this process the memory that is gained in this context outside torch. `event` names what happens
+        in it; with `once` only the first event of a name is counted.
         """
 
     def release(self) -> None:
-        """Give memory that is held but not used back to the device, where it can be given back."""
+        """Give memory that is held and not used back to the device, as far as possible."""
 
     def reset_peak(self) -> None:
         """Start a new peak measurement."""
@@ -85,10 +85,12 @@ class Meter(Protocol):
         """The most that this process has held since `reset_peak`."""
 
     def retries(self) -> int:
-        """How often since `reset_peak` torch emptied its cache to satisfy an allocation."""
+        """How often torch has emptied its cache for an allocation since `reset_peak`."""
 
     def cap(self, limit: int) -> AbstractContextManager[None]:
-        """Context in which an allocation beyond `limit` fails inside this process, so that a neighbour never pays."""
+        """Context in which an allocation fails inside this process before it holds more than `limit`, so that memory is
+        never taken from a neighbour.
+        """
 
     def ran_out(self, error: BaseException) -> bool:
         """Whether an exception, raised under the cap, means that memory ran out."""
@@ -120,7 +122,7 @@ def finish_backward(device: torch.device) -> None:
 
 
 class Faults:
-    """Notes for the log; one of a kind is told once in a process's life."""
+    """Sentences for the log. Of each kind only the first is kept."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()
