@@ -17,8 +17,9 @@ from pathlib import Path
 from bench.rows import RESULTS, Row, append_row, environment
 from bench.tables import FITS_BUDGETS, aligned, fits_cells
 from lofi_fast.config import EncoderName
-from lofi_fast.encoder.resnet_ledger import default_chunk, plain_kept_bytes
+from lofi_fast.encoder.resnet_ledger import ResNetLedger, plain_kept_bytes
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, Pattern, ladder
+from lofi_fast.ledger import default_chunk
 from lofi_fast.memory.cards import profile_named
 from lofi_fast.memory.plans import PRIOR
 from lofi_fast.memory.step_bytes import Setting, step_bytes
@@ -59,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
 def row(encoder: EncoderName, videos: int, way: str) -> Row:
     """The highest fidelity at each budget, as [GB, snippets, side]; of a budget that holds none there is no point."""
     config = activitynet()
-    setting = replace(Setting.of(config, 200, 2), encoder=encoder)
+    setting = Setting.of(replace(config, encoder=replace(config.encoder, name=encoder)), 200, 2)
+    assert setting is not None
     rungs = ladder(Pattern.SPATIO_TEMPORAL, config.full, 1.0, LARGEST_CUT)
     needs = [(rung, need(way, setting, rung, videos)) for rung in rungs]
     points = []
@@ -85,7 +87,8 @@ def need(way: str, setting: Setting, fidelity: Fidelity, videos: int) -> int:
             frames = min(frames, FRAMES_PER_SNIPPET * default_chunk(fidelity.side))
         elif way != "plain PyTorch":
             frames = FRAMES_PER_SNIPPET * math.ceil(SAMPLED * videos * fidelity.num_snippets)
-        kept = plain_kept_bytes(setting.encoder, setting.width, fidelity.side, frames, setting.map_bytes)
+        assert isinstance(setting.encoder, ResNetLedger)
+        kept = plain_kept_bytes(setting.encoder.name, setting.encoder.width, fidelity.side, frames, setting.itemsize)
         added = ours.frames + kept + ours.kept_head
     return profile_named(CARD).outside_torch + ours.between + PRIOR.likely.added(added)
 

@@ -107,6 +107,7 @@ def _governor() -> Row:
     """Milliseconds of one step's planning: choose, recheck, the peak's two readings, learn."""
     config = activitynet()
     setting = Setting.of(config, 200, 2)
+    assert setting is not None
 
     def ledger(plan: Plan) -> int:
         return step_bytes(setting, plan.fidelity, plan.micro_batch, recompute=plan.recompute).added

@@ -21,11 +21,12 @@ from bench.record import options, record
 from bench.rows import Row, environment, software
 from bench.tables import aligned, exponents
 from lofi_fast.config import EncoderName
+from lofi_fast.encoder.resnet_ledger import ResNetLedger
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity
+from lofi_fast.head.gtad_ledger import GTADLedger
 from lofi_fast.memory.step_bytes import Setting, step_bytes
 from lofi_fast.precision import choose_device
-from lofi_fast.presets import activitynet
 
 SECONDS = 20.0  # that one form may take, at least three rounds
 
@@ -112,11 +113,9 @@ def _peak(size: Size, dtype: str, form: str, device: str, threads: int) -> int:
 
 def predicted(size: Size, dtype: str, recompute: bool = False, eight_bit: bool = False) -> int:
     """What the step adds by the ledger; its frames are there before."""
-    map_bytes = 4 if dtype == "float32" else 2
-    setting = replace(
-        Setting.of(activitynet(), CLASSES, map_bytes), encoder=size.encoder, width=WIDTH, head=HEAD, class_loss=True,
-        full_snippets=size.snippets, eight_bit=eight_bit,
-    )  # fmt: skip
+    encoder = ResNetLedger(size.encoder, WIDTH)
+    head = GTADLedger(HEAD, encoder.num_features, CLASSES, size.snippets, class_loss=True)
+    setting = Setting(encoder, head, 4 if dtype == "float32" else 2, "sgd", eight_bit)
     bytes_ = step_bytes(setting, Fidelity(size.snippets, size.side), size.videos, recompute=recompute)
     return bytes_.added - bytes_.frames
 

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lofi_fast.arguments import from_arguments
@@ -19,7 +19,18 @@ from lofi_fast.config import Config
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, PAPER_CUT, Fidelity, Pattern, ladder
 from lofi_fast.memory.cards import Profile, profile_for, profile_named
-from lofi_fast.memory.plans import PRIOR, Plan, candidates, first_fitting, refusal, relative_cost, remedies
+from lofi_fast.memory.plans import (
+    PRIOR,
+    Device,
+    Plan,
+    candidates,
+    chunks,
+    first_fitting,
+    refusal,
+    relative_cost,
+    remedies,
+    worthwhile,
+)
 from lofi_fast.memory.step_bytes import Setting, step_bytes
 from lofi_fast.precision import BF16_CAPABILITY
 
@@ -34,6 +45,7 @@ class Forecast:
 
     config: Config
     setting: Setting
+    kind: Device
     device: str  # in words
     assumed: int  # what the process holds beside tensors
     budget: int
@@ -43,14 +55,19 @@ class Forecast:
         """`card` None: a CPU. Raises InputError for a budget that is no amount."""
         if config.budget.amount is None and config.budget.share is None:
             raise InputError(f'--mem-budget "{config.budget.text}": give an amount like 11GB, or a share of a --card')
+        setting = Setting.of(config, classes, 4 if card is None else 2)
+        if setting is None:
+            raise InputError(
+                f"--encoder {config.encoder.name}: its memory is not known before it has run: start lofi_fast.train, "
+                "which plans by running steps"
+            )
         if card is None:
             if config.budget.amount is None:
                 raise InputError(f'--mem-budget "{config.budget.text}": give an amount like 8GB for a CPU')
-            return Forecast(config, Setting.of(config, classes, 4), "a CPU, float32", CPU_BASE, config.budget.amount)
+            return Forecast(config, setting, "cpu", "a CPU, float32", CPU_BASE, config.budget.amount)
         amount = config.budget.amount or round((config.budget.share or 0) * card.usable)
         precision = "bfloat16" if card.capability >= BF16_CAPABILITY else "float16"
-        setting = Setting.of(config, classes, 2)
-        return Forecast(config, setting, f"{card}, {precision}", card.outside_torch, min(amount, card.usable))
+        return Forecast(config, setting, "cuda", f"{card}, {precision}", card.outside_torch, min(amount, card.usable))
 
     @property
     def room(self) -> int:
@@ -59,9 +76,20 @@ class Forecast:
     def peak(self, plan: Plan) -> int:
         parted = plan.micro_batch < self.config.joint.batch
         step = step_bytes(
-            self.setting, plan.fidelity, plan.micro_batch, recompute=plan.recompute, accumulates=parted
+            self.setting, plan.fidelity, plan.micro_batch,
+            recompute=plan.recompute, chunk=plan.chunk, accumulates=parted,
         )  # fmt: skip
         return self.assumed + step.between + PRIOR.likely.added(step.added)
+
+    def fastest(self, rung: Fidelity, size: int, recompute: bool) -> Plan:
+        """The plan with the largest chunk that the device gains from."""
+        return Plan(rung, size, recompute, chunks(rung, size, self.kind)[0])
+
+    def fits(self, plan: Plan) -> bool:
+        """With its own chunk, or with a smaller one."""
+        smaller = chunks(plan.fidelity, plan.micro_batch, self.kind)
+        plans = (replace(plan, chunk=chunk) for chunk in smaller)
+        return first_fitting(worthwhile(plans, self.peak), self.peak, self.room) is not None
 
     def patterns(self) -> tuple[Pattern, ...]:
         return CYCLE if self.config.pattern is Pattern.CYCLIC else (self.config.pattern,)
@@ -71,12 +99,12 @@ class Forecast:
 
     def chosen(self, pattern: Pattern) -> Plan | None:
         c = self.config
-        plans = candidates(self.rungs(pattern), c.joint.batch, c.policy, c.micro_batch, c.recompute)
-        return first_fitting(plans, self.peak, self.room)
+        plans = candidates(self.rungs(pattern), c.joint.batch, c.policy, c.micro_batch, c.recompute, self.kind)
+        return first_fitting(worthwhile(plans, self.peak), self.peak, self.room)
 
     def refusal(self, pattern: Pattern) -> str:
         c = self.config
-        levers = (self.rungs(pattern), c.joint.batch, c.policy, c.micro_batch, c.recompute)
+        levers = (self.rungs(pattern), c.joint.batch, c.policy, c.micro_batch, c.recompute, self.kind)
         return refusal(candidates(*levers), self.peak, self.budget, self.room, self.budget, remedies(*levers))
 
     def levers(self) -> tuple[tuple[int, bool], ...]:
@@ -95,8 +123,9 @@ class Forecast:
                 "cut": round(full.omega / rung.omega, 2),
                 "relative_cost": round(relative_cost(Plan(rung, self.config.joint.batch), full), 3),
                 "peaks": [
-                    {"micro_batch": size, "recompute": again, "peak": self.peak(Plan(rung, size, again))}
+                    {"micro_batch": size, "recompute": again, "chunk": plan.chunk, "peak": self.peak(plan)}
                     for size, again in self.levers()
+                    for plan in (self.fastest(rung, size, again),)
                 ],
             }
             for rung in self.rungs(pattern)
@@ -141,7 +170,7 @@ class Forecast:
         cuts = [abs(row["cut"] - PAPER_CUT) for row in rows]
         shown = {0, at - 1, at, at + 1, cuts.index(min(cuts)), len(rows) - 1}
         heads = [f"{size} at once{', recompute' if again else ''}" for size, again in self.levers()]
-        lines = [f"{pattern}: predicted peak in GB (* does not fit)"]
+        lines = [f"{pattern}: predicted peak in GB (* does not fit, ~ with fewer snippets to a graph)"]
         lines.append(f"  {'rung':<24}{'cut':>6}{'cost':>7}" + "".join(f"{head:>{len(head) + 3}}" for head in heads))
         for index, row in enumerate(rows):
             if not everything and index not in shown:
@@ -149,10 +178,14 @@ class Forecast:
             rung = rungs[index]
             cells = ""
             for head, cell in zip(heads, row["peaks"], strict=True):
-                mark = "*" if cell["peak"] > self.room else " "
+                fastest = self.fastest(rung, cell["micro_batch"], cell["recompute"])
+                mark = " " if cell["peak"] <= self.room else "~" if self.fits(fastest) else "*"
                 cells += f"{cell['peak'] / 1e9:>{len(head) + 2}.2f}{mark}"
             taken = plan is not None and plan.fidelity == rung
-            note = f"   <- {plan.micro_batch} at once{', recompute' * plan.recompute}" if plan and taken else ""
+            note = ""
+            if plan and taken:
+                levers = f"{plan.micro_batch} at once{', recompute' * plan.recompute}, {plan.chunk} snippets to a graph"
+                note = f"   <- {levers}: {gigabytes(self.peak(plan))}"
             lines.append(f"  {rung!s:<24}{row['cut']:>6.2f}{row['relative_cost']:>7.3f}{cells}{note}")
         if plan is None:
             lines.append(f"  {self.refusal(pattern)}")

@@ -21,7 +21,7 @@ from torch import distributed
 
 from lofi_fast.config import Policy
 from lofi_fast.errors import InputError
-from lofi_fast.fidelity import CYCLE, LARGEST_STEP, Fidelity, Pattern, ladder, phase
+from lofi_fast.fidelity import CYCLE, FRAMES_PER_SNIPPET, LARGEST_STEP, Fidelity, Pattern, ladder, phase
 from lofi_fast.memory.governor import (
     CLEAN,
     FAULT_MARGIN,
@@ -29,6 +29,7 @@ from lofi_fast.memory.governor import (
     SMALLEST_MARGIN,
     STEADY,
     TRIALS,
+    VERSION,
     Decision,
     Governor,
     NothingFits,
@@ -262,6 +263,68 @@ def test_plans_that_are_no_candidates_any_more_are_left_out_of_a_state() -> None
     made.load_state_dict(state)
     assert made.state_dict()["records"] == []
     made.choose(S)
+
+
+# Thousands of plans
+
+MANY = {pattern: candidates(ladder(pattern, FULL, 1.0, 2.0), 4, Policy.FIDELITY, device="cuda") for pattern in CYCLE}
+
+
+def in_chunks(plan: Plan) -> int:
+    """As `ledger`, with what a graph of the encoder takes while it is worked on."""
+    return ledger(replace(plan, chunk=0)) + 20 * plan.chunk * FRAMES_PER_SNIPPET * plan.fidelity.side**2
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(CYCLE), st.integers(1 * GB, 12 * GB), st.booleans()), max_size=30), ROOMS)
+def test_the_first_that_fits_is_found_as_if_each_was_asked_for(steps: list[tuple[Pattern, int, bool]], at: int) -> None:
+    machine = Machine()
+    made = Governor(machine, BUDGET, in_chunks, MANY, print, device="cuda")
+    for pattern, left, failed in steps:
+        machine.left = left
+        try:
+            decision = made.recheck(made.choose(pattern))
+            made.learn(made.failed(decision) if failed else decision, machine.run(decision.plan))
+        except NothingFits:
+            continue
+    for pattern in CYCLE:
+        plans = made._plans[pattern]
+        expected = next((i for i, plan in enumerate(plans) if made.need(plan) <= at), len(plans))
+        assert made._first_fitting(pattern, at) == expected
+
+
+def test_the_smallest_plan_is_tried_with_its_largest_chunk_first() -> None:
+    machine = Machine(bump=0, noise=0)
+    plans = {S: candidates([FULL], 1, recompute="always", device="cuda")}
+    least = {plan.chunk: machine.base + in_chunks(plan) for plan in plans[S]}
+    for left, chunk in ((24 * GB, 62), (least[62] - MB, 31), (least[15], 7)):
+        machine.left = left
+        assert Governor(machine, BUDGET, in_chunks, plans, print).warm_up().plan.chunk == chunk
+    # Where the careful prior believes that nothing fits, chunk after chunk is run before a refusal.
+    made, ran = Governor(machine, BUDGET, in_chunks, plans, print), []
+    machine.left = round(least[3] / (1 - SMALLEST_MARGIN)) + MB
+    with pytest.raises(NothingFits):
+        while (trial := made.probe()) is not None:
+            ran.append(trial.plan.chunk)
+            made.learn(trial, GB + in_chunks(trial.plan))
+    assert ran == [3, 1]
+
+
+def test_memory_that_is_a_little_short_costs_a_smaller_chunk_and_no_fidelity() -> None:
+    machine = Machine(bump=0, noise=0)
+    machine.base = 820 * MB
+    plans = {S: candidates([FULL], 1, recompute="always", device="cuda")}
+    made = Governor(machine, BUDGET, in_chunks, plans, print)
+    for plan in plans[S]:
+        made.learn(replace(made.choose(S), plan=plan), machine.base + in_chunks(plan) + 50 * MB)
+    asked = made.choose(S)
+    assert asked.plan.chunk == 62
+    machine.left = round(made.need(asked.plan) / (1 - SMALLEST_MARGIN)) - 10 * MB
+    lower = made.recheck(asked)
+    assert (lower.plan.fidelity, lower.plan.chunk, lower.reduced_from) == (FULL, 31, None)
+    assert lower.fields()["chunk"] == 31
+    again = made.failed(lower)
+    assert (again.plan.fidelity, again.plan.chunk) == (FULL, 15)
 
 
 # A thousand steps
@@ -950,7 +1013,7 @@ def test_a_damaged_or_foreign_file_is_ignored_with_a_sentence(
 ) -> None:
     made = governor(Machine())
     path = tmp_path / "memory.json"
-    whole = {"version": 1, "key": KEY, "readings": []}
+    whole = {"version": VERSION, "key": KEY, "readings": []}
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(whole | content).encode())
     state = made.state_dict()
     assert not made.load_readings(path, KEY)
@@ -1050,6 +1113,18 @@ def test_what_cannot_be_replayed_is_refused(tmp_path: Path, text: str, words: st
     path.write_text(text)
     with pytest.raises(InputError, match=words):
         Replay(path, GB)
+
+
+def test_a_replay_takes_the_recorded_chunk_and_without_one_the_encoders_own(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    event = {"event": "step", "epoch": 0, "step": 0, "num_snippets": 8, "side": 64, "micro_batch": 2, "recompute": True}
+    path.write_text(json.dumps(event | {"chunk": 3, "reduced_from": [8, 96]}))
+    replay = Replay(path, GB)
+    asked = replay.choose(S, 0, 0)
+    assert asked.plan == Plan(Fidelity(8, 96), 2, True, 3)
+    assert replay.recheck(asked).plan == Plan(Fidelity(8, 64), 2, True, 3)
+    path.write_text(json.dumps(event))
+    assert Replay(path, GB).choose(S, 0, 0).plan == Plan(Fidelity(8, 64), 2, True, 0)
 
 
 def test_a_replay_that_is_too_short_or_missing_says_so(recorded: tuple[Path, list[Decision]], tmp_path: Path) -> None:

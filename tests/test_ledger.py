@@ -27,16 +27,18 @@ from lofi_fast.config import EncoderName, HeadConfig, StageConfig
 from lofi_fast.data.pipeline import FramePipeline
 from lofi_fast.encoder import lean, resnet_ledger
 from lofi_fast.encoder.lean import encode
-from lofi_fast.encoder.resnet import STAGES, TSMResNet
+from lofi_fast.encoder.resnet import TSMResNet
+from lofi_fast.encoder.resnet_ledger import BLOCKS, ResNetLedger
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
-from lofi_fast.head import gtad, gtad_ledger
+from lofi_fast.head import gtad_ledger
 from lofi_fast.head.dropout import video_dropout
 from lofi_fast.head.gtad import GTAD
+from lofi_fast.head.gtad_ledger import GTADLedger
 from lofi_fast.head.loss import Counts, LossTerms, tal_loss
 from lofi_fast.head.targets import Targets, make_targets
 from lofi_fast.kernels import proposal_grid
 from lofi_fast.kernels.align_linear.sampling import weights_of
-from lofi_fast.memory import step_bytes as step_bytes_room
+from lofi_fast.ledger import FLOAT, LONG, Parameters, Pass, Stage, Tally, default_chunk
 from lofi_fast.memory.step_bytes import Setting, StepBytes, step_bytes
 from lofi_fast.optim import make_optimizer
 from lofi_fast.presets import activitynet, demo, thumos
@@ -124,8 +126,8 @@ def saved_bytes(known: list[Tensor], forward: Callable[[], object]) -> int:
     return alive
 
 
-def precision(map_bytes: int) -> AbstractContextManager[None]:
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=map_bytes == BF16)
+def precision(itemsize: int) -> AbstractContextManager[None]:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=itemsize == BF16)
 
 
 def frozen(name: EncoderName, width: int) -> TSMResNet:
@@ -133,6 +135,27 @@ def frozen(name: EncoderName, width: int) -> TSMResNet:
     fill(encoder)
     encoder.freeze_batchnorm()
     return encoder.train().to(memory_format=torch.channels_last)
+
+
+def setting_of(
+    name: EncoderName,
+    width: int,
+    head: HeadConfig,
+    num_classes: int,
+    full_snippets: int,
+    itemsize: int,
+    class_loss: bool,
+    optimizer: Literal["sgd", "adam", "adamw"],
+    eight_bit: bool = False,
+) -> Setting:
+    encoder = ResNetLedger(name, width)
+    of_head = GTADLedger(head, encoder.num_features, num_classes, full_snippets, class_loss)
+    return Setting(encoder, of_head, itemsize, optimizer, eight_bit)
+
+
+def known(setting: Setting | None) -> Setting:
+    assert setting is not None
+    return setting
 
 
 # Kept
@@ -149,19 +172,19 @@ ENCODED = [  # encoder, width, side, snippets, chunk, bytes of a number
 ]
 
 
-@pytest.mark.parametrize(("name", "width", "side", "snippets", "chunk", "map_bytes"), ENCODED)
+@pytest.mark.parametrize(("name", "width", "side", "snippets", "chunk", "itemsize"), ENCODED)
 def test_kept_by_the_encoder_to_the_byte(
-    name: EncoderName, width: int, side: int, snippets: int, chunk: int, map_bytes: int
+    name: EncoderName, width: int, side: int, snippets: int, chunk: int, itemsize: int
 ) -> None:
     encoder = frozen(name, width)
     x = frames(snippets * FRAMES_PER_SNIPPET, side)
     known = [*encoder.parameters(), *encoder.buffers()]
-    arguments = (name, width, side, len(x), map_bytes)
+    arguments = (name, width, side, len(x), itemsize)
 
     def forward(**how: bool) -> Tensor:
         return encode(encoder, x, FRAMES_PER_SNIPPET, chunk=chunk, **how)
 
-    with precision(map_bytes):
+    with precision(itemsize):
         for recompute, eight_bit in product((False, True), repeat=2):
             how = {"recompute": recompute, "eight_bit": eight_bit}
             assert saved_bytes(known, partial(forward, **how)) == resnet_ledger.lean_kept_bytes(*arguments, **how), how
@@ -175,7 +198,7 @@ class HeadCase:
     full: int
     batch: int
     length: int
-    map_bytes: int
+    itemsize: int
     class_loss: bool
 
     def head(self, num_features: int) -> GTAD:
@@ -197,7 +220,7 @@ class HeadCase:
 
     def forward(self, head: GTAD, features_NC: Tensor) -> tuple[object, LossTerms, Tensor]:
         """The output, the terms and their sum: what the joint stage holds."""
-        with precision(self.map_bytes):
+        with precision(self.itemsize):
             features_BCL = features_NC.unflatten(0, (self.batch, -1)).transpose(1, 2)
             output = head(video_dropout(features_BCL, self.config.dropout, range(self.batch)))
         targets, counts = self.labels(head)
@@ -206,8 +229,8 @@ class HeadCase:
 
 
 HEADS = [
-    HeadCase(replace(SMALL, middle_kernel=kernel, dropout=dropout), 12, batch, length, map_bytes, class_loss)
-    for (kernel, dropout, map_bytes, class_loss), (batch, length) in product(
+    HeadCase(replace(SMALL, middle_kernel=kernel, dropout=dropout), 12, batch, length, itemsize, class_loss)
+    for (kernel, dropout, itemsize, class_loss), (batch, length) in product(
         product((1, 3), (0.0, 0.3), (FP32, BF16), (True, False)), ((1, 12), (3, 7))
     )
 ] + [
@@ -226,8 +249,8 @@ def test_kept_by_the_head_and_the_loss_to_the_byte() -> None:
         made = torch.randn(case.batch * case.length, num_features, requires_grad=True)
         known = [*head.parameters(), *case.cells(head), made]
         dropout = case.config.dropout > 0
-        kept = sum(stage.kept for stage in gtad_ledger._head_stages(sizes, case.map_bytes, dropout, case.class_loss))
-        held = gtad_ledger._head_held(sizes, case.map_bytes, dropout, case.class_loss)
+        kept = sum(stage.kept for stage in gtad_ledger.head_stages(sizes, case.itemsize, dropout, case.class_loss))
+        held = gtad_ledger.held_bytes(sizes, case.itemsize, dropout, case.class_loss)
 
         def forward(case: HeadCase = case, head: GTAD = head, made: Tensor = made) -> tuple[object, ...]:
             features_NC = made * 1  # a new tensor, as the encoder's
@@ -251,7 +274,7 @@ class StepCase:
     length: int
     batch: int
     head: HeadConfig
-    map_bytes: int = FP32
+    itemsize: int = FP32
     recompute: bool = False
     chunk: int | None = None
     accumulates: bool = False
@@ -260,8 +283,8 @@ class StepCase:
     eight_bit: bool = False
 
     def predicted(self) -> StepBytes:
-        setting = Setting(
-            self.name, self.width, self.head, NUM_CLASSES, self.full or self.length, self.map_bytes, self.class_loss,
+        setting = setting_of(
+            self.name, self.width, self.head, NUM_CLASSES, self.full or self.length, self.itemsize, self.class_loss,
             "sgd", self.eight_bit,
         )  # fmt: skip
         return step_bytes(
@@ -274,7 +297,7 @@ class StepCase:
         gradients that were there before.
         """
         encoder = frozen(self.name, self.width)
-        case = HeadCase(self.head, self.full or self.length, self.batch, self.length, self.map_bytes, self.class_loss)
+        case = HeadCase(self.head, self.full or self.length, self.batch, self.length, self.itemsize, self.class_loss)
         head = case.head(encoder.num_features)
         learning = [p for module in (encoder, head) for p in module.parameters()]
         case.forward(head, torch.zeros(self.batch * self.length, encoder.num_features))  # the grids, which stay
@@ -284,7 +307,7 @@ class StepCase:
         x = frames(self.batch * self.length * FRAMES_PER_SNIPPET, self.side)
         gradients = [p.grad for p in learning if p.grad is not None]
         with Alive([*learning, *encoder.buffers(), x, *case.cells(head), *gradients]) as alive:
-            with precision(self.map_bytes):
+            with precision(self.itemsize):
                 features = encode(
                     encoder, x, FRAMES_PER_SNIPPET,
                     chunk=self.chunk, recompute=self.recompute, eight_bit=self.eight_bit,
@@ -344,15 +367,20 @@ def test_a_step_keeps_and_needs_what_is_predicted(case: StepCase) -> None:
 
 
 @pytest.mark.parametrize(("snippets", "chunk"), [(5, 2), (3, 3), (4, 1)])
-@pytest.mark.parametrize("map_bytes", [FP32, BF16])
+@pytest.mark.parametrize("itemsize", [FP32, BF16])
 @pytest.mark.parametrize("name", ["tsm_r18", "tsm_r50"])
-def test_features_without_gradients(name: EncoderName, map_bytes: int, snippets: int, chunk: int) -> None:
+def test_features_without_gradients(name: EncoderName, itemsize: int, snippets: int, chunk: int) -> None:
     encoder = frozen(name, 8)
     x = frames(snippets * FRAMES_PER_SNIPPET, 46)
     known = [*encoder.parameters(), *encoder.buffers(), x]
-    with torch.no_grad(), Alive(known) as alive, precision(map_bytes):
+    with torch.no_grad(), Alive(known) as alive, precision(itemsize):
         features = encode(encoder, x, FRAMES_PER_SNIPPET, chunk=chunk)
-    predicted = resnet_ledger.features_bytes(name, 8, 46, snippets, map_bytes, chunk)
+    net = resnet_ledger.network(name, 8, 46)
+    part = resnet_ledger.chunk_bytes(
+        name, 8, 46, min(chunk, snippets) * FRAMES_PER_SNIPPET, itemsize, True, False, False, False
+    )
+    made = FLOAT * snippets * net.num_features
+    predicted = itemsize * net.weights + FLOAT * 2 * net.channels + made + max(part.forward, made)
     assert alive.peak <= predicted <= 1.02 * alive.peak
     assert features.shape[0] == snippets
 
@@ -360,14 +388,14 @@ def test_features_without_gradients(name: EncoderName, map_bytes: int, snippets:
 # What does not change from step to step
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("class_loss", [True, False])
 def test_parameters_gradients_and_optimizer_state(
     name: EncoderName, optimizer: Literal["sgd", "adamw"], class_loss: bool
 ) -> None:
     encoder, head = frozen(name, 8), GTAD(THREE, resnet_ledger.network(name, 8, 32).num_features, NUM_CLASSES, 10)
-    setting = Setting(name, 8, THREE, NUM_CLASSES, 10, FP32, class_loss, optimizer)
+    setting = setting_of(name, 8, THREE, NUM_CLASSES, 10, FP32, class_loss, optimizer)
     bytes_ = step_bytes(setting, Fidelity(10, 32), 1, accumulates=True)
     learning = [p for module in (encoder, head) for p in module.parameters() if p.requires_grad]
     tensors = [t for module in (encoder, head) for t in (*module.parameters(), *module.buffers())]
@@ -377,6 +405,37 @@ def test_parameters_gradients_and_optimizer_state(
     made = make_optimizer(StageConfig(epochs=1, batch=1, optimizer=optimizer, lr=0.1), learning, "torch")
     state = [t for of in made.state.values() for t in of.values() if isinstance(t, Tensor)]
     assert bytes_.optimizer == sum(t.nbytes for t in state)
+
+
+def grid_bytes(config: HeadConfig, full: int, length: int, device: Literal["cpu", "cuda"]) -> int:
+    """The sampling weights of the head's proposals at one L, on `device`. They stay for every L that was used."""
+    duration = gtad_ledger.Head.of(config, 0, 0, full, 1, length).duration
+    cells = np.array([(d, s) for d in range(duration) for s in range(length - d)])
+    inner, context = (sampled(cells, length, bins, 0.5) for bins in (config.inner_bins, config.context_bins))
+    classes = sampled(cells, length, config.class_bins, 0.0)
+
+    def sparse(weights: int, bins: int, value_bytes: int) -> int:
+        """A matrix by compressed rows, and its transpose."""
+        return 4 * (len(cells) + 1 + length * bins + 1) + 2 * weights * (4 + value_bytes)
+
+    both, bins = inner + context, config.inner_bins + config.context_bins
+    if device == "cuda":
+        return sparse(both, bins, FLOAT) + sparse(classes, config.class_bins, FLOAT)
+    # Each grid in float64 with its rois and cells, the sum of inner and context, and what runs, in fp32.
+    grids = ((inner, config.inner_bins), (context, config.context_bins), (classes, config.class_bins))
+    exact = sum(sparse(weights, bins, 8) + len(cells) * (2 * FLOAT + 2 * LONG) for weights, bins in grids)
+    return exact + sparse(both, bins, 8) + 2 * FLOAT * (both + classes)
+
+
+def sampled(cells: Any, length: int, bins: int, expand: float) -> int:
+    """Weights that are not 0: the snippets between which the samples of each bin of each cell lie."""
+    d, s = cells.T[:, :, None].astype(np.float32)  # the precision in which samples are placed
+    start, extent = s - expand * (d + 1), np.maximum(d + 2 * expand * (d + 1), 1)
+    step, samples = extent / bins, np.ceil(extent / bins)
+    bin_start = start + np.arange(bins, dtype=np.float32) * step
+    first, last = bin_start + 0.5 * step / samples, bin_start + (samples - 0.5) * step / samples
+    lower, upper = np.floor(first).clip(0, length - 1), np.ceil(last).clip(0, length - 1)
+    return int(((upper - lower + 1) * ((last >= -1) & (first <= length))).sum())
 
 
 @pytest.mark.parametrize(
@@ -402,20 +461,19 @@ def test_sampling_grids_to_the_byte(head: HeadConfig, full: int, length: int) ->
             used |= {storage(t): t.nbytes for rows in pair for t in rows}
     for grid in (inner, context, classes):
         used |= {storage(t): t.nbytes for t in (grid.rois, grid.cells)}
-    assert gtad_ledger.grid_bytes(head, full, length, "cpu") == sum(used.values())
-    assert gtad_ledger.grid_bytes(head, full, length, "cuda") == sum(t.nbytes for t in device)
+    assert grid_bytes(head, full, length, "cpu") == sum(used.values())
+    assert grid_bytes(head, full, length, "cuda") == sum(t.nbytes for t in device)
 
 
 def test_the_tables_are_the_networks() -> None:
-    assert resnet_ledger.BLOCKS == STAGES
-    assert gtad_ledger.NUM_NEIGHBOURS == gtad.NUM_NEIGHBOURS
-    assert len(list(GTAD(THREE, 8, 2, 4).parameters())) == gtad_ledger.HEAD_TENSORS
-    assert [resnet_ledger.default_chunk(side) for side in range(1, 600)] == [
+    head = GTADLedger(THREE, 8, 2, 4, True)
+    assert len(list(GTAD(THREE, 8, 2, 4).parameters())) == head.parameters.tensors
+    assert [default_chunk(side) for side in range(1, 600)] == [
         lean.default_chunk(FRAMES_PER_SNIPPET, side) for side in range(1, 600)
     ]
     depth = inspect.signature(FramePipeline).parameters["depth"].default
-    assert Setting.of(demo(), 6, FP32).decoded_ahead == depth
-    for name in STAGES:
+    assert known(Setting.of(demo(), 6, FP32)).decoded_ahead == depth
+    for name in BLOCKS:
         convs = [p.numel() for p in TSMResNet(name, 8).parameters() if p.dim() == 4]
         assert sorted(conv.weight for conv in resnet_ledger.network(name, 8, 64).convs) == sorted(convs)
 
@@ -424,17 +482,17 @@ def test_the_tables_are_the_networks() -> None:
 
 
 def test_a_setting_is_read_from_a_config() -> None:
-    assert Setting.of(thumos(), 20, BF16) == Setting(
+    assert Setting.of(thumos(), 20, BF16) == setting_of(
         "tsm_r18", 64, thumos().head, 20, 256, BF16, class_loss=False, optimizer="sgd"
     )
-    assert Setting.of(demo(), 6, FP32) == Setting(
+    assert Setting.of(demo(), 6, FP32) == setting_of(
         "tsm_r18", 32, demo().head, 6, 32, FP32, class_loss=True, optimizer="adamw"
     )
 
 
 def test_bytes_a_frame_at_224_pixels() -> None:
-    def frame(of: Callable[..., int], name: EncoderName, map_bytes: int) -> int:
-        return of(name, 64, 224, 2, map_bytes) - of(name, 64, 224, 1, map_bytes)
+    def frame(of: Callable[..., int], name: EncoderName, itemsize: int) -> int:
+        return of(name, 64, 224, 2, itemsize) - of(name, 64, 224, 1, itemsize)
 
     assert [frame(resnet_ledger.lean_kept_bytes, "tsm_r18", b) for b in (FP32, BF16)] == [7_175_168, 3_763_200]
     assert [frame(resnet_ledger.plain_kept_bytes, "tsm_r18", b) for b in (FP32, BF16)] == [25_088_000, 13_346_816]
@@ -444,7 +502,7 @@ def test_bytes_a_frame_at_224_pixels() -> None:
 
 
 def test_frames_are_of_this_micro_batch_and_of_those_decoded_ahead() -> None:
-    setting = Setting.of(activitynet(), 200, BF16)
+    setting = known(Setting.of(activitynet(), 200, BF16))
     of_video = 100 * 8 * 224 * 224 * 3
     full = step_bytes(setting, Fidelity(100, 224), 2)
     assert full.frames == 2 * 2 * of_video
@@ -452,13 +510,9 @@ def test_frames_are_of_this_micro_batch_and_of_those_decoded_ahead() -> None:
 
 
 def test_the_update_may_be_the_peak() -> None:
-    setting = Setting("tsm_r50", 64, HeadConfig(), 200, 100, BF16, True, "adamw")
+    setting = setting_of("tsm_r50", 64, HeadConfig(), 200, 100, BF16, True, "adamw")
     small = step_bytes(setting, Fidelity(2, 16), 1)
     assert small.total >= small.parameters + small.optimizer + (small.optimizer - 4 * (53 + 71)) // 2 + small.frames
-
-
-def test_the_decoders_pool() -> None:
-    assert step_bytes_room.decode_pool(10, 256 * 340, 112) == 3 * 10 * (256 * 340 + 2 * 112 * 112)
 
 
 def test_torch_is_not_loaded() -> None:
@@ -469,8 +523,8 @@ def test_torch_is_not_loaded() -> None:
 # Properties
 
 SETTINGS = st.builds(
-    Setting,
-    encoder=st.sampled_from(sorted(STAGES)),
+    setting_of,
+    name=st.sampled_from(sorted(BLOCKS)),
     width=st.sampled_from([8, 32, 64]),
     head=st.builds(
         HeadConfig, hidden=st.sampled_from([32, 256]), groups=st.just(8), map_channels=st.sampled_from([24, 512]),
@@ -479,7 +533,7 @@ SETTINGS = st.builds(
     ),
     num_classes=st.sampled_from([1, 20, 200]),
     full_snippets=st.just(100),
-    map_bytes=st.sampled_from([FP32, BF16]),
+    itemsize=st.sampled_from([FP32, BF16]),
     class_loss=st.booleans(),
     optimizer=st.sampled_from(["sgd", "adam"]),
 )  # fmt: skip
@@ -517,12 +571,12 @@ def test_what_is_kept_grows_by_the_video(setting: Setting, length: int, side: in
     for name in ("frames", "kept_encoder", "kept_head"):
         assert getattr(two, name) - getattr(one, name) == getattr(one, name) - getattr(none, name) > 0
     assert one.frames * batch == none.frames * (batch + 1)
+    encoder = setting.encoder
+    assert isinstance(encoder, ResNetLedger)
     a_video = resnet_ledger.lean_kept_bytes(
-        setting.encoder, setting.width, side, 8 * length * (batch + 1), setting.map_bytes
+        encoder.name, encoder.width, side, 8 * length * (batch + 1), setting.itemsize
     )
-    a_video -= resnet_ledger.lean_kept_bytes(
-        setting.encoder, setting.width, side, 8 * length * batch, setting.map_bytes
-    )
+    a_video -= resnet_ledger.lean_kept_bytes(encoder.name, encoder.width, side, 8 * length * batch, setting.itemsize)
     assert one.kept_encoder - none.kept_encoder == a_video - 8 * length * 3 * side**2
 
 
@@ -533,8 +587,66 @@ def test_recomputing_keeps_the_weights_alone_and_never_needs_more_than_all_maps(
 ) -> None:
     kept = step_bytes(setting, Fidelity(length, side), batch, chunk=chunk)
     again = step_bytes(setting, Fidelity(length, side), batch, chunk=chunk, recompute=True)
-    net = resnet_ledger.network(setting.encoder, setting.width, side)
-    assert again.kept_encoder == setting.map_bytes * net.weights + 8 * net.channels <= kept.kept_encoder
+    encoder = setting.encoder
+    assert isinstance(encoder, ResNetLedger)
+    net = resnet_ledger.network(encoder.name, encoder.width, side)
+    assert again.kept_encoder == setting.itemsize * net.weights + 8 * net.channels <= kept.kept_encoder
     assert again.kept_head == kept.kept_head
     if length * batch >= 3 * chunk:  # else most maps are there at once in any case
         assert again.total <= kept.total
+
+
+# Networks that step_bytes has never seen
+
+
+@dataclass(frozen=True)
+class PlainEncoder:
+    """Keeps one number for each pixel, has one weight."""
+
+    num_features: int = 10
+
+    @property
+    def parameters(self) -> Parameters:
+        return Parameters(held=400, numbers=100, tensors=1, reached=100)
+
+    def forward(self, tally: Tally, work: Pass) -> int:
+        kept = work.snippets * FRAMES_PER_SNIPPET * work.side**2 * work.itemsize
+        tally.take(kept)
+        tally.spike(work.chunk * 1000)
+        tally.take(FLOAT * work.snippets * self.num_features)
+        return kept
+
+    def backward(self, tally: Tally, work: Pass) -> None:
+        tally.spike(FLOAT * work.snippets * self.num_features)
+        tally.take(100 * work.gradient - work.snippets * FRAMES_PER_SNIPPET * work.side**2 * work.itemsize)
+
+
+@dataclass(frozen=True)
+class PlainHead:
+    """One layer, of whose numbers the loss reaches some."""
+
+    @property
+    def parameters(self) -> Parameters:
+        return Parameters(held=80, numbers=20, tensors=2, reached=15)
+
+    def forward(self, tally: Tally, work: Pass) -> None:
+        tally.forward([Stage("all", kept=300, forward=50)])
+
+    def backward(self, tally: Tally, work: Pass) -> None:
+        tally.backward([Stage("all", kept=300, weight=15, backward=7000)], 0, FLOAT, work.gradient)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_any_encoder_is_put_together_with_any_head(accumulates: bool) -> None:
+    setting = Setting(PlainEncoder(), PlainHead(), BF16, "adamw")
+    found = step_bytes(setting, Fidelity(3, 16), 2, chunk=2, accumulates=accumulates)
+    kept = 6 * 8 * 16**2 * BF16
+    assert found == StepBytes(
+        parameters=480,
+        optimizer=2 * FLOAT * 120 + FLOAT * 3,
+        gradients=FLOAT * 115 if accumulates else 0,
+        frames=2 * 2 * 3 * 8 * 3 * 16**2,
+        kept_encoder=kept,
+        kept_head=FLOAT * 6 * 10 + 300,
+        transient=7000 + FLOAT * 15,
+    )

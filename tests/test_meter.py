@@ -343,6 +343,7 @@ def test_one_reading_agrees_with_the_single_ones() -> None:
     with meter.settle("anything"):
         pass
     assert meter.retries() == 0
+    assert meter.ran_out(MemoryError()) and not meter.ran_out(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"))
 
 
 @pytest.mark.parametrize(
@@ -426,6 +427,8 @@ class Driver:
         self.others = self.context = self.pools = 0  # held: by other processes, by our context, by our other libraries
         self.reserved = self.allocated = self.peak = self.retries = 0
         self.fraction = 1.0
+        self.graph = 0  # of what is allocated: held by a backward that was broken off, until the next one
+        self.busy = False  # a block that the device still works with stays in the cache
         self.moments: list[int] = []  # what others hold more of, at each of the next readings
         self.clock = 0.0
         self.cuda_reads = self.nvml_reads = 0
@@ -446,7 +449,14 @@ class Driver:
         self.peak = max(self.peak, self.reserved)
 
     def empty_cache(self) -> None:
-        self.reserved = -(-self.allocated // (20 * MiB)) * 20 * MiB
+        if not self.busy:
+            self.reserved = -(-self.allocated // (20 * MiB)) * 20 * MiB
+
+    def backward(self) -> None:
+        self.allocated, self.graph, self.busy = self.allocated - self.graph, 0, True
+
+    def synchronize(self, index: int) -> None:
+        self.busy = False
 
     def create_context(self) -> None:
         self.context = self.context_size
@@ -507,12 +517,14 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
         properties.total_memory = driver.total
         return properties
 
-    def zeros(size: int, device: torch.device) -> None:
-        driver.allocate(4 * size)
+    def zeros(size: int | tuple[()], device: torch.device, requires_grad: bool = False) -> SimpleNamespace:
+        if device.type == "cuda" and size != ():
+            driver.allocate(4 * size)  # type: ignore[operator]
+        return SimpleNamespace(backward=driver.backward if device.type == "cuda" else lambda: None)
 
     monkeypatch.setattr(torch, "zeros", zeros)
     for name, function in {
-        "get_device_properties": show, "synchronize": lambda index: None, "mem_get_info": driver.mem_get_info,
+        "get_device_properties": show, "synchronize": driver.synchronize, "mem_get_info": driver.mem_get_info,
         "memory_stats_as_nested_dict": driver.stats, "reset_peak_memory_stats": driver.reset_peak,
         "empty_cache": driver.empty_cache, "set_per_process_memory_fraction": driver.set_fraction,
         "get_per_process_memory_fraction": lambda index: driver.fraction,
@@ -545,6 +557,59 @@ class TestScriptedGpu:
         meter.release()
         assert meter.own() == 320 * MiB
         assert meter.faults() == []
+
+    def test_a_backward_that_was_broken_off_holds_nothing_after_release(self, driver: Driver) -> None:
+        meter = open_scripted()
+        driver.allocate(2000 * MiB)
+        driver.graph = 2000 * MiB
+        driver.empty_cache()
+        assert meter.own() > 2000 * MiB, "emptying the cache alone gives nothing back"
+        meter.release()
+        assert meter.own() == 320 * MiB
+        meter.reset_peak()
+        driver.allocate(100 * MiB)
+        assert meter.peak() == 300 * MiB + driver.reserved < 500 * MiB, "the peak of a step tried again is its own"
+
+    def test_a_first_step_is_settled_once_in_a_process(self, driver: Driver) -> None:
+        meter = open_scripted()
+        for more in (200 * MiB, 50 * MiB):
+            with meter.settle("the first step of the process", once=True):
+                driver.pools += more
+        assert meter.booked["the first step of the process"] == 200 * MiB
+        with meter.settle("a step at another plan", once=True):
+            driver.pools += 10 * MiB
+        assert meter.own() == 320 * MiB + 210 * MiB
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "GET was unable to find an engine to execute this computation",
+            "FIND was unable to find an engine to execute this computation",
+            "Unable to find a valid cuDNN algorithm to run convolution",
+            "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+            "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+            "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        ],
+    )
+    def test_words_with_several_causes_mean_out_of_memory_near_the_cap_alone(self, driver: Driver, words: str) -> None:
+        meter, error = open_scripted(), RuntimeError(words)
+        assert not is_out_of_memory(error)
+        with meter.cap(4096 * MiB):
+            meter.reset_peak()
+            driver.allocate(2500 * MiB)
+            assert not meter.ran_out(error)
+            driver.allocate(1000 * MiB)
+            driver.allocated = 0  # the tensors of the step are gone, and what it held is known
+            meter.release()
+            assert meter.ran_out(error)
+            assert not meter.ran_out(ValueError(words))
+            assert not meter.ran_out(RuntimeError("CUDA error: an illegal memory access was encountered"))
+        meter.reset_peak()
+        driver.allocate(2500 * MiB)
+        assert not meter.ran_out(error), "and once that is over, no more"
+        driver.others = driver.free - 100 * MiB  # a neighbour leaves no more than that
+        assert meter.ran_out(error)
+        assert meter.ran_out(torch.OutOfMemoryError("CUDA out of memory."))
 
     def test_peak_and_retries_start_again(self, driver: Driver) -> None:
         meter = open_scripted()
@@ -815,6 +880,21 @@ print(failed, limit - meter.peak())
         failed, left = run(["-c", script], PYTORCH_ALLOC_CONF=f"expandable_segments:{segments}").stdout.split()
         assert failed == "True"
         assert 0 <= int(left) < 80 * MB
+
+    def test_a_backward_that_was_broken_off_holds_nothing_after_release(self) -> None:
+        meter = open_meter(self.device)
+        x = torch.ones(2, requires_grad=True, device=self.device)
+        kept = torch.ones(256 * 2**20, dtype=torch.uint8, device=self.device)
+        held = weakref.ref(kept)
+        with pytest.raises(MemoryError):
+            (Keeps.apply(x, kept, False) + Keeps.apply(x, None, True)).sum().backward()
+        del kept
+        gc.collect()
+        meter.release()
+        assert held() is None
+        meter.reset_peak()
+        before = meter.peak()
+        assert meter.own() <= before < meter.own() + 64 * 2**20
 
     def test_beyond_the_cap_memory_runs_out_and_the_process_goes_on(self) -> None:
         meter = open_meter(self.device)

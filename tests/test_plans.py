@@ -15,8 +15,10 @@ from lofi_fast.budget import Budget, gigabytes, resolve_budget
 from lofi_fast.config import Policy, Recompute
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern, ladder
+from lofi_fast.ledger import default_chunk
 from lofi_fast.memory.plans import (
     PRIOR,
+    Device,
     Fit,
     Plan,
     Prior,
@@ -27,8 +29,11 @@ from lofi_fast.memory.plans import (
     refusal,
     relative_cost,
     remedies,
+    worthwhile,
 )
+from lofi_fast.memory.step_bytes import Setting, step_bytes
 from lofi_fast.memory.trial import MARGIN, Choice, highest_fitting
+from lofi_fast.presets import activitynet
 
 RUNGS = 29
 COSTS = [2 ** (-i / 7) for i in range(RUNGS)]  # candidate i is the i-th rung of a ladder, the highest first
@@ -344,3 +349,106 @@ def test_the_refusal_names_the_flags_that_would_do_and_no_other() -> None:
     assert "--policy" not in hopeless and "a smaller --batch, --encoder or --width" in hopeless
     assert "--mem-budget 10.00GB" in hopeless
     assert "0.00 GB can be planned" in say(1, -3, 1)
+
+
+# Snippets in one graph of the encoder
+
+
+def graphs(plans: Sequence[Plan]) -> list[str]:
+    return [f"{name}/{plan.chunk}" for name, plan in zip(told(plans), plans, strict=True)]
+
+
+def test_of_one_rung_the_fastest_chunk_comes_first_and_then_smaller_ones_before_a_lower_rung() -> None:
+    large, small = Fidelity(16, 112), Fidelity(2, 224)
+    assert [p.chunk for p in candidates([large], 1, device="cpu")] == [8, 4, 2, 1] * 2
+    assert [p.chunk for p in candidates([large], 1, recompute="never", device="cuda")] == [16, 8, 4, 2, 1]
+    assert [p.chunk for p in candidates([Fidelity(100, 224)], 1, recompute="never", device="cuda")] == [
+        62, 31, 15, 7, 3, 1
+    ]  # fmt: skip
+    plans = candidates([large, small], 1, device="cpu")
+    assert [(p.fidelity, p.recompute) for p in plans] == [
+        *[(large, False)] * 4, *[(small, False)] * 2, *[(large, True)] * 4, *[(small, True)] * 2
+    ]  # fmt: skip
+
+
+def test_more_videos_at_once_and_larger_chunks_go_by_what_they_cost_on_the_device() -> None:
+    rungs = [Fidelity(32, 112)]
+    on_cpu = candidates(rungs, 2, Policy.FIDELITY, recompute="never", device="cpu")
+    assert [(p.micro_batch, p.chunk) for p in on_cpu] == [
+        (2, 8),
+        (2, 4),
+        (2, 2),
+        (2, 1),
+        (1, 8),
+        (1, 4),
+        (1, 2),
+        (1, 1),
+    ]
+    on_gpu = candidates(rungs, 2, Policy.FIDELITY, recompute="never", device="cuda")
+    assert [(p.micro_batch, p.chunk) for p in on_gpu][:3] == [(2, 64), (2, 32), (1, 32)]
+    costs = [relative_cost(plan, rungs[0], "cuda") for plan in on_gpu]
+    assert costs == sorted(costs)
+    assert costs[-1] > 5 * costs[0], "a GPU waits for its host"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 64), POLICIES, st.none() | st.integers(1, 64), RECOMPUTES, st.sampled_from(["cpu", "cuda"]))
+def test_the_lever_only_adds_plans_and_a_cpu_begins_with_the_encoders_own_chunk(
+    batch: int, policy: Policy, micro: int | None, recompute: Recompute, device: Device
+) -> None:
+    rungs = ladder(Pattern.SPATIO_TEMPORAL, Fidelity(32, 64))
+    plain = candidates(rungs, batch, policy, micro, recompute)
+    plans = candidates(rungs, batch, policy, micro, recompute, device)
+    assert len(set(plans)) == len(plans)
+    assert {dataclasses.replace(plan, chunk=0) for plan in plans} == set(plain)
+    keys = [(plan.recompute, -plan.omega) for plan in plans]
+    assert keys == sorted(keys)
+    firsts = {dataclasses.replace(plan, chunk=0): plan.chunk for plan in reversed(plans)}
+    for plan, chunk in firsts.items():
+        most = plan.micro_batch * plan.fidelity.num_snippets
+        assert 1 <= chunk <= most
+        if device == "cpu":
+            assert chunk == min(default_chunk(plan.fidelity.side), most)
+    if device == "cpu":
+        assert list(dict.fromkeys(dataclasses.replace(plan, chunk=0) for plan in plans)) == list(plain)
+
+
+def test_a_smaller_chunk_that_saves_next_to_nothing_is_no_plan() -> None:
+    plans = candidates([HIGH, LOW], 4, recompute="auto", device="cpu")
+    assert graphs(plans)[:4] == ["H4/24", "H4/12", "H4/6", "H4/3"]
+    needs = {24: 1000, 12: 995, 6: 989, 3: 985, 1: 900}
+    kept = list(worthwhile(plans, lambda plan: needs.get(plan.chunk, 500)))
+    assert graphs(kept)[:3] == ["H4/24", "H4/6", "H4/1"]
+    assert {told([plan])[0] for plan in kept} == {told([plan])[0] for plan in plans}
+    alike = list(worthwhile(plans, lambda plan: 7))
+    assert graphs(alike) == [graphs([plans[0]])[0], *dict.fromkeys(graphs(alike)[1:])] and len(alike) == 4
+
+
+def test_the_ledger_counts_the_chunk_so_that_recompute_needs_in_proportion_to_it() -> None:
+    setting = Setting.of(activitynet(), 200, 2)
+    assert setting is not None
+    full = Fidelity(100, 224)
+    many, few, one = (step_bytes(setting, full, 1, recompute=True, chunk=chunk).transient for chunk in (62, 15, 1))
+    assert few < many / 3 and one < few / 3
+    kept = list(
+        worthwhile(
+            candidates([full], 1, device="cuda"),
+            lambda p: step_bytes(setting, full, 1, recompute=p.recompute, chunk=p.chunk).added,
+        )
+    )
+    assert [plan.chunk for plan in kept if plan.recompute] == [62, 31, 15, 7, 3, 1]
+    assert [plan.chunk for plan in kept if not plan.recompute][:2] == [62, 31]
+
+
+def test_the_plan_of_a_log_from_before_chunks_were_recorded() -> None:
+    assert Plan.from_json([50, 158, 1, 1]) == Plan(Fidelity(50, 158), 1, True, 0)
+    plan = Plan(Fidelity(50, 158), 16, chunk=125)
+    assert str(plan) == "50 snippets x 158 px, 16 at once, 125 to a graph"
+    assert plan.to_json() == [50, 158, 16, 0, 125] and Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(ValueError, match="not a plan"):
+        Plan.from_json([50, 158, 16, 0, -1])
+
+
+def test_remedies_take_the_smallest_chunk() -> None:
+    offers = remedies([HIGH, LOW], 4, device="cuda")
+    assert offers == (("--policy fidelity", Plan(LOW, 1, True, 1)),)

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lofi_fast.encoder.resnet_ledger import BLOCKS, ResNetLedger
+
 if TYPE_CHECKING:
-    from lofi_fast.config import Config
+    from lofi_fast.config import Config, EncoderConfig
     from lofi_fast.encoder.protocol import Encoder
+    from lofi_fast.ledger import EncoderLedger
 
 
 def build(config: Config) -> Encoder:
@@ -21,3 +24,8 @@ def build(config: Config) -> Encoder:
     from lofi_fast.encoder.tsm import TSMEncoder
 
     return TSMEncoder(config.encoder.name, config.encoder.width)
+
+
+def ledger_of(config: EncoderConfig) -> EncoderLedger | None:
+    """The ledger of the encoder that `config` names; None where it has none, and is planned by running it."""
+    return ResNetLedger(config.name, config.width) if config.name in BLOCKS else None

@@ -43,10 +43,7 @@ from lofi_fast.kernels import (
     stem_input,
     temporal_shift,
 )
-
-# Pixels of the frames in one chunk: enough for a GPU's convolutions to be efficient, few enough that a chunk's own
-# maps (some 20 bytes a pixel in bf16) are small beside what the whole video keeps.
-CHUNK_PIXELS = 64 * 112 * 112
+from lofi_fast.ledger import CHUNK_PIXELS
 
 
 def default_chunk(num_frames: int, side: int) -> int:

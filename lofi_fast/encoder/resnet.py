@@ -15,13 +15,9 @@ from torch import Tensor, nn
 
 from lofi_fast.config import EncoderName
 from lofi_fast.encoder.protocol import Encoder
+from lofi_fast.encoder.resnet_ledger import BLOCKS
 from lofi_fast.kernels import temporal_shift
 
-STAGES: dict[EncoderName, tuple[int, int, int, int]] = {
-    "tsm_r18": (2, 2, 2, 2),
-    "tsm_r34": (3, 4, 6, 3),
-    "tsm_r50": (3, 4, 6, 3),
-}
 SHIFT_EVERY_SECOND_BLOCK_FROM = 23  # TSM: only the long stage of a ResNet-101 has so many
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -101,7 +97,7 @@ class TSMResNet(Encoder):
         self.conv1 = _conv(3, width, 7, 2)
         self.bn1 = nn.BatchNorm2d(width)
         channels = width
-        for stage, num_blocks in enumerate(STAGES[name]):
+        for stage, num_blocks in enumerate(BLOCKS[name]):
             every = 2 if num_blocks >= SHIFT_EVERY_SECOND_BLOCK_FROM else 1
             blocks: list[nn.Module] = []
             for index in range(num_blocks):

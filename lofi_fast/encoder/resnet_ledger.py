@@ -1,4 +1,20 @@
-"""RESNET_DOC"""
+"""The ledger of TSM-ResNet: the bytes that encoder/lean.py holds in a step, and what plain PyTorch keeps beside it.
+
+Kept by the lean encoder for each frame, in numbers of the activations' dtype (R18, width 64, at 224 px;
+U = 64 * 56 * 56):
+
+    frames           3 * 224 * 224 bytes             uint8                                        0.151 MB
+    stem             pooled U, argmax U bytes        int8 position of each maximum                0.201 MB + U
+    stage 1          2 blocks x (y, out)             64 channels at 56 px, U each                 4 U
+    stage 2          2 blocks x (y, out)             128 channels at 28 px, U / 2 each            2 U
+    stage 3, 4       2 blocks x (y, out) each        U / 4, U / 8 each                            1.5 U
+    in all           8.5 U + 0.351 MB                7.18 MB in fp32, 3.76 MB in bf16 or fp16
+
+and once: the folded weights and the few numbers of the frozen batch norms. With `eight_bit` a number of an activation
+is one byte, and each channel of a frame has a scale of 4: 2.07 MB a frame. With `recompute` activations exist only
+while their chunk's gradient is worked out. Plain PyTorch keeps 25.1 MB a frame in fp32, and 13.3 MB in bf16 beside
+22 MB of cast weights (`plain_kept_bytes`).
+"""
 
 from __future__ import annotations
 
@@ -8,25 +24,22 @@ from typing import NamedTuple
 
 from lofi_fast.config import EncoderName
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
-from lofi_fast.ledger import FLOAT, LONG, Stage, Tally
+from lofi_fast.ledger import FLOAT, LONG, RGB, Parameters, Pass, Stage, Tally
 
-RGB = 3
-
-# As in encoder/resnet.py, encoder/lean.py and head/gtad.py, which load torch; the tests hold them together.
+# Blocks in each of the four stages.
 BLOCKS: dict[EncoderName, tuple[int, int, int, int]] = {
     "tsm_r18": (2, 2, 2, 2),
     "tsm_r34": (3, 4, 6, 3),
     "tsm_r50": (3, 4, 6, 3),
 }
-CHUNK_PIXELS = 64 * 112 * 112
 
 
-# The encoder, as a table of maps
+# The encoder, as a table of activations
 
 
 @dataclass(frozen=True)
-class Map:
-    """One feature map of a frame."""
+class Activation:
+    """One activation of a frame."""
 
     channels: int
     side: int
@@ -40,13 +53,13 @@ class Map:
 class Conv:
     """A convolution, with the frozen batch norm after it."""
 
-    source: Map
-    result: Map
+    source: Activation
+    result: Activation
     kernel: int
 
     @staticmethod
-    def of(source: Map, channels: int, kernel: int, stride: int = 1) -> Conv:
-        return Conv(source, Map(channels, (source.side - 1) // stride + 1), kernel)
+    def of(source: Activation, channels: int, kernel: int, stride: int = 1) -> Conv:
+        return Conv(source, Activation(channels, (source.side - 1) // stride + 1), kernel)
 
     @cached_property
     def weight(self) -> int:
@@ -61,11 +74,11 @@ class Block:
     downsample: Conv | None
 
     @cached_property
-    def x(self) -> Map:
+    def x(self) -> Activation:
         return self.branch[0].source
 
     @cached_property
-    def out(self) -> Map:
+    def out(self) -> Activation:
         return self.branch[-1].result
 
     @cached_property
@@ -87,7 +100,7 @@ class Network:
     """A TSM-ResNet over square frames. Every block's input is shifted."""
 
     stem: Conv
-    pooled: Map
+    pooled: Activation
     blocks: tuple[Block, ...]
 
     @cached_property
@@ -110,9 +123,9 @@ class Network:
 
 @lru_cache(maxsize=256)
 def network(name: EncoderName, width: int, side: int) -> Network:
-    """The maps of an encoder of `width` channels in its first stage, over frames of `side` x `side` pixels."""
-    stem = Conv.of(Map(RGB, side), width, 7, 2)
-    pooled = x = Map(width, (stem.result.side - 1) // 2 + 1)
+    """An encoder of `width` channels in its first stage, over frames of `side` x `side` pixels."""
+    stem = Conv.of(Activation(RGB, side), width, 7, 2)
+    pooled = x = Activation(width, (stem.result.side - 1) // 2 + 1)
     blocks = []
     for stage, num_blocks in enumerate(BLOCKS[name]):
         for index in range(num_blocks):
@@ -130,62 +143,57 @@ def network(name: EncoderName, width: int, side: int) -> Network:
     return Network(stem, pooled, tuple(blocks))
 
 
-def default_chunk(side: int) -> int:
-    """Snippets that the lean encoder takes into one graph."""
-    return max(CHUNK_PIXELS // (FRAMES_PER_SNIPPET * side * side), 1)
-
-
 def lean_kept_bytes(
     name: EncoderName,
     width: int,
     side: int,
     num_frames: int,
-    map_bytes: int,
+    itemsize: int,
     *,
     recompute: bool = False,
     eight_bit: bool = False,
 ) -> int:
-    """What autograd saves of the lean encoder's forward, its uint8 frames included. `map_bytes`: 4 (fp32) or 2 (bf16
+    """Bytes that autograd saves of the lean encoder's forward, uint8 frames included. `itemsize`: 4 (fp32) or 2 (bf16
     and fp16 autocast). To be compared with `plain_kept_bytes`; a step holds some more, see `StepBytes`.
     """
     net = network(name, width, side)
-    maps = 0 if recompute else _kept_maps(net, num_frames, map_bytes, eight_bit)
-    once = (0 if recompute else map_bytes * net.weights) + FLOAT * net.channels
-    return num_frames * net.stem.source.numel + maps + once
+    activations = 0 if recompute else _kept_activations(net, num_frames, itemsize, eight_bit)
+    once = (0 if recompute else itemsize * net.weights) + FLOAT * net.channels
+    return num_frames * net.stem.source.numel + activations + once
 
 
-def plain_kept_bytes(name: EncoderName, width: int, side: int, num_frames: int, map_bytes: int) -> int:
+def plain_kept_bytes(name: EncoderName, width: int, side: int, num_frames: int, itemsize: int) -> int:
     """The same of plain PyTorch's graph (`TSMResNet.forward`, frozen batch norm, in-place ReLU), under autocast where
-    `map_bytes` is 2: the shifted copy, and the output of every convolution and of every ReLU.
+    `itemsize` is 2: the shifted copy, and the output of every convolution and of every ReLU.
     """
     net = network(name, width, side)
-    maps = net.stem.source.numel + 2 * net.stem.result.numel
+    numbers = net.stem.source.numel + 2 * net.stem.result.numel
     if net.blocks[0].downsample is not None:
-        maps += net.pooled.numel  # else no convolution reads it unshifted
+        numbers += net.pooled.numel  # else no convolution reads it unshifted
     for block in net.blocks:
-        maps += block.x.numel + 2 * block.kept
+        numbers += block.x.numel + 2 * block.kept
         if block.downsample is not None:
-            maps += block.out.numel
+            numbers += block.out.numel
     indices = LONG * net.pooled.numel
-    return num_frames * (map_bytes * maps + indices) + (0 if map_bytes == FLOAT else map_bytes * net.weights)
+    return num_frames * (itemsize * numbers + indices) + (0 if itemsize == FLOAT else itemsize * net.weights)
 
 
-def _kept_maps(net: Network, num_frames: int, map_bytes: int, eight_bit: bool) -> int:
-    maps = [net.pooled, *(conv.result for block in net.blocks for conv in block.branch)]
-    return num_frames * (sum(_stored(a_map, map_bytes, eight_bit) for a_map in maps) + net.pooled.numel)
+def _kept_activations(net: Network, num_frames: int, itemsize: int, eight_bit: bool) -> int:
+    kept = [net.pooled, *(conv.result for block in net.blocks for conv in block.branch)]
+    return num_frames * (sum(_stored(activation, itemsize, eight_bit) for activation in kept) + net.pooled.numel)
 
 
-def _stored(a_map: Map, map_bytes: int, eight_bit: bool) -> int:
-    """Bytes of one frame's map as it is kept for backward: itself, or its codes and a scale for each channel."""
-    return a_map.numel + FLOAT * a_map.channels if eight_bit else map_bytes * a_map.numel
+def _stored(activation: Activation, itemsize: int, eight_bit: bool) -> int:
+    """Bytes of one frame's activation as it is kept for backward: itself, or its codes and a scale of each channel."""
+    return activation.numel + FLOAT * activation.channels if eight_bit else itemsize * activation.numel
 
 
-def _encoder_stages(net: Network, frames: int, e: int, recompute: bool, eight_bit: bool) -> list[Stage]:
-    """A chunk of the lean encoder. `e`: bytes of a map's element.
+def _stages(net: Network, frames: int, e: int, recompute: bool, eight_bit: bool) -> list[Stage]:
+    """One chunk of `frames` frames through the lean encoder. `e`: bytes of a number in an activation.
 
-    Autograd holds the gradients that come into a block (of its last map and of that map's shifted copy) until the block
-    is done. A vector of ones stands beside every call of residual_shift and stem. With `eight_bit` the maps themselves
-    are handed on beside what is stored of them, and stand beside it again where backward reads them.
+    Autograd holds the gradients that come into a block (of its output and of that output's shifted copy) until the
+    block is done. A vector of ones stands beside every call of residual_shift and stem. With `eight_bit` activations
+    are handed on as they are, beside the bytes that are kept of them, and are made again where backward reads them.
     """
     size = e * frames
     pooled, argmax, conv = size * net.pooled.numel, frames * net.pooled.numel, size * net.stem.result.numel
@@ -210,8 +218,8 @@ def _encoder_stages(net: Network, frames: int, e: int, recompute: bool, eight_bi
         # Beside the first convolution: its output's gradient, x's shifted copy, the gradient of that; at the identity:
         # two gradients of x, and x where it is not kept.
         inner = max(first + 2 * x, 0 if block.downsample is None or not eight_bit else 3 * x)
-        # The gradient before the last ReLU takes the place of the map, where that is not kept elsewhere; beside a map
-        # that is kept in 8 bits stands the map.
+        # The gradient before the last ReLU takes the place of the block's output, where that is not kept elsewhere;
+        # an output that is kept in 8 bits is there once more as it was.
         relu = out + ones if recompute or eight_bit else ones
         stages.append(
             Stage(
@@ -238,17 +246,17 @@ def _encoder_stages(net: Network, frames: int, e: int, recompute: bool, eight_bi
     return stages
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """Bytes of one chunk of the encoder; peaks are above what was there before."""
 
     kept: int
     features: int
     forward: int
-    backward: int  # with what was kept there before
+    backward: int  # counting what was kept in forward
 
 
 @lru_cache(maxsize=1024)
-def _chunk(
+def chunk_bytes(
     name: EncoderName,
     width: int,
     side: int,
@@ -258,15 +266,17 @@ def _chunk(
     eight_bit: bool,
     first: bool,
     last: bool,
-) -> _Chunk:
-    """`first`, `last`: in the order of backward. Autograd sums the gradients of the folded weights over chunks: the
-    first chunk's stay, the others' are added to them in place. With the last chunk the weights go.
+) -> Chunk:
+    """One chunk of `frames` frames; `first` and `last` say where it stands in the order of backward.
+
+    Autograd sums the gradients of the folded weights over chunks: those of the first chunk stay, the others' are added
+    to them in place. With the last chunk the folded weights go.
     """
     net = network(name, width, side)
-    *stages, features = _encoder_stages(net, frames, e, recompute, eight_bit)
+    *stages, features = _stages(net, frames, e, recompute, eight_bit)
     forward, backward = Tally(), Tally()
     if recompute:  # nothing is kept yet, so nothing is stored in 8 bits either
-        forward.forward(_encoder_stages(net, frames, e, recompute, False), keep=False)
+        forward.forward(_stages(net, frames, e, recompute, False), keep=False)
     else:
         forward.forward([*stages, features])
     backward.spike(features.backward)
@@ -274,16 +284,75 @@ def _chunk(
     if recompute:
         backward.forward(stages)
     backward.backward(stages, features.pending, e, e if first else 0, e if last and not recompute else 0)
-    return _Chunk(forward.now, features.handed, forward.peak, backward.peak)
+    return Chunk(forward.now, features.handed, forward.peak, backward.peak)
 
 
-def features_bytes(
-    name: EncoderName, width: int, side: int, snippets: int, map_bytes: int, chunk: int | None = None
-) -> int:
-    """Peak of the lean encoder without gradients (extraction, evaluation) over `snippets`, its frames aside."""
-    net = network(name, width, side)
-    chunk = min(default_chunk(side) if chunk is None else chunk, snippets)
-    part = _chunk(name, width, side, chunk * FRAMES_PER_SNIPPET, map_bytes, True, False, False, False)
-    features = FLOAT * snippets * net.num_features
-    once = map_bytes * net.weights + FLOAT * 2 * net.channels
-    return once + features + max(part.forward, features)
+# The encoder in a step
+
+
+@dataclass(frozen=True)
+class ResNetLedger:
+    """The ledger of a `TSMResNet` whose batch norm is frozen, run by encoder/lean.py."""
+
+    name: EncoderName
+    width: int = 64
+
+    @property
+    def num_features(self) -> int:
+        return self._network.num_features
+
+    @property
+    def parameters(self) -> Parameters:
+        """Batch norm holds two parameters, two statistics and a count of batches; only convolutions learn."""
+        net = self._network
+        held = FLOAT * (net.weights + 4 * net.channels + 2 * RGB) + LONG * len(net.convs)
+        return Parameters(held, net.weights, len(net.convs), net.weights)
+
+    @property
+    def _network(self) -> Network:
+        """At any side: weights and channels do not depend on it."""
+        return network(self.name, self.width, 1)
+
+    def forward(self, tally: Tally, work: Pass) -> int:
+        """The folded weights and batch norms, then one chunk after the other, then the features put together."""
+        net = network(self.name, self.width, work.side)
+        others, other, end = self._chunks(work)
+        once = work.itemsize * net.weights + FLOAT * 2 * net.channels
+        tally.take(once)
+        if others:
+            tally.take((others - 1) * (other.kept + other.features))
+            tally.spike(other.forward)
+            tally.take(other.kept + other.features)
+        tally.spike(end.forward)
+        tally.take(end.kept + end.features)
+        tally.spike(others * other.features + end.features)
+        return once + others * other.kept + end.kept
+
+    def backward(self, tally: Tally, work: Pass) -> None:
+        """The chunks in reverse, then from the gradients of the folded weights to those of the parameters."""
+        net, e = network(self.name, self.width, work.side), work.itemsize
+        others, other, end = self._chunks(work)
+        features, folded = others * other.features + end.features, e * net.weights
+        tally.take(features)  # their gradient
+        tally.spike(end.backward)
+        tally.take(folded - end.kept)  # the gradients of the folded weights
+        tally.spike(other.backward)
+        tally.take(-others * other.kept - features - folded)
+        for conv in reversed(net.convs):  # under autocast by way of fp32
+            tally.spike((FLOAT if e == FLOAT else 2 * FLOAT - e) * conv.weight)
+            tally.take((work.gradient - e) * conv.weight)
+
+    def _chunks(self, work: Pass) -> tuple[int, Chunk, Chunk]:
+        """(number of others, one of the others, end chunk). The end chunk comes last in forward and first in backward,
+        and may be smaller than the others, which are alike.
+        """
+        others = -(-work.snippets // work.chunk) - 1
+
+        def part(snippets: int, first: bool, last: bool) -> Chunk:
+            frames = snippets * FRAMES_PER_SNIPPET
+            return chunk_bytes(
+                self.name, self.width, work.side, frames, work.itemsize, work.recompute, work.eight_bit, first, last
+            )
+
+        end = part(work.snippets - others * work.chunk, True, others == 0)
+        return others, part(work.chunk, False, others == 1) if others else Chunk(0, 0, 0, 0), end

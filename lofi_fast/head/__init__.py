@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lofi_fast.head.gtad_ledger import GTADLedger
+
 if TYPE_CHECKING:
-    from lofi_fast.config import Config
+    from lofi_fast.config import Config, HeadConfig
     from lofi_fast.head.protocol import Head
+    from lofi_fast.ledger import HeadLedger
 
 
 def build(config: Config, num_features: int, num_classes: int) -> Head:
@@ -22,3 +25,13 @@ def build(config: Config, num_features: int, num_classes: int) -> Head:
     from lofi_fast.head.gtad_head import GTADHead
 
     return GTADHead(config.head, num_features, num_classes, config.full.num_snippets)
+
+
+def ledger_of(
+    config: HeadConfig, num_features: int, num_classes: int, full_snippets: int, class_loss: bool
+) -> HeadLedger | None:
+    """The ledger of the head that `config` describes, over features of `num_features` channels; None where it has none.
+
+    `full_snippets`: of the full grid. `class_loss`: whether the loss has a term for classes.
+    """
+    return GTADLedger(config, num_features, num_classes, full_snippets, class_loss)

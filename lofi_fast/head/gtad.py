@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lofi_fast.config import HeadConfig
+from lofi_fast.head.gtad_ledger import BASE_GROUPS, NUM_NEIGHBOURS
 from lofi_fast.kernels import align_linear, align_linear_sum, proposal_grid
-
-NUM_NEIGHBOURS = 3
 
 
 def nearest_neighbours(x_BCL: Tensor) -> Tensor:
@@ -97,7 +96,8 @@ class GTAD(nn.Module):
         super().__init__()
         self.config, self.num_classes, self.full_snippets = config, num_classes, full_snippets
         hidden = config.hidden
-        self.base = nn.Sequential(nn.Conv1d(num_features, hidden, 3, padding=1, groups=4), nn.ReLU(inplace=True))
+        base = nn.Conv1d(num_features, hidden, 3, padding=1, groups=BASE_GROUPS)
+        self.base = nn.Sequential(base, nn.ReLU(inplace=True))
         self.base_graph = GCNeXt(hidden, config.groups)
         self.graph = GCNeXt(hidden, config.groups)
         self.start_graph, self.start = GCNeXt(hidden, config.groups), nn.Conv1d(hidden, 1, 1)

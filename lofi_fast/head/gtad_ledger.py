@@ -1,20 +1,35 @@
-"""GTAD_DOC"""
+"""The ledger of G-TAD: the bytes that head/gtad.py and head/loss.py hold in a step.
+
+Letters as there: B windows, C channels, L snippets, D durations, N valid proposal cells.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 from lofi_fast.config import HeadConfig
-from lofi_fast.ledger import FLOAT, LONG, Stage
+from lofi_fast.ledger import FLOAT, LONG, Parameters, Pass, Stage, Tally
 
-NUM_NEIGHBOURS = 3
-BASE_GROUPS = 4
-HEAD_TENSORS = 71  # parameters of the head, counted as tensors
+NUM_NEIGHBOURS = 3  # of a snippet in feature space, itself included
+BASE_GROUPS = 4  # of the first convolution
+
+
+class Layer(NamedTuple):
+    """Numbers of a layer's parameters; a bias of 0: it has none."""
+
+    weight: int
+    bias: int
+
+
+def graph_layers(channels: int, groups: int) -> tuple[Layer, ...]:
+    """Of a GCNeXt: the temporal branch, the two projections before neighbours are gathered, the semantic branch."""
+    half = channels // 2
+    into, out, grouped = Layer(channels * half, half), Layer(half * channels, channels), half * (half // groups)
+    temporal = (into, Layer(3 * grouped, half), out)
+    return (*temporal, into, Layer(channels * half, 0), Layer(grouped, half), out)
 
 
 class Head(NamedTuple):
@@ -50,49 +65,70 @@ class Head(NamedTuple):
         return self.config.map_channels // 4
 
     @property
-    def graph_weight(self) -> int:
-        """Of one GCNeXt: five 1x1 convolutions between all and half the channels, grouped ones of kernels 3 and 1."""
-        hidden, half = self.config.hidden, self.config.hidden // 2
-        return 5 * hidden * half + 4 * half * (half // self.config.groups)
+    def graph(self) -> tuple[Layer, ...]:
+        """Of each of the four GCNeXts."""
+        return graph_layers(self.config.hidden, self.config.groups)
 
     @property
-    def base_weight(self) -> int:
-        return self.num_features // BASE_GROUPS * self.config.hidden * 3
+    def base(self) -> Layer:
+        return Layer(self.num_features // BASE_GROUPS * self.config.hidden * 3, self.config.hidden)
 
     @property
-    def middle_weight(self) -> int:
-        return self.narrow**2 * self.config.middle_kernel**2
+    def boundary(self) -> Layer:
+        """Of the start and of the end."""
+        return Layer(self.config.hidden, 1)
 
     @property
-    def classifier(self) -> tuple[int, int]:
-        """Weight and bias of the classes' align_linear."""
-        return self.num_features * self.num_scores * self.config.class_bins, self.num_scores
+    def inner(self) -> Layer:
+        return Layer(self.config.hidden * self.config.map_channels * self.config.inner_bins, self.config.map_channels)
 
     @property
-    def bias(self) -> int:
-        """All other biases."""
-        c = self.config
-        graphs = 4 * (4 * (c.hidden // 2) + 2 * c.hidden)
-        return c.hidden + graphs + 2 + c.map_channels + 3 * self.narrow + 2
+    def context(self) -> Layer:
+        return Layer(self.config.hidden * self.config.map_channels * self.config.context_bins, 0)
+
+    @property
+    def reduce(self) -> Layer:
+        return Layer(self.config.map_channels * self.narrow, self.narrow)
+
+    @property
+    def middle(self) -> Layer:
+        """Of each of the two."""
+        return Layer(self.narrow**2 * self.config.middle_kernel**2, self.narrow)
+
+    @property
+    def last(self) -> Layer:
+        return Layer(2 * self.narrow, 2)
+
+    @property
+    def classifier(self) -> Layer:
+        """The align_linear that scores classes."""
+        return Layer(self.num_features * self.num_scores * self.config.class_bins, self.num_scores)
+
+    def layers(self, classifier: bool = True) -> tuple[Layer, ...]:
+        """All of them; without the classifier, those that learn where the loss has no class term."""
+        proposals = (self.inner, self.context, self.reduce, self.middle, self.middle, self.last)
+        layers = (self.base, *(4 * self.graph), self.boundary, self.boundary, *proposals)
+        return (*layers, self.classifier) if classifier else layers
 
 
 class Held(NamedTuple):
-    """Bytes alive from the end of the loss to that of backward, beside what the stages keep."""
+    """Bytes alive from the end of the loss to the end of backward, beside what the stages keep."""
 
-    saved: int  # by autograd too
+    saved: int  # those that autograd holds too
     unsaved: int
 
 
-def _head_held(h: Head, e: int, dropout: bool, class_loss: bool) -> Held:
-    """The features, the head's output and the terms of the loss; what a classifier without a loss was given."""
+def held_bytes(h: Head, e: int, dropout: bool, class_loss: bool) -> Held:
+    """Features, the head's output and the terms of the loss; without a class loss, what the classifier was given."""
     features, logits = FLOAT * h.steps * h.num_features, 2 * e * (h.steps + h.cells)
     given = features if dropout and not class_loss else 0
     saved = given + (0 if dropout else features) + (logits if e == FLOAT else 0)
     return Held(saved, given + features + logits + e * h.cells * h.num_scores + 5 * FLOAT - saved)
 
 
-def _head_stages(h: Head, e: int, dropout: bool, class_loss: bool) -> list[Stage]:
-    """The head and the loss, from the features on.
+@lru_cache(maxsize=1024)
+def head_stages(h: Head, e: int, dropout: bool, class_loss: bool) -> tuple[Stage, ...]:
+    """The head and the loss, from the features on. `e`: bytes of a number in an activation.
 
     Under autocast autograd keeps the cast inputs and weights of convolutions; align_linear keeps what it was given.
     """
@@ -106,7 +142,7 @@ def _head_stages(h: Head, e: int, dropout: bool, class_loss: bool) -> list[Stage
 
     def graph(name: str, pending: int, after: int = 0) -> Stage:
         """A GCNeXt; `after`: the weight of a convolution that follows."""
-        half, weight = c.hidden // 2, h.graph_weight + after
+        half, weight = c.hidden // 2, sum(layer.weight for layer in h.graph) + after
         temporal = 2 * half
         semantic = half + k * (2 * half + c.hidden) + c.hidden  # gathered from; edges, grouped, last; their maximum
         return Stage(
@@ -123,26 +159,26 @@ def _head_stages(h: Head, e: int, dropout: bool, class_loss: bool) -> list[Stage
         return Stage(name, kept + cast * weight, 0, aligned + wide, weight, backward, pending + classified)
 
     # align_linear makes Z out of rows of its features and its weight, each copied where it is not as it should be.
-    inner, context = (c.hidden * c.map_channels * bins for bins in (c.inner_bins, c.context_bins))
+    inner, context = h.inner.weight, h.context.weight
     z, z_scores = (
         e * h.steps * n for n in (c.map_channels * (c.inner_bins + c.context_bins), h.num_scores * c.class_bins)
     )
     rows = e * h.steps * h.num_features
-    z_made = z_scores + cast * h.classifier[0] + (rows if cast or dropout else 0)
-    return [
+    z_made = z_scores + cast * h.classifier.weight + (rows if cast or dropout else 0)
+    return (
         # The scaled mask and what it leaves, which a classifier without a loss does not give back (`Held`).
         Stage("dropout", features * (2 if class_loss else 1) if dropout else 0, backward=features, pending=features),
         Stage(
             "base",
-            kept=hidden + cast * (h.steps * h.num_features + h.base_weight),
-            weight=h.base_weight,
+            kept=hidden + cast * (h.steps * h.num_features + h.base.weight),
+            weight=h.base.weight,
             backward=hidden + features + cast * h.steps * h.num_features,
             pending=features,
         ),
         graph("base graph", 1),
         graph("graph", 1),
-        graph("start", 2, after=c.hidden),
-        graph("end", 2, after=c.hidden),
+        graph("start", 2, after=h.boundary.weight),
+        graph("end", 2, after=h.boundary.weight),
         Stage(
             "neighbours",
             kept=LONG * h.steps * k + hidden,
@@ -159,14 +195,14 @@ def _head_stages(h: Head, e: int, dropout: bool, class_loss: bool) -> list[Stage
             pending=2 * hidden + classified,
         ),
         Stage("aligned", kept=aligned, forward=aligned, backward=aligned, pending=aligned + classified),
-        conv("reduce", reduced + dense_map, c.map_channels * h.narrow, max(aligned, 2 * reduced), aligned),
-        conv("middle 1", wide, h.middle_weight, wide, wide),
-        conv("middle 2", wide, h.middle_weight, wide, wide),
-        conv("last", 0, 2 * h.narrow, 4 * e * h.dense + wide, wide),
+        conv("reduce", reduced + dense_map, h.reduce.weight, max(aligned, 2 * reduced), aligned),
+        conv("middle 1", wide, h.middle.weight, wide, wide),
+        conv("middle 2", wide, h.middle.weight, wide, wide),
+        conv("last", 0, h.last.weight, 4 * e * h.dense + wide, wide),
         Stage(
             "classifier",
             forward=aligned + z_made,
-            weight=h.classifier[0] if class_loss else 0,
+            weight=h.classifier.weight if class_loss else 0,
             backward=z_made + rows + (features if cast else 0) if class_loss else 0,
             pending=2 * e * h.cells + classified,
         ),
@@ -188,39 +224,45 @@ def _head_stages(h: Head, e: int, dropout: bool, class_loss: bool) -> list[Stage
             backward=FLOAT * h.cells + (2 * scores if class_loss else 0),
             pending=FLOAT * h.cells + (e * h.cells * h.num_scores if class_loss else 0),
         ),
-    ]
+    )
 
 
-# What is there besides
+# The head in a step
 
 
-@lru_cache(maxsize=256)
-def grid_bytes(config: HeadConfig, full: int, length: int, device: Literal["cpu", "cuda"]) -> int:
-    """The sampling weights of the head's proposals at one L, on `device`. They stay for every L that was used."""
-    duration = Head.of(config, 0, 0, full, 1, length).duration
-    cells = np.array([(d, s) for d in range(duration) for s in range(length - d)])
-    inner, context = (_sampled(cells, length, bins, 0.5) for bins in (config.inner_bins, config.context_bins))
-    classes = _sampled(cells, length, config.class_bins, 0.0)
+@dataclass(frozen=True)
+class GTADLedger:
+    """The ledger of a `GTAD` and its loss, over features of `num_features` channels. `full_snippets`: of the full grid,
+    by which the longest duration of a rung is measured. `class_loss`: whether the loss has a term for classes.
+    """
 
-    def sparse(weights: int, bins: int, value_bytes: int) -> int:
-        """A matrix by compressed rows, and its transpose."""
-        return 4 * (len(cells) + 1 + length * bins + 1) + 2 * weights * (4 + value_bytes)
+    config: HeadConfig
+    num_features: int
+    num_classes: int
+    full_snippets: int
+    class_loss: bool
 
-    both, bins = inner + context, config.inner_bins + config.context_bins
-    if device == "cuda":
-        return sparse(both, bins, FLOAT) + sparse(classes, config.class_bins, FLOAT)
-    # Each grid in float64 with its rois and cells, the sum of inner and context, and what runs, in fp32.
-    grids = ((inner, config.inner_bins), (context, config.context_bins), (classes, config.class_bins))
-    exact = sum(sparse(weights, bins, 8) + len(cells) * (2 * FLOAT + 2 * LONG) for weights, bins in grids)
-    return exact + sparse(both, bins, 8) + 2 * FLOAT * (both + classes)
+    @property
+    def parameters(self) -> Parameters:
+        head = self._sizes(1, 1)
+        numbers = [number for layer in head.layers() for number in layer if number]
+        return Parameters(FLOAT * sum(numbers), sum(numbers), len(numbers), sum(map(sum, self._learning(head))))
 
+    def forward(self, tally: Tally, work: Pass) -> None:
+        head, dropout = self._sizes(work.videos, work.num_snippets), self.config.dropout > 0
+        held = held_bytes(head, work.itemsize, dropout, self.class_loss)
+        tally.take(sum(held) - FLOAT * head.steps * head.num_features)  # the features are there
+        tally.forward(head_stages(head, work.itemsize, dropout, self.class_loss))
 
-def _sampled(cells: NDArray[np.int64], length: int, bins: int, expand: float) -> int:
-    """Weights that are not 0: the snippets between which the samples of each bin of each cell lie."""
-    d, s = cells.T[:, :, None].astype(np.float32)  # the precision in which samples are placed
-    start, extent = s - expand * (d + 1), np.maximum(d + 2 * expand * (d + 1), 1)
-    step, samples = extent / bins, np.ceil(extent / bins)
-    bin_start = start + np.arange(bins, dtype=np.float32) * step
-    first, last = bin_start + 0.5 * step / samples, bin_start + (samples - 0.5) * step / samples
-    lower, upper = np.floor(first).clip(0, length - 1), np.ceil(last).clip(0, length - 1)
-    return int(((upper - lower + 1) * ((last >= -1) & (first <= length))).sum())
+    def backward(self, tally: Tally, work: Pass) -> None:
+        head, e = self._sizes(work.videos, work.num_snippets), work.itemsize
+        stages = head_stages(head, e, self.config.dropout > 0, self.class_loss)
+        # The gradients of the biases, a little early, and that of the loss.
+        tally.take(FLOAT * (sum(layer.bias for layer in self._learning(head)) + 1))
+        tally.backward(stages, 0, FLOAT if e == FLOAT else FLOAT + e, work.gradient)
+
+    def _sizes(self, videos: int, num_snippets: int) -> Head:
+        return Head.of(self.config, self.num_features, self.num_classes, self.full_snippets, videos, num_snippets)
+
+    def _learning(self, head: Head) -> tuple[Layer, ...]:
+        return head.layers(classifier=self.class_loss)

@@ -1,11 +1,12 @@
-"""torch's CPU allocator with a cap and a memory: to a CPU what ``torch.cuda.set_per_process_memory_fraction``, the
-caching allocator and ``torch.cuda.memory_stats`` are to a GPU. allocator.cpp says how it works.
+"""An allocator for torch's CPU tensors that has a cap and keeps freed blocks. It does for a CPU what
+``torch.cuda.set_per_process_memory_fraction``, the caching allocator and ``torch.cuda.memory_stats`` do for a GPU.
+allocator.cpp says how it works.
 
-It counts and caps what tensors hold, and what oneDNN takes through torch. Not the frames of a decoder, arrays of numpy,
-tensors in shared memory or mapped from a file, storages made in Python (``torch.UntypedStorage(n)``), and not what was
-allocated before ``install``.
+It counts and caps the memory of tensors, and what oneDNN allocates through torch. It does not see the frames of a
+decoder, arrays of numpy, tensors in shared memory or mapped from a file, storages made in Python
+(``torch.UntypedStorage(n)``), and what was allocated before ``install``.
 
-c10, which it is built against, promises no stable interface: it is loaded only into the torch that it was built with.
+It is built against c10, which promises no stable interface: it is loaded only into the torch that it was built with.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Device profiles: what planning for a GPU that is not here takes for granted. Nothing in this file is measured by us.
+"""Cards: what is assumed about a GPU when planning for one that is not here. Nothing in this file is measured by us.
 
 `total` is what nvidia-smi shows; `usable` is what CUDA shows as the device's total memory (the rest is the driver's
 and firmware's) and no process can hold more than that. Both are the makers' and users' published readings, the lowest
@@ -29,9 +29,9 @@ LIBRARIES = 250_000_000  # a guess, see above
 
 
 def assumed_context(capability: tuple[int, int]) -> int:
-    """Bytes that a CUDA context is taken to hold where it cannot be measured.
+    """Bytes that a CUDA context is assumed to hold where it cannot be measured.
 
-    One published reading carries this: 426 MiB on a card of capability 8.9 (142 multiprocessors, torch 2.10, CUDA 13,
+    This rests on one published reading: 426 MiB on a card of capability 8.9 (142 multiprocessors, torch 2.10, CUDA 13,
     code loaded when first used). A context grows with the number of multiprocessors; 300 and 600 MB for older and
     newer architectures are guesses around that reading.
     """

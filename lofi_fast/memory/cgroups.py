@@ -1,4 +1,4 @@
-"""Control groups of the kernel's (Linux, versions 1 and 2): what limits the memory of a container or a job."""
+"""Control groups (Linux, versions 1 and 2): the limits that a container or a job scheduler sets on memory."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class ControlGroup:
     version: int
 
     def limit(self) -> int | None:
-        """Bytes; None where there is none. Raises OSError."""
+        """Bytes that the group may hold; None where it has no limit. Raises OSError."""
         text = (self.folder / _FILES[self.version][0]).read_text().strip()
         return None if text == "max" else int(text)
 
     def set_limit(self, limit: int) -> None:
-        """Raises OSError where that is not allowed, or the controller is not there."""
+        """Limit the group to so many bytes. Raises OSError where that is not allowed or the controller is missing."""
         (self.folder / _FILES[self.version][0]).write_text(str(limit))
 
     def used(self) -> int:
-        """Bytes, without the page cache, which the kernel gives back. Raises OSError."""
+        """Bytes that the group holds without the page cache, which the kernel gives up when needed. Raises OSError."""
         _, name, prefix = _FILES[self.version]
         stat = dict(line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
         cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
@@ -35,7 +35,7 @@ class ControlGroup:
 
 
 def control_groups() -> list[ControlGroup]:
-    """Those that this process is in, the innermost first; none where the kernel has none."""
+    """The groups that this process is in, the innermost first; an empty list where the kernel has none."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -14,16 +14,16 @@ import torch
 
 from lofi_fast.memory import allocator
 from lofi_fast.memory.cgroups import ControlGroup, control_groups
-from lofi_fast.memory.meter import Faults, Memory
+from lofi_fast.memory.meter import Faults, Memory, finish_backward, is_out_of_memory
 
 GROUPS_SECONDS = 30.0  # between two looks for control groups and their limits
 
 
 class CpuMeter:
-    """Resident set of this process against the machine's memory and its control group's limit (Linux).
+    """Compares the resident set of this process with the machine's memory and its control group's limit (Linux).
 
-    With an allocator of ours under torch (`settle_allocator`), what it keeps of freed blocks is resident and not in
-    use, and a cap can be kept.
+    With our allocator under torch (`settle_allocator`) a cap can be enforced; the freed blocks that it keeps are
+    resident, and are not in use.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class CpuMeter:
 
     def _groups(self) -> list[tuple[int, int]]:
         """(limit, used) bytes of each control group that this process is in and whose limit is below the machine's
-        memory. Which these are is looked up now and then.
+        memory. The groups are looked up again every `GROUPS_SECONDS`.
         """
         if time.monotonic() > self._groups_again:
             self._limited = _limited_groups()
@@ -75,13 +75,11 @@ class CpuMeter:
         return groups
 
     @contextmanager
-    def settle(self, event: str) -> Iterator[None]:
-        yield  # the resident set has everything
+    def settle(self, event: str, once: bool = False) -> Iterator[None]:
+        yield  # the resident set already counts everything
 
     def release(self) -> None:
-        # A backward that was broken off leaves what it did not come to in this thread's queue of autograd's engine, and
-        # its graph with it, until the next one begins.
-        torch.zeros((), requires_grad=True).backward()
+        finish_backward(torch.device("cpu"))
         if allocator.installed():  # glibc, as `settle_glibc` sets it, does so by itself
             allocator.release()
 
@@ -102,9 +100,11 @@ class CpuMeter:
 
     @contextmanager
     def cap(self, limit: int) -> Iterator[None]:
-        """torch's share: `limit` less what the process holds beside it. What libraries take for themselves inside is
-        not held back. Without an allocator of ours there is no cap: under a limit that the kernel sets (RLIMIT_DATA),
-        OpenMP and oneDNN die of SIGSEGV where nothing can be raised.
+        """Caps tensors at `limit` minus what the process holds beside them. What libraries allocate by themselves
+        meanwhile is not capped.
+
+        Without our allocator there is no cap: under a limit set in the kernel (RLIMIT_DATA), OpenMP and oneDNN end the
+        process with SIGSEGV where no exception can be raised.
         """
         if not allocator.installed():
             yield
@@ -114,6 +114,9 @@ class CpuMeter:
             yield
         finally:
             allocator.limit(None)
+
+    def ran_out(self, error: BaseException) -> bool:
+        return is_out_of_memory(error)
 
 
 def _limited_groups() -> list[tuple[ControlGroup, int]]:

@@ -1,13 +1,20 @@
-"""The governor: at every step the best plan that fits what memory is there, learned from every step that was run.
+"""The governor: before each step it chooses the best plan that is predicted to fit the memory available now, and after
+each step it learns from the peak that was measured.
 
-Words. Base: what this process holds between steps, frames decoded ahead aside: they belong to the step. Peak: the most
-it held in a step. Added: peak less base. Predicted peak: base + scale * ledger + extra for a plan that has not been
-run, base + the most it added lately for one that has; memory is not monotone in pixels. Limit: the smaller of the
-budget and what can be had now. Room: the limit less a margin, learned from how far peaks came out above their
-prediction.
+All amounts are bytes. The words:
 
-Going down is immediate. Going up waits: `CLEAN` steps where a tenth of the room would be to spare, `STEADY` steps
-otherwise, so that a neighbour whose memory comes and goes by less than a rung moves nothing.
+    base         what this process holds between steps; frames decoded ahead are not in it, they belong to their step
+    peak         the most that the process held during a step
+    added        peak - base
+    predicted    of the peak: base + scale * ledger + extra for a plan that has never run; base + the most that it added
+                 lately for one that has, since memory does not simply grow with pixels
+    limit        the smaller of the budget and what this process could hold now
+    margin       part of the limit that is left free, learned from how far peaks came out above their predictions
+    room         limit - margin
+
+The governor goes down at once when memory shrinks. It goes up after `CLEAN` steps if the higher plan leaves a tenth of
+the room free, and after `STEADY` steps otherwise; so a neighbour whose memory comes and goes by less than the distance
+of two rungs changes nothing.
 """
 
 from __future__ import annotations
@@ -22,30 +29,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import LARGEST_STEP, Fidelity, Pattern
 from lofi_fast.memory.meter import Memory
-from lofi_fast.memory.plans import PRIOR, Plan, Prior, first_fitting, fit, refusal, relative_cost
-from lofi_fast.memory.ranks import _agree, _highest_of_all
+from lofi_fast.memory.plans import PRIOR, Device, Plan, Prior, fit, refusal, relative_cost, worthwhile
+from lofi_fast.memory.ranks import agree, highest_of_all
 
 T = TypeVar("T", int, float)
-CLEAN = 4  # readings in a row that must allow a higher plan with a rung to spare
-STEADY = 16  # and without
-SMALLEST_MARGIN = 0.02  # of the limit: what peaks of one and the same step were seen to vary by
-FAULT_MARGIN = 0.05  # of the limit, more, while readings fail
-QUANTILE = 0.98  # of the residuals, for the margin
-OVER = 0.95  # of what plans were over the fit, for the allowance of one that was never run
-RESIDUALS = 256
-RECENT = 8  # readings of the base, and of what a plan added, of which the largest counts: what waits to be freed comes
-# and goes
-UNSEEN = 0.02  # of what a plan adds, more for one that was never run
-FEW = 0.12  # and this, divided by the number of plans that were run
-TRIALS = 3
-VERSION = 1  # of the file of readings
+CLEAN = 4  # readings in a row that must allow a higher plan, if it leaves the distance of a rung free
+STEADY = 16  # readings in a row that must allow a higher plan, if it leaves less
+SMALLEST_MARGIN = 0.02  # of the limit: peaks of one and the same step vary by so much
+FAULT_MARGIN = 0.05  # of the limit, added to the margin while memory cannot be read
+QUANTILE = 0.98  # the margin covers this share of the residuals (peak - predicted)
+OVER = 0.95  # quantile of the relative errors of the fit, which an untried plan is allowed to have too
+RESIDUALS = 256  # the last so many count
+RECENT = 8  # the largest of the last 8 readings counts, of the base and of what a plan added: memory is freed late
+UNSEEN = 0.02  # an untried plan is expected to add at least this share more than predicted
+FEW = 0.12  # and this share more, divided by the number of plans that have been run
+TRIALS = 3  # plans to run before training
+VERSION = 2  # of the file of readings
 
 
 class NothingFits(InputError):
-    """No plan fits what memory there is now. Memory that others hold may be freed: a caller may wait and ask again."""
+    """No plan fits the memory available now. Other processes may free some: a caller may wait and ask again."""
 
 
 class Gauge(Protocol):
@@ -58,26 +67,26 @@ class Gauge(Protocol):
         """Own, held and free memory at one moment."""
 
     def held(self) -> int:
-        """What this process holds and uses: without what `release` would give back."""
+        """What this process uses: all that it holds but what `release` would give back."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The plan of one step, and why. `limit` is the cap to run it under."""
+    """The plan of one step, and the reason for it. The step is run under a cap of `limit` bytes."""
 
     pattern: Pattern
     epoch: int
     step: int
     plan: Plan
-    requested: Plan  # the plan whose frames were asked for; `plan` when nothing came between
+    requested: Plan  # the plan whose frames were decoded; `plan` itself unless memory has shrunk since
     predicted: int  # peak
     limit: int
     room: int
-    free: int  # what this process could hold when it was last asked
+    free: int  # what this process could hold at the last reading
     reason: str
     base: int = 0
-    new: bool = False  # never run in this process or those that it goes on from
-    changed: bool = False  # another plan than the last step's: to be run after `meter.release()`, for a peak of its own
+    new: bool = False  # the plan has never run, in this process or in one that it continues
+    changed: bool = False  # the step before had another plan: call `meter.release()` first, or its memory counts here
 
     @property
     def reduced_from(self) -> Fidelity | None:
@@ -85,13 +94,14 @@ class Decision:
         return None if self.plan.fidelity == self.requested.fidelity else self.requested.fidelity
 
     def fields(self) -> dict[str, Any]:
-        """For the step's event in log.jsonl; what `Replay` reads is among it."""
+        """For the step's event in log.jsonl; `Replay` reads some of them."""
         source = self.reduced_from
         return {
             "num_snippets": self.plan.fidelity.num_snippets,
             "side": self.plan.fidelity.side,
             "micro_batch": self.plan.micro_batch,
             "recompute": self.plan.recompute,
+            "chunk": self.plan.chunk,
             "reduced_from": None if source is None else [source.num_snippets, source.side],
             "predicted": self.predicted,
             "base": self.base,
@@ -103,19 +113,19 @@ class Decision:
 
 
 class Planner(Protocol):
-    """What the training loop asks: a `Governor`, or a `Replay`."""
+    """What plans the steps of the joint stage: a `Governor`, or a `Replay` of another run."""
 
     def choose(self, pattern: Pattern, epoch: int, step: int) -> Decision:
-        """The plan of a step, when its frames are asked for."""
+        """The plan of a step, at the time when its frames are requested from the decoder."""
 
     def recheck(self, decision: Decision) -> Decision:
-        """The same or a lower plan, at the start of the step."""
+        """The same plan or a lower one, at the time when the step starts."""
 
     def learn(self, decision: Decision, peak: int | None, seconds: float | None = None) -> None:
-        """Tell what the step needed; when its tensors are gone."""
+        """Learn the peak and the time of a step that went through. Call it when the step's tensors are gone."""
 
     def failed(self, decision: Decision) -> Decision:
-        """The plan to try the same samples with again, after memory ran out."""
+        """A lower plan for the same samples, after memory ran out."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -124,12 +134,12 @@ class Planner(Protocol):
 
 @dataclass
 class _Record:
-    """One plan's readings."""
+    """What is known of one plan from running it."""
 
-    recent: deque[int]  # what it added
+    recent: deque[int]  # what it added, the last `RECENT` times
     peak: int = 0  # the largest
-    runs: int = 0  # 0: from the file of readings, to be verified
-    seconds: float | None = None
+    runs: int = 0  # 0: known only from an earlier run's file of readings, and not verified yet
+    seconds: float | None = None  # of a step, a running mean
 
     @property
     def added(self) -> int:
@@ -137,34 +147,44 @@ class _Record:
 
 
 class Governor:
-    """Chooses, at every step. Not for several threads.
+    """Chooses the plan of every step. Not for several threads.
 
-    `ledger(plan)`: bytes that a step adds at its peak to the process between steps, by arithmetic. `candidates`: the
-    plans of each pattern, best first. `say` is told, once, when readings fail. `changes`: what `plan.remedies` gives.
-    `pending`: bytes of frames decoded ahead, which are held between steps and which the ledger counts.
+    Args:
+        ledger: bytes that a step adds at its peak to what the process holds between steps, by arithmetic
+            (`step_bytes`) or by a line through two readings (`LearnedLedger`).
+        candidates: the plans of each pattern, best first.
+        say: is given one sentence, once, when readings fail.
+        changes: what `plans.remedies` gives for each pattern, for the sentence of a refusal.
+        pending: bytes of the frames that are decoded ahead now. They are held between steps, and the ledger counts
+            them as the step's.
+        device: whose time the costs of plans are estimated for.
     """
 
     def __init__(
         self, meter: Gauge, budget: int, ledger: Callable[[Plan], int], candidates: Mapping[Pattern, Sequence[Plan]],
         say: Callable[[str], None], *, prior: Prior = PRIOR,
         changes: Mapping[Pattern, Sequence[tuple[str, Plan]]] | None = None, pending: Callable[[], int] = lambda: 0,
+        device: Device | None = None,
     ) -> None:  # fmt: skip
         self.budget = budget
-        self._meter, self._say, self._prior, self._pending = meter, say, prior, pending
-        self._plans = {pattern: tuple(plans) for pattern, plans in candidates.items()}
+        self._meter, self._say, self._prior, self._pending, self._device = meter, say, prior, pending, device
+        self._plans = {pattern: tuple(worthwhile(plans, ledger)) for pattern, plans in candidates.items()}
         self._index = {p: {plan: i for i, plan in enumerate(plans)} for p, plans in self._plans.items()}
         self._changes = dict(changes or {})
         asked = [*self._plans.values(), *([plan for _, plan in offers] for offers in self._changes.values())]
         self._ledger = {plan: ledger(plan) for plans in asked for plan in plans}
+        self._ledgers = {p: np.array([self._ledger[plan] for plan in plans]) for p, plans in self._plans.items()}
+        self._needs: dict[Pattern, NDArray[np.float64]] = {}  # of all plans, beyond the base; see `_first_fitting`
+        self._options: dict[tuple[Pattern, Plan], tuple[Plan, ...]] = {}  # see `_lower`
         self._records: dict[Plan, _Record] = {}
-        self._off: dict[Plan, tuple[int, int]] = {}  # (limit, base) that a plan failed at: it needs more than that
+        self._off: dict[Plan, tuple[int, int]] = {}  # (limit, base) at which a plan ran out of memory: it needs more
         self._available: deque[int] = deque(maxlen=STEADY)
         self._bases: deque[int] = deque(maxlen=RECENT)
         self._residuals: deque[int] = deque(maxlen=RESIDUALS)
-        self._good: int | None = None  # the last reading of what can be had that made sense
+        self._good: int | None = None  # the last plausible reading of what this process could hold
         self._free = self._base = self._learned = self._trials = 0
         self._last: Plan | None = None
-        self._device: int | None = None  # its memory
+        self._memory: int | None = None  # of the device
         self._faulty = False
         self._said: set[str] = set()
         self._refit()
@@ -172,28 +192,29 @@ class Governor:
     # Choosing
 
     def choose(self, pattern: Pattern, epoch: int = 0, step: int = 0) -> Decision:
-        """The plan of a step, when its frames are asked for. Raises NothingFits."""
+        """The plan of a step, at the time when its frames are requested from the decoder. Raises NothingFits."""
         self._read()
         self._available.append(self._free)
         plans, room = self._plans[pattern], self._room(self._free)
         steady = self._room(min(self._available))
         spare = (1 - LARGEST_STEP) * self._room(min(list(self._available)[-CLEAN:]))
-        plan = first_fitting(plans, self.need, math.floor(max(steady, spare)))
-        if plan is None:  # there was not enough until now: begin low
-            plan = min(plans, key=self.need)
-        index = self._index[pattern][plan] if self.need(plan) <= room else len(plans)
-        index = _agree(index, lambda i: self.need(plans[i]) <= room, len(plans))
+        index = self._first_fitting(pattern, math.floor(max(steady, spare)))
+        if index == len(plans):  # memory has only just become enough: begin with the smallest
+            index = self._index[pattern][min(plans, key=self.need)]
+        if self.need(plans[index]) > room:
+            index = len(plans)
+        index = agree(index, lambda i: self.need(plans[i]) <= room, len(plans))
         if index == len(plans):
             raise self._nothing_fits(pattern)
-        best = first_fitting(plans, self.need, room) == plans[index]
+        best = self._first_fitting(pattern, room) == index
         reason = "the best that fits" if best else "up when memory stays"
         return self._decide(pattern, epoch, step, plans[index], reason)
 
     def recheck(self, decision: Decision) -> Decision:
-        """At the start of the step: as it was decided, or lower when memory has shrunk since. Raises NothingFits.
+        """At the start of the step: the plan as decided, or a lower one if memory has shrunk since. Raises NothingFits.
 
-        Lower is a rung whose frames can be cut out of those that were asked for, with as many videos at once where
-        that is possible; never higher.
+        The frames of a lower plan can be cut out of those that were decoded. It has as many videos at once where such a
+        plan fits. The plan is never raised here.
         """
         self._read(between_steps=True)
         if self._available:
@@ -201,9 +222,9 @@ class Governor:
         return self._lower(decision, 0, "less memory than when its frames were asked for", agreeing=True)
 
     def failed(self, decision: Decision) -> Decision:
-        """After memory ran out: the next plan for the same samples, lower. Raises NothingFits when there is none.
+        """After memory ran out: a lower plan for the same samples. Raises NothingFits when there is none.
 
-        The plan that failed stays off until more can be had than it failed with.
+        The plan that failed is not chosen again until the process could hold more than it could then.
         """
         self._read()
         limit = min(decision.limit, self._free)
@@ -214,7 +235,7 @@ class Governor:
         return self._lower(decision, 1, "memory ran out", agreeing=False)
 
     def learn(self, decision: Decision, peak: int | None, seconds: float | None = None) -> None:
-        """Take in the peak of a step that went through, in bytes (None: no reading), and the seconds it took."""
+        """Learn the peak of a step that went through, in bytes (None: it could not be read), and its seconds."""
         self._last = decision.plan
         self._read_held()
         if peak is None:
@@ -223,13 +244,13 @@ class Governor:
             self._once("peak", f"a peak of {peak} bytes makes no sense and is not learned from")
             return
         record = self._records.get(decision.plan)
-        if record is None or not record.runs:  # verified: what other runs read counts no more
+        if record is None or not record.runs:  # from now on this run's own readings count
             record = self._records[decision.plan] = _Record(deque(maxlen=RECENT))
         else:
             self._residuals.append(peak - decision.predicted)
             self._learned = _quantile(self._residuals, QUANTILE)
         before = record.added if record.runs else None
-        record.recent.append(max(peak - self._base, 0))  # as it is now: what stays was not the plan's
+        record.recent.append(max(peak - self._base, 0))  # the base after the step: what stays is not added again
         record.peak = max(record.peak, peak)
         record.runs += 1
         if seconds is not None:
@@ -239,28 +260,32 @@ class Governor:
             self._refit()
 
     def _lower(self, decision: Decision, start: int, reason: str, *, agreeing: bool) -> Decision:
-        """The first that fits of the plan itself and those below it, from the `start`-th on."""
-        room = self._room(self._free)
-        plans, index = self._plans[decision.pattern], self._index[decision.pattern][decision.plan]
-        whole, size = decision.plan.fidelity, decision.plan.micro_batch
-        below = [
-            plan
-            for plan in plans[index + 1 :]
-            if plan.fidelity.num_snippets <= whole.num_snippets and plan.fidelity.side <= whole.side
-        ]
-        options = [
-            decision.plan,
-            *(plan for plan in below if plan.micro_batch == size),
-            *(plan for plan in below if plan.micro_batch < size),
-        ]
+        """The first plan that fits, of `_lower_plans` from the `start`-th on."""
+        room, options = self._room(self._free), self._lower_plans(decision.pattern, decision.plan)
         chosen = next((i for i in range(start, len(options)) if self.need(options[i]) <= room), len(options))
         if agreeing:
-            chosen = _agree(chosen, lambda i: self.need(options[i]) <= room, len(options))
+            chosen = agree(chosen, lambda i: self.need(options[i]) <= room, len(options))
         if chosen == len(options):
             raise self._nothing_fits(decision.pattern, options[start:])
         reason = reason if chosen else decision.reason
         made = self._decide(decision.pattern, decision.epoch, decision.step, options[chosen], reason)
         return replace(made, requested=decision.requested)
+
+    def _lower_plans(self, pattern: Pattern, plan: Plan) -> tuple[Plan, ...]:
+        """The plan itself and those below it whose frames can be cut out of its own, as many videos at once first."""
+        if (pattern, plan) not in self._options:
+            whole, size = plan.fidelity, plan.micro_batch
+            below = [
+                lower
+                for lower in self._plans[pattern][self._index[pattern][plan] + 1 :]
+                if lower.fidelity.num_snippets <= whole.num_snippets and lower.fidelity.side <= whole.side
+            ]
+            self._options[pattern, plan] = (
+                plan,
+                *(lower for lower in below if lower.micro_batch == size),
+                *(lower for lower in below if lower.micro_batch < size),
+            )
+        return self._options[pattern, plan]
 
     def _decide(self, pattern: Pattern, epoch: int, step: int, plan: Plan, reason: str) -> Decision:
         limit = min(self.budget, self._free)
@@ -277,51 +302,74 @@ class Governor:
     # Predicting
 
     def predict(self, plan: Plan) -> int:
-        """Peak bytes of a step; at least base + ledger."""
+        """Predicted peak of a step in bytes; never less than base + ledger."""
         base, ledger = self._base, self._ledger[plan]
         record = self._records.get(plan)
         peak = base + (self.fit.added(ledger) if record is None else max(record.added, ledger))
         return max(peak, self._off[plan][0]) if plan in self._off else peak
 
     def need(self, plan: Plan) -> int:
-        """The prediction, with an allowance where the plan is still to be verified."""
+        """Room that a plan needs to be chosen: its predicted peak, and an allowance for error if it is untried."""
         predicted, record = self.predict(plan), self._records.get(plan)
         if record is not None and record.runs:
             return predicted
         return predicted + math.ceil(self._allowance * (predicted - self._base))
 
+    def _first_fitting(self, pattern: Pattern, room: int) -> int:
+        """The index of the first plan of a pattern whose `need` is within `room`; their number where none is.
+
+        There may be thousands of plans, so all needs beyond the base are kept until something is learned.
+        """
+        index = self._index[pattern]
+        if pattern not in self._needs:
+            ledgers = self._ledgers[pattern]
+            added = np.maximum(np.ceil(self.fit.scale * ledgers + self.fit.extra), ledgers)
+            verified = np.zeros(len(index), dtype=bool)
+            for plan, record in self._records.items():
+                if plan in index:
+                    added[index[plan]] = max(record.added, self._ledger[plan])
+                    verified[index[plan]] = record.runs > 0
+            self._needs[pattern] = added + np.where(verified, 0.0, np.ceil(self._allowance * added))
+        fitting = self._needs[pattern] <= room - self._base
+        for plan in self._off:
+            if plan in index:
+                fitting[index[plan]] = self.need(plan) <= room
+        return int(fitting.argmax()) if fitting.any() else len(index)
+
     def _refit(self) -> None:
-        """The two scalars, and how much more a plan that was never run may need than they say."""
+        """Fit the two scalars to all readings, and the allowance by which an untried plan may exceed the fit."""
         readings = [(self._ledger[plan], record.added) for plan, record in self._records.items()]
         for plan, (limit, base) in self._off.items():
             if plan not in self._records or limit - base > self._records[plan].added:
                 readings.append((self._ledger[plan], max(limit - base, 0)))
         self.fit = fit(readings, self._prior)
+        self._needs.clear()
         over = [added / max(self.fit.added(ledger), 1) - 1 for ledger, added in readings]
         self._allowance = max(UNSEEN, _quantile(over, OVER)) + FEW / len(over) if over else 0.0
 
     def _room(self, available: int) -> int:
-        """What can be planned with of what can be had."""
+        """Bytes that a plan may need, when this process could hold `available` bytes: the limit minus the margin."""
         limit = min(self.budget, available)
         return limit - self.margin(limit)
 
     def margin(self, limit: int) -> int:
-        """What of a limit is not planned with."""
+        """Bytes of a limit that are left free."""
         margin = max(math.ceil(SMALLEST_MARGIN * limit), self._learned)
         return margin + (math.ceil(FAULT_MARGIN * limit) if self._faulty else 0)
 
     def seconds(self, plan: Plan, full: Fidelity) -> float | None:
-        """Of a step: measured, else by its cost relative to those measured; None before any was."""
+        """Seconds of a step: measured, or estimated from costs; None before any plan was timed."""
         record = self._records.get(plan)
         if record is not None and record.seconds is not None:
             return record.seconds
         known = {p: r.seconds for p, r in self._records.items() if r.seconds is not None}
         if not known:
             return None
-        return sum(known.values()) * relative_cost(plan, full) / sum(relative_cost(p, full) for p in known)
+        costs = sum(relative_cost(p, full, self._device) for p in known)
+        return sum(known.values()) * relative_cost(plan, full, self._device) / costs
 
     def table(self, pattern: Pattern, full: Fidelity) -> list[dict[str, Any]]:
-        """What is thought of each plan of a pattern, best first; for plan.json, the report and the command `plan`."""
+        """A row for each plan of a pattern, best first: predictions and readings, for plan.json and the report."""
         rows = []
         for plan in self._plans[pattern]:
             record = self._records.get(plan)
@@ -330,7 +378,7 @@ class Governor:
                     "plan": plan.to_json(),
                     "predicted": self.predict(plan),
                     "measured": record.peak if record is not None and record.runs else None,
-                    "cost": round(relative_cost(plan, full), 4),
+                    "cost": round(relative_cost(plan, full, self._device), 4),
                     "seconds": self.seconds(plan, full),
                     "failed_at": self._off[plan][0] if plan in self._off else None,
                 }
@@ -340,29 +388,31 @@ class Governor:
     # Calibration
 
     def warm_up(self) -> Decision:
-        """The smallest plan of all, to be run before the trials and not to be learned from: the first step of a process
-        loads code and takes memory that stays, which would be read as the plan's own.
+        """The smallest plan of all, to be run before the trials and not learned from: the first step of a process loads
+        code and takes memory for good, which would be mistaken for the plan's own.
         """
         self._read()
-        pattern, plan = min(
-            ((pattern, plan) for pattern, plans in self._plans.items() for plan in plans),
-            key=lambda pair: self._ledger[pair[1]],
-        )
+        room = self._room(self._free)
+        pattern = min(self._plans, key=lambda pattern: min(map(self._ledger.__getitem__, self._plans[pattern])))
+        alike = self._smallest(pattern)
+        plan = next((plan for plan in alike if self._least(plan) <= room), alike[-1])
         return self._decide(pattern, 0, 0, plan, "the first step of the process")
 
     def calibrate(self, measure: Callable[[Decision], int | None]) -> None:
-        """Run the trials: `measure` runs a step and gives its peak, or None when memory ran out. Raises NothingFits."""
+        """Run all trials. `measure` runs a step and gives its peak, None when memory ran out. Raises NothingFits."""
         while (trial := self.probe()) is not None:
             peak = measure(trial)
             if peak is None:
-                with suppress(NothingFits):  # `probe` looks again
+                with suppress(NothingFits):  # `probe` raises it, if it still holds
                     self.failed(trial)
             else:
                 self.learn(trial, peak)
 
     def probe(self) -> Decision | None:
-        """The next plan to run as a trial: the largest that is thought to fit, of each pattern in turn, until three
-        were run or each pattern's was. Raises NothingFits.
+        """The next plan to run as a trial, or None when there have been enough. Raises NothingFits.
+
+        It is the largest plan that is predicted to fit, of each pattern in turn. Three trials are enough, or fewer if
+        the plan of every pattern has been run.
         """
         self._read(between_steps=True)
         patterns = list(self._plans)
@@ -377,24 +427,38 @@ class Governor:
         return None
 
     def _worth_trying(self, pattern: Pattern) -> Plan:
-        """The best plan that is thought to fit; before a refusal the smallest, if it can fit at all."""
+        """The best plan that is predicted to fit. Where none is, the smallest, if its tensors alone could fit: then a
+        refusal rests on a reading.
+        """
         plans, room = self._plans[pattern], self._room(self._free)
-        index = next((i for i, plan in enumerate(plans) if self.need(plan) <= room), len(plans))
-        index = _agree(index, lambda i: self.need(plans[i]) <= room, len(plans))
+        index = self._first_fitting(pattern, room)
+        index = agree(index, lambda i: self.need(plans[i]) <= room, len(plans))
         if index < len(plans):
             return plans[index]
-        smallest = min(plans, key=self._ledger.__getitem__)
-        least = max(self._base + self._ledger[smallest], self._off.get(smallest, (0, 0))[0])
-        if _highest_of_all(self._verified(smallest) or least > room):
+        alike = self._smallest(pattern)
+        untried = (i for i, plan in enumerate(alike) if self._least(plan) <= room and not self._verified(plan))
+        index = highest_of_all(next(untried, len(alike)))
+        if index == len(alike):
             raise self._nothing_fits(pattern)
-        return smallest
+        return alike[index]
+
+    def _smallest(self, pattern: Pattern) -> tuple[Plan, ...]:
+        """The smallest plan of a pattern and those that differ from it in their chunk alone, the largest chunk first:
+        small chunks make small blocks, of which an allocator may keep more than the chunk saves.
+        """
+        smallest = min(self._plans[pattern], key=self._ledger.__getitem__)
+        return tuple(plan for plan in self._plans[pattern] if replace(plan, chunk=smallest.chunk) == smallest)
+
+    def _least(self, plan: Plan) -> int:
+        """Bytes that a plan is known to need: its tensors, and more than it failed with."""
+        return max(self._base + self._ledger[plan], self._off.get(plan, (0, 0))[0])
 
     def _verified(self, plan: Plan) -> bool:
         record = self._records.get(plan)
         return record is not None and record.runs > 0
 
     def save_readings(self, path: Path, key: Mapping[str, Any]) -> None:
-        """Write what was learned, for runs with the same `key`: device, driver, torch, model, dtype, threads."""
+        """Write what was learned, for later runs with the same `key` (device, driver, torch, model, dtype, threads)."""
         readings = [[*plan.to_json(), record.added] for plan, record in self._records.items()]
         content = {"version": VERSION, "key": dict(key), "readings": readings}
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -409,16 +473,16 @@ class Governor:
                 partial.unlink(missing_ok=True)
 
     def load_readings(self, path: Path, key: Mapping[str, Any]) -> bool:
-        """Start from what an earlier run read, if there is a file of it and it fits; else say why it is not used.
+        """Start from an earlier run's readings. Gives False when there are none with the same `key`, and says why.
 
-        One trial is left, to see that it still holds; the other plans are verified as they are used.
+        One trial is still run, to see that they hold; the other plans are verified as they are used.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["version"] != VERSION or content["key"] != json.loads(json.dumps(dict(key))):
                 self._say(f"{path}: readings of memory of another machine or model are not used")
                 return False
-            found = {Plan.from_json(row[:4]): _count(row[4]) for row in content["readings"]}
+            found = {Plan.from_json(plan): _count(added) for *plan, added in content["readings"]}
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -439,7 +503,9 @@ class Governor:
     # Reading
 
     def _read(self, between_steps: bool = False) -> None:
-        """What can be had now; the last good reading while the meter fails. Raises InputError where there is none."""
+        """Read what this process could hold now; while the meter fails, keep the last plausible reading. Raises
+        InputError when what the process holds has never been readable.
+        """
         memory, problem = None, ""
         try:
             memory = self._meter.reading()
@@ -461,7 +527,7 @@ class Governor:
         self._free = self._good
 
     def _read_held(self) -> None:
-        """What is held between steps; the last readings while the meter fails. Raises InputError without any."""
+        """Read what is held between steps; while the meter fails, keep the last readings. Without any: InputError."""
         held, problem = 0, ""
         try:
             held = self._meter.held()
@@ -481,12 +547,12 @@ class Governor:
         self._base = max(self._bases)
 
     def _total(self) -> float:
-        """Of the device; without an end while that cannot be read."""
-        if self._device is None:
+        """Memory of the device; infinite while it cannot be read."""
+        if self._memory is None:
             with suppress(Exception):
                 total = self._meter.total()
-                self._device = total if total > 0 else None
-        return math.inf if self._device is None else self._device
+                self._memory = total if total > 0 else None
+        return math.inf if self._memory is None else self._memory
 
     def _once(self, kind: str, text: str) -> None:
         if kind not in self._said:
@@ -496,7 +562,7 @@ class Governor:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decisions depend on, as plain numbers and lists."""
+        """All that decisions depend on, as numbers and lists that JSON can hold."""
         return {
             "records": [[p.to_json(), list(r.recent), r.peak, r.runs, r.seconds] for p, r in self._records.items()],
             "off": [[plan.to_json(), limit, base] for plan, (limit, base) in self._off.items()],
@@ -509,7 +575,7 @@ class Governor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`. Plans that are no candidates any more are left out."""
+        """Continue from `state_dict`. Plans that are no longer candidates are left out."""
         self._records = {
             plan: _Record(deque(recent, RECENT), *numbers)
             for key, recent, *numbers in state["records"]

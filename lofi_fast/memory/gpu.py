@@ -1,4 +1,4 @@
-"""The meter of one NVIDIA GPU: what the driver shows for the device, and what of it is ours."""
+"""The meter of one NVIDIA GPU: how much memory the driver shows as used, and how much of that is this process's."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from contextlib import contextmanager
 import torch
 
 from lofi_fast.memory.cards import assumed_context
-from lofi_fast.memory.meter import Faults, Memory
+from lofi_fast.memory.meter import Faults, Memory, finish_backward, is_out_of_memory, may_be_out_of_memory
 
-SEGMENT = 20 << 20  # torch maps its expandable segments in pieces of this size: so far a cap can be overrun
-SAME_DEVICE = (0.9, 1.02)  # CUDA's total memory over NVML's: below, NVML shows the whole card and CUDA a slice of it
-CONTEXT = (64 << 20, 3 << 30)  # what one can take; a reading outside says that it was there before, or others moved
-JUMP = 0.1  # of the device's memory: a change of others' memory between two readings that is read again
-RETRY_SECONDS = 10.0  # after NVML failed
+SEGMENT = 20 << 20  # torch maps its expandable segments in pieces of this size, and can exceed a cap by one of them
+SAME_DEVICE = (0.9, 1.02)  # CUDA's total memory / NVML's; lower where NVML shows a whole card and CUDA a slice of it
+CONTEXT = (64 << 20, 3 << 30)  # bytes of a CUDA context; another reading means that it existed, or that others changed
+JUMP = 0.1  # of the device's memory: if others' memory changes by more between two readings, CUDA is asked too
+RETRY_SECONDS = 10.0  # after a failure of NVML
+NEAR = 0.9  # of what torch may hold: if it held so much, a library's ambiguous error is taken for out of memory
 
 
 class _Nvml:
-    """Memory of one GPU, or of the slice of one (MIG) that CUDA shows, at device level.
+    """Free and total memory of one GPU, or of the slice of one (MIG) that CUDA shows.
 
-    No figures of single processes are asked for: containers hide processes, and the driver then shows none or all.
+    Only figures for the whole device are read: in a container the driver's figures for single processes are missing or
+    wrong.
     """
 
     def __init__(self, index: int) -> None:
@@ -55,18 +57,19 @@ class _Nvml:
 
 
 class GpuMeter:
-    """One NVIDIA GPU: free memory of the device through NVML, torch.cuda.mem_get_info while NVML fails.
+    """Reads the free memory of one NVIDIA GPU through NVML, and through torch.cuda.mem_get_info while NVML fails.
 
-    What this process holds is torch's reserved memory plus everything else it took (context, code of kernels, DALI's
-    and NVDEC's pools, NCCL). The driver shows the device's sum only, so the rest is counted by `settle`: what the
-    device's used memory grew by, less torch's share, during events known to take such memory. Wrap in it the first
-    batch of a pipeline and the first step of every plan (kernels are loaded when first used); never a step whose plan
-    has been run before, whose changes are others'.
+    This process holds torch's reserved memory and what is outside torch: the CUDA context, code of kernels, pools of
+    DALI and NVDEC, NCCL. The driver shows only the sum over all processes, so memory outside torch is measured by
+    `settle`: how much the device's used memory grew, beyond torch's, during an event that takes such memory. Wrap in
+    `settle` the construction of a pipeline, the first step of a process, and the first step of every plan (kernels are
+    loaded when they are first used). Do not wrap a step whose plan has run before: what changes then is others'.
 
-    What is certain: the rest can never be more than what is used and not torch's, and `own` is cut to that, so memory
-    of others that was counted as ours is let go when they leave. What is not: another process that takes memory during
-    an event is counted as ours (too much: we plan too small); one that gives memory back hides as much of ours (too
-    little: by as much we can pass the budget, though not what is free). Events are short, and readings are repeated.
+    Memory outside torch can never be more than what is used and not torch's, and `own` is cut to that: if another
+    process's memory was counted as ours, this ends when that process gives it back. Two errors remain. Memory that
+    another process takes during an event is counted as ours, and plans are smaller than they need to be. Memory that
+    another process gives back during an event hides as much of ours, by which the budget can be exceeded, though never
+    what is free. Events are short and readings are repeated, to make both rare.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -74,7 +77,7 @@ class GpuMeter:
         self._faults = Faults()
         self._nvml: _Nvml | None = None
         self._nvml_again = -math.inf  # monotonic seconds before which NVML is not tried
-        self._others: int | None = None  # free + torch's at the last reading: it changes with others' memory alone
+        self._others: int | None = None  # free + torch's memory at the last reading; only other processes change it
         self._retries = 0
         self.booked: dict[str, int] = {}  # bytes held outside torch, by event
 
@@ -102,7 +105,7 @@ class GpuMeter:
     # The device
 
     def _open_nvml(self) -> None:
-        """Open NVML, when it is time to."""
+        """Try to open NVML, unless it failed less than `RETRY_SECONDS` ago."""
         if self._nvml is not None or time.monotonic() < self._nvml_again:
             return
         try:
@@ -118,7 +121,7 @@ class GpuMeter:
         self._faults.note("nvml", f"NVML cannot be used ({_words(error)}): memory is read through cudaMemGetInfo")
 
     def _read(self, source: Callable[[], tuple[int, int]], reserved: int) -> int:
-        """Free bytes by one source. Raises what it raises, and RuntimeError for figures that cannot be."""
+        """Free bytes from one source. Raises what the source raises, and RuntimeError for impossible figures."""
         free, total = source()
         if not 0 <= free <= total - reserved:
             raise RuntimeError(f"{free / 1e9:.2f} of {total / 1e9:.2f} GB free, while torch holds {reserved / 1e9:.2f}")
@@ -129,7 +132,7 @@ class GpuMeter:
         return int(free), int(total)
 
     def _free(self, reserved: int) -> int:
-        """Free bytes of the device, by the first source whose reading can be true; else by the last such reading."""
+        """Free bytes of the device: the first source with a possible reading, or else the last such reading."""
         self._open_nvml()
         free = None
         if self._nvml is not None:
@@ -149,7 +152,7 @@ class GpuMeter:
         return free
 
     def _confirmed(self, free: int, reserved: int) -> int:
-        """NVML's reading; where others' memory seems to have jumped, CUDA must have seen it too, or CUDA's counts."""
+        """NVML's reading. If others' memory seems to have jumped and CUDA does not confirm it, CUDA's reading."""
         if self._others is None or abs(free + reserved - self._others) <= JUMP * self._total:
             return free
         try:
@@ -162,7 +165,7 @@ class GpuMeter:
         return second
 
     def _quiet(self) -> int:
-        """Bytes that are free or torch's: the most of a few readings, since others also hold memory for a moment."""
+        """Bytes that are free or torch's: the largest of three readings; others may hold memory for a moment."""
         readings = []
         for attempt in range(3):
             time.sleep(0.005 if attempt else 0)
@@ -175,7 +178,10 @@ class GpuMeter:
         return int(stats[f"{kind}_bytes"]["all"][key]) if stats else 0  # empty before CUDA is used
 
     @contextmanager
-    def settle(self, event: str) -> Iterator[None]:
+    def settle(self, event: str, once: bool = False) -> Iterator[None]:
+        if once and event in self.booked:
+            yield
+            return
         before = self._quiet()
         try:
             yield
@@ -210,6 +216,12 @@ class GpuMeter:
         return self.reading().available
 
     def release(self) -> None:
+        """Finishes a backward pass that was broken off, waits for the device, and then empties torch's cache: a block
+        that is still in use cannot be given back.
+        """
+        finish_backward(torch.device("cpu"))
+        finish_backward(torch.device("cuda", self._index))
+        torch.cuda.synchronize(self._index)
         torch.cuda.empty_cache()
 
     def reset_peak(self) -> None:
@@ -230,8 +242,8 @@ class GpuMeter:
 
     @contextmanager
     def cap(self, limit: int) -> Iterator[None]:
-        """torch's share of the device: `limit` less what it does not cover (context, foreign pools), and less one
-        segment, by which torch can overrun its share. Foreign pools that grow inside are not held back.
+        """Caps torch's memory at `limit` minus what is outside torch (context, pools of other libraries) and minus one
+        segment, by which torch can exceed its cap. Pools of other libraries that grow meanwhile are not capped.
         """
         reserved = self._torch()
         rest = self._outside(self._free(reserved), reserved)
@@ -242,6 +254,18 @@ class GpuMeter:
             yield
         finally:
             torch.cuda.set_per_process_memory_fraction(before, self._index)
+
+    def ran_out(self, error: BaseException) -> bool:
+        """cuDNN and cuBLAS are believed only where torch has held nearly all that it may: elsewhere their words have
+        another cause, and a step tried again with less memory would fail with the same words, which are then raised.
+        """
+        if is_out_of_memory(error):
+            return True
+        if not may_be_out_of_memory(error):
+            return False
+        reserved = self._torch()
+        share = torch.cuda.get_per_process_memory_fraction(self._index) * self._total
+        return self._torch(key="peak") >= NEAR * min(share, reserved + self._free(reserved))
 
 
 def _words(error: BaseException) -> str:

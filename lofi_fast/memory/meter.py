@@ -19,6 +19,11 @@ _OUT_OF_MEMORY = (
     "out of memory", "can't allocate", "cannot allocate memory", "bad_alloc", "alloc_failed", "allocation_failed",
     "allocation failed", "could not create a primitive", "could not create a memory",
 )  # fmt: skip
+# What cuDNN and cuBLAS say when they find no memory for a workspace or a handle, and for other reasons too.
+_PERHAPS_OUT_OF_MEMORY = (
+    "unable to find an engine to execute this computation", "unable to find a valid cudnn algorithm",
+    "cudnn_status_not_initialized", "cudnn_status_not_supported", "cublas_status_not_initialized",
+)  # fmt: skip
 # In a kernel of ours built against the stable ABI of torch before 2.13, a failed call loses its reason. Calls that do
 # nothing but allocate (for `contiguous`, and copy) fail for want of memory alone.
 _ALLOCATING_CALL = re.compile(r"(aten::|aoti_torch_(aten_)?)(new_)?(empty|contiguous)\w*.* api call failed", re.DOTALL)
@@ -29,8 +34,8 @@ class Memory:
     """One reading, in bytes."""
 
     own: int  # what this process holds
-    held: int  # of that, what is in use: without what `release` would give back
-    free: int  # what nobody holds
+    held: int  # of that, what is in use; `release` would give the rest back
+    free: int  # what no process holds
 
     @property
     def available(self) -> int:
@@ -39,16 +44,16 @@ class Memory:
 
 
 class Meter(Protocol):
-    """Readings in bytes."""
+    """Reads the memory of one device, and caps what this process takes of it. Amounts are bytes."""
 
-    device: str  # in words, with its total memory
+    device: str  # its name, with its total memory
 
     @property
     def source(self) -> str:
-        """Where the readings come from, now."""
+        """Where readings come from at present, in words."""
 
     def faults(self) -> list[str]:
-        """What went wrong with the readings and was made good, for the log: each kind is told once."""
+        """Sentences for the log about readings that failed and were replaced. Each kind of fault is reported once."""
 
     def total(self) -> int:
         """Memory of the device."""
@@ -57,19 +62,21 @@ class Meter(Protocol):
         """Own, held and free memory at one moment, in one call; cheap enough for every step."""
 
     def own(self) -> int:
-        """What this process holds now."""
+        """What this process holds now, as the driver or the system counts it."""
 
     def held(self) -> int:
-        """What of `own` is in use: without what `release` would give back."""
+        """What of `own` is in use; `release` would give the rest back."""
 
     def available(self) -> int:
         """What this process could hold: its own plus what is free."""
 
-    def settle(self, event: str) -> AbstractContextManager[None]:
-        """Context around an event that takes memory which torch does not know: what it took counts as ours."""
+    def settle(self, event: str, once: bool = False) -> AbstractContextManager[None]:
+        """Attribute to this process the memory that is gained in this context outside torch. `event` names what happens
+        in it; with `once` only the first event of a name is counted.
+        """
 
     def release(self) -> None:
-        """Give memory that is held but not used back to the device, where it can be given back."""
+        """Give memory that is held and not used back to the device, as far as possible."""
 
     def reset_peak(self) -> None:
         """Start a new peak measurement."""
@@ -78,10 +85,15 @@ class Meter(Protocol):
         """The most that this process has held since `reset_peak`."""
 
     def retries(self) -> int:
-        """How often since `reset_peak` torch emptied its cache to satisfy an allocation."""
+        """How often torch has emptied its cache for an allocation since `reset_peak`."""
 
     def cap(self, limit: int) -> AbstractContextManager[None]:
-        """Context in which an allocation beyond `limit` fails inside this process, so that a neighbour never pays."""
+        """Context in which an allocation fails inside this process before it holds more than `limit`, so that memory is
+        never taken from a neighbour.
+        """
+
+    def ran_out(self, error: BaseException) -> bool:
+        """Whether an exception, raised under the cap, means that memory ran out."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -96,8 +108,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def may_be_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception is one that libraries raise for want of memory, but not for that alone."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _PERHAPS_OUT_OF_MEMORY)
+
+
+def finish_backward(device: torch.device) -> None:
+    """Let go of what a backward pass that was broken off still holds: the rest of it waits in the queue of autograd's
+    engine for `device`, and its graph with it, until the next backward pass begins.
+    """
+    torch.zeros((), requires_grad=True, device=device).backward()
+
+
 class Faults:
-    """Notes for the log; one of a kind is told once in a process's life."""
+    """Sentences for the log. Of each kind only the first is kept."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()

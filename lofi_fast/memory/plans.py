@@ -1,55 +1,67 @@
-"""The plan: which step fits the budget. Pure: what a step needs is told by a function, or by one that runs it.
+"""Plans: the ways to take a step, and which of them fits a budget. Nothing here measures; what a step needs is asked.
 
-A plan is a rung of a ladder, how many videos are in memory at once, and whether the encoder's maps are recomputed.
-`candidates` lists what may be chosen, best first; `first_fitting` chooses; `refusal` says what would help when nothing
-fits; `fit` turns readings of real steps into the two scalars that the ledger of bytes does not know.
-
-`highest_fitting` plans by running instead, where there are few candidates and no ledger: it starts at the lowest rung,
-goes where a straight line through its readings says the budget ends, and closes in. A line only proposes; what is
-chosen has been run. (Memory is not monotone in pixels: convolution algorithms change.)
+A plan is a rung of a ladder and three levers: how many videos are in memory at once, whether the encoder's activations
+are recomputed in backward, and how many snippets go into one graph of the encoder (the chunk). `candidates` lists what
+may be chosen, best first; `worthwhile` leaves out what gains nothing; `first_fitting` chooses; `refusal` says what
+would help when nothing fits; `fit` turns readings of real steps into the two scalars that a ledger of bytes does not
+know.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from lofi_fast.budget import gigabytes
 from lofi_fast.config import Policy, Recompute
 from lofi_fast.fidelity import Fidelity
+from lofi_fast.ledger import CHUNK_PIXELS, default_chunk
 
 T = TypeVar("T")
+Device = Literal["cpu", "cuda"]
 RECOMPUTE_COST = 4 / 3  # forward, backward, and forward again, where backward costs two forwards
 SMALL_BATCH = 0.1  # more for one video at a time than for many, of what a video costs
+# Frame pixels in one graph of the encoder beyond which a larger graph is hardly faster. A GPU is fed by a host that
+# needs some 10 ms to launch the kernels of a graph: on an H200 (R18, bf16, 100 snippets of 224 px) graphs of 2, 8, 16,
+# 32, 64 and 100 snippets take 563, 119, 63, 40, 34 and 33 ms in all. A CPU computes for longer than it launches.
+SATURATING_PIXELS: dict[Device, int] = {"cpu": CHUNK_PIXELS, "cuda": 25_000_000}
+LAUNCH_BOUND = 0.5  # of the saturating chunk, below which the time of a step on a GPU is in proportion to its graphs
+WORTH = 0.01  # of a step's bytes, that a smaller chunk must save to be a plan of its own
 
 
 @dataclass(frozen=True, order=True)
 class Plan:
-    """How a step is taken: `micro_batch` videos in memory at once, the encoder's maps kept or recomputed."""
+    """How a step is taken: `micro_batch` videos in memory at once, the encoder's activations kept or recomputed, and
+    `chunk` snippets in one graph of the encoder (0: as many as the encoder takes by itself).
+    """
 
     fidelity: Fidelity
     micro_batch: int
     recompute: bool = False
+    chunk: int = 0
 
     @property
     def omega(self) -> int:
         return self.fidelity.omega
 
     def to_json(self) -> list[int]:
-        """[num_snippets, side, micro_batch, recompute]"""
-        return [self.fidelity.num_snippets, self.fidelity.side, self.micro_batch, int(self.recompute)]
+        """[num_snippets, side, micro_batch, recompute, chunk]"""
+        return [self.fidelity.num_snippets, self.fidelity.side, self.micro_batch, int(self.recompute), self.chunk]
 
     @staticmethod
     def from_json(numbers: Sequence[Any]) -> Plan:
-        """Raises ValueError for what `to_json` did not write."""
-        if len(numbers) != 4 or not all(isinstance(n, int) for n in numbers) or min(numbers[:3]) < 1:
+        """A plan may come without its chunk. Raises ValueError for what `to_json` did not write."""
+        if len(numbers) not in (4, 5) or not all(isinstance(n, int) for n in numbers):
             raise ValueError(f"{numbers} is not a plan")
-        return Plan(Fidelity(numbers[0], numbers[1]), numbers[2], bool(numbers[3]))
+        if min(numbers[:3]) < 1 or min(numbers) < 0:
+            raise ValueError(f"{numbers} is not a plan")
+        return Plan(Fidelity(numbers[0], numbers[1]), numbers[2], bool(numbers[3]), *numbers[4:])
 
     def __str__(self) -> str:
-        return f"{self.fidelity}, {self.micro_batch} at once{', recompute' if self.recompute else ''}"
+        chunk = f", {self.chunk} to a graph" if self.chunk else ""
+        return f"{self.fidelity}, {self.micro_batch} at once{', recompute' if self.recompute else ''}{chunk}"
 
 
 def micro_batches(batch: int) -> tuple[int, ...]:
@@ -60,31 +72,65 @@ def micro_batches(batch: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def chunks(fidelity: Fidelity, micro_batch: int, device: Device) -> tuple[int, ...]:
+    """Snippets in one graph of the encoder: as many as `device` gains from, or all there are, halved down to 1."""
+    sizes = [min(default_chunk(fidelity.side, SATURATING_PIXELS[device]), micro_batch * fidelity.num_snippets)]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    return tuple(sizes)
+
+
 def candidates(
     rungs: Sequence[Fidelity],
     batch: int,
     policy: Policy = Policy.BATCH,
     micro_batch: int | None = None,
     recompute: Recompute = "auto",
+    device: Device | None = None,
 ) -> tuple[Plan, ...]:
     """All plans of a ladder's `rungs` (highest first), best first.
 
-    Higher rungs come first, and of a rung, for the policy `fidelity`, more videos at once; `micro_batch` fixes their
-    number. With "auto" the same again with recomputation comes last: it is used where nothing fits without.
+    Higher rungs come first, and the plans of a rung in the order of their time on `device`: larger chunks, and for the
+    policy `fidelity` more videos at once (`micro_batch` fixes their number). Without a `device` the encoder chooses its
+    chunk. With "auto" the same again with recomputation comes last: it is used where nothing fits without.
     """
     if micro_batch is not None:
         sizes: tuple[int, ...] = (min(micro_batch, batch),)
     else:
         sizes = (batch,) if policy is Policy.BATCH else micro_batches(batch)
     again = {"auto": (False, True), "always": (True,), "never": (False,)}[recompute]
-    return tuple(Plan(rung, size, twice) for twice in again for rung in rungs for size in sizes)
+
+    def plans(rung: Fidelity, twice: bool) -> list[Plan]:
+        found = [
+            Plan(rung, size, twice, chunk)
+            for size in sizes
+            for chunk in ((0,) if device is None else chunks(rung, size, device))
+        ]
+        return sorted(found, key=lambda plan: relative_cost(plan, rung, device))  # alike stay in their order
+
+    return tuple(plan for twice in again for rung in rungs for plan in plans(rung, twice))
 
 
-def relative_cost(plan: Plan, full: Fidelity) -> float:
+def worthwhile(plans: Iterable[Plan], ledger: Callable[[Plan], int]) -> Iterator[Plan]:
+    """`plans` without those that differ from an earlier one in a smaller chunk alone and save next to nothing by it."""
+    least: dict[Plan, int] = {}  # bytes of the last plan that was taken, by what it shares with those like it
+    for plan in plans:
+        alike, needs = replace(plan, chunk=0), ledger(plan)
+        if alike not in least or needs <= (1 - WORTH) * least[alike]:
+            least[alike] = needs
+            yield plan
+
+
+def relative_cost(plan: Plan, full: Fidelity, device: Device | None = None) -> float:
     """Time of a step, of that at full fidelity with many videos at once: in proportion to Omega, which is what the
-    convolutions cost, with a little more for few videos at once, whose kernels are small.
+    convolutions cost, with a little more for few videos at once, whose kernels are small. On a GPU small chunks cost
+    more, because the host cannot launch their kernels as fast as they run.
     """
-    return plan.omega / full.omega * (RECOMPUTE_COST if plan.recompute else 1.0) * (1 + SMALL_BATCH / plan.micro_batch)
+    cost = plan.omega / full.omega * (RECOMPUTE_COST if plan.recompute else 1.0) * (1 + SMALL_BATCH / plan.micro_batch)
+    if device == "cuda" and plan.chunk:
+        saturating = default_chunk(plan.fidelity.side, SATURATING_PIXELS[device])
+        cost *= max(LAUNCH_BOUND * saturating / plan.chunk, 1.0)
+    return cost
 
 
 # What is chosen
@@ -101,23 +147,24 @@ def remedies(
     policy: Policy = Policy.BATCH,
     micro_batch: int | None = None,
     recompute: Recompute = "auto",
+    device: Device | None = None,
     lower: Sequence[tuple[str, Fidelity]] = (),
 ) -> tuple[tuple[str, Plan], ...]:
     """What to change when none of the `candidates` of the same arguments fits: (flags, smallest plan with them).
 
     `lower`: rungs below the ladder's end, each with its flag, like ("--max-cut 32", rung).
     """
-    lowest, twice = rungs[-1], recompute == "always"
-    size = candidates(rungs, batch, policy, micro_batch, recompute)[-1].micro_batch
+    lowest, twice, chunk = rungs[-1], recompute == "always", 0 if device is None else 1
+    size = min(plan.micro_batch for plan in candidates(rungs[-1:], batch, policy, micro_batch, recompute))
     changes = []
     if recompute == "never":
-        changes.append(("--recompute auto", Plan(lowest, size, True)))
-    changes += [(flag, Plan(rung, size, recompute != "never")) for flag, rung in lower]
+        changes.append(("--recompute auto", Plan(lowest, size, True, chunk)))
+    changes += [(flag, Plan(rung, size, recompute != "never", chunk)) for flag, rung in lower]
     if size > 1:
         flag = "--policy fidelity" if micro_batch is None else "--micro-batch 1"
-        changes.append((flag, Plan(lowest, 1, twice or recompute == "auto")))
+        changes.append((flag, Plan(lowest, 1, twice or recompute == "auto", chunk)))
         if recompute == "never":
-            changes.append((f"{flag} --recompute auto", Plan(lowest, 1, True)))
+            changes.append((f"{flag} --recompute auto", Plan(lowest, 1, True, chunk)))
     return tuple(changes)
 
 

@@ -1,4 +1,4 @@
-"""What several ranks agree on before a step."""
+"""Training by several processes: before a step they agree on one plan that fits in all of them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import torch
 from torch import distributed
 
 
-def _agree(mine: int, fits: Callable[[int], bool], count: int) -> int:
-    """The first of `count` plans that is no higher than what any process chose (`mine`) and `fits` in all of them;
-    `count` when none does. In a single process: `mine`.
+def agree(mine: int, fits: Callable[[int], bool], count: int) -> int:
+    """The index of the plan that all processes run, of `count` plans, best first; `count` when no plan fits everywhere.
+
+    It is the first that is no better than any process's own choice (`mine`) and that `fits` in all of them. In a single
+    process it is `mine`.
     """
     if not _several():
         return mine
-    agreed = _highest_of_all(mine)
+    agreed = highest_of_all(mine)
     while True:
         mine = next((i for i in range(agreed, count) if fits(i)), count)
-        lower = _highest_of_all(mine)
+        lower = highest_of_all(mine)
         if lower == agreed:
             return agreed
         agreed = lower
@@ -27,7 +29,8 @@ def _several() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def _highest_of_all(value: int) -> int:
+def highest_of_all(value: int) -> int:
+    """The largest of all processes' values."""
     if not _several():
         return value
     device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else "cpu"

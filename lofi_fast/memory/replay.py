@@ -1,4 +1,4 @@
-"""The plans of another run, step by step, in a governor's place."""
+"""Replay: the plans of another run, step by step, in place of a governor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lofi_fast.memory.plans import Plan
 
 
 class RecordedStep(msgspec.Struct, frozen=True):
-    """What a replay needs of one step; a log's `events.Step` has it, and so has a list that was written by hand."""
+    """What a replay needs of one step: fields of a log's `events.Step`, or of a list that was written by hand."""
 
     epoch: Annotated[int, msgspec.Meta(ge=0)]
     step: Annotated[int, msgspec.Meta(ge=0)]
@@ -27,19 +27,21 @@ class RecordedStep(msgspec.Struct, frozen=True):
     side: int
     micro_batch: int
     recompute: bool = False
+    chunk: int = 0  # not recorded: as many snippets to a graph as the encoder takes by itself
     reduced_from: list[int] | None = None  # [num_snippets, side]
 
     def plans(self) -> tuple[Plan, Plan]:
-        """(plan that was run, plan whose frames were asked for). Raises ValueError for what is no plan."""
-        plan = Plan.from_json([self.num_snippets, self.side, self.micro_batch, int(self.recompute)])
+        """(plan that was run, plan whose frames were decoded). Raises ValueError for what is no plan."""
+        plan = Plan.from_json([self.num_snippets, self.side, self.micro_batch, int(self.recompute), self.chunk])
         if self.reduced_from is None:
             return plan, plan
-        return plan, Plan.from_json([*self.reduced_from, plan.micro_batch, int(plan.recompute)])
+        return plan, Plan.from_json([*self.reduced_from, plan.micro_batch, int(plan.recompute), plan.chunk])
 
 
 class Replay:
-    """The plans of another run, step by step, in a governor's place: from its log.jsonl, or a JSON list of the same
-    "step" events. On any machine: nothing is measured, and memory that runs out ends the run.
+    """Takes the plans of another run from its log.jsonl, or from a JSON list of "step" events.
+
+    It works on any machine, because nothing is measured; memory that runs out ends the run. `limit`: bytes of the cap.
     """
 
     def __init__(self, path: Path, limit: int) -> None:

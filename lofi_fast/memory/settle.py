@@ -1,4 +1,4 @@
-"""The start of a process whose memory is planned: its allocators, and its meter."""
+"""What a process whose memory is planned does at its start: it sets up its allocators and opens a meter."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # in glibc's malloc.h
 
 
 def settle_allocator(module: str, arguments: list[str]) -> None:
-    """Settle the allocators for a process whose memory is planned; to be called at its start. What the user has set
-    stays.
+    """Set up the allocators. Call it at the start of the process. Settings of the user's are left as they are.
 
-    On a CPU: glibc's (`settle_glibc`), and under tensors ours (allocator.cpp), which can refuse, hence the cap, and
-    keeps what is freed for the next step; where that cannot be, it says so.
+    On a CPU: glibc's allocator (`settle_glibc`), and for tensors our own (allocator.cpp). Ours can refuse an
+    allocation, which makes the cap, and keeps freed blocks for the next step. If it cannot be installed, a note says
+    why.
 
-    On a GPU: expandable segments. Every rung has tensors of other sizes; in fixed segments the blocks of one rung are
-    of no use to the next and reserved memory, which is what the driver shows, grows beyond what is allocated. Segments
-    that are mapped and unmapped piece by piece (20 MiB) keep the two together, so that a peak can be predicted from
-    the tensors alone. torch reads the setting at the start only, hence this program (`python -m module arguments`) is
-    run again, once. torch says so and goes on without where the driver cannot do it.
+    On a GPU: expandable segments. The tensors of every rung have other sizes. In fixed segments the blocks of one rung
+    do not serve the next, and reserved memory, which is what the driver shows, grows beyond what is allocated. Segments
+    that are mapped and unmapped in pieces (20 MiB) keep the two close, so that a peak can be predicted from the tensors
+    alone. torch reads this setting only at its start, so this program (`python -m module arguments`) is started again,
+    once. Where the driver has no such segments, torch says so and continues without.
     """
     if torch.cuda.is_available() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         settled = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
@@ -40,12 +40,12 @@ def settle_allocator(module: str, arguments: list[str]) -> None:
 
 
 def settle_glibc() -> None:
-    """Have glibc map blocks of a MiB and more by themselves and give them back when freed, so that the resident set is
-    what is in use. Without, DALI and numpy let it drift: by 80 MB in twelve steps of the demo.
+    """Make glibc map each block of 1 MiB or more by itself and return it to the system when it is freed, so that the
+    resident set is what is in use. Otherwise DALI and numpy let it drift, by 80 MB in twelve steps of the demo.
 
-    What it does to tensors, where they are not in an allocator of ours: R18, 64 frames of 112 pixels, forward and
-    backward, ten steps, one thread (seconds of CPU time, since the machine was not idle; peaks between steps of other
-    sizes vary more than those of identical steps):
+    The effect on tensors that are not in our allocator, measured with R18, 64 frames of 112 pixels, forward and
+    backward, ten steps, one thread (seconds are CPU time, because the machine was not idle; peaks vary more when steps
+    of other sizes come between):
         thresholds                         s      peak   varies   with other sizes between   held after the step
         default                          1.40    933 MB   12%        12%                       638 MB
         1 MiB                            1.81    792 MB    0.0%       1.5%                      353 MB   (these)
@@ -54,8 +54,8 @@ def settle_glibc() -> None:
         32 MiB, huge pages               1.46    965 MB    9.9%       9.9%                      707 MB
         default, malloc_trim each step   1.58    836 MB   12%        12%                       351 MB
         MALLOC_ARENA_MAX=1               1.36    865 MB   12%        12%                       612 MB
-    Whatever keeps memory is faster and less predictable; nothing between meets 2%. The time goes into the kernel's
-    clearing of pages (0.6 s a step, 0.2 by default), which our allocator saves by using blocks again.
+    Settings that keep memory are faster and less predictable, and none of them varies by less than 2%. The time goes
+    into the kernel's clearing of pages (0.6 s a step, 0.2 s by default). Our allocator uses blocks again and saves it.
     """
     if sys.platform.startswith("linux") and "GLIBC_TUNABLES" not in os.environ:
         with suppress(AttributeError):  # another C library

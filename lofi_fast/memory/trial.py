@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol
 
 from lofi_fast.budget import gigabytes
 from lofi_fast.errors import InputError
-from lofi_fast.memory.meter import Meter, is_out_of_memory
+from lofi_fast.memory.meter import Meter
 from lofi_fast.memory.plans import Plan, T
 
 MARGIN = 0.05  # of the budget, kept free: what one and the same step's peak was seen to vary by
@@ -240,7 +240,7 @@ class Trials:
             try:
                 step()
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not self.meter.ran_out(error):
                     raise
                 failed = True  # the traceback holds tensors: leave the except block before going on
         peak = self.meter.peak()

@@ -299,7 +299,8 @@ def open_run(
     encoder.to(machine.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     largest = max(s.cached.width * s.cached.height for samples in dataset.samples.values() for s in samples)
     device = machine.device.type
-    pipeline = FramePipeline(pictures_of_a_run(largest, device), device, num_threads=min(os.cpu_count() or 1, 8))
+    with machine.meter.settle("the frame pipeline"):
+        pipeline = FramePipeline(pictures_of_a_run(largest, device), device, num_threads=min(os.cpu_count() or 1, 8))
     return Run(config, dataset, machine, pipeline, log, encoder, networks)
 
 

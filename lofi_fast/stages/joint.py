@@ -13,7 +13,7 @@ from lofi_fast.budget import gigabytes
 from lofi_fast.data.dataset import Sample
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder, phase
 from lofi_fast.memory.governor import Decision, Governor, Planner
-from lofi_fast.memory.plans import Plan, candidates, remedies
+from lofi_fast.memory.plans import Device, Plan, candidates, remedies
 from lofi_fast.memory.replay import Replay
 from lofi_fast.memory.step_bytes import Setting, step_bytes
 from lofi_fast.memory.trial import LearnedLedger, learn_ledger
@@ -108,14 +108,15 @@ def new_planner(run: Run) -> Planner:
     config, machine = run.config, run.machine
     if config.replay is not None:
         return Replay(Path(config.replay), machine.budget)
+    device: Device = "cuda" if machine.device.type == "cuda" else "cpu"
     plans, changes = {}, {}
     for pattern, rungs in ladders(run).items():
-        levers = (rungs, config.joint.batch, config.policy, config.micro_batch, config.recompute)
+        levers = (rungs, config.joint.batch, config.policy, config.micro_batch, config.recompute, device)
         plans[pattern], changes[pattern] = candidates(*levers), remedies(*levers)
     every = [plan for pattern in plans for plan in (*plans[pattern], *(plan for _, plan in changes[pattern]))]
     return Governor(
-        machine.meter, machine.budget, ledger_of(run, every), plans, run.log.say, changes=changes,
-        pending=lambda: run.pipeline.pending,
+        machine.meter, machine.budget, ledger_of(run, every), plans, run.log.say,
+        changes=changes, pending=lambda: run.pipeline.pending, device=device,
     )  # fmt: skip
 
 
@@ -128,10 +129,13 @@ def ledger_of(run: Run, plans: Sequence[Plan]) -> Callable[[Plan], int]:
             run.plans["ledger"] = learn(run, plans).to_json()
         return LearnedLedger.from_json(run.plans["ledger"])
     setting = Setting.of(run.config, len(run.dataset.classes), run.machine.precision.dtype.itemsize)
+    assert setting is not None, "every encoder and head that a config can name has a ledger"
 
     def ledger(plan: Plan) -> int:
         parted = plan.micro_batch < run.config.joint.batch
-        return step_bytes(setting, plan.fidelity, plan.micro_batch, recompute=plan.recompute, accumulates=parted).added
+        return step_bytes(
+            setting, plan.fidelity, plan.micro_batch, recompute=plan.recompute, chunk=plan.chunk, accumulates=parted
+        ).added
 
     return ledger
 
@@ -211,6 +215,7 @@ def plan_joint(run: Run) -> dict[str, dict[str, Any]]:
             "batch": config.joint.batch,
             "micro_batch": decision.plan.micro_batch,
             "recompute": decision.plan.recompute,
+            "chunk": decision.plan.chunk,
             "predicted": decision.predicted,
             "peak": measured.get((rung.num_snippets, rung.side)),
             "measured": [[*of, peak] for of, peak in measured.items()],

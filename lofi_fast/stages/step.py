@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -22,7 +21,6 @@ from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
 from lofi_fast.head.dropout import video_dropout
 from lofi_fast.head.protocol import Targets, total
 from lofi_fast.memory.governor import Decision, NothingFits, Planner
-from lofi_fast.memory.meter import is_out_of_memory
 from lofi_fast.run import events
 from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
@@ -65,14 +63,15 @@ def lofi_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batc
         began, reason = time.monotonic(), ""
         unchanged = Unchanged(run, optimizer)
         meter.reset_peak()
-        # A plan's first step may take memory outside torch for good: workspaces, code that is loaded at its first use.
-        settling = meter.settle(f"a step at {decision.plan}") if decision.new else nullcontext()
-        with settling, meter.cap(decision.limit):
+        # The first step of a plan, and of a process, may take memory outside torch for good: workspaces, code that is
+        # loaded at its first use.
+        event = f"a step at {decision.plan}" if decision.new else "the first step of the process"
+        with meter.settle(event, once=not decision.new), meter.cap(decision.limit):
             try:
                 loss, terms = forward_backward(run, batch, decision)
                 not_finite = update(run, optimizer, loss)
             except Exception as error:  # its traceback holds tensors: leave the block before going on
-                if not is_out_of_memory(error):
+                if not meter.ran_out(error):
                     raise
                 reason = str(error).partition("\n")[0] or type(error).__name__
         peak = meter.peak()
@@ -115,7 +114,11 @@ def forward_backward(run: Run, batch: Batch, decision: Decision) -> tuple[float,
         for samples, frames in zip(parts(arrived, plan.micro_batch), whole.split(share), strict=True):
             with run.machine.autocast():
                 features_NC = run.encoder.encode(
-                    frames, FRAMES_PER_SNIPPET, recompute=plan.recompute, eight_bit=config.kept_maps == "8bit"
+                    frames,
+                    FRAMES_PER_SNIPPET,
+                    chunk=plan.chunk or None,
+                    recompute=plan.recompute,
+                    eight_bit=config.kept_maps == "8bit",
                 )
                 features_BCL = features_NC.unflatten(0, (len(samples), -1)).transpose(1, 2)
                 output = run.head(dropout(run, features_BCL, samples, "joint", epoch))
