@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
@@ -158,9 +158,13 @@ def _without_none(kind: Any) -> Any:
     return one
 
 
-@cache
-def leaves(settings: Hashable) -> tuple[Leaf, ...]:
+def leaves(settings: type) -> tuple[Leaf, ...]:
     """All settings of a dataclass and of its sections, in order."""
+    return _all_leaves(settings)
+
+
+@cache
+def _all_leaves(settings: type) -> tuple[Leaf, ...]:
     return tuple(_leaves(settings, (), ""))
 
 
@@ -186,13 +190,13 @@ def _leaves(settings: Any, path: tuple[str, ...], name: str, section: Section | 
 
 
 @cache
-def _by_word(settings: Hashable) -> dict[str, Leaf]:
+def _by_word(settings: type) -> dict[str, Leaf]:
     words = {leaf.name: leaf for leaf in leaves(settings)}
     return words | {_word(leaf.short[2:]): leaf for leaf in leaves(settings) if leaf.short}
 
 
 @cache
-def _section_words(settings: Hashable) -> frozenset[str]:
+def _section_words(settings: type) -> frozenset[str]:
     parts = (leaf.name.split(".") for leaf in leaves(settings))
     return frozenset(".".join(of[:k]) for of in parts for k in range(1, len(of)))
 
