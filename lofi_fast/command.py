@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 
 from lofi_fast.errors import InputError
 from lofi_fast.files import DISK_FULL
-from lofi_fast.settings import Leaf, applied, leaves, made, read
+from lofi_fast.settings import Leaf, applied, leaves, made, negated, read
 
 T = TypeVar("T")
 INTERRUPTED = 130  # the shell's status of a process that Ctrl-C ended
@@ -145,8 +145,7 @@ def _spellings(leaf: Leaf) -> set[str]:
     """The flags of one setting; for a bool also those that say no."""
     flags = {flag for flag in (leaf.long, leaf.short) if flag and not leaf.setting.positional}
     if leaf.type is bool and not leaf.is_switch:
-        for section, dot, last in [flag[2:].rpartition(".") for flag in flags]:
-            flags.add(f"--{section}{dot}no-{last}")
+        flags |= {negated(flag) for flag in flags}
     return flags
 
 

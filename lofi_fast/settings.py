@@ -138,21 +138,21 @@ class Leaf:
             return str(value).lower()
         return self.setting.show(value)
 
-    @property
-    def negation(self) -> str:
-        """The flag that says no to a bool: --no-flip, --head.no-sample-zero-iou."""
-        section, dot, last = self.flag[2:].rpartition(".")
-        return f"--{section}{dot}no-{last}"
-
     def argument(self, value: Any) -> str:
         """The word of a command line that gives this value."""
         if self.type is bool:
-            return self.flag if value else self.negation
+            return self.flag if value else negated(self.flag)
         return f"{self.flag}={self.text(value)}"
 
     def shown(self, value: Any) -> str:
         """A value as --help says it."""
         return self.setting.unset if value in (None, "", ()) and self.setting.unset else self.text(value)
+
+
+def negated(flag: str) -> str:
+    """The flag that says no to a bool: --no-flip, --head.no-sample-zero-iou."""
+    section, dot, last = flag[2:].rpartition(".")
+    return f"--{section}{dot}no-{last}"
 
 
 def _is_class(kind: Any, base: type) -> bool:
