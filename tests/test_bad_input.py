@@ -619,6 +619,25 @@ def test_resume_with_a_spoilt_config(train: Train, run: Path, content: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda config: config.pop("lofi_fast"), ["config.json", "before", "train again"]),
+        (lambda config: config["joint"].update(momentum=0.9), ['"joint.momentum" is no setting']),
+    ],
+    ids=["of the version before", "with an unknown setting"],
+)
+def test_resume_of_a_run_of_another_version(
+    train: Train, run: Path, change: Callable[[dict[str, Any]], object], parts: list[str]
+) -> None:
+    config = json.loads((run / "config.json").read_text())
+    change(config)
+    (run / "config.json").write_text(json.dumps(config))
+    before = contents(run)
+    train("--resume").refused(str(run), *parts)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
     "spoil",
     [
         lambda whole: b"garbage",

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from lofi_fast.arguments import from_arguments
+from lofi_fast import __main__ as program
+from lofi_fast import plan
 from lofi_fast.budget import Budget, parse_bytes
-from lofi_fast.config import STAGES, Config
+from lofi_fast.config import MAY_CHANGE, PLANNED_FOR, STAGES, Config, memory_settings
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern
 from lofi_fast.head.gtad import GTAD
-from lofi_fast.presets import PRESETS
+from lofi_fast.presets import PRESETS, configured
+from lofi_fast.settings import Leaf, leaves, negated, read
+from lofi_fast.train import main, read_flags
 
 OWN = ["--annotations", "a.json", "--videos", "v"]
 
 
 def config_of(*argv: str, cuda: bool = False) -> Config:
-    return from_arguments(argv, cuda=cuda)[0]
+    return read_flags(argv, cuda=lambda: cuda)[0]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +85,7 @@ def test_auto_is_neither_amount_nor_share(text: str) -> None:
 
 
 def test_no_flags_train_the_demo() -> None:
-    config, resume = from_arguments([], cuda=True)
+    config, resume = read_flags([], cuda=lambda: True)
     assert config == PRESETS["demo"]()
     assert resume is False
     assert config.stages == STAGES
@@ -101,7 +108,7 @@ def test_own_data_chooses_the_preset(flags: list[str], cuda: bool, preset: str) 
 
 
 def test_every_flag_reaches_its_setting() -> None:
-    config, resume = from_arguments(
+    config, resume = read_flags(
         [*OWN, "--preset", "activitynet", "--mem-budget", "11GB", "--out", "o", "--stages", "head,joint", "--resume",
          "--encoder", "tsm_r34", "--width", "48", "--encoder-weights", "w.pth", "--fidelity", "64x160",
          "--pattern", "cyclic", "--short-cycle", "16", "--min-cut", "2", "--max-cut", "8", "--window", "51.2",
@@ -109,7 +116,7 @@ def test_every_flag_reaches_its_setting() -> None:
          "--pretrain-epochs", "0", "--pretrain-lr", "0.2", "--joint-epochs", "3", "--joint-lr", "0.3",
          "--head-epochs", "5", "--head-lr", "0.4", "--batch", "6", "--tiou", "0.3:0.1:0.7", "--seed", "0",
          "--device", "cpu", "--optimizer-impl", "torch", "--threads", "1"],
-        cuda=True,
+        cuda=lambda: True,
     )  # fmt: skip
     base = PRESETS["activitynet"]()
     assert resume is True
@@ -206,7 +213,7 @@ def test_stages_are_put_in_order_once() -> None:
 )
 def test_errors_name_the_flag(argv: list[str], part: str) -> None:
     if "--fidelity" in argv and argv[-1].startswith("-"):
-        argv = [f"--fidelity={argv[-1]}"]  # argparse takes a word with a leading dash for a flag
+        argv = [f"--fidelity={argv[-1]}"]
     with pytest.raises(InputError) as error:
         config_of(*argv)
     assert part in str(error.value)
@@ -223,11 +230,12 @@ def test_errors_name_the_flag(argv: list[str], part: str) -> None:
         ["--unknown", "1"],
     ],
 )
-def test_argparse_refuses_with_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        config_of(*argv)
-    assert stop.value.code == 2
-    assert argv[0] in capsys.readouterr().err
+def test_a_mistyped_command_ends_with_status_2_and_one_sentence(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert argv[0] in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_help_lists_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,7 +251,7 @@ def test_config_is_frozen_and_saved_whole() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1  # type: ignore[misc]
     saved = json.loads(config.to_json())
-    assert set(saved) == {f.name for f in dataclasses.fields(Config)}
+    assert set(saved) == {"lofi_fast", *(f.name for f in dataclasses.fields(Config))}
     assert saved["full"] == {"num_snippets": 32, "side": 64}
     assert saved["budget"] == {"text": "80%", "amount": None, "share": 0.8}
     assert saved["pattern"] == "spatial"
@@ -285,3 +293,247 @@ def test_every_preset_builds_its_models(name: str, encoder: str) -> None:
     expected = config.encoder.width * (32 if encoder == "tsm_r50" else 8)
     assert model.num_features == expected
     assert head.base[0].in_channels == expected
+
+
+# Every setting, by every way in
+
+LEAVES = leaves(Config)
+OTHER: dict[str, Any] = {  # values unlike the small preset's, where the type alone does not give one
+    "preset": "thumos", "full": "16x32", "data.window": 12.5, "stages": "joint,eval", "budget": "3GB", "threads": 1,
+    "short_cycle": 3, "min_cut": 2.5, "max_cut": 9.5, "head.hidden": 64, "head.map_channels": 64,
+}  # fmt: skip
+
+
+def other(leaf: Leaf, config: Config) -> Any:
+    """A value of a setting that `config` does not have, as JSON, TOML and Python have it."""
+    if leaf.name in OTHER:
+        return OTHER[leaf.name]
+    now = leaf.of(config)
+    if leaf.choices:
+        chosen = next(choice for choice in leaf.choices if choice != leaf.text(now))
+        return int(chosen) if isinstance(now, int) else chosen
+    if isinstance(now, bool):
+        return not now
+    if isinstance(now, int) or leaf.type == int | None:
+        return (now or 3) * 2
+    if isinstance(now, float):
+        return now / 2 or 0.25
+    return f"another {leaf.path[-1]}"
+
+
+def given_as(way: str, name: str, value: Any, leaf: Leaf, folder: Path) -> Config:
+    """The config of own data in the small preset, with one setting more, given as `way` says."""
+    rest: dict[str, Any] = {"annotations": "a.json", "videos": "v", "preset": "small"}
+    section, _, last = name.rpartition(".")
+    nested: dict[str, Any] = {section: {last: value}} if section else {name: value}
+    if way in ("flags", "short flags"):
+        words = [f"--{key}={one}" for key, one in rest.items()]
+        flag = leaf.flag if way == "short flags" else leaf.long
+        more = [flag if value else negated(flag)] if isinstance(value, bool) else [f"{flag}={value}"]
+        return config_of(*words, *more)
+    if way == "keywords":
+        return configured(rest | nested, cuda=lambda: False)
+    path = folder / f"settings.{way}"
+    if way == "toml":  # scalars of JSON are TOML too
+        path.write_text(f"{name} = {json.dumps(value)}\n")
+    else:
+        path.write_text(json.dumps(nested))
+    rest = {key: one for key, one in rest.items() if key != last}
+    return configured(rest, file=path, cuda=lambda: False)
+
+
+WAYS = ("flags", "short flags", "toml", "json", "keywords")
+
+
+@pytest.mark.parametrize(
+    ("way", "leaf"),
+    [
+        pytest.param(way, leaf, id=f"{leaf.name}, {way}")
+        for leaf in LEAVES
+        for way in WAYS
+        if leaf.short or way != "short flags"
+    ],
+)
+def test_every_setting_can_be_given_in_every_way(way: str, leaf: Leaf, tmp_path: Path) -> None:
+    small = configured({"annotations": "a.json", "videos": "v", "preset": "small"}, cuda=lambda: False)
+    value = other(leaf, small)
+    config = given_as(way, leaf.name, value, leaf, tmp_path)
+    expected = read(Config, {leaf.name: value})[leaf.name]
+    assert leaf.of(config) == expected != leaf.of(small)
+    if leaf.name != "preset":
+        for one in LEAVES:
+            assert one is leaf or one.of(config) == one.of(small), "no other setting is changed"
+    assert Config.from_json(config.to_json(), "config.json") == config
+
+
+def test_a_file_goes_before_the_preset_and_flags_before_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('preset = "demo"\nmem_budget = "5GB"\nno_flip = true\n[joint]\nlr = 0.25\nepochs = 9\n')
+    config, base = config_of("--config", str(path), "--joint-lr", "0.5"), PRESETS["demo"]()
+    assert config.joint == dataclasses.replace(base.joint, lr=0.5, epochs=9)
+    assert (config.budget.text, config.data.flip) == ("5GB", False)
+    assert config_of("--config", str(path), "--flip").data.flip is True
+
+
+def test_a_runs_own_config_is_a_file_of_settings(tmp_path: Path) -> None:
+    config = config_of("--width", "8", "--fidelity", "8x32", "--mem-budget", "80%", "--joint.weight-decay", "0.5")
+    saved = json.loads(config.to_json())
+    del saved["lofi_fast"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(saved))
+    assert config_of("--config", str(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "parts"),
+    [
+        ("x.toml", "joint.weigth_decay = 0.1", ['"joint.weigth_decay"', '"joint.weight_decay"']),
+        ("x.json", '{"wdith": 8}', ['"wdith" is no setting', '"width"']),
+        ("x.toml", "joint = 3", ['"joint" is a section']),
+        ("x.toml", "width = 0", ["--width 0", "positive"]),
+        ("x.toml", 'width = "wide"', ["--width 'wide'", "whole number"]),
+        ("x.toml", "[full]\nnum_snippets = 3\nside = 32", ["--fidelity", "at least 4 snippets"]),
+        ("x.toml", "width = ", ["not readable as TOML"]),
+        ("x.json", "[3]", ["not settings by name"]),
+        ("x.yaml", "width: 3", ["TOML or JSON"]),
+        ("none.toml", None, ["No such file"]),
+    ],
+)
+def test_a_bad_file_of_settings_is_one_sentence(tmp_path: Path, name: str, text: str | None, parts: list[str]) -> None:
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError) as error:
+        config_of("--config", str(path))
+    for part in (str(path), *parts):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda content: content.pop("lofi_fast"), "before 0.1.0"),
+        (lambda content: content["joint"].update(momentum=0.9), '"joint.momentum" is no setting'),
+        (lambda content: content["joint"].pop("lr"), "--joint-lr is missing"),
+        (lambda content: content["joint"].update(lr="much"), "--joint-lr 'much': must be a number"),
+        (lambda content: content.update(budget={"text": "11 apples"}), "11 apples"),
+    ],
+    ids=["of the version before", "unknown", "missing", "of another type", "of no meaning"],
+)
+def test_a_config_that_this_version_did_not_write_is_refused(tmp_path: Path, change: Any, part: str) -> None:
+    content = json.loads(PRESETS["thumos"]().to_json())
+    change(content)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError) as error:
+        Config.read(path)
+    assert str(path) in str(error.value) and part in str(error.value)
+
+
+def test_what_a_resumed_run_may_change_and_what_readings_of_memory_depend_on() -> None:
+    planned = {"budget", "min_cut", "max_cut", "micro_batch", "policy", "recompute", "replay"}
+    assert set(PLANNED_FOR) == planned
+    assert set(MAY_CHANGE) == planned | {"stages", "threads", "device", "optimizer_impl", "out", "data.cache"}
+    config = config_of()
+    key = memory_settings(config)
+    for changed in ("--width=9", "--encoder=tsm_r50", "--kept-maps=8bit", "--fidelity=16x32", "--batch=9",
+                    "--joint.optimizer=sgd", "--head.hidden=64", "--head.middle-kernel=3"):  # fmt: skip
+        assert memory_settings(config_of(changed)) != key, changed
+    for same in ("--seed=5", "--joint-lr=1", "--pretrain.batch=3", "--mem-budget=3GB", "--data.overlap=0"):
+        assert memory_settings(config_of(same)) == key, same
+
+
+# Help and typos
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_help_shows_every_setting_with_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        program.main([command, "--help", "--preset", "thumos"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    thumos = PRESETS["thumos"]()
+    for leaf in LEAVES:
+        assert f"{leaf.long} " in text or f"{leaf.long}," in text, leaf.name
+        assert leaf.setting.help in text, leaf.name
+        if not leaf.setting.parse:
+            assert f"(default: {leaf.shown(leaf.of(thumos))})" in text.replace("joint, head", "joint,head"), leaf.name
+    assert "(default: 256x112)" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["train", "--joint-lrs", "3"], "perhaps you meant --joint-lr;"),
+        (["train", "--mem_budgte=3GB"], "perhaps you meant --mem-budget;"),
+        (["train", "--noflip"], "perhaps you meant --no-flip;"),
+        (["plan", "--crad", "2080ti"], "perhaps you meant --card;"),
+        (["plan", "--joint.weight-decya", "3"], "perhaps you meant --joint.weight-decay;"),
+        (["evaluate", "--prediction", "p.json"], "perhaps you meant --predictions;"),
+        (["trian"], "perhaps you meant train;"),
+        (["train", "--resume=yes"], "takes no value"),
+        (["train", "--seed"], "--seed needs a value, N"),
+        (["train", "--seed", "--batch", "3"], "--seed needs a value"),
+        (["train", "runs/x"], "'runs/x' is no flag"),
+        (["evaluate", "--tiou", "thumos"], "--ground-truth is missing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_typo_is_one_sentence_that_says_what_may_be_meant(
+    argv: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and meant in error and error.count("\n") == 1
+
+
+def test_the_program_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for name in ("train", "plan", "detect", "evaluate", "report"):
+        assert f"\n  {name} " in listed
+    assert program.main([]) == 2
+    assert capsys.readouterr().out == listed
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["plan", "--help"], 0),
+        (["evaluate", "--help"], 0),
+        (["train", "--joint-lrs", "3"], 2),
+        (["train", "--width", "wide"], 2),
+        (["plan", "--mem-budget", "11GB"], 0),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_typos_and_plans_come_without_torch(argv: list[str], status: int) -> None:
+    code = (
+        "import sys; from lofi_fast.__main__ import main\n"
+        "try: status = main(sys.argv[1:])\nexcept SystemExit as stop: status = stop.code\n"
+        "assert not {'torch', 'triton', 'matplotlib', 'nvidia'} & sys.modules.keys()\nsys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "lofi_fast", "plan", "--mem-budget", "11GB", "--json", "--all"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
+def test_plan_takes_no_share_of_an_unknown_card_and_no_negative_number(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--mem-budget", "80%"]) == 2
+    assert "--card" in capsys.readouterr().err
+    assert plan.main(["--mem-budget", "11GB", "--classes", "-3"]) == 2
+    assert "--classes -3" in capsys.readouterr().err
+    assert plan.main(["--mem-budget", "80%", "--card", "4090"]) == 0

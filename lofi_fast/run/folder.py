@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +11,10 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from lofi_fast import files
-from lofi_fast.config import Config
+from lofi_fast.config import MAY_CHANGE, Config
 from lofi_fast.errors import InputError
+from lofi_fast.files import DISK_FULL
 from lofi_fast.run import checkpoint, events
-
-PLANNED_FOR = ("budget", "min_cut", "max_cut", "micro_batch", "policy", "recompute", "replay")  # changed: plan again
-# Between a run and its --resume.
-MAY_CHANGE = (*PLANNED_FOR, "stages", "threads", "device", "optimizer_impl", "out", "data.cache")
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def cache_folder(config: Config) -> Path:
@@ -56,7 +51,8 @@ def has_checkpoint(config: Config) -> bool:
         raise InputError(f"{folder}: no run to resume (no readable config.json); name the run's --out")
     if not any((folder / name).exists() for name in ("checkpoints/last.pt", "checkpoints/best.pt", "metrics.json")):
         return False
-    if change := first_change(before, json.loads(config.to_json())):
+    started_with = Config.read(folder / "config.json")
+    if change := first_change(json.loads(started_with.to_json()), json.loads(config.to_json())):
         raise InputError(
             f"{folder}: this run was started with {change}; give --resume the flags that it was started with"
         )

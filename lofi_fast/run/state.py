@@ -21,7 +21,7 @@ from torch import nn
 
 from lofi_fast import __version__, files
 from lofi_fast.budget import gigabytes
-from lofi_fast.config import STAGES, Config
+from lofi_fast.config import STAGES, Config, memory_settings
 from lofi_fast.data.dataset import Dataset, Sampler
 from lofi_fast.data.pipeline import FramePipeline, pictures_of_a_run
 from lofi_fast.encoder.protocol import Encoder
@@ -123,7 +123,6 @@ class Run:
 
     def memory_key(self) -> dict[str, Any]:
         """What readings of memory depend on beside the plan: another run with the same may start from them."""
-        config = self.config
         return {
             "device": self.machine.meter.device,
             "torch": torch.__version__,
@@ -132,13 +131,8 @@ class Run:
             "threads": torch.get_num_threads(),
             "allocator": [os.environ.get("GLIBC_TUNABLES", ""), allocator.installed()],
             "networks": [type(self.encoder).__qualname__, type(self.head).__qualname__],
-            "encoder": [config.encoder.name, config.encoder.width],
-            "kept_maps": config.kept_maps,
-            "head": asdict(config.head),
             "classes": len(self.dataset.classes),
-            "full": [config.full.num_snippets, config.full.side],
-            "batch": config.joint.batch,
-            "optimizer": config.joint.optimizer,
+            "settings": memory_settings(self.config),
         }
 
     def say_faults(self) -> None:
