@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.dlpack import from_dlpack
 
-from lofi_fast.data.cache import CachedVideo
+from lofi_fast.data.cache import Pictures
 from lofi_fast.data.packages import require_dali, require_pyav
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, select_snippets
@@ -99,11 +99,11 @@ class View:
 class FrameRequest:
     """Frames of one video, all seen through one view.
 
-    `positions` (num_frames,) int64 count the frames in the cache file, in the order wanted (repeats allowed);
+    `positions` (num_frames,) int64 count the pictures of `video`, in the order wanted (repeats allowed);
     `side` is the height and width of the result in pixels.
     """
 
-    video: CachedVideo
+    video: Pictures
     positions: np.ndarray
     view: View
     side: int
