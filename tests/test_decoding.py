@@ -12,7 +12,8 @@ import pytest
 from lofi_fast.data.video_scores import load_video_scores
 from lofi_fast.detections import Detection, write_predictions
 from lofi_fast.errors import InputError
-from lofi_fast.head.gtad_decoding import WindowMaps, detections, proposals
+from lofi_fast.head.decoding import detections
+from lofi_fast.head.gtad_decoding import WindowMaps, proposals, window_proposals
 from lofi_fast.metrics import load_predictions
 
 ANNOTATIONS = Path(__file__).parents[2] / "shared" / "data" / "annotations"
@@ -130,13 +131,14 @@ def test_maps_that_do_not_fit_are_refused():
 
 def one_cell(score, probabilities, edges=(0.0, 4.0)):
     """A window of one snippet: exactly one proposal."""
-    return WindowMaps(
+    maps = WindowMaps(
         edges=np.array(edges),
         start=np.ones(1),
         end=np.ones(1),
         confidence=np.full((1, 1), score),
         class_probs=None if probabilities is None else np.array(probabilities)[:, None, None],
     )
+    return window_proposals(maps)
 
 
 def test_best_labels_of_each_proposal():
@@ -194,11 +196,11 @@ def test_nothing_found():
     assert detections([one_cell(0.0, [0.5, 0.5])], "ab", duration=9.0) == []
     silent = make_maps([1.0, 0.0, 0.0], [0.0, 0.0, 0.0], durations=2, class_probs=np.full((2, 2, 3), 0.5))
     assert len(proposals(silent)[0]) == 0
-    assert detections([silent], "ab", duration=9.0) == []
+    assert detections([window_proposals(silent)], "ab", duration=9.0) == []
 
 
 def test_ranking_is_by_falling_score():
-    found = detections([random_maps(seed) for seed in range(3)], "abcd", duration=50.0, top_k=30)
+    found = detections([window_proposals(random_maps(seed)) for seed in range(3)], "abcd", duration=50.0, top_k=30)
     scores = [d.score for d in found]
     assert len(found) == 30
     assert scores == sorted(scores, reverse=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lofi_fast.config import HeadConfig
 from lofi_fast.encoder.resnet import TSMResNet
-from lofi_fast.head.gtad import GTAD, GCNeXt, HeadOutput, gather_neighbours, nearest_neighbours, video_dropout
+from lofi_fast.head.dropout import video_dropout
+from lofi_fast.head.gtad import GTAD, GCNeXt, HeadOutput, gather_neighbours, nearest_neighbours
 from lofi_fast.head.loss import Counts, tal_loss
 from lofi_fast.head.targets import Targets, make_targets, valid_cells
 

@@ -30,7 +30,8 @@ from lofi_fast.encoder.lean import encode
 from lofi_fast.encoder.resnet import STAGES, TSMResNet
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
 from lofi_fast.head import gtad, gtad_ledger
-from lofi_fast.head.gtad import GTAD, video_dropout
+from lofi_fast.head.dropout import video_dropout
+from lofi_fast.head.gtad import GTAD
 from lofi_fast.head.loss import Counts, LossTerms, tal_loss
 from lofi_fast.head.targets import Targets, make_targets
 from lofi_fast.kernels import proposal_grid

@@ -31,7 +31,9 @@ from lofi_fast.arguments import from_arguments
 from lofi_fast.config import Config
 from lofi_fast.data import demo
 from lofi_fast.data.pipeline import FramePipeline
+from lofi_fast.encoder.tsm import TSMEncoder
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder
+from lofi_fast.head import gtad_head
 from lofi_fast.memory.governor import Decision, Governor
 from lofi_fast.memory.plans import Plan
 from lofi_fast.memory.settle import open_meter
@@ -39,10 +41,9 @@ from lofi_fast.precision import choose_precision
 from lofi_fast.run import checkpoint
 from lofi_fast.run import state as run_room
 from lofi_fast.run.checkpoint import Position, restore_rng, rng_state
-from lofi_fast.run.events import decode
+from lofi_fast.run.events import AnyEvent, Step, decode
 from lofi_fast.run.log import RunLog
 from lofi_fast.run.state import Run
-from lofi_fast.stages import step as step_room
 from lofi_fast.stages.features import encoder_digest
 from lofi_fast.stages.head import train_head
 from lofi_fast.stages.joint import joint
@@ -335,7 +336,8 @@ def test_micro_batches_and_recompute_leave_loss_and_gradients_as_they_are(demo_s
             run.head.train()
             samples = run.sampler.epoch("joint", 0, 3)[0]
             batch = next(batches(run, 0, [samples, samples[:1]], [decision, decision].__getitem__))
-            losses[name] = forward_backward(run, batch, decision).numbers()
+            loss, terms = forward_backward(run, batch, decision)
+            losses[name] = {"loss": loss} | terms
             parameters = [*run.encoder.named_parameters(), *run.head.named_parameters()]
             gradients[name] = {key: p.grad for key, p in parameters if p.grad is not None}
     for name in ("parts", "again"):
@@ -463,12 +465,12 @@ def test_a_stage_that_stops_in_mid_epoch_goes_on_from_the_step_that_was_saved(
     go(tmp_path / "unbroken", False)
     assert [(e["epoch"], e["step"]) for e in events(tmp_path / "unbroken", "step")] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
-    def stop(self: RunLog, kind: str, **fields: Any) -> None:
-        if kind == "step" and (fields["epoch"], fields["step"]) == (1, 1):
+    def stop(self: RunLog, event: AnyEvent) -> None:
+        if isinstance(event, Step) and (event.epoch, event.step) == (1, 1):
             raise Interrupted
-        event(self, kind, **fields)
+        log(self, event)
 
-    event = RunLog.event
+    log = RunLog.event
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
         patched.setattr(RunLog, "event", stop)
         patched.setattr(run_room, "CHECKPOINT_SECONDS", -1.0)  # a checkpoint after every step
@@ -611,17 +613,16 @@ class Scarce:
 
     def __init__(self, patched: pytest.MonkeyPatch, phase: str) -> None:
         self.calls = 0
-        room = step_room
         if phase == "frames":
             patched.setattr(FramePipeline, "_run", self.failing(FramePipeline._run, MemoryError("std::bad_alloc")))
         elif phase == "encoder":
-            patched.setattr(room, "encode", self.failing(room.encode))
+            patched.setattr(TSMEncoder, "encode", self.failing(TSMEncoder.encode))
         elif phase == "loss":
-            patched.setattr(room, "tal_loss", self.failing(room.tal_loss))
+            patched.setattr(gtad_head, "tal_loss", self.failing(gtad_head.tal_loss))
         elif phase == "update":
             patched.setattr(torch.optim.AdamW, "step", self.failing(torch.optim.AdamW.step))
         else:
-            patched.setattr(room, "encode", self.backward_failing(room.encode))
+            patched.setattr(TSMEncoder, "encode", self.backward_failing(TSMEncoder.encode))
 
     def now(self) -> bool:
         self.calls += 1

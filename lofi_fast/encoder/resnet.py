@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lofi_fast.config import EncoderName
+from lofi_fast.encoder.protocol import Encoder
 from lofi_fast.kernels import temporal_shift
 
 STAGES: dict[EncoderName, tuple[int, int, int, int]] = {
@@ -83,7 +84,7 @@ def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequenti
     return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
 
-class TSMResNet(nn.Module):
+class TSMResNet(Encoder):
     """uint8 RGB frames (N*T, H, W, 3) -> one feature vector a snippet (N, num_features).
 
     `width` is the channel count of the first stage: 64 in the paper, less for small data. Frames are normalised with
@@ -109,7 +110,6 @@ class TSMResNet(nn.Module):
                 channels = (width << stage) * block.expansion
             self.add_module(f"layer{stage + 1}", nn.ModuleList(blocks))
         self.num_features = channels
-        self.frozen_batchnorm = False
         self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         for module in self.modules():
@@ -119,24 +119,6 @@ class TSMResNet(nn.Module):
     @property
     def stages(self) -> tuple[nn.ModuleList, ...]:
         return tuple(cast(nn.ModuleList, getattr(self, f"layer{i}")) for i in (1, 2, 3, 4))
-
-    def freeze_batchnorm(self, frozen: bool = True) -> None:
-        """Hold BN statistics and affine parameters still from now on, in training mode too (the habit of end-to-end
-        TAL; a block's backward then needs no convolution output), or let them live again.
-        """
-        self.frozen_batchnorm = frozen
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(not frozen)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> TSMResNet:
-        super().train(mode)
-        if self.frozen_batchnorm:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
-        return self
 
     def forward(self, frames_NHWC: Tensor, num_frames: int) -> Tensor:
         """Features (N, num_features) of uint8 frames (N*T, H, W, 3), T = `num_frames` to a snippet."""

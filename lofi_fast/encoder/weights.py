@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lofi_fast.encoder.resnet import TSMResNet
+from lofi_fast.encoder.protocol import Encoder
 from lofi_fast.errors import InputError
 
 CLASSIFIER_KEYS = ("fc.", "new_fc.", "classifier.")
@@ -26,7 +26,7 @@ def map_key(key: str) -> str | None:
     return key.replace(".net.", ".")
 
 
-def load_encoder_weights(encoder: TSMResNet, path: Path) -> str:
+def load_encoder_weights(encoder: Encoder, path: Path) -> str:
     """Load `path` into `encoder`; returns a sentence on what was loaded. Raises InputError when it does not fit."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -56,8 +56,12 @@ def load_encoder_weights(encoder: TSMResNet, path: Path) -> str:
     wrong = [k for k in state if state[k].shape != expected[k].shape]
     if wrong:
         raise InputError(
-            f"{path}: {wrong[0]} has shape {tuple(state[wrong[0]].shape)} where {encoder.name} at width "
-            f"{encoder.width} has {tuple(expected[wrong[0]].shape)}; change --encoder, --width or --encoder-weights"
+            f"{path}: {wrong[0]} has shape {tuple(state[wrong[0]].shape)} where this {encoder.name} has "
+            f"{tuple(expected[wrong[0]].shape)}; change --encoder, --width or --encoder-weights"
+        )
+    if broken := [k for k, value in state.items() if not bool(value.isfinite().all())]:
+        raise InputError(
+            f"{path}: {broken[0]} holds a NaN or an infinity (its training has diverged); give other --encoder-weights"
         )
     encoder.load_state_dict(state, strict=False)
     return f"encoder weights: {path} ({len(state)} tensors)"

@@ -10,7 +10,6 @@ The map (B, 2, D, L) of the paper is kept at its valid cells only, and SGAlign w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,17 +34,6 @@ def gather_neighbours(x_BCL: Tensor, index_BLk: Tensor) -> Tensor:
     batch, channels, length = x_BCL.shape
     flat = index_BLk.reshape(batch, 1, -1).expand(-1, channels, -1)
     return x_BCL.gather(2, flat).view(batch, channels, length, -1)
-
-
-def video_dropout(x_BCL: Tensor, probability: float, seeds: Sequence[int]) -> Tensor:
-    """Dropout with a mask for each video from its own seed: a batch in parts draws what the whole batch draws."""
-    if probability == 0:
-        return x_BCL
-    masks = []
-    for x_CL, seed in zip(x_BCL, seeds, strict=True):
-        generator = torch.Generator(x_BCL.device).manual_seed(seed)
-        masks.append(torch.rand(x_CL.shape, generator=generator, device=x_BCL.device) >= probability)
-    return x_BCL * (torch.stack(masks) / (1 - probability)).to(x_BCL.dtype)
 
 
 class GCNeXt(nn.Module):

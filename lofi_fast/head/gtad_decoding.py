@@ -1,4 +1,4 @@
-"""From the head's maps to detections: proposals at boundary peaks, labels, soft-NMS, seconds, files.
+"""From G-TAD's maps to proposals: the cells between two boundary candidates.
 
 Shape legend: L snippets of a window, D durations, K classes, N proposals. Cell (d, s) is the proposal that starts with
 snippet s and covers d + 1 snippets: in seconds [edges[s], edges[s + d + 1]].
@@ -6,16 +6,13 @@ snippet s and covers d + 1 snippets: in seconds [edges[s], edges[s + d + 1]].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from lofi_fast.detections import Detection
-from lofi_fast.kernels import soft_nms
+from lofi_fast.head.protocol import Proposals
 
 Floats = npt.NDArray[np.float64]
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -91,78 +88,10 @@ def proposals(
     return np.stack([d, s], axis=1), np.stack([edges[s], edges[s + d + 1]], axis=1), scores
 
 
-def _best_classes(probabilities: FloatArray, count: int) -> tuple[Ints, Floats]:
-    """The `count` most probable of K classes in each of N columns -> (labels, probabilities), both (count, N).
-
-    Of equal classes the first. A few passes of argmax, since sorting all K of 200 classes takes longer than the rest of
-    the decoding.
-    """
-    left = np.array(probabilities, dtype=np.float64)
-    columns = np.arange(left.shape[1])
-    labels = np.empty((min(count, len(left)), len(columns)), dtype=np.int64)
-    for row in labels:
-        row[:] = left.argmax(axis=0)
-        left[row, columns] = -np.inf
-    return labels, probabilities[labels, columns].astype(np.float64)
-
-
-def detections(
-    windows: Sequence[WindowMaps],
-    classes: Sequence[str],
-    *,
-    duration: float,
-    sigma: float = 0.84,
-    top_k: int = 100,
-    labels_per_proposal: int = 2,
-    video_scores: FloatArray | None = None,
-    min_score: float = 1e-4,
-    peak_fraction: float = 0.5,
-    with_boundaries: bool = False,
-) -> list[Detection]:
-    """Detections of one video, best first, from its windows' maps.
-
-    Every proposal is emitted with its labels_per_proposal best classes, score = proposal score x class probability. The
-    classes are those of video_scores (K,) when given (the paper's fusion: one ranking for the whole video), else of
-    each cell's class_probs; with neither, there must be one class, of probability 1. Segments are clipped to
-    [0, duration] seconds and dropped when nothing is left; then soft-NMS within each class over all windows together,
-    and the top_k best are kept. min_score drops candidates and decayed scores below it.
-    Raises ValueError when the maps or video_scores do not have len(classes) classes.
-    """
-    if labels_per_proposal < 1:
-        raise ValueError(f"labels_per_proposal must be at least 1, not {labels_per_proposal}")
-    if video_scores is not None and video_scores.shape != (len(classes),):
-        raise ValueError(f"video_scores must be ({len(classes)},), not {video_scores.shape}")
-    parts = [(np.empty((0, 2)), np.empty(0), np.empty(0, dtype=np.int64))]
-    for maps in windows:
-        cells, segments, scores = proposals(maps, peak_fraction, with_boundaries)
-        if video_scores is not None:
-            probabilities = video_scores[:, None]
-        elif maps.class_probs is not None:
-            if len(maps.class_probs) != len(classes):
-                raise ValueError(f"class_probs has {len(maps.class_probs)} classes, the video {len(classes)}")
-            probabilities = maps.class_probs[:, cells[:, 0], cells[:, 1]]
-        elif len(classes) == 1:
-            probabilities = np.ones((1, 1))
-        else:
-            raise ValueError(f"class_probs or video_scores must say which of the {len(classes)} classes a proposal is")
-        labels, weights = _best_classes(probabilities, labels_per_proposal)
-        weighted = scores * weights
-        segments = np.tile(segments, (len(labels), 1)).clip(0, duration)
-        parts.append((segments, weighted.ravel(), np.broadcast_to(labels, weighted.shape).ravel()))
-    segments = np.concatenate([part[0] for part in parts])
-    scores = np.concatenate([part[1] for part in parts])
-    labels = np.concatenate([part[2] for part in parts])
-    kept = (scores >= min_score) & (segments[:, 1] > segments[:, 0])
-    segments, scores, labels = segments[kept], scores[kept], labels[kept]
-    order, decayed = soft_nms(
-        torch.from_numpy(segments),
-        torch.from_numpy(scores),
-        torch.from_numpy(labels),
-        sigma=sigma,
-        max_keep=top_k,
-        min_score=min_score,
-    )
-    return [
-        Detection(float(segments[i, 0]), float(segments[i, 1]), classes[int(labels[i])], score)
-        for i, score in zip(order.tolist(), decayed.tolist(), strict=True)
-    ]
+def window_proposals(maps: WindowMaps, peak_fraction: float = 0.5, with_boundaries: bool = False) -> Proposals:
+    """The same with the class probabilities of each cell; without its place in the maps, which is G-TAD's own."""
+    cells_N2, segments_N2, scores_N = proposals(maps, peak_fraction, with_boundaries)
+    probabilities = None
+    if maps.class_probs is not None:
+        probabilities = np.asarray(maps.class_probs[:, cells_N2[:, 0], cells_N2[:, 1]], dtype=np.float64)
+    return Proposals(segments_N2, scores_N, probabilities)

@@ -63,18 +63,9 @@ class LossTerms:
     def total(self) -> Tensor:
         return self.boundary + self.regression + self.confidence + self.classes
 
-    def detach(self) -> LossTerms:
-        """The same numbers, cut from the graph."""
-        return LossTerms(*(getattr(self, name).detach() for name in TERMS))
-
-    @staticmethod
-    def sum(parts: Sequence[LossTerms]) -> LossTerms:
-        """The terms of a batch from those of its parts."""
-        return LossTerms(*(torch.stack([getattr(part, name) for part in parts]).sum(0) for name in TERMS))
-
-    def numbers(self) -> dict[str, float]:
-        """The terms and their total as Python floats (synchronises with the device)."""
-        return {"loss": float(self.total.detach())} | {name: float(getattr(self, name).detach()) for name in TERMS}
+    def by_name(self) -> dict[str, Tensor]:
+        """The terms in the order that they are summed in."""
+        return {name: getattr(self, name) for name in TERMS}
 
 
 def _balanced(losses: Tensor, positive: Tensor, counts: tuple[int, int]) -> Tensor:

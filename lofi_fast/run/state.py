@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from lofi_fast import __version__
+from lofi_fast import encoder as encoders
+from lofi_fast import head as heads
 from lofi_fast.budget import gigabytes
 from lofi_fast.config import STAGES, Config
 from lofi_fast.data.dataset import Dataset, Jitter, Sample, Sampler
 from lofi_fast.data.pipeline import FramePipeline, FrameRequest, pictures_of_a_run
 from lofi_fast.encoder.lean import CHUNK_PIXELS
-from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.encoder.weights import load_encoder_weights
 from lofi_fast.errors import InputError
-from lofi_fast.head.gtad import GTAD, video_dropout
+from lofi_fast.head.dropout import video_dropout
+from lofi_fast.head.protocol import Head
 from lofi_fast.memory import allocator
 from lofi_fast.memory.governor import Planner
 from lofi_fast.memory.meter import Meter, is_out_of_memory
@@ -53,7 +55,7 @@ class Run:
         self.folder, self.cache = Path(config.out), cache_folder(config)
         self.sampler = Sampler(dataset, config.data, config.full, config.seed)
         torch.manual_seed(seed_of(config.seed, "encoder"))
-        self.encoder = TSMResNet(config.encoder.name, config.encoder.width)
+        self.encoder = encoders.build(config)
         if config.encoder.weights:
             log.say(load_encoder_weights(self.encoder, Path(config.encoder.weights)))
         self.encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -71,12 +73,10 @@ class Run:
         self._optimizer_state: dict[str, Any] | None = None
         self._last_saved = time.monotonic()
 
-    def new_head(self, stage: str) -> GTAD:
+    def new_head(self, stage: str) -> Head:
         """A head from scratch, initialised the same on every machine."""
         torch.manual_seed(seed_of(self.config.seed, "head", stage))
-        config = self.config
-        head = GTAD(config.head, self.encoder.num_features, len(self.dataset.classes), config.full.num_snippets)
-        return head.to(self.device)
+        return heads.build(self.config, self.encoder.num_features, len(self.dataset.classes)).to(self.device)
 
     def new_scaler(self, state: dict[str, Any] | None = None) -> torch.amp.GradScaler:
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scaled)

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from lofi_fast.data.dataset import SUBSETS, Sample, centre_requests
-from lofi_fast.encoder import lean
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.run import events
@@ -70,7 +69,7 @@ def extract(run: Run) -> None:
 def encode(run: Run, frames: torch.Tensor, chunk: int) -> NDArray[np.float32]:
     """Features (C, L) of uint8 frames (L * 8, side, side, 3), `chunk` snippets at a time."""
     with run.precision.autocast(run.device):
-        encoded = lean.encode(run.encoder, frames, FRAMES_PER_SNIPPET, chunk=chunk)
+        encoded = run.encoder.encode(frames, FRAMES_PER_SNIPPET, chunk=chunk)
     features: NDArray[np.float32] = encoded.float().T.contiguous().cpu().numpy()
     return features
 

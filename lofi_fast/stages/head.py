@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lofi_fast.data.dataset import Sample
-from lofi_fast.head.loss import Counts, tal_loss
-from lofi_fast.head.targets import Targets
+from lofi_fast.head.protocol import total
 from lofi_fast.optim import learning_rate, make_optimizer, set_learning_rate
 from lofi_fast.run import events
 from lofi_fast.run.checkpoint import Position
@@ -16,7 +15,7 @@ from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
 from lofi_fast.stages.evaluation import detect_subset, score
 from lofi_fast.stages.features import encoder_digest, extract, load_features
-from lofi_fast.stages.step import targets_of
+from lofi_fast.stages.step import numbers, targets_of
 
 WATCH_WINDOWS = 500  # up to so many validation windows, mAP is measured after each epoch; beyond, after the last
 
@@ -45,16 +44,15 @@ def train_head(run: Run) -> None:
         order = run.sampler.epoch("head", epoch, config.batch)
         first = start.step if epoch == start.epoch else 0
         run.head.train()
-        total = 0.0
+        sum_of_losses = 0.0
         with run.log.progress(f"head {epoch + 1}/{config.epochs}", len(order), first) as advance:
             for step, samples in enumerate(order[first:], first):
                 lr = learning_rate(config, epoch, step, len(order))
                 set_learning_rate(optimizer, lr)
-                numbers = head_step(run, samples, epoch, optimizer)
-                loss = numbers.pop("loss")
-                total += loss
-                run.log.event(events.Step(stage="head", epoch=epoch, step=step, lr=lr, loss=loss, terms=numbers))
-                advance(step + 1, f"loss {total / (step + 1 - first):.3f}")
+                loss, terms = head_step(run, samples, epoch, optimizer)
+                sum_of_losses += loss
+                run.log.event(events.Step(stage="head", epoch=epoch, step=step, lr=lr, loss=loss, terms=terms))
+                advance(step + 1, f"loss {sum_of_losses / (step + 1 - first):.3f}")
                 run.save_when_due(Position("head", epoch, step + 1), optimizer)
         if scored and (watch or epoch + 1 == config.epochs):
             result = score(run, detect_subset(run, "validation"))
@@ -68,21 +66,17 @@ def train_head(run: Run) -> None:
     run.finish("head")
 
 
-def head_step(run: Run, samples: Sequence[Sample], epoch: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def head_step(
+    run: Run, samples: Sequence[Sample], epoch: int, optimizer: torch.optim.Optimizer
+) -> tuple[float, dict[str, float]]:
     """One optimiser step of the head on cached features."""
     config = run.config
     targets = [targets_of(run, sample, config.full, "head", epoch) for sample in samples]
     with run.precision.autocast(run.device):
         output = run.head(run.dropout(load_features(run, samples), samples, "head", epoch))
-    terms = tal_loss(
-        output,
-        Targets.stack(targets, run.device),
-        Counts.of(targets, len(run.dataset.classes), config.head.positive_iou),
-        positive_iou=config.head.positive_iou,
-        class_weight=config.head_stage.class_loss,
-    )
-    run.scaler.scale(terms.total).backward()
+    terms = run.head.loss(output, targets, run.head.counts(targets), config.head_stage.class_loss)
+    run.scaler.scale(total(terms)).backward()
     run.scaler.step(optimizer)
     run.scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return terms.numbers()
+    return numbers([{name: term.detach() for name, term in terms.items()}])

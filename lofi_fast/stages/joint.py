@@ -56,16 +56,15 @@ def joint(run: Run) -> None:
                 taken = take_step(run, planner, optimizer, next(feed))
                 if taken.retries:  # the stream of frames ended with the step that failed
                     feed = feed_from(run, planner, epoch, order, step + 1)
-                numbers, plan, pattern = taken.terms.numbers(), taken.decision.plan, taken.decision.pattern
-                loss = numbers.pop("loss")
+                plan, pattern = taken.decision.plan, taken.decision.pattern
                 run.log.event(
                     events.Step(
                         stage="joint", epoch=epoch, step=step, pattern=pattern, lr=lr, peak=taken.peak,
                         budget=run.budget, retries=taken.retries, **taken.decision.fields(),
-                        videos=[s.window.video for s in order[step]], loss=loss, terms=numbers,
+                        videos=[s.window.video for s in order[step]], loss=taken.loss, terms=taken.terms,
                     )
                 )  # fmt: skip
-                advance(step + 1, f"{pattern}, {plan}, loss {loss:.3f}, {gigabytes(taken.peak)}")
+                advance(step + 1, f"{pattern}, {plan}, loss {taken.loss:.3f}, {gigabytes(taken.peak)}")
                 run.save_when_due(Position("joint", epoch, step + 1), optimizer)
         run.save(Position("joint", epoch + 1), optimizer)
     run.finish("joint")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,11 +14,9 @@ from torch import Tensor
 
 from lofi_fast.data.dataset import Sample
 from lofi_fast.data.pipeline import FrameRequest, shrink
-from lofi_fast.encoder.lean import encode
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
-from lofi_fast.head.loss import Counts, LossTerms, tal_loss
-from lofi_fast.head.targets import Targets, make_targets
+from lofi_fast.head.protocol import Targets, total
 from lofi_fast.memory.governor import Decision, NothingFits, Planner
 from lofi_fast.memory.meter import is_out_of_memory
 from lofi_fast.run import events
@@ -43,7 +41,8 @@ class Batch:
 class Taken:
     """A step that went through."""
 
-    terms: LossTerms
+    loss: float
+    terms: dict[str, float]
     decision: Decision  # as it was run
     peak: int
     retries: int  # how often memory ran out first
@@ -53,15 +52,14 @@ def targets_of(
     run: Run, sample: Sample, fidelity: Fidelity, stage: str, epoch: int, decoded: Fidelity | None = None
 ) -> Targets:
     """Labels of a window at a fidelity, from the true times of its snippets; `decoded` as in `Sampler.edges`."""
-    return make_targets(
-        run.sampler.edges(sample, fidelity, decoded),
-        sample.segments,
-        sample.labels,
-        run.head.max_duration(fidelity.num_snippets),
-        len(run.dataset.classes),
-        run.sampler.rng(stage, epoch, sample.index, 1),
-        with_zero=run.config.head.sample_zero_iou,
-    )
+    edges = run.sampler.edges(sample, fidelity, decoded)
+    return run.head.targets(edges, sample.segments, sample.labels, run.sampler.rng(stage, epoch, sample.index, 1))
+
+
+def numbers(parts: Sequence[Mapping[str, Tensor]]) -> tuple[float, dict[str, float]]:
+    """(loss, its terms by name) of a batch, from the terms of its parts. Synchronises with the device."""
+    terms = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
+    return float(total(terms)), {name: float(term) for name, term in terms.items()}
 
 
 def parts(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
@@ -96,14 +94,14 @@ def batches(
             pass
 
 
-def forward_backward(run: Run, batch: Batch, decision: Decision) -> LossTerms:
+def forward_backward(run: Run, batch: Batch, decision: Decision) -> tuple[float, dict[str, float]]:
     """Loss of a batch, its gradients added to the parameters'. Every term is divided by counts of the whole batch, so
     that neither depends on the size of the micro-batches.
     """
     config, epoch, plan, decoded = run.config, decision.epoch, decision.plan, batch.decision.plan
     fidelity = plan.fidelity
     targets = {s.index: targets_of(run, s, fidelity, "joint", epoch, decoded.fidelity) for s in batch.samples}
-    counts = Counts.of(list(targets.values()), len(run.dataset.classes), config.head.positive_iou)
+    counts = run.head.counts(list(targets.values()))
     terms = []
     for arrived, frames in zip(parts(batch.samples, decoded.micro_batch), batch.frames, strict=True):
         whole = shrink(frames, decoded.fidelity, fidelity)
@@ -112,24 +110,19 @@ def forward_backward(run: Run, batch: Batch, decision: Decision) -> LossTerms:
         share = plan.micro_batch * fidelity.num_frames
         for samples, frames in zip(parts(arrived, plan.micro_batch), whole.split(share), strict=True):
             with run.precision.autocast(run.device):
-                features_NC = encode(
-                    run.encoder, frames, FRAMES_PER_SNIPPET,
+                features_NC = run.encoder.encode(
+                    frames, FRAMES_PER_SNIPPET,
                     recompute=plan.recompute, eight_bit=config.kept_maps == "8bit",
                 )  # fmt: skip
                 features_BCL = features_NC.unflatten(0, (len(samples), -1)).transpose(1, 2)
                 output = run.head(run.dropout(features_BCL, samples, "joint", epoch))
-            part_terms = tal_loss(
-                output,
-                Targets.stack([targets[sample.index] for sample in samples], run.device),
-                counts,
-                positive_iou=config.head.positive_iou,
-                class_weight=config.joint.class_loss,
-            )
-            run.scaler.scale(part_terms.total).backward()
-            terms.append(part_terms.detach())
+            chosen = [targets[sample.index] for sample in samples]
+            part_terms = run.head.loss(output, chosen, counts, config.joint.class_loss)
+            run.scaler.scale(total(part_terms)).backward()
+            terms.append({name: term.detach() for name, term in part_terms.items()})
             del frames, features_NC, features_BCL, output, part_terms  # before the next part takes their place
         del whole
-    return LossTerms.sum(terms)
+    return numbers(terms)
 
 
 def take_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batch: Batch) -> Taken:
@@ -141,13 +134,13 @@ def take_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batc
     while True:
         began = time.monotonic()
         run.meter.reset_peak()
-        terms, reason = attempt(run, optimizer, batch, decision)
+        done, reason = attempt(run, optimizer, batch, decision)
         peak = run.meter.peak()
         optimizer.zero_grad(set_to_none=True)
-        if terms is not None:
+        if done is not None:
             planner.learn(decision, peak, time.monotonic() - began)
             run.say_faults()
-            return Taken(terms, decision, peak, retries)
+            return Taken(*done, decision, peak, retries)
         retries += 1
         run.meter.release()
         failed, decision = decision, patiently(run, partial(planner.failed, decision))
@@ -164,7 +157,7 @@ def take_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batc
 
 def attempt(
     run: Run, optimizer: torch.optim.Optimizer, batch: Batch, decision: Decision
-) -> tuple[LossTerms | None, str]:
+) -> tuple[tuple[float, dict[str, float]] | None, str]:
     """The step under the cap of its limit; (None, why) when memory ran out, and then nothing has changed.
 
     Batch norm is frozen and every random draw is keyed, so the scaler is all there is to bring back.
@@ -177,10 +170,10 @@ def attempt(
     settling = run.meter.settle(f"a step at {decision.plan}") if decision.new else nullcontext()
     with settling, run.meter.cap(decision.limit):
         try:
-            terms = forward_backward(run, batch, decision)
+            done = forward_backward(run, batch, decision)
             run.scaler.step(optimizer)
             run.scaler.update()
-            return terms, ""
+            return done, ""
         except Exception as error:  # its traceback holds tensors: leave the block before going on
             if not is_out_of_memory(error):
                 raise
