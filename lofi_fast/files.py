@@ -6,6 +6,7 @@ or the new one, and a killed process leaves at most a `.partial` that nothing re
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,8 @@ from typing import IO
 import msgspec
 
 from lofi_fast.errors import InputError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from lofi_fast.data.dataset import Dataset, load_dataset
 from lofi_fast.data.packages import require_dali, require_pyav
 from lofi_fast.data.video_scores import load_video_scores
 from lofi_fast.errors import InputError
+from lofi_fast.files import DISK_FULL
 from lofi_fast.kernels import library
 from lofi_fast.memory.meter import Meter, is_out_of_memory
 from lofi_fast.memory.settle import open_meter, settle_allocator
@@ -38,7 +39,7 @@ from lofi_fast.optim import Implementation, choose_implementation
 from lofi_fast.precision import Precision, choose_device, choose_precision
 from lofi_fast.report.page import write_report
 from lofi_fast.run import events
-from lofi_fast.run.folder import DISK_FULL, PLANNED_FOR, cache_folder, choose_folder, has_checkpoint, run_folder
+from lofi_fast.run.folder import PLANNED_FOR, cache_folder, choose_folder, has_checkpoint, run_folder
 from lofi_fast.run.log import RunLog
 from lofi_fast.run.state import Run, environment
 from lofi_fast.stages.evaluation import evaluate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,12 +11,12 @@ from typing import Any
 
 from lofi_fast.config import Config
 from lofi_fast.errors import InputError
+from lofi_fast.files import DISK_FULL
 from lofi_fast.run import checkpoint, events
 
 PLANNED_FOR = ("budget", "min_cut", "max_cut", "micro_batch", "policy", "recompute", "replay")  # changed: plan again
 # Between a run and its --resume.
 MAY_CHANGE = (*PLANNED_FOR, "stages", "threads", "device", "optimizer_impl", "out", "data.cache")
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def cache_folder(config: Config) -> Path:
