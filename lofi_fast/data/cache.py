@@ -538,7 +538,7 @@ class HeldVideo:
 
 def hold_in_turn(
     info: VideoInfo, selections: Sequence[np.ndarray], short_side: int, threads: int = 0
-) -> Iterator[HeldVideo]:
+) -> Generator[HeldVideo]:
     """For each selection of source frames its pictures, in one pass over the file, and nothing is written.
 
     A picture is held until no later selection needs it, so memory is that of one selection when these follow each

@@ -12,7 +12,7 @@ was never looked at, can be sent again and gives the same bits.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -154,7 +154,7 @@ class FramePipeline:
             initializer=partial(torch.cuda.set_device, self._device) if self._device.type == "cuda" else None,
         )
 
-    def stream(self, batches: Iterable[Sequence[FrameRequest]]) -> Iterator[torch.Tensor]:
+    def stream(self, batches: Iterable[Sequence[FrameRequest]]) -> Generator[torch.Tensor]:
         """One uint8 tensor (num_frames, side, side, 3), RGB and contiguous, for each batch of requests, in order: the
         frames of its requests one after the other. The requests of a batch share one side.
 

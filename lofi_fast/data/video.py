@@ -160,6 +160,18 @@ def _start(first: Fraction, container: int | None) -> float:
     return late if late >= LEAST_START else 0.0
 
 
+def stated_duration(path: Path) -> float:
+    """Seconds that a file's header says it has; 0.0 where it says nothing, or cannot be read. For an estimate."""
+    require_pyav()
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return max(container.duration or 0, 0) / 1_000_000
+    except (av.FFmpegError, OSError):
+        return 0.0
+
+
 def find_videos(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """Files below `folder` whose stem is a name, "v_" + name (ActivityNet's habit), or whose file name is the name.
 
