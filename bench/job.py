@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.rows import RESULTS, ROOT, Row, append_row, environment, read_log
-from lofi_fast.arguments import from_arguments
 from lofi_fast.config import Config
 from lofi_fast.data import demo
 from lofi_fast.data.annotations import load_annotations
 from lofi_fast.data.video import VideoError, find_videos, probe
 from lofi_fast.errors import InputError
 from lofi_fast.run import events
+from lofi_fast.train import read_flags
 
 USAGE = "python -m bench job [options] -- <arguments of lofi_fast.train>"
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     cut = list(argv).index("--") if "--" in argv else len(argv)
     args = _parser().parse_args(argv[:cut])
     given = list(argv[cut + 1 :])
-    config, resume = from_arguments(given, cuda=False)
+    config, resume = read_flags(given, cuda=lambda: False)
     if config.out or resume or config.seed:
         raise InputError("--out, --resume and --seed belong to the bench: use its --keep and --repeat-seeds")
     if config.data.annotations and not args.name:

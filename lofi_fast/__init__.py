@@ -1,6 +1,38 @@
 """lofi_fast: end-to-end temporal action localization on one ordinary GPU, within a stated memory budget.
 
-Importing the package is light: torch is imported by the rooms that compute, not here.
+    import lofi_fast
+
+    result = lofi_fast.train(annotations="a.json", videos="v/", mem_budget="11GB")
+    lofi_fast.load(result.run).detect("new.mp4")
+
+Importing the package is light: torch is imported by the rooms that compute, when they are first used.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+__all__ = ["Config", "evaluate", "plan", "train"]
+
+if TYPE_CHECKING:
+    from lofi_fast.config import Config as Config
+    from lofi_fast.evaluate import evaluate as evaluate
+    from lofi_fast.plan import plan as plan
+    from lofi_fast.train import train as train
+
+_COMMANDS = ("evaluate", "plan", "train")  # modules that are functions too, see command.CallableModule
+_NAMES = {"Config": "lofi_fast.config"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _COMMANDS:
+        return import_module(f"lofi_fast.{name}")
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

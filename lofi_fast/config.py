@@ -1,24 +1,34 @@
-"""Settings: frozen dataclasses, presets as functions, and the few flags of the main job.
+"""The settings of a run: frozen dataclasses whose fields say all that is to be said of a setting (settings.py).
 
-Every error names the flag to change. A config is made once, saved in the run folder, and never changed afterwards.
+A config is made once (presets.py), saved in the run folder as config.json, and never changed afterwards. The same words
+serve the command line, a file of settings (--config) and keywords in Python.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
+import msgspec
+
+from lofi_fast import __version__
 from lofi_fast.budget import Budget
-from lofi_fast.fidelity import MAX_CUT, Fidelity, Pattern
+from lofi_fast.errors import InputError
+from lofi_fast.fidelity import MAX_CUT, MIN_SIDE, Fidelity, Pattern
+from lofi_fast.settings import Section, Setting, leaves, made, read
 
 Stage = Literal["pretrain", "joint", "head", "eval"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 EncoderName = Literal["tsm_r18", "tsm_r34", "tsm_r50"]
 OptimizerImpl = Literal["auto", "apex", "torch"]
 Recompute = Literal["auto", "always", "never"]
+VERSION = "lofi_fast"  # the key of config.json that holds the version which wrote it
+JOB, FIDELITY, MEMORY, TRAINING = "job", "model and fidelity", "memory", "training"  # headings of --help
 
 
 class Policy(StrEnum):
@@ -29,94 +39,325 @@ class Policy(StrEnum):
 
 
 KeptMaps = Literal["exact", "8bit"]
+Device = Literal["auto", "cuda", "cpu"]
+
+
+def parse_fidelity(text: str) -> Fidelity:
+    """ "100x224": snippets x pixels. Raises InputError."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None or int(match[1]) < 4 or int(match[2]) < MIN_SIDE or int(match[2]) % 2:
+        raise InputError(
+            f'--fidelity "{text}": write snippets x pixels, like 100x224 '
+            f"(at least 4 snippets; an even side of {MIN_SIDE} px or more)"
+        )
+    return Fidelity(int(match[1]), int(match[2]))
+
+
+def parse_stages(text: str) -> tuple[Stage, ...]:
+    """ "joint,head": each once, in the order in which they run. Raises InputError."""
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in STAGES]
+    if unknown or not asked:
+        raise InputError(f'--stages "{text}": name one or more of {", ".join(STAGES)}')
+    return tuple(stage for stage in STAGES if stage in asked)
+
+
+def parse_window(text: str) -> float | None:
+    """Seconds, or None for "video": all of it. Raises InputError."""
+    if text == "video":
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InputError(f'--window "{text}": give a positive number of seconds, or "video" for whole videos')
+    return seconds
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    annotations: str | None = None  # None: the embedded demo set
-    videos: str | None = None
-    cache: str | None = None  # None: <out>/../cache, shared by the runs beside each other
-    video_scores: str | None = None
-    window: float | None = None  # seconds the head sees at once; None: the whole video (ActivityNet's way)
-    overlap: float = 0.5  # of neighbouring windows
-    frame_stride: int = 8  # source frames from one frame of a snippet to the next
-    resize: Literal["crop", "squash"] = "crop"  # a square out of the frame, or the whole frame made square
-    flip: bool = True  # only where no class is told by left and right
-    jitter: float = 0.0  # random gain and offset of the pixel values in training, as a fraction
+    annotations: Annotated[
+        str | None,
+        Setting(
+            "labels: ActivityNet-form JSON, or a CSV with video,start,end,label", "FILE", flag="--annotations",
+            group=JOB, unset="the embedded demo set",
+        ),
+    ] = None  # fmt: skip
+    videos: Annotated[
+        str | None,
+        Setting(
+            "folder of the videos that the annotations name", "DIR", flag="--videos", group=JOB,
+            unset="the embedded demo set",
+        ),
+    ] = None  # fmt: skip
+    cache: Annotated[
+        str | None,
+        Setting(
+            "frame cache, which runs may share", "DIR", flag="--cache", unset="cache/ beside the run folder",
+            may_change=True,
+        ),
+    ] = None  # fmt: skip
+    video_scores: Annotated[
+        str | None,
+        Setting(
+            "class scores of whole videos, used instead of our own", "FILE", flag="--video-scores", unset="our own"
+        ),
+    ] = None
+    window: Annotated[
+        float | None,
+        Setting(
+            'how much of a video the head sees at once; "video": all of it', "SECONDS", flag="--window", unset="video",
+            parse=parse_window,
+        ),
+    ] = None  # fmt: skip
+    overlap: Annotated[float, Setting("share of a window that the next one repeats", zero=True, below=1)] = 0.5
+    frame_stride: Annotated[
+        int, Setting("frames of the video from one frame of a snippet to the next", flag="--frame-stride")
+    ] = 8
+    resize: Annotated[
+        Literal["crop", "squash"],
+        Setting("a square cut out of the frame, or the whole frame made square", flag="--resize"),
+    ] = "crop"
+    flip: Annotated[
+        bool, Setting("horizontal flips in training; not where a class is told by left and right", flag="--flip")
+    ] = True
+    jitter: Annotated[
+        float, Setting("random gain and offset of pixel values in training, as a fraction", zero=True, below=1)
+    ] = 0.0
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    name: EncoderName = "tsm_r18"
-    width: int = 64
-    weights: str | None = None
+    name: Annotated[EncoderName, Setting("the network that makes features", flag="--encoder", memory=True)] = "tsm_r18"
+    width: Annotated[int, Setting("channels of its first stage (the paper's: 64)", flag="--width", memory=True)] = 64
+    weights: Annotated[
+        str | None,
+        Setting(
+            "torchvision ResNet, TSM or lofi_fast checkpoint to start from", "FILE", flag="--encoder-weights",
+            unset="random weights",
+        ),
+    ] = None  # fmt: skip
 
 
 @dataclass(frozen=True)
 class HeadConfig:
     """G-TAD. The defaults are its ActivityNet configuration."""
 
-    hidden: int = 256
-    groups: int = 32
-    inner_bins: int = 32
-    context_bins: int = 4
-    map_channels: int = 512
-    max_duration: int | None = None  # in snippets of the full grid; None: as long as the window
-    middle_kernel: Literal[1, 3] = 1
-    class_bins: int = 8
-    positive_iou: float = 0.9  # tIoU from which a proposal counts as positive for the classification map
-    sample_zero_iou: bool = False  # upstream draws its low cells from (0, 0.3]; True draws them from [0, 0.3]
-    dropout: float = 0.0
+    hidden: Annotated[
+        int, Setting("channels of the graph blocks, a multiple of 4 and of twice the groups", memory=True)
+    ] = 256
+    groups: Annotated[int, Setting("groups of their convolutions", memory=True)] = 32
+    inner_bins: Annotated[int, Setting("samples of features inside a proposal", memory=True)] = 32
+    context_bins: Annotated[int, Setting("samples of its neighbours' features", memory=True)] = 4
+    map_channels: Annotated[int, Setting("channels of a proposal, 4 or more", memory=True)] = 512
+    max_duration: Annotated[
+        int | None,
+        Setting("longest proposal, in snippets of the full grid", "SNIPPETS", unset="as the window", memory=True),
+    ] = None
+    middle_kernel: Annotated[
+        Literal[1, 3], Setting("size of the middle convolutions over (duration, start)", memory=True)
+    ] = 1
+    class_bins: Annotated[int, Setting("samples of features for the class of a proposal", memory=True)] = 8
+    positive_iou: Annotated[
+        float, Setting("tIoU from which a proposal counts as positive for the classification map")
+    ] = 0.9
+    sample_zero_iou: Annotated[
+        bool, Setting("draw low cells from [0, 0.3], and not from (0, 0.3] as upstream does")
+    ] = False
+    dropout: Annotated[float, Setting("share of the feature values that training sets to zero", zero=True, below=1)] = (
+        0.0
+    )
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    epochs: int
-    batch: int
-    optimizer: Literal["sgd", "adam", "adamw"]
-    lr: float
-    weight_decay: float = 1e-4
-    schedule: Literal["step", "cosine"] = "step"
-    decay_every: int = 5  # epochs, for "step"
-    decay: float = 0.5
-    class_loss: float = 1.0  # weight of our class loss beside the head's own TAL loss
+    epochs: Annotated[int, Setting("passes over the training videos", zero=True)]
+    batch: Annotated[int, Setting("samples of one step: clips in pretrain, windows of videos elsewhere")]
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"], Setting("what updates the weights")]
+    lr: Annotated[float, Setting("learning rate at the start", "LR")]
+    weight_decay: Annotated[float, Setting("weight decay", zero=True)] = 1e-4
+    schedule: Annotated[
+        Literal["step", "cosine"],
+        Setting("learning rate over time: step by step down, or up for a tenth of the time and down along a cosine"),
+    ] = "step"
+    decay_every: Annotated[int, Setting("length of a step of the schedule", "EPOCHS")] = 5
+    decay: Annotated[float, Setting("factor of the learning rate at each step of the schedule")] = 0.5
+    class_loss: Annotated[float, Setting("weight of the class loss beside the head's own", zero=True)] = 1.0
 
 
 @dataclass(frozen=True)
 class DetectConfig:
-    tious: str = "activitynet"
-    sigma: float = 0.84
-    top_k: int = 100
-    labels_per_proposal: int = 2
+    tious: Annotated[
+        str, Setting("tIoUs of the mAP: activitynet, thumos, or like 0.3:0.1:0.7", "SPEC", flag="--tiou")
+    ] = "activitynet"
+    sigma: Annotated[float, Setting("width of soft-NMS, in tIoU")] = 0.84
+    top_k: Annotated[int, Setting("most detections of a video")] = 100
+    labels_per_proposal: Annotated[int, Setting("labels that one proposal is given, the likeliest")] = 2
+
+
+PresetName = Literal["demo", "small", "activitynet", "hacs", "thumos"]
 
 
 @dataclass(frozen=True)
 class Config:
-    preset: str
-    full: Fidelity
-    data: DataConfig
-    encoder: EncoderConfig
-    head: HeadConfig
-    pretrain: StageConfig
-    joint: StageConfig
-    head_stage: StageConfig
-    detect: DetectConfig
-    stages: tuple[Stage, ...] = STAGES
-    pattern: Pattern = Pattern.CYCLIC
-    short_cycle: int | None = None
-    min_cut: float = 1.0
-    max_cut: float = MAX_CUT
-    micro_batch: int | None = None  # videos of a joint step in memory at once; None: all of them
-    policy: Policy = Policy.BATCH
-    recompute: Recompute = "auto"
-    kept_maps: KeptMaps = "exact"  # how the encoder's maps wait for backward
-    replay: str | None = None  # log.jsonl of a run whose rungs are taken
-    budget: Budget = field(default_factory=lambda: Budget.parse("auto"))
-    optimizer_impl: OptimizerImpl = "auto"
-    out: str = ""  # empty: runs/<preset>, numbered when that is taken
-    seed: int = 0
-    device: str = "auto"
-    threads: int | None = None
+    """All settings of a run. `to_json` and `from_json` are config.json's form."""
+
+    preset: Annotated[
+        PresetName,
+        Setting(
+            "whole settings by name, which other flags change; with --annotations: small on a CPU, activitynet on a "
+            "GPU",
+            group=JOB,
+        ),
+    ]  # fmt: skip
+    full: Annotated[
+        Fidelity,
+        Setting(
+            "full fidelity: snippets x pixels", "LxS", flag="--fidelity", group=FIDELITY, memory=True,
+            parse=parse_fidelity, show=lambda full: f"{full.num_snippets}x{full.side}",
+        ),
+    ]  # fmt: skip
+    data: Annotated[DataConfig, Section("data")]
+    encoder: Annotated[EncoderConfig, Section(FIDELITY)]
+    head: Annotated[HeadConfig, Section("head")]
+    pretrain: Annotated[
+        StageConfig, Section("pretrain stage", flags={"epochs": "--pretrain-epochs", "lr": "--pretrain-lr"})
+    ]
+    joint: Annotated[
+        StageConfig,
+        Section(
+            "joint stage", flags={"epochs": "--joint-epochs", "lr": "--joint-lr", "batch": "--batch"},
+            memory=frozenset({"batch", "optimizer"}),
+        ),
+    ]  # fmt: skip
+    head_stage: Annotated[StageConfig, Section("head stage", flags={"epochs": "--head-epochs", "lr": "--head-lr"})]
+    detect: Annotated[DetectConfig, Section("detection")]
+    stages: Annotated[
+        tuple[Stage, ...],
+        Setting(
+            f"which of {','.join(STAGES)} to run", "A,B", group=JOB, parse=parse_stages,
+            show=",".join, may_change=True,
+        ),
+    ] = STAGES  # fmt: skip
+    pattern: Annotated[Pattern, Setting("where LoFi cuts", group=FIDELITY)] = Pattern.CYCLIC
+    short_cycle: Annotated[
+        int | None,
+        Setting("cyclic: switch the pattern every N steps", group=FIDELITY, unset="every epoch"),
+    ] = None
+    min_cut: Annotated[
+        float,
+        Setting(
+            "never train above 1/K of full fidelity", "K", group=FIDELITY, planned_for=True,
+            show="{:g}".format,
+        ),
+    ] = 1.0  # fmt: skip
+    max_cut: Annotated[
+        float,
+        Setting("never train below 1/K of it", "K", group=FIDELITY, planned_for=True, show="{:g}".format),
+    ] = MAX_CUT
+    micro_batch: Annotated[
+        int | None,
+        Setting(
+            "videos of a joint step in memory at once; the loss is the same", "B", group=MEMORY,
+            unset="the policy decides", planned_for=True,
+        ),
+    ] = None  # fmt: skip
+    policy: Annotated[
+        Policy,
+        Setting(
+            "what gives way when memory is short. batch: all videos of a step are in memory at once, and the cut "
+            "grows; fidelity: fewer at once, at more time, before the cut grows",
+            group=MEMORY, planned_for=True,
+        ),
+    ] = Policy.BATCH  # fmt: skip
+    recompute: Annotated[
+        Recompute,
+        Setting(
+            "run the encoder forward a second time instead of keeping its activations; auto: where nothing fits "
+            "without",
+            group=MEMORY, planned_for=True,
+        ),
+    ] = "auto"  # fmt: skip
+    kept_maps: Annotated[
+        KeptMaps,
+        Setting(
+            "how the encoder's activations wait for backward: exact, or in 8bit: less memory, gradients rounded by "
+            "some 1e-3",
+            group=MEMORY, memory=True,
+        ),
+    ] = "exact"  # fmt: skip
+    replay: Annotated[
+        str | None,
+        Setting(
+            "take the rungs of every joint step from the log.jsonl of another run", "FILE", flag="--replay-rungs",
+            group=MEMORY, unset="planned", planned_for=True,
+        ),
+    ] = None  # fmt: skip
+    budget: Annotated[
+        Budget,
+        Setting(
+            "memory that this process may hold, as the driver shows it: 11GB, 11GiB, 80% (of the device) or auto "
+            "(what is free)",
+            "11GB", flag="--mem-budget", group=JOB, parse=Budget.parse, show=lambda budget: budget.text,
+            planned_for=True,
+        ),
+    ] = field(default_factory=lambda: Budget.parse("auto"))  # fmt: skip
+    optimizer_impl: Annotated[
+        OptimizerImpl,
+        Setting(
+            "whose kernels update the weights: NVIDIA's apex, torch's, or auto: apex where it is built",
+            group=TRAINING, may_change=True,
+        ),
+    ] = "auto"  # fmt: skip
+    out: Annotated[
+        str,
+        Setting("run folder", "DIR", group=JOB, unset="runs/<preset>, numbered when taken", may_change=True),
+    ] = ""
+    seed: Annotated[int, Setting("where all that is random starts from", group=TRAINING, zero=True, most=math.inf)] = 0
+    device: Annotated[Device, Setting("where to compute", group=TRAINING, may_change=True)] = "auto"
+    threads: Annotated[
+        int | None,
+        Setting("CPU threads", group=TRAINING, unset="all cores", may_change=True),
+    ] = None
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return json.dumps({VERSION: __version__} | msgspec.to_builtins(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str | bytes, where: str) -> Config:
+        """Raises InputError, which begins with `where` (a file's name), for what `to_json` of this version did not
+        write: another version's config, a setting that is unknown or lacks, a value that cannot be.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{where}: not readable as JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{where}: not the settings of a run")
+        if VERSION not in content:
+            raise InputError(
+                f"{where}: written by a version of lofi_fast before {__version__}, whose runs this one cannot go on "
+                "with or load; train again, or use the version that it was made with"
+            )
+        del content[VERSION]
+        return made(Config, read(Config, content, f"{where}: "), f"{where}: ")
+
+    @staticmethod
+    def read(path: Path) -> Config:
+        """The config of a run from its config.json; see `from_json`."""
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); name the folder of a run") from None
+        return Config.from_json(text, str(path))
+
+
+# Between a run and its --resume: what asks for new plans, and all that may change.
+PLANNED_FOR = tuple(leaf.name for leaf in leaves(Config) if leaf.setting.planned_for)
+MAY_CHANGE = tuple(leaf.name for leaf in leaves(Config) if leaf.may_change)
+
+
+def memory_settings(config: Config) -> dict[str, Any]:
+    """The settings that readings of memory depend on, by name: readings taken at other values do not hold."""
+    return {leaf.name: msgspec.to_builtins(leaf.of(config)) for leaf in leaves(Config) if leaf.memory}

@@ -23,10 +23,8 @@ Letters of array shapes: P predictions, G ground-truth segments, V videos, C cla
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -389,7 +387,8 @@ def _choose_subset(path: Path, database: Mapping[str, Any], wanted: str | None) 
     return subset, members[subset]
 
 
-def _load_subset(path: Path, wanted: str | None) -> tuple[str, dict[str, list[tuple[float, float, str]]]]:
+def load_subset(path: Path, wanted: str | None) -> tuple[str, dict[str, list[tuple[float, float, str]]]]:
+    """(name of the subset, its ground truth); see `load_ground_truth`."""
     database = _read_json(path, "--ground-truth", "database")
     subset, names = _choose_subset(path, database, wanted)
     ground_truth: dict[str, list[tuple[float, float, str]]] = {}
@@ -414,7 +413,7 @@ def load_ground_truth(path: Path, subset: str | None = None) -> dict[str, list[t
     validation, else the only one, else testing; train, val and test are understood. Raises InputError for unreadable
     files, missing keys, values that are no finite numbers, reversed segments and subsets without a segment.
     """
-    return _load_subset(path, subset)[1]
+    return load_subset(path, subset)[1]
 
 
 def load_predictions(path: Path) -> dict[str, list[tuple[float, float, str, float]]]:
@@ -448,43 +447,3 @@ def metrics_table(result: MapResult, per_class: bool = False) -> str:
         cells = "".join(f"{100 * value:>8.2f}" for value in values[:-1])
         lines.append(f"{name:<{width}}{cells}{100 * values[-1]:>10.2f}")
     return "\n".join(lines)
-
-
-def _write_metrics(path: Path, subset: str, result: MapResult) -> None:
-    content = {
-        "subset": subset,
-        "tiou": result.tious.tolist(),
-        "map": result.map_by_tiou.tolist(),
-        "average_map": result.average,
-        "average_precision": {
-            name: values.tolist() for name, values in zip(result.classes, result.average_precision, strict=True)
-        },
-        "num_videos": result.num_videos,
-        "num_segments": result.num_segments,
-        "num_predictions": result.num_predictions,
-        "num_unknown_label": result.num_unknown_label,
-        "num_unknown_video": result.num_unknown_video,
-    }
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({error.strerror}); change --json.") from None
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m lofi_fast.evaluate",
-        description="mAP of detections, equal to the last bit to the official ActivityNet evaluator.",
-    )
-    parser.add_argument("--ground-truth", type=Path, required=True, metavar="JSON", help="ActivityNet-form annotations")
-    parser.add_argument("--predictions", type=Path, required=True, metavar="JSON", help="ActivityNet-form detections")
-    parser.add_argument(
-        "--tiou", default="activitynet", help="activitynet, thumos, start:step:stop or a list (default: activitynet)"
-    )
-    parser.add_argument("--subset", help="default: validation, else the only one, else testing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
-    parser.add_argument("--per-class", action="store_true", help="also print the average precision of each class")
-    return parser.parse_args(argv)

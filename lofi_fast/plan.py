@@ -6,15 +6,16 @@ Bytes of tensors come from the ledger (memory/step_bytes.py), which is exact; wh
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from lofi_fast.arguments import from_arguments
+from lofi_fast import settings as spelled
 from lofi_fast.budget import gigabytes
+from lofi_fast.command import CallableModule, given, run
 from lofi_fast.config import Config
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, PAPER_CUT, Fidelity, Pattern, ladder
@@ -22,9 +23,14 @@ from lofi_fast.memory.cards import Profile, profile_for, profile_named
 from lofi_fast.memory.plans import PRIOR, Plan, candidates, first_fitting, refusal, relative_cost, remedies
 from lofi_fast.memory.step_bytes import Setting, step_bytes
 from lofi_fast.precision import BF16_CAPABILITY
+from lofi_fast.presets import FILE, configured, shown_defaults
 
 CPU_BASE = 400_000_000  # resident set of Python with torch and DALI before a step; assumed, as for a card
 NUM_CLASSES = 200  # ActivityNet's and HACS's
+DESCRIPTION = (
+    "What will fit? The ladder of fidelities against a memory budget, by arithmetic alone. Takes the flags of "
+    "lofi-fast train too."
+)
 KEPT_FREE = 0.02  # of the budget: the governor's smallest margin
 
 
@@ -159,29 +165,72 @@ class Forecast:
         return lines
 
 
-def main(argv: Sequence[str]) -> int:
+@dataclass(frozen=True)
+class PlanFlags:
+    """What the command line may say: what to plan for, what to print, and every setting of a run."""
+
+    run: Annotated[Config, spelled.Section("run", flat=True)]
+    card: Annotated[
+        str | None,
+        spelled.Setting(
+            'a card to plan for, like "2080ti"', "NAME", group="plan", unset="the class of card that the budget means"
+        ),
+    ] = None
+    classes: Annotated[int, spelled.Setting("classes in the data", group="plan")] = NUM_CLASSES
+    all: Annotated[bool, spelled.Setting("every rung of the ladder", group="plan")] = False
+    json: Annotated[bool, spelled.Setting("for programs", group="plan")] = False
+    config: Annotated[Path | None, FILE] = None
+
+
+def plan(
+    *, card: str | None = None, classes: int = NUM_CLASSES, config: str | Path | Config | None = None, **settings: Any
+) -> Forecast:
+    """What will fit, and at what fidelity, as the command says it. Needs no GPU, no data and no torch.
+
+        lofi_fast.plan(mem_budget="11GB", encoder="tsm_r50").text(everything=False)
+
+    `card`: one by name, like "2080ti"; None: the class of card that the budget means. `classes`: in the data. `config`
+    and `settings` as `lofi_fast.train` takes them. Raises InputError for what cannot be.
+    """
+    (classes,) = spelled.read(PlanFlags, {"classes": classes}).values()
+    asked = spelled.read(Config, settings)
+    whole = isinstance(config, Config)
+    made = configured(
+        asked, base=config if isinstance(config, Config) else None, with_data=False, cuda=lambda: True,
+        file=None if whole or config is None else Path(str(config)),
+    )  # fmt: skip
+    return _forecast(made, card, classes)
+
+
+def _forecast(config: Config, card: str | None, classes: int) -> Forecast:
+    if config.device == "cpu":
+        return Forecast.of(config, None, classes)
+    if config.budget.share is not None and card is None:
+        raise InputError(f"--mem-budget {config.budget.text}: a share of which card? Name it with --card")
+    profile = profile_named(card) if card else profile_for(config.budget.amount or 0)
+    return Forecast.of(config, profile, classes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the forecast; 1 when some pattern has no plan that fits, 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lofi_fast.plan",
-        description="What will fit? Takes the flags of lofi_fast.train that memory depends on, and these:",
-    )
-    parser.add_argument("--card", help='a card to plan for, like "2080ti" (default: the class that the budget means)')
-    parser.add_argument("--classes", type=int, default=NUM_CLASSES, help=f"in the data (default: {NUM_CLASSES})")
-    parser.add_argument("--all", action="store_true", help="every rung of the ladder")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    args, rest = parser.parse_known_args(argv)
-    try:
-        config, _ = from_arguments(rest, cuda=True, with_data=False)
-        card = None
-        if config.device != "cpu":
-            card = profile_named(args.card) if args.card else profile_for(config.budget.amount or 0)
-        forecast = Forecast.of(config, card, args.classes)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(forecast.to_json(), indent=1) if args.json else forecast.text(args.all))
+    return run(lambda: _command(argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    words = given(PlanFlags, argv, prog="lofi-fast plan", description=DESCRIPTION, shown=_shown)
+    names = ("card", "classes", "all", "json", "config")
+    own = {"classes": NUM_CLASSES} | spelled.read(PlanFlags, {name: words.pop(name) for name in names if name in words})
+    config = configured(words, file=own.get("config"), cuda=lambda: True, with_data=False)
+    forecast = _forecast(config, own.get("card"), own["classes"])
+    print(json.dumps(forecast.to_json(), indent=1) if own.get("json") else forecast.text(own.get("all", False)))
     return int(any(forecast.chosen(pattern) is None for pattern in forecast.patterns()))
 
 
+def _shown(words: Mapping[str, Any]) -> PlanFlags:
+    return PlanFlags(shown_defaults(words, "activitynet"))
+
+
+sys.modules[__name__].__class__ = CallableModule
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

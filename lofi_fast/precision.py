@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from lofi_fast.errors import InputError
+
+if TYPE_CHECKING:  # imported where it is used: the command `plan` reads this file, and answers without torch
+    import torch
 
 BF16_CAPABILITY = (8, 0)  # Ampere; a Turing card (the 11 GB 2080 Ti) has fp16 tensor cores alone
 
 
 def choose_device(name: str) -> torch.device:
     """ "auto", "cuda" or "cpu". Raises InputError when a GPU is asked for and none can be used."""
+    import torch
+
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch sees no usable GPU here; check the driver, or use --device cpu")
     if name == "auto":
@@ -30,9 +34,13 @@ class Precision:
 
     @property
     def scaled(self) -> bool:
+        import torch
+
         return self.dtype is torch.float16
 
     def autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        import torch
+
         return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
 
     def __str__(self) -> str:
@@ -41,6 +49,8 @@ class Precision:
 
 def choose_precision(device: torch.device) -> Precision:
     """bf16 where tensor cores have it, fp16 with a gradient scaler on older GPUs, fp32 on a CPU."""
+    import torch
+
     if device.type != "cuda":
         return Precision(torch.float32, "a CPU")
     capability = torch.cuda.get_device_capability(device)

@@ -1,12 +1,22 @@
-"""Presets: whole settings by name, as functions."""
+"""Presets: whole settings by name, as functions; and `configured`, which makes the config of a run: a preset, then a
+file of settings, then what flags or keywords say.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from lofi_fast.config import Config, DataConfig, DetectConfig, EncoderConfig, HeadConfig, StageConfig
-from lofi_fast.fidelity import Fidelity
+import msgspec
+
+from lofi_fast.config import JOB, Config, DataConfig, DetectConfig, EncoderConfig, HeadConfig, PresetName, StageConfig
+from lofi_fast.errors import InputError
+from lofi_fast.fidelity import Fidelity, Pattern
+from lofi_fast.settings import Setting, applied, read
 
 
 def activitynet() -> Config:
@@ -78,10 +88,100 @@ def demo() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {
+PRESETS: dict[PresetName, Callable[[], Config]] = {
     "demo": demo,
     "small": small,
     "activitynet": activitynet,
     "hacs": hacs,
     "thumos": thumos,
 }
+
+
+FILE = Setting(  # --config of every command that takes the settings of a run
+    "settings in TOML or JSON, by the flags' names; flags go before them", "FILE", group=JOB, unset="none"
+)
+
+
+def configured(
+    words: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    base: Config | None = None,
+    cuda: Callable[[], bool],
+    with_data: bool = True,
+) -> Config:
+    """The config of a run out of `words` (flags or keywords, see settings.py), which go before those of a `file` of
+    settings (TOML or JSON), which go before the preset's, or those of a whole config `base` in its place.
+
+    `cuda` says whether a GPU is at hand; it is asked where the default preset depends on it. Without data any preset
+    goes, and the paper's is the default. Raises InputError, with a sentence that names the flag or the file.
+    """
+    asked = {} if file is None else read(Config, file_of_settings(file), f"{file}: ")
+    asked |= read(Config, words)
+    if base is not None and asked.get("preset", base.preset) != base.preset:
+        raise InputError(f"--preset {asked['preset']}: the settings given are a whole config, of {base.preset}")
+    config = applied(base or PRESETS[chosen_preset(asked, cuda, with_data)](), asked)
+    if "max_cut" not in asked:
+        config = replace(config, max_cut=max(config.max_cut, config.min_cut))
+    cores = os.cpu_count() or 1
+    if config.threads is not None and config.threads > cores:
+        raise InputError(
+            f"--threads {config.threads}: this machine has {cores} cores; more threads than that only wait"
+        )
+    if config.short_cycle and config.pattern is not Pattern.CYCLIC:
+        raise InputError(f"--short-cycle {config.short_cycle} goes with --pattern cyclic, not {config.pattern}")
+    if not 1 <= config.min_cut <= config.max_cut <= 64:
+        raise InputError(f"--min-cut {config.min_cut:g} --max-cut {config.max_cut:g}: need 1 <= min <= max <= 64")
+    head = config.head
+    if head.hidden % math.lcm(4, 2 * head.groups):
+        raise InputError(
+            f"--head.hidden {head.hidden} --head.groups {head.groups}: the channels must be a multiple of 4 and of "
+            "twice the groups"
+        )
+    if head.map_channels < 4:
+        raise InputError(f"--head.map-channels {head.map_channels}: must be 4 or more")
+    return config
+
+
+def chosen_preset(asked: Mapping[str, Any], cuda: Callable[[], bool], with_data: bool = True) -> PresetName:
+    """The preset that was asked for, or the default of what data there is. Raises InputError where they do not agree.
+
+    `asked`: values by name, as `settings.read` gives them.
+    """
+    annotations, videos = asked.get("data.annotations"), asked.get("data.videos")
+    if videos and not annotations:
+        raise InputError("--videos is given without --annotations: name the file of labels too")
+    if annotations and not videos:
+        raise InputError("--annotations is given without --videos: name the folder of the videos too")
+    preset: PresetName | None = asked.get("preset")
+    if preset is None and annotations:
+        return "activitynet" if asked.get("device") != "cpu" and cuda() else "small"
+    preset = preset or ("demo" if with_data else "activitynet")
+    if preset != "demo" and not annotations and with_data:
+        raise InputError(f"--preset {preset} needs your data: add --annotations FILE --videos DIR")
+    return preset
+
+
+def shown_defaults(words: Mapping[str, Any], preset: PresetName) -> Config:
+    """The settings that --help shows as defaults: of the preset and the file that the same command line names."""
+    file = words.get("config")
+    asked = read(Config, file_of_settings(Path(file)), f"{file}: ") if file else {}
+    asked |= read(Config, {"preset": words["preset"]} if "preset" in words else {})
+    return applied(PRESETS[asked.get("preset", preset)](), asked)
+
+
+def file_of_settings(path: Path) -> Mapping[str, Any]:
+    """What a file of settings says. Raises InputError for one that cannot be read."""
+    kind = path.suffix.lower()
+    if kind not in (".toml", ".json"):
+        raise InputError(f"--config {path}: a file of settings is TOML or JSON, and its name says which")
+    try:
+        text = path.read_bytes()
+        content = msgspec.toml.decode(text) if kind == ".toml" else msgspec.json.decode(text)
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: not readable as {kind[1:].upper()} ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: not settings by name")
+    return content

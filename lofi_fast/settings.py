@@ -138,6 +138,18 @@ class Leaf:
             return str(value).lower()
         return self.setting.show(value)
 
+    @property
+    def negation(self) -> str:
+        """The flag that says no to a bool: --no-flip, --head.no-sample-zero-iou."""
+        section, dot, last = self.flag[2:].rpartition(".")
+        return f"--{section}{dot}no-{last}"
+
+    def argument(self, value: Any) -> str:
+        """The word of a command line that gives this value."""
+        if self.type is bool:
+            return self.flag if value else self.negation
+        return f"{self.flag}={self.text(value)}"
+
     def shown(self, value: Any) -> str:
         """A value as --help says it."""
         return self.setting.unset if value in (None, "", ()) and self.setting.unset else self.text(value)
@@ -276,19 +288,16 @@ def _instance(settings: type[T], tree: Mapping[str, Any]) -> T:
 
 def _value(leaf: Leaf, given: Any, where: str) -> Any:
     kind, said = _without_none(leaf.type), f"{where}{leaf.flag} {given}"
-    if isinstance(given, str) and leaf.setting.parse is not None:
-        try:
-            return leaf.setting.parse(given)
-        except InputError as error:
-            raise InputError(f"{where}{error}") from None
     try:
-        value = _from_text(leaf, kind, given) if isinstance(given, str) else _typed(leaf.type, kind, given)
+        value = _from_text(leaf, kind, given) if isinstance(given, str) else _typed(leaf, kind, given)
+    except InputError as error:
+        raise InputError(f"{where}{error}") from None
     except (ValueError, msgspec.ValidationError):
         quoted = f"{where}{leaf.flag} {given!r}"
         if leaf.choices:
             raise InputError(f"{quoted}: choose one of {', '.join(leaf.choices)}") from None
-        must = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, f"a {leaf.unit}")
-        raise InputError(f"{quoted}: must be {must}") from None
+        must = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        raise InputError(f"{quoted}: must be {must.get(kind, f'written like {leaf.unit}')}") from None
     if isinstance(value, int | float) and not isinstance(value, bool) and not leaf.choices:
         setting = leaf.setting
         if not math.isfinite(value) or value < 0 or (value == 0 and not setting.zero):
@@ -301,23 +310,29 @@ def _value(leaf: Leaf, given: Any, where: str) -> Any:
 
 
 def _from_text(leaf: Leaf, kind: Any, text: str) -> Any:
-    """Raises ValueError."""
+    """Raises InputError or ValueError."""
     if text == NONE and _is_optional(leaf.type):
         return None
+    if leaf.setting.parse is not None:
+        return leaf.setting.parse(text)
     if leaf.choices:
         options = get_args(kind) if get_origin(kind) is Literal else tuple(kind)
         return options[leaf.choices.index(text)]
     if kind is bool:
         return bool(("false", "true").index(text.lower()))
-    if get_origin(kind) is tuple:
+    if leaf.is_tuple:
         return tuple(get_args(kind)[0](part) for part in text.split(","))
     return kind(text)
 
 
-def _typed(annotation: Any, kind: Any, given: Any) -> Any:
-    """Raises msgspec.ValidationError."""
-    if isinstance(kind, type) and isinstance(given, kind) and not isinstance(given, bool):
-        return given
+def _typed(leaf: Leaf, kind: Any, given: Any) -> Any:
+    """A value that is no text, as its setting's type; checked as its text would be. Raises InputError or
+    msgspec.ValidationError.
+    """
     if kind is str and isinstance(given, Path):
         return str(given)
-    return msgspec.convert(given, annotation, dec_hook=lambda of, value: of(value))  # paths
+    known = isinstance(kind, type) and isinstance(given, kind) and not isinstance(given, bool)
+    value = given if known else msgspec.convert(given, leaf.type, dec_hook=lambda of, text: of(text))  # paths
+    if leaf.setting.parse is None or value is None:
+        return value
+    return leaf.setting.parse(leaf.setting.show(value))

@@ -1,206 +1,160 @@
-"""The main job: from videos, labels and a memory budget to a trained temporal action detector.
+"""The command `train`, and `lofi_fast.train`: from videos, labels and a memory budget to a detector of actions.
 
     python -m lofi_fast.train --mem-budget 11GB
     python -m lofi_fast.train --mem-budget 11GB --annotations a.json --videos v/ --out runs/x
 
-This file wires the rooms together and holds nothing else: prepare the data, then the stages in order, each in a file
-of its own: pretrain, joint (LoFi), head, eval.
+Importing this file imports no torch: help, and a sentence about a mistyped flag, come at once.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import errno
-import json
-import os
 import sys
-import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+from lofi_fast.command import CallableModule, given, run
+from lofi_fast.config import JOB, Config
+from lofi_fast.presets import FILE, configured, shown_defaults
+from lofi_fast.settings import Section, Setting, leaves, read
 
-from lofi_fast import __version__
-from lofi_fast.arguments import from_arguments
-from lofi_fast.budget import gigabytes, resolve_budget
-from lofi_fast.config import Config
-from lofi_fast.data import demo
-from lofi_fast.data.dataset import Dataset, load_dataset
-from lofi_fast.data.packages import require_dali, require_pyav
-from lofi_fast.data.video_scores import load_video_scores
-from lofi_fast.errors import InputError
-from lofi_fast.files import DISK_FULL
-from lofi_fast.kernels import library
-from lofi_fast.memory.meter import Meter, is_out_of_memory
-from lofi_fast.memory.settle import open_meter, settle_allocator
-from lofi_fast.metrics import MapResult, parse_tiou
-from lofi_fast.optim import Implementation, choose_implementation
-from lofi_fast.precision import Precision, choose_device, choose_precision
-from lofi_fast.report.page import write_report
-from lofi_fast.run import events
-from lofi_fast.run.folder import PLANNED_FOR, cache_folder, choose_folder, has_checkpoint, run_folder
-from lofi_fast.run.log import RunLog
-from lofi_fast.run.state import Run, environment
-from lofi_fast.stages.evaluation import evaluate
-from lofi_fast.stages.head import train_head
-from lofi_fast.stages.joint import joint, plan_joint
-from lofi_fast.stages.pretrain import plan_pretrain, pretrain
+if TYPE_CHECKING:
+    from lofi_fast.metrics import MapResult
+    from lofi_fast.stages.job import Finished
 
-RESULTS = ("metrics.json", "predictions.json", "ground_truth.json", "report.html", "plan.json", "log.jsonl",
+DESCRIPTION = (
+    "Train a temporal action detector end to end within a memory budget. With no videos given, it trains on a small "
+    "demo set that it makes itself."
+)
+WRITTEN = ("metrics.json", "predictions.json", "ground_truth.json", "report.html", "plan.json", "log.jsonl",
            "checkpoints", "features")  # fmt: skip
 
 
-def train(argv: Sequence[str] | None = None) -> MapResult | None:
-    """The whole job. Raises InputError, with a sentence for the user, for anything that is theirs to mend."""
-    config, resume = from_arguments(argv, cuda=torch.cuda.is_available())
-    check_values(config)
-    config = dataclasses.replace(config, out=str(choose_folder(config, resume)))
-    device = choose_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    precision = choose_precision(device)
-    optimizers = choose_implementation(config.optimizer_impl, device)
-    meter = open_meter(device)
-    budget = resolve_budget(config.budget, meter.total(), meter.available())
-    going_on = resume and has_checkpoint(config)
-    with run_folder(config, resume, going_on) as folder, closing(RunLog(folder / "log.jsonl")) as log:
-        introduce(log, config, meter, precision, optimizers, budget)
-        dataset = prepare(config, log)
-        run = Run(config, dataset, device, precision, meter, budget, log)
-        extra = run.resume() if going_on else {}
-        if going_on:
-            log.say(f"resuming at {run.position.stage}, epoch {run.position.epoch + 1}, step {run.position.step + 1}")
-            before, now = json.loads((folder / "config.json").read_text()), json.loads(config.to_json())
-            if any(before.get(name) != now[name] for name in PLANNED_FOR):
-                run.plans = {}  # a plan holds for the budget it was made for
-        elif resume:
-            log.say("the run ended before its first checkpoint: starting again")
-        run.write_json("config.json", json.loads(config.to_json()))
-        run.write_json("environment.json", environment(meter.device, precision, library.describe(device.type)))
+@dataclass(frozen=True)
+class TrainFlags:
+    """What the command line may say: how to go about it, and every setting of a run."""
 
-        began = time.monotonic()
-        plan(run)
-        pretrain(run, extra)
-        joint(run)
-        train_head(run)
-        result = evaluate(run)
-        log.event(events.Done(seconds=round(time.monotonic() - began, 1)))
-        write_report(folder)
-        log.say(f"trained in {time.monotonic() - began:.0f} s; written:")
-        for name in RESULTS:
-            if (folder / name).exists():
-                log.say(f"  {folder / name}")
-        return result
+    settings: Annotated[Config, Section("settings", flat=True)]
+    resume: Annotated[bool, Setting("go on with the run in --out from its last checkpoint", group=JOB)] = False
+    config: Annotated[Path | None, FILE] = None
 
 
-def plan(run: Run) -> None:
-    """Plan the stages to come before any of them trains: a refusal must not come hours late."""
-    for stage, planner in (("pretrain", plan_pretrain), ("joint", plan_joint)):
-        if run.ahead(stage) and stage not in run.plans:
-            run.plans[stage] = planner(run)
-    run.write_plans()
+@dataclass(frozen=True)
+class Trained:
+    """What `lofi_fast.train` gives back."""
+
+    run: Path  # the run folder
+    metrics: MapResult | None  # mAP of the validation videos; None where nothing was evaluated
+
+    def detector(self) -> Any:
+        """The `Detector` that was trained. Raises InputError where the run has made none."""
+        import lofi_fast
+
+        return lofi_fast.load(self.run)
 
 
-def check_values(config: Config) -> None:
-    """What would otherwise be found wrong only after hours of decoding or training."""
-    parse_tiou(config.detect.tious)
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise InputError(
-            f"started as one of {processes} processes: several GPUs are not supported yet, use plain python"
-        )
-    for flag, name in (("--encoder-weights", config.encoder.weights), ("--video-scores", config.data.video_scores)):
-        if name and not os.path.isfile(name):
-            raise InputError(f"{flag} {name}: no such file")
-    require_pyav()  # imports them, so that what they hold counts from the first reading of memory on
-    require_dali()
+def train(
+    *,
+    resume: bool = False,
+    config: str | Path | Config | None = None,
+    encoder: str | Mapping[str, Any] | Callable[..., Any] | None = None,
+    head: Mapping[str, Any] | Callable[..., Any] | None = None,
+    **settings: Any,
+) -> Trained:
+    """Train a detector, as the command does: its flags are the keywords.
 
+        lofi_fast.train(annotations="a.json", videos="v/", mem_budget="11GB", joint={"lr": 0.05}, head_epochs=20)
 
-def introduce(
-    log: RunLog, config: Config, meter: Meter, precision: Precision, optimizers: Implementation, budget: int
-) -> None:
-    """Say what runs where, and in how much memory."""
-    log.say(f"lofi_fast {__version__} · {meter.device} · {torch.get_num_threads()} threads · {precision}")
-    log.say(f"kernels: {library.describe()}")
-    log.say(f"optimisers: {optimizers}")
-    room = meter.available()
-    log.say(
-        f"memory budget {config.budget.text}: {gigabytes(budget)} = {budget / 2**30:.2f} GiB of {meter.source}; "
-        f"this process holds {gigabytes(meter.own())}, {gigabytes(room)} can be had"
-        f"{', which binds' if room < budget else ''}"
-    )
-    log.say(
-        f"preset {config.preset}: full fidelity {config.full}, {config.encoder.name} of width {config.encoder.width}, "
-        f"pattern {config.pattern}, cut {config.min_cut:g} to {config.max_cut:g}, "
-        f"{'maps kept in 8 bits, ' if config.kept_maps == '8bit' else ''}run folder {config.out}"
-    )
-    log.event(
-        events.Start(
-            device=meter.device, precision=str(precision), optimizers=str(optimizers), budget=budget,
-            available=room, argv=sys.argv[1:],
-        )
-    )  # fmt: skip
+    `settings` are the flags' names with underscores (`mem_budget`, `no_flip`), or sections of settings by name, each a
+    mapping or the dataclass of config.py. `config` is a file of settings, or a whole `Config`, that they change.
+    `encoder` and `head` may be factories of networks of one's own (encoder/protocol.py, head/protocol.py): of the
+    config, and of (config, num_features, num_classes). `resume` goes on with the run in `out`.
 
-
-def prepare(config: Config, log: RunLog) -> Dataset:
-    """Make the demo set if no data is given, then index, decode into the frame cache, and cut windows."""
-    root = cache_folder(config)
-    if config.data.annotations and config.data.videos:
-        annotations, videos = Path(config.data.annotations), Path(config.data.videos)
+    The memory budget holds from this call on; a note says what of this process it does not cover. Raises InputError,
+    with one sentence, for anything that the caller can mend.
+    """
+    words = dict(settings)
+    factories: dict[str, Callable[..., Any]] = {}
+    for name, network in (("encoder", encoder), ("head", head)):
+        if callable(network):
+            factories[name] = network
+        elif network is not None:
+            words[name] = network
+    asked = read(Config, words)
+    if isinstance(config, Config):
+        whole = configured(asked, base=config, cuda=_cuda)
     else:
-        with log.progress("demo videos", 1) as advance:
-            annotations, videos = demo.generate(
-                root / "demo", progress=lambda done, total, name: advance(done, name, total)
-            )
-    with log.progress("frame cache", 1) as advance:
-        dataset = load_dataset(config, annotations, videos, root / "frames", lambda d, t, name: advance(d, name, t))
-    for note in dataset.notes:
-        log.say(f"note: {note}")
-    for skipped in dataset.skipped:
-        log.say(f"skipped: {skipped.name}: {skipped.reason}")
-        log.event(events.SkippedVideo(video=skipped.name, path=skipped.path, reason=skipped.reason))
-    if config.data.video_scores:  # read again for every evaluation; a mistake in it must not wait for the first
-        names = [video.name for video in dataset.videos["validation"]]
-        load_video_scores(Path(config.data.video_scores), names, dataset.classes)
-    counts = ", ".join(
-        f"{len(dataset.videos[subset])} {subset} videos ({len(dataset.samples[subset])} windows, "
-        f"{sum(len(v.segments) for v in dataset.videos[subset])} segments)"
-        for subset in dataset.videos
-    )
-    log.say(f"data: {counts}, {len(dataset.classes)} classes, {len(dataset.skipped)} videos skipped")
-    log.event(events.Data(classes=list(dataset.classes), skipped=len(dataset.skipped)))
-    return dataset
+        whole = configured(asked, file=None if config is None else Path(config), cuda=_cuda)
+
+    from lofi_fast.memory.settle import settle_here  # from here on torch is needed
+
+    notes = settle_here()
+    from lofi_fast.run.networks import Networks
+    from lofi_fast.stages.job import run_job
+
+    networks = Networks(**factories) if factories else None
+    return _reported(run_job(whole, resume=resume, networks=networks, argv=flags_of(asked, resume), notes=notes))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when the job is done, 2 for what the user can mend, 130 when interrupted."""
-    try:
-        train(argv)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        print(
-            f"error: {error.filename}: {error.strerror}; change --out or --cache, or free some space", file=sys.stderr
-        )
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(
-            f"error: memory ran out outside the planned steps ({' '.join(str(error).split())}); "
-            "take a smaller --encoder, --width or --fidelity, or free some memory",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+def flags_of(asked: Mapping[str, Any], resume: bool) -> list[str]:
+    """The command line that says the same as values by name, for the log and the report."""
+    flags = [leaf.argument(asked[leaf.name]) for leaf in leaves(Config) if leaf.name in asked]
+    return [*flags, *(["--resume"] if resume else [])]
 
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _reported(finished: Finished) -> Trained:
+    """Write the report of a finished job, and say what there is."""
+    from lofi_fast.report.page import write_report
+
+    folder = finished.folder
+    write_report(folder)
+    print(f"trained in {finished.seconds:.0f} s; written:")
+    for name in WRITTEN:
+        if (folder / name).exists():
+            print(f"  {folder / name}")
+    return Trained(folder, finished.metrics)
+
+
+def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> int:
+    """The command; returns its exit status. `owns_process`: this Python was started for it, so that the allocators may
+    be settled for the whole process, which on a GPU means to start it once more.
+    """
+    return run(lambda: _command(list(sys.argv[1:] if argv is None else argv), owns_process))
+
+
+def read_flags(argv: Sequence[str], cuda: Callable[[], bool] | None = None) -> tuple[Config, bool]:
+    """(config, resume) of the command's flags; `cuda` says whether a GPU is at hand (None: torch is asked).
+
+    Raises as `command.parse` does.
+    """
+    words = given(TrainFlags, argv, prog="lofi-fast train", description=DESCRIPTION, shown=_shown)
+    own = read(TrainFlags, {name: words.pop(name) for name in ("resume", "config") if name in words})
+    return configured(words, file=own.get("config"), cuda=cuda or _cuda), own.get("resume", False)
+
+
+def _command(argv: list[str], owns_process: bool) -> None:
+    config, resume = read_flags(argv)
+    if owns_process:
+        from lofi_fast.memory.settle import settle_allocator
+
+        settle_allocator("lofi_fast.train", argv)
+    from lofi_fast.stages.job import run_job
+
+    _reported(run_job(config, resume=resume, argv=argv))
+
+
+def _shown(words: Mapping[str, Any]) -> TrainFlags:
+    return TrainFlags(shown_defaults(words, "demo"))
+
+
+sys.modules[__name__].__class__ = CallableModule
 
 if __name__ == "__main__":
-    settle_allocator("lofi_fast.train", sys.argv[1:])
-    sys.exit(main())
+    sys.exit(main(owns_process=True))

@@ -25,10 +25,10 @@ from bench.__main__ import main
 from bench.peers import decoders, official_map
 from bench.peers.shift import published_shift
 from bench.rows import ROOT, Row, append_row, environment, read_rows
-from lofi_fast.arguments import from_arguments
 from lofi_fast.data import demo
 from lofi_fast.errors import InputError
 from lofi_fast.metrics import parse_tiou
+from lofi_fast.train import read_flags
 
 TINY = (
     "--preset small --fidelity 8x32 --window video --frame-stride 1 --width 8 --pretrain-epochs 1 --joint-epochs 1 "
@@ -788,10 +788,10 @@ def test_the_whole_job_with_true_and_with_rolled_labels(data: Path, tmp_path: Pa
 
 def test_rolling_the_demo_set_keeps_its_preset_and_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "generate", partial(demo.generate, num_training=1, num_validation=1, workers=1))
-    config, _ = from_arguments([], cuda=False)
+    config, _ = read_flags([], cuda=lambda: False)
     flags = job.rolled(config, tmp_path / "cache", tmp_path / "copy.json")
     annotations, videos = demo.generate(tmp_path / "cache" / "demo")  # where a run with this cache looks for it
-    chosen, _ = from_arguments(flags, cuda=True)
+    chosen, _ = read_flags(flags, cuda=lambda: True)
     assert (chosen.preset, chosen.data.annotations, chosen.data.videos) == (
         "demo", str(tmp_path / "copy.json"), str(videos),
     )  # fmt: skip

@@ -27,7 +27,6 @@ import pytest
 import torch
 
 from lofi_fast import evaluate as evaluator
-from lofi_fast.arguments import from_arguments
 from lofi_fast.config import Config
 from lofi_fast.data import demo
 from lofi_fast.data.pipeline import FramePipeline
@@ -46,10 +45,11 @@ from lofi_fast.run.log import RunLog
 from lofi_fast.run.state import Run
 from lofi_fast.stages.features import encoder_digest
 from lofi_fast.stages.head import train_head
+from lofi_fast.stages.job import plan, prepare
 from lofi_fast.stages.joint import joint
 from lofi_fast.stages.pretrain import pretrain
 from lofi_fast.stages.step import batches, forward_backward
-from lofi_fast.train import main, plan, prepare
+from lofi_fast.train import main, read_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
@@ -295,7 +295,7 @@ def batchnorm(module: torch.nn.Module) -> set[str]:
 
 def test_joint_steps_train_the_first_convolution_and_leave_batchnorm(demo_set: Demo, tmp_path: Path) -> None:
     flags = ["--batch", "4", "--stages", "joint", "--joint-lr", "0.01"]  # three epochs of one step: S, T, ST
-    config, _ = from_arguments(demo_set.command(tmp_path / "run", *flags), cuda=False)
+    config, _ = read_flags(demo_set.command(tmp_path / "run", *flags), cuda=lambda: False)
     with opened(config) as run:
         for module in run.encoder.modules():  # statistics as after some training: not those of a new layer
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -328,7 +328,7 @@ def test_micro_batches_and_recompute_leave_loss_and_gradients_as_they_are(demo_s
         ("parts", Plan(Fidelity(8, 32), 2)),
         ("again", Plan(Fidelity(8, 32), 1, recompute=True)),
     ):
-        config, _ = from_arguments(demo_set.command(tmp_path / name, "--batch", "3"), cuda=False)
+        config, _ = read_flags(demo_set.command(tmp_path / name, "--batch", "3"), cuda=lambda: False)
         decision = decided(plan_)
         with opened(config) as run:
             run.encoder.freeze_batchnorm()
@@ -348,7 +348,7 @@ def test_micro_batches_and_recompute_leave_loss_and_gradients_as_they_are(demo_s
 
 
 def test_a_batch_left_half_way_does_not_shift_the_next_ones_frames(demo_set: Demo, tmp_path: Path) -> None:
-    config, _ = from_arguments(demo_set.command(tmp_path), cuda=False)
+    config, _ = read_flags(demo_set.command(tmp_path), cuda=lambda: False)
     decision = decided(Plan(Fidelity(8, 32), 1))
     with opened(config) as run:
         samples = run.sampler.epoch("joint", 0, 4)[0]
@@ -449,8 +449,8 @@ def test_a_stage_that_stops_in_mid_epoch_goes_on_from_the_step_that_was_saved(
     whole: Path, demo_set: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     weights = str(whole / "checkpoints" / "last.pt")
-    config, _ = from_arguments(
-        demo_set.command(tmp_path, "--stages", stage, *EPOCHS, "--encoder-weights", weights), cuda=False
+    config, _ = read_flags(
+        demo_set.command(tmp_path, "--stages", stage, *EPOCHS, "--encoder-weights", weights), cuda=lambda: False
     )
     config = replace(config, head_stage=replace(config.head_stage, batch=2))  # two steps an epoch in every stage
 
@@ -496,7 +496,7 @@ def test_a_stage_that_stops_in_mid_epoch_goes_on_from_the_step_that_was_saved(
 
 
 def test_a_checkpoint_brings_back_all_that_a_stage_needs(demo_set: Demo, tmp_path: Path) -> None:
-    config, _ = from_arguments(demo_set.command(tmp_path / "run"), cuda=False)
+    config, _ = read_flags(demo_set.command(tmp_path / "run"), cuda=lambda: False)
     with opened(config) as run:
         run.plans, run.best = {"pretrain": {"batch": 8, "peak": 5}}, {"epoch": 1, "average": 0.25}
         digest, drawn = encoder_digest(run), snapshot(run.head)
@@ -654,7 +654,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_lower_and_a_replay_gives_
     demo_set: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
     flags = ["--stages", "joint", "--joint-epochs", "3", "--pattern", "spatial", "--fidelity", "8x64"]
-    config, _ = from_arguments(demo_set.command(tmp_path / "run", *flags), cuda=False)
+    config, _ = read_flags(demo_set.command(tmp_path / "run", *flags), cuda=lambda: False)
     with opened(config) as run:
         plan(run)
         with monkeypatch.context() as patched:
@@ -738,7 +738,7 @@ def test_frames_that_were_asked_for_at_more_memory_are_reduced_and_replayed(
     demo_set: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ["--stages", "joint", "--joint-epochs", "2", "--pattern", "spatio_temporal", "--fidelity", "8x64"]
-    config, _ = from_arguments(demo_set.command(tmp_path / "run", *flags), cuda=False)
+    config, _ = read_flags(demo_set.command(tmp_path / "run", *flags), cuda=lambda: False)
     with opened(config) as run:
         plan(run)
         choose, recheck = Governor.choose, Governor.recheck

@@ -39,6 +39,25 @@ def settle_allocator(module: str, arguments: list[str]) -> None:
         print(f"note: no hard cap on CPU memory: {reason}", file=sys.stderr)
 
 
+def settle_here() -> list[str]:
+    """Settle the allocators of a process that is under way, a script or a notebook: what is allocated from now on is
+    planned for and capped as in a process of its own. Returns a sentence for each thing that this cannot cover.
+    """
+    notes = []
+    if torch.cuda.is_available() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        if torch.cuda.is_initialized():
+            notes.append(
+                "the GPU was in use in this process before: its memory stays in fixed segments, so that predictions "
+                "are less exact, and what tensors of before hold is counted against the budget"
+            )
+        else:  # the setting that the environment variable gives to a process of its own
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    settle_glibc()
+    if reason := allocator.install():
+        notes.append(f"no hard cap on CPU memory: {reason}")
+    return notes
+
+
 def settle_glibc() -> None:
     """Have glibc map blocks of a MiB and more by themselves and give them back when freed, so that the resident set is
     what is in use. Without, DALI and numpy let it drift: by 80 MB in twelve steps of the demo.

@@ -9,14 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lofi_fast.config import Config
+from lofi_fast.config import MAY_CHANGE, Config
 from lofi_fast.errors import InputError
 from lofi_fast.files import DISK_FULL
 from lofi_fast.run import checkpoint, events
-
-PLANNED_FOR = ("budget", "min_cut", "max_cut", "micro_batch", "policy", "recompute", "replay")  # changed: plan again
-# Between a run and its --resume.
-MAY_CHANGE = (*PLANNED_FOR, "stages", "threads", "device", "optimizer_impl", "out", "data.cache")
 
 
 def cache_folder(config: Config) -> Path:
@@ -53,7 +49,8 @@ def has_checkpoint(config: Config) -> bool:
         raise InputError(f"{folder}: no run to resume (no readable config.json); name the run's --out")
     if not any((folder / name).exists() for name in ("checkpoints/last.pt", "checkpoints/best.pt", "metrics.json")):
         return False
-    if change := first_change(before, json.loads(config.to_json())):
+    started_with = Config.read(folder / "config.json")
+    if change := first_change(json.loads(started_with.to_json()), json.loads(config.to_json())):
         raise InputError(
             f"{folder}: this run was started with {change}; give --resume the flags that it was started with"
         )

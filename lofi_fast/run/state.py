@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lofi_fast import __version__
-from lofi_fast import encoder as encoders
-from lofi_fast import head as heads
 from lofi_fast.budget import gigabytes
-from lofi_fast.config import STAGES, Config
+from lofi_fast.config import STAGES, Config, memory_settings
 from lofi_fast.data.dataset import Dataset, Jitter, Sample, Sampler
 from lofi_fast.data.pipeline import FramePipeline, FrameRequest, pictures_of_a_run
 from lofi_fast.encoder.lean import CHUNK_PIXELS
@@ -36,6 +34,7 @@ from lofi_fast.run import checkpoint, events
 from lofi_fast.run.checkpoint import Position
 from lofi_fast.run.folder import cache_folder
 from lofi_fast.run.log import RunLog
+from lofi_fast.run.networks import Networks
 from lofi_fast.run.seeds import seed_of
 
 T = TypeVar("T")
@@ -48,14 +47,15 @@ class Run:
 
     def __init__(
         self, config: Config, dataset: Dataset, device: torch.device, precision: Precision, meter: Meter,
-        budget: int, log: RunLog,
+        budget: int, log: RunLog, networks: Networks | None = None,
     ) -> None:  # fmt: skip
         self.config, self.dataset, self.device, self.precision = config, dataset, device, precision
         self.meter, self.budget, self.log = meter, budget, log
         self.folder, self.cache = Path(config.out), cache_folder(config)
         self.sampler = Sampler(dataset, config.data, config.full, config.seed)
         torch.manual_seed(seed_of(config.seed, "encoder"))
-        self.encoder = encoders.build(config)
+        self.networks = networks or Networks()
+        self.encoder = self.networks.encoder(config)
         if config.encoder.weights:
             log.say(load_encoder_weights(self.encoder, Path(config.encoder.weights)))
         self.encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -76,7 +76,9 @@ class Run:
     def new_head(self, stage: str) -> Head:
         """A head from scratch, initialised the same on every machine."""
         torch.manual_seed(seed_of(self.config.seed, "head", stage))
-        return heads.build(self.config, self.encoder.num_features, len(self.dataset.classes)).to(self.device)
+        config = self.config
+        head = self.networks.head(config, self.encoder.num_features, len(self.dataset.classes))
+        return head.to(self.device)
 
     def new_scaler(self, state: dict[str, Any] | None = None) -> torch.amp.GradScaler:
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scaled)
@@ -162,7 +164,6 @@ class Run:
 
     def memory_key(self) -> dict[str, Any]:
         """What readings of memory depend on beside the plan: another run with the same may start from them."""
-        config = self.config
         return {
             "device": self.meter.device,
             "torch": torch.__version__,
@@ -170,13 +171,8 @@ class Run:
             "precision": str(self.precision),
             "threads": torch.get_num_threads(),
             "allocator": [os.environ.get("GLIBC_TUNABLES", ""), allocator.installed()],
-            "encoder": [config.encoder.name, config.encoder.width],
-            "kept_maps": config.kept_maps,
-            "head": asdict(config.head),
             "classes": len(self.dataset.classes),
-            "full": [config.full.num_snippets, config.full.side],
-            "batch": config.joint.batch,
-            "optimizer": config.joint.optimizer,
+            "settings": memory_settings(self.config),
         }
 
     def say_faults(self) -> None:

@@ -1,0 +1,182 @@
+"""The whole job, from settings to a trained detector: prepare the data, then the stages in order, each in a file of its
+own: pretrain, joint (LoFi), head, eval.
+
+This file wires the rooms together and holds nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lofi_fast import __version__
+from lofi_fast.budget import gigabytes, resolve_budget
+from lofi_fast.config import PLANNED_FOR, Config
+from lofi_fast.data import demo
+from lofi_fast.data.dataset import Dataset, load_dataset
+from lofi_fast.data.packages import require_dali, require_pyav
+from lofi_fast.data.video_scores import load_video_scores
+from lofi_fast.errors import InputError
+from lofi_fast.files import write_bytes
+from lofi_fast.kernels import library
+from lofi_fast.memory.meter import Meter
+from lofi_fast.memory.settle import open_meter
+from lofi_fast.metrics import MapResult, parse_tiou
+from lofi_fast.optim import Implementation, choose_implementation
+from lofi_fast.precision import Precision, choose_device, choose_precision
+from lofi_fast.run import events
+from lofi_fast.run.folder import cache_folder, choose_folder, has_checkpoint, run_folder
+from lofi_fast.run.log import RunLog
+from lofi_fast.run.networks import Networks
+from lofi_fast.run.state import Run, environment
+from lofi_fast.settings import leaves
+from lofi_fast.stages.evaluation import evaluate
+from lofi_fast.stages.head import train_head
+from lofi_fast.stages.joint import joint, plan_joint
+from lofi_fast.stages.pretrain import plan_pretrain, pretrain
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a job leaves: the run folder, and mAP of the validation videos, or None where nothing was evaluated."""
+
+    folder: Path
+    metrics: MapResult | None
+    seconds: float  # from the plans to the end
+
+
+def run_job(
+    config: Config,
+    *,
+    resume: bool = False,
+    networks: Networks | None = None,
+    argv: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Finished:
+    """Train as `config` says, from the start or from the run's last checkpoint. `networks` None: the config's.
+
+    `argv` (the flags that say the same) and `notes` (sentences about this process) are logged. Raises InputError, with
+    a sentence for the user, for anything that is theirs to mend.
+    """
+    check_values(config)
+    config = dataclasses.replace(config, out=str(choose_folder(config, resume)))
+    device = choose_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    precision = choose_precision(device)
+    optimizers = choose_implementation(config.optimizer_impl, device)
+    meter = open_meter(device)
+    budget = resolve_budget(config.budget, meter.total(), meter.available())
+    going_on = resume and has_checkpoint(config)
+    with run_folder(config, resume, going_on) as folder, closing(RunLog(folder / "log.jsonl")) as log:
+        introduce(log, config, meter, precision, optimizers, budget, argv)
+        for note in notes:
+            log.say(f"note: {note}")
+        dataset = prepare(config, log)
+        run = Run(config, dataset, device, precision, meter, budget, log, networks)
+        extra = run.resume() if going_on else {}
+        if going_on:
+            log.say(f"resuming at {run.position.stage}, epoch {run.position.epoch + 1}, step {run.position.step + 1}")
+            before = Config.read(folder / "config.json")
+            if any(leaf.of(before) != leaf.of(config) for leaf in leaves(Config) if leaf.name in PLANNED_FOR):
+                run.plans = {}  # a plan holds for the budget it was made for
+        elif resume:
+            log.say("the run ended before its first checkpoint: starting again")
+        write_bytes(folder / "config.json", f"{config.to_json()}\n".encode())
+        run.write_json("environment.json", environment(meter.device, precision, library.describe(device.type)))
+
+        began = time.monotonic()
+        plan(run)
+        pretrain(run, extra)
+        joint(run)
+        train_head(run)
+        result = evaluate(run)
+        seconds = time.monotonic() - began
+        log.event(events.Done(seconds=round(seconds, 1)))
+        return Finished(folder, result, seconds)
+
+
+def plan(run: Run) -> None:
+    """Plan the stages to come before any of them trains: a refusal must not come hours late."""
+    for stage, planner in (("pretrain", plan_pretrain), ("joint", plan_joint)):
+        if run.ahead(stage) and stage not in run.plans:
+            run.plans[stage] = planner(run)
+    run.write_plans()
+
+
+def check_values(config: Config) -> None:
+    """What would otherwise be found wrong only after hours of decoding or training."""
+    parse_tiou(config.detect.tious)
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise InputError(
+            f"started as one of {processes} processes: several GPUs are not supported yet, use plain python"
+        )
+    for flag, name in (("--encoder-weights", config.encoder.weights), ("--video-scores", config.data.video_scores)):
+        if name and not os.path.isfile(name):
+            raise InputError(f"{flag} {name}: no such file")
+    require_pyav()  # imports them, so that what they hold counts from the first reading of memory on
+    require_dali()
+
+
+def introduce(
+    log: RunLog, config: Config, meter: Meter, precision: Precision, optimizers: Implementation, budget: int,
+    argv: Sequence[str],
+) -> None:  # fmt: skip
+    """Say what runs where, and in how much memory."""
+    log.say(f"lofi_fast {__version__} · {meter.device} · {torch.get_num_threads()} threads · {precision}")
+    log.say(f"kernels: {library.describe()}")
+    log.say(f"optimisers: {optimizers}")
+    room = meter.available()
+    log.say(
+        f"memory budget {config.budget.text}: {gigabytes(budget)} = {budget / 2**30:.2f} GiB of {meter.source}; "
+        f"this process holds {gigabytes(meter.own())}, {gigabytes(room)} can be had"
+        f"{', which binds' if room < budget else ''}"
+    )
+    log.say(
+        f"preset {config.preset}: full fidelity {config.full}, {config.encoder.name} of width {config.encoder.width}, "
+        f"pattern {config.pattern}, cut {config.min_cut:g} to {config.max_cut:g}, "
+        f"{'maps kept in 8 bits, ' if config.kept_maps == '8bit' else ''}run folder {config.out}"
+    )
+    log.event(
+        events.Start(
+            device=meter.device, precision=str(precision), optimizers=str(optimizers), budget=budget,
+            available=room, argv=list(argv),
+        )
+    )  # fmt: skip
+
+
+def prepare(config: Config, log: RunLog) -> Dataset:
+    """Make the demo set if no data is given, then index, decode into the frame cache, and cut windows."""
+    root = cache_folder(config)
+    if config.data.annotations and config.data.videos:
+        annotations, videos = Path(config.data.annotations), Path(config.data.videos)
+    else:
+        with log.progress("demo videos", 1) as advance:
+            annotations, videos = demo.generate(
+                root / "demo", progress=lambda done, total, name: advance(done, name, total)
+            )
+    with log.progress("frame cache", 1) as advance:
+        dataset = load_dataset(config, annotations, videos, root / "frames", lambda d, t, name: advance(d, name, t))
+    for note in dataset.notes:
+        log.say(f"note: {note}")
+    for skipped in dataset.skipped:
+        log.say(f"skipped: {skipped.name}: {skipped.reason}")
+        log.event(events.SkippedVideo(video=skipped.name, path=skipped.path, reason=skipped.reason))
+    if config.data.video_scores:  # read again for every evaluation; a mistake in it must not wait for the first
+        names = [video.name for video in dataset.videos["validation"]]
+        load_video_scores(Path(config.data.video_scores), names, dataset.classes)
+    counts = ", ".join(
+        f"{len(dataset.videos[subset])} {subset} videos ({len(dataset.samples[subset])} windows, "
+        f"{sum(len(v.segments) for v in dataset.videos[subset])} segments)"
+        for subset in dataset.videos
+    )
+    log.say(f"data: {counts}, {len(dataset.classes)} classes, {len(dataset.skipped)} videos skipped")
+    log.event(events.Data(classes=list(dataset.classes), skipped=len(dataset.skipped)))
+    return dataset
