@@ -51,35 +51,44 @@ class DetectFlags:
     videos: Annotated[
         tuple[str, ...], Setting("files, and folders that are searched for videos", "VIDEO|FOLDER", positional=True)
     ]
-    out: Annotated[Path, Setting("folder for what is written", "DIR", flag="--out")] = Path("found")
+    out: Annotated[
+        Path,
+        Setting(
+            "folder for what is written",
+            "DIR",
+        ),
+    ] = Path("found")
     format: Annotated[
         tuple[str, ...],
         Setting(
             "json (ActivityNet form) and csv: one file for all videos; srt and vtt: subtitles of each", "A,B",
-            flag="--format", parse=parse_formats, show=",".join,
+            parse=parse_formats, show=",".join,
         ),
     ] = FORMATS  # fmt: skip
-    min_score: Annotated[
-        float, Setting("leave out detections that score less", flag="--min-score", zero=True, below=1)
-    ] = 0.0
+    min_score: Annotated[float, Setting("leave out detections that score less", zero=True, below=1)] = 0.0
     subtitle_score: Annotated[
         float,
-        Setting("subtitles, and what is counted here, leave out more", flag="--subtitle-score", zero=True, below=1),
+        Setting("subtitles, and what is counted here, leave out more", zero=True, below=1),
     ] = 0.2
     top_k: Annotated[
         int | None,
-        Setting("most detections of a video", flag="--top-k", unset="as the run was evaluated"),
+        Setting("most detections of a video", unset="as the run was evaluated"),
     ] = None
     mem_budget: Annotated[
         Budget,
         Setting(
             "memory that this process may hold, as the driver shows it: 11GB, 11GiB, 80% (of the device) or auto "
             "(what is free)",
-            "11GB", flag="--mem-budget", parse=Budget.parse, show=lambda budget: budget.text,
+            "11GB", parse=Budget.parse, show=lambda budget: budget.text,
         ),
     ] = field(default_factory=lambda: Budget.parse("auto"))  # fmt: skip
-    device: Annotated[Literal["auto", "cuda", "cpu"], Setting("where to compute", flag="--device")] = "auto"
-    threads: Annotated[int | None, Setting("CPU threads", flag="--threads", unset="all cores")] = None
+    device: Annotated[
+        Literal["auto", "cuda", "cpu"],
+        Setting(
+            "where to compute",
+        ),
+    ] = "auto"
+    threads: Annotated[int | None, Setting("CPU threads", unset="all cores")] = None
 
 
 def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> int:

@@ -48,9 +48,8 @@ from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.files import write_bytes
 from lofi_fast.head.decoding import MIN_SCORE, Candidates, best, candidates
 from lofi_fast.head.protocol import Head, NotFiniteOutput
-from lofi_fast.memory import allocator
 from lofi_fast.memory.meter import is_out_of_memory
-from lofi_fast.memory.settle import open_meter, settle_glibc
+from lofi_fast.memory.settle import open_meter, settle_here
 from lofi_fast.memory.trial import highest_fitting
 from lofi_fast.precision import choose_device, choose_precision
 
@@ -297,10 +296,8 @@ class Session:
         self.detector, self.config, self._say = detector, detector.config, say
         self.device = choose_device(device)
         self.precision = choose_precision(self.device)
-        if self.device.type == "cpu":
-            settle_glibc()
-            if reason := allocator.install():
-                say(f"note: no hard cap on CPU memory: {reason}")
+        for note in settle_here():
+            say(f"note: {note}")
         self.meter = open_meter(self.device)
         self.budget = resolve_budget(budget, self.meter.total(), self.meter.available())
         if self.config.data.video_scores:
