@@ -100,8 +100,6 @@ def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> in
 
 def _command(argv: list[str], owns_process: bool) -> int:
     flags = parse(DetectFlags, argv, prog="lofi-fast detect", description=DESCRIPTION)
-    if not flags.videos:
-        raise InputError("no video is given: name files, or folders of videos, after the run")
     paths = _paths(flags.videos)
     if owns_process:
         from lofi_fast.memory.settle import settle_allocator
@@ -132,12 +130,13 @@ def _detect(flags: DetectFlags, paths: Sequence[Path], session: Session, termina
     found: dict[str, Sequence[Detection]] = {}
     skipped: list[str] = []
     interrupted = False
-    with terminal.progress("seconds of video", max(round(sum(lengths.values())), 1)) as advance:
+    total = max(round(sum(lengths.values())), 1)
+    with terminal.progress("seconds of video", total) as advance:
         before = 0.0  # seconds of the videos that are done
         for path in paths:
 
             def told(second: float, path: Path = path, before: float = before) -> None:
-                advance(round(before + min(second, lengths[path])), names[path])
+                advance(min(round(before + min(second, lengths[path])), total - 1), names[path])
 
             try:
                 result = session.detect(path, min_score=flags.min_score, top_k=flags.top_k, told=told)
@@ -151,7 +150,8 @@ def _detect(flags: DetectFlags, paths: Sequence[Path], session: Session, termina
                 interrupted = True
                 break
             before += lengths[path]
-            advance(round(before), names[path])
+        else:
+            advance(total, "")
     if not found and not interrupted:
         raise InputError(
             skipped[0] if len(skipped) == 1 else f"none of the {len(skipped)} videos can be used; first: {skipped[0]}"
