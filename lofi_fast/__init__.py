@@ -14,16 +14,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Config", "evaluate", "plan", "train"]
+__all__ = ["Config", "Detector", "evaluate", "load", "plan", "train"]
 
 if TYPE_CHECKING:
     from lofi_fast.config import Config as Config
     from lofi_fast.evaluate import evaluate as evaluate
+    from lofi_fast.model import Detector as Detector
     from lofi_fast.plan import plan as plan
     from lofi_fast.train import train as train
 
+    load = Detector.load
+
 _COMMANDS = ("evaluate", "plan", "train")  # modules that are functions too, see command.CallableModule
-_NAMES = {"Config": "lofi_fast.config"}
+_NAMES = {"Config": "lofi_fast.config", "Detector": "lofi_fast.model"}
 
 
 def __getattr__(name: str) -> Any:
@@ -31,6 +34,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"lofi_fast.{name}")
     if name in _NAMES:
         return getattr(import_module(_NAMES[name]), name)
+    if name == "load":
+        return import_module("lofi_fast.model").Detector.load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -37,7 +37,7 @@ def _command(argv: list[str]) -> int:
         meant = f"; perhaps you meant {near[0]}" if near else ""
         raise InputError(f"{name!r} is no command of lofi-fast{meant}; the commands are {', '.join(COMMANDS)}")
     module = import_module(COMMANDS[name][0])
-    how = {"owns_process": True} if name == "train" else {}
+    how = {"owns_process": True} if name in ("train", "detect") else {}
     status: int = module.main(rest, **how)
     return status
 

@@ -27,8 +27,8 @@ DESCRIPTION = (
     "Train a temporal action detector end to end within a memory budget. With no videos given, it trains on a small "
     "demo set that it makes itself."
 )
-WRITTEN = ("metrics.json", "predictions.json", "ground_truth.json", "report.html", "plan.json", "log.jsonl",
-           "checkpoints", "features")  # fmt: skip
+WRITTEN = ("model.safetensors", "metrics.json", "predictions.json", "ground_truth.json", "report.html", "plan.json",
+           "log.jsonl", "checkpoints", "features")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from detectors import SmallRun
 
 torch.set_num_threads(2)
 if not torch.cuda.is_available():
@@ -40,3 +44,22 @@ def native() -> None:
     from lofi_fast import kernels
 
     assert kernels.native_available(), "the C++ kernels are not built: `make test` builds them, or see CMakeLists.txt"
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """A small run, trained once for all tests of detection."""
+    from detectors import train_small
+
+    return train_small(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def torchs_own_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For detection in this process: ours would stay under torch for the tests that follow. Those of budgets have
+    processes of their own.
+    """
+    from lofi_fast.memory import allocator
+
+    if not allocator.installed():
+        monkeypatch.setenv("LOFI_FAST_NATIVE", "0")

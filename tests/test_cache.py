@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -20,8 +22,16 @@ import psutil
 import pytest
 from av.video.frame import VideoFrame
 
-from lofi_fast.data.cache import CachedVideo, CacheRequest, Skipped, cached_size, estimate_bytes, prepare
-from lofi_fast.data.video import VideoInfo, probe
+from lofi_fast.data.cache import (
+    CachedVideo,
+    CacheRequest,
+    Skipped,
+    cached_size,
+    estimate_bytes,
+    hold_in_turn,
+    prepare,
+)
+from lofi_fast.data.video import VideoError, VideoInfo, probe
 from lofi_fast.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -496,6 +506,51 @@ try:
 except InputError as error:
     print(error)
 """
+
+
+OVERLAPPING = [np.arange(start, start + 16, 2) for start in range(0, 40, 8)]
+
+
+@pytest.mark.parametrize("degrees", [0, 90])
+def test_held_pictures_are_those_of_a_cache_entry(degrees: int, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", 60, degrees=degrees)
+    wanted = request(path, np.unique(np.concatenate(OVERLAPPING)))
+    entry = prepare([wanted], tmp_path / "cache", 48)[0]["v"]
+    held = list(hold_in_turn(probe(path), OVERLAPPING, 48))
+    assert len(held) == len(OVERLAPPING)
+    for video, frames in zip(held, OVERLAPPING, strict=True):
+        assert (video.path, video.width, video.height) == (path, entry.width, entry.height)
+        assert np.array_equal(video.frames, frames)
+        backwards = np.arange(len(frames))[::-1]
+        for ours, theirs in zip(video.read(backwards), entry.read(entry.positions(frames)[::-1]), strict=True):
+            assert np.array_equal(ours, theirs)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "cache", path]
+
+
+def test_pictures_are_held_no_longer_than_needed(tmp_path: Path) -> None:
+    path, alive = write_video(tmp_path / "v.mp4", 60), 0
+    jpegs: list[weakref.ref[np.ndarray]] = []
+    for video in hold_in_turn(probe(path), OVERLAPPING, 48):
+        jpegs += [weakref.ref(jpeg) for jpeg in video.jpegs if all(seen() is not jpeg for seen in jpegs)]
+        del video
+        alive = max(alive, sum(jpeg() is not None for jpeg in jpegs))
+    assert len(jpegs) == len(np.unique(np.concatenate(OVERLAPPING)))
+    assert alive <= 2 * len(OVERLAPPING[0])
+
+
+def test_held_pictures_of_a_damaged_video(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", 60, noise=True)
+    info = probe(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(VideoError, match=re.escape(str(path))):
+        list(hold_in_turn(info, OVERLAPPING, 48))
+
+
+@pytest.mark.parametrize("selections", [[np.arange(3), np.arange(0)], [np.arange(9), np.arange(5)]])
+def test_selections_that_cannot_be_held_in_turn(selections: list[np.ndarray], info: VideoInfo) -> None:
+    with pytest.raises(ValueError, match="selections"):
+        list(hold_in_turn(info, selections, 48))
+    assert list(hold_in_turn(info, [], 48)) == []
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="this system has no limit on file sizes")

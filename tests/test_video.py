@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from av.video.frame import VideoFrame
 
-from lofi_fast.data.video import VideoError, VideoInfo, decode, find_videos, probe
+from lofi_fast.data.video import VideoError, VideoInfo, decode, find_videos, list_videos, probe
 from lofi_fast.errors import InputError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -135,6 +135,37 @@ def test_times_count_from_the_first_frame(tmp_path: Path) -> None:
     assert all_numbers(info, np.array([4])) == [(4, 4)]
 
 
+def write_with_sound(path: Path, first_frame: int, first_sound: int) -> Path:
+    """Ten frames at 25 a second and a second of silence, each starting at so many milliseconds."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=25, options=X264_B)
+        video.width, video.height, video.pix_fmt = BITS * SQUARE, 48, "yuv420p"
+        video.codec_context.time_base = Fraction(1, 1000)
+        sound = container.add_stream("pcm_s16le", rate=8000)
+        sound.layout = "mono"
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), dtype=np.int16), format="s16", layout="mono")
+        silence.sample_rate, silence.pts, silence.time_base = 8000, 8 * first_sound, Fraction(1, 8000)
+        container.mux(sound.encode(silence))
+        container.mux(sound.encode(None))
+        for i in range(10):
+            frame = numbered(i)
+            frame.pts, frame.time_base = first_frame + 40 * i, Fraction(1, 1000)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("first_frame", "first_sound", "start"), [(0, 0, 0.0), (7000, 7000, 0.0), (7500, 7000, 0.5), (200, 900, 0.0)]
+)
+def test_a_players_clock_begins_with_the_earliest_stream(
+    first_frame: int, first_sound: int, start: float, tmp_path: Path
+) -> None:
+    info = probe(write_with_sound(tmp_path / "v.mkv", first_frame, first_sound))
+    assert info.start == pytest.approx(start, abs=1e-6)
+    np.testing.assert_allclose(info.pts, np.arange(10) * 0.04, atol=1e-9)
+
+
 def test_one_frame(tmp_path: Path) -> None:
     info = probe(write_video(tmp_path / "v.mp4", 1))
     assert info.pts.tolist() == [0.0]
@@ -239,6 +270,16 @@ def test_find_videos(tmp_path: Path) -> None:
         find_videos(tmp_path / "nowhere", ["x"])
     with pytest.raises(InputError, match="--videos"):
         find_videos(tmp_path / "x.txt", ["x"])
+
+
+def test_list_videos(tmp_path: Path) -> None:
+    for file in ("b/x.mp4", "a/x.3GP", "v.ogv", "notes.txt", "mp4"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    assert list_videos(tmp_path) == [tmp_path / "a" / "x.3GP", tmp_path / "b" / "x.mp4", tmp_path / "v.ogv"]
+    with pytest.raises(InputError, match="is not a folder"):
+        list_videos(tmp_path / "mp4")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may list any folder")

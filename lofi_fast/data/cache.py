@@ -27,8 +27,9 @@ import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -37,13 +38,14 @@ from lofi_fast.data.video import VideoError, VideoInfo, decode
 from lofi_fast.errors import InputError
 
 if TYPE_CHECKING:
+    from av.video.codeccontext import VideoCodecContext
     from av.video.frame import VideoFrame
 
 # Part of the hash: raise it whenever the same request would give other pictures.
 _FORMAT_VERSION = 1
 
 # FFmpeg's quantiser scale, 2 is its best usual one (about quality 94 elsewhere); lambda units are 118 a step.
-_GLOBAL_QUALITY = 2 * 118
+_MJPEG_OPTIONS = {"flags": "+qscale", "global_quality": str(2 * 118)}
 
 # H.273 matrix coefficients -> swscale's, by the names that PyAV gives them; 2 is unspecified, RGB (0) and the rare ones
 # are left to swscale's default.
@@ -59,6 +61,23 @@ _MATRICES = {
 
 
 _READY = b"ready"
+
+
+class Pictures(Protocol):
+    """What is decoded from: JPEG pictures of one video, in a cache entry or in memory."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def frames(self) -> np.ndarray:
+        """Source frame indices, ascending."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    def read(self, positions: np.ndarray) -> list[np.ndarray]:
+        """JPEG bytes (uint8) at each position."""
 
 
 @dataclass(frozen=True)
@@ -455,33 +474,108 @@ def serve_requests() -> None:
 
 def _write_pictures(request: CacheRequest, path: Path, short_side: int, threads: int) -> None:
     import av
-    from av.video.reformatter import ColorRange
 
-    info = request.info
-    width, height = cached_size(info, short_side)
-    upright = info.rotation in (0, 180)
-    convert = _Converter(*((width, height) if upright else (height, width)))
-    # .mov counts in whole fractions of a second: 1/denominator holds every multiple of the source's time base
-    time_base = Fraction(1, info.time_base.denominator)
+    time_base = _time_base(request.info)
     # the time of the first picture is kept in units of its own, by default only milliseconds
     units = {"movie_timescale": str(time_base.denominator)}
     with av.open(str(path), "w", format="mov", container_options=units) as container:
-        stream = container.add_stream("mjpeg", options={"flags": "+qscale", "global_quality": str(_GLOBAL_QUALITY)})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuvj420p"
-        stream.codec_context.color_range = ColorRange.JPEG
-        stream.codec_context.time_base = time_base
-        stream.codec_context.thread_count = 1
-        for index, frame in decode(info, request.frames, threads):
-            picture = _upright(convert(frame), info.rotation, info.mirrored)
-            picture.time_base = time_base
-            if info.ticks is None:
-                picture.pts = round(info.pts[index] / time_base)
-            else:
-                picture.pts = int(info.ticks[index] - info.ticks[0]) * info.time_base.numerator
+        stream = container.add_stream("mjpeg", options=_MJPEG_OPTIONS)
+        _settle_encoder(stream.codec_context, request.info, short_side)
+        for _, picture in _pictures(request.info, request.frames, short_side, threads):
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def _time_base(info: VideoInfo) -> Fraction:
+    """.mov counts in whole fractions of a second: 1/denominator holds every multiple of the source's time base."""
+    return Fraction(1, info.time_base.denominator)
+
+
+def _settle_encoder(context: VideoCodecContext, info: VideoInfo, short_side: int) -> None:
+    from av.video.reformatter import ColorRange
+
+    context.width, context.height = cached_size(info, short_side)
+    context.pix_fmt, context.color_range = "yuvj420p", ColorRange.JPEG
+    context.time_base = _time_base(info)
+    context.thread_count = 1  # an encoder with more holds pictures back
+
+
+def _pictures(info: VideoInfo, frames: np.ndarray, short_side: int, threads: int) -> Iterator[tuple[int, VideoFrame]]:
+    """(source frame index, picture to encode) of each of `frames`: upright, at the size and in the colours kept."""
+    width, height = cached_size(info, short_side)
+    upright = info.rotation in (0, 180)
+    convert = _Converter(*((width, height) if upright else (height, width)))
+    time_base = _time_base(info)
+    for index, frame in decode(info, frames, threads):
+        picture = _upright(convert(frame), info.rotation, info.mirrored)
+        picture.time_base = time_base
+        if info.ticks is None:
+            picture.pts = round(info.pts[index] / time_base)
+        else:
+            picture.pts = int(info.ticks[index] - info.ticks[0]) * info.time_base.numerator
+        yield index, picture
+
+
+@dataclass(frozen=True, eq=False)
+class HeldVideo:
+    """Pictures in memory, the very bytes that a cache entry would hold: picture p is source frame frames[p].
+
+    path: of the source video. frames (n,) int64, ascending. width, height: pixels of the pictures.
+    """
+
+    path: Path
+    frames: np.ndarray
+    jpegs: tuple[np.ndarray, ...]
+    width: int
+    height: int
+
+    def read(self, positions: np.ndarray) -> list[np.ndarray]:
+        """JPEG bytes (uint8) at each position."""
+        return [self.jpegs[int(position)] for position in positions]
+
+
+def hold_in_turn(
+    info: VideoInfo, selections: Sequence[np.ndarray], short_side: int, threads: int = 0
+) -> Generator[HeldVideo]:
+    """For each selection of source frames its pictures, in one pass over the file, and nothing is written.
+
+    A picture is held until no later selection needs it, so memory is that of one selection when these follow each
+    other in time, as windows do. Selections are int64, sorted and unique, and their last frames ascend. `threads` of
+    the decoder: 0 is one for each core.
+    Raises VideoError where the file fails, ValueError for selections out of order, InputError without PyAV.
+    """
+    require_pyav()
+    import av
+    from av.video.codeccontext import VideoCodecContext
+
+    if any(len(selection) == 0 for selection in selections) or any(a[-1] > b[-1] for a, b in pairwise(selections)):
+        raise ValueError("selections must not be empty, and their last frames must ascend")
+    if not selections:
+        return
+    width, height = cached_size(info, short_side)
+    encoder = VideoCodecContext.create("mjpeg", "w")
+    encoder.options = _MJPEG_OPTIONS
+    _settle_encoder(encoder, info, short_side)
+    # frame -> the last selection that it belongs to
+    wanted = np.unique(np.concatenate(selections))
+    last_use = np.zeros(len(wanted), dtype=np.int64)
+    for number, selection in enumerate(selections):
+        last_use[np.searchsorted(wanted, selection)] = number
+    held: dict[int, np.ndarray] = {}
+    number = 0
+    try:
+        for index, picture in _pictures(info, wanted, short_side, threads):
+            held[index] = np.frombuffer(b"".join(bytes(packet) for packet in encoder.encode(picture)), dtype=np.uint8)
+            while number < len(selections) and selections[number][-1] <= index:
+                frames = selections[number]
+                yield HeldVideo(info.path, frames, tuple(held[int(frame)] for frame in frames), width, height)
+                number += 1
+                uses = last_use[np.searchsorted(wanted, np.fromiter(held, dtype=np.int64))]
+                held = {frame: jpeg for (frame, jpeg), use in zip(held.items(), uses, strict=True) if use >= number}
+    except av.FFmpegError as error:  # a pixel format or size that cannot be converted
+        raise VideoError(f"video {info.path} cannot be converted: {error}") from error
 
 
 class _Converter:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from lofi_fast.config import Config, DataConfig
 from lofi_fast.data.annotations import Video, clip_to_duration, load_annotations
-from lofi_fast.data.cache import CachedVideo, CacheRequest, Skipped, prepare
+from lofi_fast.data.cache import CachedVideo, CacheRequest, Pictures, Skipped, prepare
 from lofi_fast.data.pipeline import FrameRequest, View
 from lofi_fast.data.video import VideoError, VideoInfo, find_videos, probe
 from lofi_fast.data.windows import Window, cut_windows, full_grid
@@ -256,9 +257,8 @@ class Sampler:
         return View(float(top), float(left), float(height), float(width), flip), jitter
 
     def centre_view(self, sample: Sample) -> View:
-        """What validation and feature extraction see: the centre square, or all of the frame when squashed."""
-        height, width = (1.0, 1.0) if self.data.resize == "squash" else _square(sample.cached)
-        return View((1 - height) / 2, (1 - width) / 2, height, width, False)
+        """See the function of this name."""
+        return centre_view(sample.cached, self.data.resize)
 
     def request(self, sample: Sample, fidelity: Fidelity, view: View) -> FrameRequest:
         """The frames of a window at a fidelity: a sub-selection of its full grid."""
@@ -279,10 +279,16 @@ class Sampler:
         return sample.window.edges(chosen, self.full.num_snippets)
 
 
-def _square(cached: CachedVideo) -> tuple[float, float]:
+def centre_view(video: Pictures, resize: Literal["crop", "squash"]) -> View:
+    """What validation, feature extraction and detection see: the centre square, or all of the frame when squashed."""
+    height, width = (1.0, 1.0) if resize == "squash" else _square(video)
+    return View((1 - height) / 2, (1 - width) / 2, height, width, False)
+
+
+def _square(video: Pictures) -> tuple[float, float]:
     """Height and width, as fractions of the frame, of a square of 7/8 of its short side."""
-    side = CROP_OF_CACHED * min(cached.width, cached.height)
-    return side / cached.height, side / cached.width
+    side = CROP_OF_CACHED * min(video.width, video.height)
+    return side / video.height, side / video.width
 
 
 def centre_requests(samples: Sequence[Sample], sampler: Sampler, fidelity: Fidelity) -> Iterator[list[FrameRequest]]:

@@ -12,7 +12,7 @@ was never looked at, can be sent again and gives the same bits.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.dlpack import from_dlpack
 
-from lofi_fast.data.cache import CachedVideo
+from lofi_fast.data.cache import Pictures
 from lofi_fast.data.packages import require_dali, require_pyav
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, select_snippets
@@ -99,11 +99,11 @@ class View:
 class FrameRequest:
     """Frames of one video, all seen through one view.
 
-    `positions` (num_frames,) int64 count the frames in the cache file, in the order wanted (repeats allowed);
+    `positions` (num_frames,) int64 count the pictures of `video`, in the order wanted (repeats allowed);
     `side` is the height and width of the result in pixels.
     """
 
-    video: CachedVideo
+    video: Pictures
     positions: np.ndarray
     view: View
     side: int
@@ -154,7 +154,7 @@ class FramePipeline:
             initializer=partial(torch.cuda.set_device, self._device) if self._device.type == "cuda" else None,
         )
 
-    def stream(self, batches: Iterable[Sequence[FrameRequest]]) -> Iterator[torch.Tensor]:
+    def stream(self, batches: Iterable[Sequence[FrameRequest]]) -> Generator[torch.Tensor]:
         """One uint8 tensor (num_frames, side, side, 3), RGB and contiguous, for each batch of requests, in order: the
         frames of its requests one after the other. The requests of a batch share one side.
 

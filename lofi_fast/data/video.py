@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -29,12 +30,16 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv")
+# Searched for beside these where a whole folder is looked through, and not names that labels give.
+RARE_EXTENSIONS = (".3gp", ".3g2", ".asf", ".dv", ".f4v", ".m2v", ".mpe", ".mxf", ".ogv", ".vob")
 
 # Packets tell every frame's time only where the container stores presentation times and the codec makes one shown
 # frame of one packet. VP8 hides reference frames in packets of their own; AVI stores no times; a transport stream
 # may begin in the middle of a group of pictures. Those are decoded once to be counted.
 _CONTAINERS_WITH_TIMES = frozenset(("mov", "mp4", "matroska", "webm"))
 _ONE_FRAME_A_PACKET = frozenset(("h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg", "prores", "png"))
+
+LEAST_START = 1e-3  # seconds; below it is the rounding of containers that count milliseconds
 
 
 class VideoError(InputError):
@@ -52,6 +57,7 @@ class VideoInfo:
     ticks (num_frames,) int64: the stamp each decoded frame carries, in units of time_base seconds; None where the
     decoder's stamps are wrong or missing and a frame is found by counting (MPEG-4 with packed B-frames).
     key_ticks: ascending stamps of frames from which decoding may start and still give the same pixels; may be empty.
+    start: what a player's clock shows at the first frame, in seconds: 0 unless another stream begins before it.
     """
 
     path: Path
@@ -68,6 +74,7 @@ class VideoInfo:
     ticks: np.ndarray | None = None
     key_ticks: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     mirrored: bool = False
+    start: float = 0.0
 
     @property
     def fps(self) -> float:
@@ -98,6 +105,7 @@ def probe(path: Path) -> VideoInfo:
             ticks, key_ticks, last_length = _ticks_of_packets(container, stream)
             rate = stream.average_rate or stream.guessed_rate
             codec = stream.codec_context.name
+            begins = container.start_time
         first = _first_frame(path)
         times: np.ndarray
         if ticks is not None and first.pts == ticks[0]:
@@ -140,7 +148,28 @@ def probe(path: Path) -> VideoInfo:
         ticks=ticks,
         key_ticks=key_ticks,
         mirrored=mirrored,
+        start=0.0 if ticks is None else _start(int(ticks[0]) * time_base, begins),
     )
+
+
+def _start(first: Fraction, container: int | None) -> float:
+    """Seconds from where a player's clock begins to the first frame. Players show a container's start time, that of
+    its earliest stream (`container`, microseconds), as 0.
+    """
+    late = float(first - Fraction(container, 1_000_000)) if container is not None else 0.0
+    return late if late >= LEAST_START else 0.0
+
+
+def stated_duration(path: Path) -> float:
+    """Seconds that a file's header says it has; 0.0 where it says nothing, or cannot be read. For an estimate."""
+    require_pyav()
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return max(container.duration or 0, 0) / 1_000_000
+    except (av.FFmpegError, OSError):
+        return 0.0
 
 
 def find_videos(folder: Path, names: Iterable[str]) -> dict[str, Path]:
@@ -149,25 +178,8 @@ def find_videos(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     Of several candidates the first of the sorted paths is taken; names without a file are absent from the result.
     Raises InputError when the folder cannot be listed.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"--videos {folder} is not a folder")
-    try:
-        os.listdir(folder)
-    except OSError as error:
-        raise InputError(f"--videos {folder} cannot be listed: {error.strerror}") from error
     by_stem: dict[str, Path] = {}
-    visited: set[str] = set()
-    candidates: list[Path] = []
-    # data sets are often assembled from symlinked folders, which may form a loop
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        candidates += [Path(root, file) for file in files if os.path.splitext(file)[1].lower() in EXTENSIONS]
-    for path in sorted(candidates):
+    for path in _files_below(Path(folder), EXTENSIONS, "--videos "):
         by_stem.setdefault(path.stem, path)
         by_stem.setdefault(path.name, path)
     found = {}
@@ -176,6 +188,31 @@ def find_videos(folder: Path, names: Iterable[str]) -> dict[str, Path]:
         if path_or_none is not None:
             found[name] = path_or_none
     return found
+
+
+def list_videos(folder: Path) -> list[Path]:
+    """All files below `folder` that have the name of a video, sorted. InputError when it cannot be listed."""
+    return _files_below(Path(folder), EXTENSIONS + RARE_EXTENSIONS)
+
+
+def _files_below(folder: Path, extensions: tuple[str, ...], flag: str = "") -> list[Path]:
+    if not folder.is_dir():
+        raise InputError(f"{flag}{folder} is not a folder")
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        raise InputError(f"{flag}{folder} cannot be listed: {error.strerror}") from error
+    visited: set[str] = set()
+    found: list[Path] = []
+    # data sets are often assembled from symlinked folders, which may form a loop
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        found += [Path(root, file) for file in files if os.path.splitext(file)[1].lower() in extensions]
+    return sorted(found)
 
 
 def decode(info: VideoInfo, frames: np.ndarray, threads: int = 0) -> Iterator[tuple[int, VideoFrame]]:
@@ -283,9 +320,9 @@ def _ticks_of_packets(
     )
     if not trusted:
         return nothing
-    stamps: list[int] = []
+    stamps = array("q")  # hours of video have a million
     key_stamps: list[int] = []
-    length_of: dict[int, int] = {}
+    last, last_length = 0, 0
     for packet in container.demux(stream):
         # the flush packet at the end, and the torn last packet of a truncated file
         if packet.size == 0 or packet.is_corrupt:
@@ -293,14 +330,15 @@ def _ticks_of_packets(
         if packet.pts is None or packet.is_discard or (not stamps and not packet.is_keyframe):
             return nothing
         stamps.append(packet.pts)
-        length_of[packet.pts] = packet.duration or 0
+        if len(stamps) == 1 or packet.pts >= last:
+            last, last_length = packet.pts, packet.duration or 0
         if packet.is_keyframe and _is_entry_point(context.name, context.extradata, packet):
             key_stamps.append(packet.pts)
     # a frame shown before the first key frame hangs on one that is not in the file
-    if not stamps or len(length_of) < len(stamps) or min(stamps) < stamps[0]:
-        return nothing
     ticks = np.sort(np.array(stamps, dtype=np.int64))
-    return ticks, np.sort(np.array(key_stamps, dtype=np.int64)), length_of[int(ticks[-1])]
+    if not stamps or np.any(ticks[1:] == ticks[:-1]) or ticks[0] < stamps[0]:
+        return nothing
+    return ticks, np.sort(np.array(key_stamps, dtype=np.int64)), last_length
 
 
 def _is_entry_point(codec: str, extradata: bytes | None, packet: Packet[VideoStream]) -> bool:

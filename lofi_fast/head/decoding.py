@@ -6,6 +6,7 @@ Shape legend: K classes, N proposals of a window.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from lofi_fast.kernels import soft_nms
 Floats = npt.NDArray[np.float64]
 FloatArray = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
+
+MIN_SCORE = 1e-4  # what scores less is of no use to anybody
 
 
 def _best_classes(probabilities: FloatArray, count: int) -> tuple[Ints, Floats]:
@@ -36,51 +39,59 @@ def _best_classes(probabilities: FloatArray, count: int) -> tuple[Ints, Floats]:
     return labels, probabilities[labels, columns].astype(np.float64)
 
 
-def detections(
-    windows: Sequence[Proposals],
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Labelled segments of one window, before those that overlap are suppressed."""
+
+    segments_N2: Floats  # start and end in seconds
+    scores_N: Floats
+    labels_N: Ints  # indices of classes
+
+
+def candidates(
+    window: Proposals,
     classes: Sequence[str],
     *,
     duration: float,
-    sigma: float = 0.84,
-    top_k: int = 100,
     labels_per_proposal: int = 2,
     video_scores: FloatArray | None = None,
-    min_score: float = 1e-4,
-) -> list[Detection]:
-    """Detections of one video, best first, from the proposals of its windows.
-
-    Every proposal is emitted with its labels_per_proposal best classes, score = proposal score x class probability. The
-    classes are those of video_scores (K,) when given (the paper's fusion: one ranking for the whole video), else of
-    each proposal's class_probs; with neither, there must be one class, of probability 1. Segments are clipped to
-    [0, duration] seconds and dropped when nothing is left; then soft-NMS within each class over all windows together,
-    and the top_k best are kept. min_score drops candidates and decayed scores below it.
-    Raises ValueError when the proposals or video_scores do not have len(classes) classes.
-    """
+    min_score: float = MIN_SCORE,
+) -> Candidates:
+    """The proposals of one window with their labels; see `detections`."""
     if labels_per_proposal < 1:
         raise ValueError(f"labels_per_proposal must be at least 1, not {labels_per_proposal}")
-    if video_scores is not None and video_scores.shape != (len(classes),):
-        raise ValueError(f"video_scores must be ({len(classes)},), not {video_scores.shape}")
-    parts = [(np.empty((0, 2)), np.empty(0), np.empty(0, dtype=np.int64))]
-    for window in windows:
-        if video_scores is not None:
-            probabilities = video_scores[:, None]
-        elif window.class_probs_KP is not None:
-            if len(window.class_probs_KP) != len(classes):
-                raise ValueError(f"class_probs has {len(window.class_probs_KP)} classes, the video {len(classes)}")
-            probabilities = window.class_probs_KP
-        elif len(classes) == 1:
-            probabilities = np.ones((1, 1))
-        else:
-            raise ValueError(f"class_probs or video_scores must say which of the {len(classes)} classes a proposal is")
-        labels, weights = _best_classes(probabilities, labels_per_proposal)
-        weighted = window.scores_P * weights
-        segments = np.tile(window.segments_P2, (len(labels), 1)).clip(0, duration)
-        parts.append((segments, weighted.ravel(), np.broadcast_to(labels, weighted.shape).ravel()))
-    segments = np.concatenate([part[0] for part in parts])
-    scores = np.concatenate([part[1] for part in parts])
-    labels = np.concatenate([part[2] for part in parts])
+    if video_scores is not None:
+        if video_scores.shape != (len(classes),):
+            raise ValueError(f"video_scores must be ({len(classes)},), not {video_scores.shape}")
+        probabilities = video_scores[:, None]
+    elif window.class_probs_KP is not None:
+        if len(window.class_probs_KP) != len(classes):
+            raise ValueError(f"class_probs has {len(window.class_probs_KP)} classes, the video {len(classes)}")
+        probabilities = window.class_probs_KP
+    elif len(classes) == 1:
+        probabilities = np.ones((1, 1))
+    else:
+        raise ValueError(f"class_probs or video_scores must say which of the {len(classes)} classes a proposal is")
+    labels, weights = _best_classes(probabilities, labels_per_proposal)
+    weighted = window.scores_P * weights
+    segments = np.tile(window.segments_P2, (len(labels), 1)).clip(0, duration)
+    scores, labels = weighted.ravel(), np.broadcast_to(labels, weighted.shape).ravel()
     kept = (scores >= min_score) & (segments[:, 1] > segments[:, 0])
-    segments, scores, labels = segments[kept], scores[kept], labels[kept]
+    return Candidates(segments[kept], scores[kept], labels[kept])
+
+
+def best(
+    windows: Sequence[Candidates],
+    classes: Sequence[str],
+    *,
+    sigma: float = 0.84,
+    top_k: int = 100,
+    min_score: float = MIN_SCORE,
+) -> list[Detection]:
+    """Detections of one video, best first, from the candidates of its windows; see `detections`."""
+    segments = np.concatenate([np.empty((0, 2)), *(window.segments_N2 for window in windows)])
+    scores = np.concatenate([np.empty(0), *(window.scores_N for window in windows)])
+    labels = np.concatenate([np.empty(0, dtype=np.int64), *(window.labels_N for window in windows)])
     order, decayed = soft_nms(
         torch.from_numpy(segments),
         torch.from_numpy(scores),
@@ -93,3 +104,33 @@ def detections(
         Detection(float(segments[i, 0]), float(segments[i, 1]), classes[int(labels[i])], score)
         for i, score in zip(order.tolist(), decayed.tolist(), strict=True)
     ]
+
+
+def detections(
+    windows: Sequence[Proposals],
+    classes: Sequence[str],
+    *,
+    duration: float,
+    sigma: float = 0.84,
+    top_k: int = 100,
+    labels_per_proposal: int = 2,
+    video_scores: FloatArray | None = None,
+    min_score: float = MIN_SCORE,
+) -> list[Detection]:
+    """Detections of one video, best first, from the proposals of its windows.
+
+    Every proposal is emitted with its labels_per_proposal best classes, score = proposal score x class probability. The
+    classes are those of video_scores (K,) when given (the paper's fusion: one ranking for the whole video), else of
+    each proposal's class_probs; with neither, there must be one class, of probability 1. Segments are clipped to
+    [0, duration] seconds and dropped when nothing is left; then soft-NMS within each class over all windows together,
+    and the top_k best are kept. min_score drops candidates and decayed scores below it.
+    Raises ValueError when the proposals or video_scores do not have len(classes) classes.
+    """
+    labelled = [
+        candidates(
+            window, classes, duration=duration, labels_per_proposal=labels_per_proposal, video_scores=video_scores,
+            min_score=min_score,
+        )
+        for window in windows
+    ]  # fmt: skip
+    return best(labelled, classes, sigma=sigma, top_k=top_k, min_score=min_score)

@@ -22,21 +22,11 @@ class Advance(Protocol):
         """Report `done` units, with a short note; `total` corrects the total where it was not known before."""
 
 
-class RunLog:
-    """`log.jsonl` of a run folder, one event a line, and the terminal."""
+class Terminal:
+    """Sentences and progress for people."""
 
-    def __init__(self, path: Path, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
-        torn = _ends_torn(path)
-        self._file = path.open("ab")
-        if torn:  # a killed run's last line: the next event starts a line of its own
-            self._file.write(b"\n")
-        self._start = time.monotonic()
-
-    def event(self, event: Event) -> None:
-        """Append one line. Flushed, so that a killed run keeps what it logged."""
-        self._file.write(encode(event))
-        self._file.flush()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -74,6 +64,23 @@ class RunLog:
             self.say(f"{title}: {done}/{whole}, {now - began:.0f} s, {left:.0f} s left  {note}".rstrip())
 
         return advance
+
+
+class RunLog(Terminal):
+    """`log.jsonl` of a run folder, one event a line, and the terminal."""
+
+    def __init__(self, path: Path, console: Console | None = None) -> None:
+        super().__init__(console)
+        torn = _ends_torn(path)
+        self._file = path.open("ab")
+        if torn:  # a killed run's last line: the next event starts a line of its own
+            self._file.write(b"\n")
+        self._start = time.monotonic()
+
+    def event(self, event: Event) -> None:
+        """Append one line. Flushed, so that a killed run keeps what it logged."""
+        self._file.write(encode(event))
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()

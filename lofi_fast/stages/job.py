@@ -29,6 +29,7 @@ from lofi_fast.kernels import library
 from lofi_fast.memory.meter import Meter
 from lofi_fast.memory.settle import open_meter
 from lofi_fast.metrics import MapResult, parse_tiou
+from lofi_fast.model import MODEL, Detector
 from lofi_fast.optim import Implementation, choose_implementation
 from lofi_fast.precision import Precision, choose_device, choose_precision
 from lofi_fast.run import events
@@ -98,6 +99,8 @@ def run_job(
         joint(run)
         train_head(run)
         result = evaluate(run)
+        if set(config.stages) != {"pretrain"}:  # which trains no head
+            Detector(run.encoder, run.head, dataset.classes, config).save(folder / MODEL)
         seconds = time.monotonic() - began
         log.event(events.Done(seconds=round(seconds, 1)))
         return Finished(folder, result, seconds)

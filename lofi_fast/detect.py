@@ -1,0 +1,255 @@
+"""The command `detect`: what happens when in videos, by a trained detector.
+
+    lofi-fast detect runs/x new.mp4 --out found/
+
+Importing this file imports no torch: help, and a sentence about a mistyped flag, come at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from lofi_fast.budget import Budget
+from lofi_fast.command import INTERRUPTED, parse, run
+from lofi_fast.data.video import VideoError, list_videos, stated_duration
+from lofi_fast.detections import Detection, draw_timeline, write_csv, write_predictions, write_srt, write_vtt
+from lofi_fast.errors import InputError
+from lofi_fast.settings import Setting
+
+if TYPE_CHECKING:
+    from lofi_fast.model import Found, Session
+    from lofi_fast.run.log import Terminal
+
+FORMATS = ("json", "csv", "srt", "vtt")
+SUBTITLES = {"srt": write_srt, "vtt": write_vtt}
+DESCRIPTION = (
+    "Find actions in videos with a trained detector. Any file that FFmpeg reads will do, without labels. For each "
+    "video it draws a picture of what was found, and writes subtitles; a table and a JSON file hold all videos."
+)
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """ "json,srt": which files to write. Raises InputError."""
+    asked = [name.strip() for name in text.lower().split(",") if name.strip()]
+    if not asked or set(asked) - set(FORMATS):
+        raise InputError(f'--format "{text}": name one or more of {",".join(FORMATS)}')
+    return tuple(name for name in FORMATS if name in asked)
+
+
+@dataclass(frozen=True)
+class DetectFlags:
+    """The settings of the command."""
+
+    run: Annotated[Path, Setting("folder of a finished run, or its model.safetensors", "RUN", positional=True)]
+    videos: Annotated[
+        tuple[str, ...], Setting("files, and folders that are searched for videos", "VIDEO|FOLDER", positional=True)
+    ]
+    out: Annotated[
+        Path,
+        Setting(
+            "folder for what is written",
+            "DIR",
+        ),
+    ] = Path("found")
+    format: Annotated[
+        tuple[str, ...],
+        Setting(
+            "json (ActivityNet form) and csv: one file for all videos; srt and vtt: subtitles of each", "A,B",
+            parse=parse_formats, show=",".join,
+        ),
+    ] = FORMATS  # fmt: skip
+    min_score: Annotated[float, Setting("leave out detections that score less", zero=True, below=1)] = 0.0
+    subtitle_score: Annotated[
+        float,
+        Setting("subtitles, and what is counted here, leave out more", zero=True, below=1),
+    ] = 0.2
+    top_k: Annotated[
+        int | None,
+        Setting("most detections of a video", unset="as the run was evaluated"),
+    ] = None
+    mem_budget: Annotated[
+        Budget,
+        Setting(
+            "memory that this process may hold, as the driver shows it: 11GB, 11GiB, 80% (of the device) or auto "
+            "(what is free)",
+            "11GB", parse=Budget.parse, show=lambda budget: budget.text,
+        ),
+    ] = field(default_factory=lambda: Budget.parse("auto"))  # fmt: skip
+    device: Annotated[
+        Literal["auto", "cuda", "cpu"],
+        Setting(
+            "where to compute",
+        ),
+    ] = "auto"
+    threads: Annotated[int | None, Setting("CPU threads", unset="all cores")] = None
+
+
+def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> int:
+    """0 when all videos were looked at, 1 when some had to be skipped, 2 for what the user can mend or when none could
+    be used, 130 when interrupted. `owns_process`: this Python was started for it.
+    """
+    return run(lambda: _command(list(sys.argv[1:] if argv is None else argv), owns_process))
+
+
+def _command(argv: list[str], owns_process: bool) -> int:
+    flags = parse(DetectFlags, argv, prog="lofi-fast detect", description=DESCRIPTION)
+    paths = _paths(flags.videos)
+    if owns_process:
+        from lofi_fast.memory.settle import settle_allocator
+
+        settle_allocator("lofi_fast.detect", argv)
+    import torch
+
+    from lofi_fast.model import Detector
+    from lofi_fast.run.log import Terminal
+
+    terminal = Terminal()
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    with _output_folder(flags.out):
+        detector = Detector.load(flags.run)
+        terminal.say(
+            f"{flags.run}: {detector.config.encoder.name} of width {detector.config.encoder.width}, "
+            f"{len(detector.classes)} classes"
+        )
+        with detector.session(mem_budget=flags.mem_budget.text, device=flags.device, say=terminal.say) as session:
+            return _detect(flags, paths, session, terminal)
+
+
+def _detect(flags: DetectFlags, paths: Sequence[Path], session: Session, terminal: Terminal) -> int:
+    """Look at one video after the other, and write what was found in each at once, what is of all at the end."""
+    names = unique_names(paths)
+    lengths = {path: stated_duration(path) for path in paths}
+    found: dict[str, Sequence[Detection]] = {}
+    skipped: list[str] = []
+    interrupted = False
+    total = max(round(sum(lengths.values())), 1)
+    with terminal.progress("seconds of video", total) as advance:
+        before = 0.0  # seconds of the videos that are done
+        for path in paths:
+
+            def told(second: float, path: Path = path, before: float = before) -> None:
+                advance(min(round(before + min(second, lengths[path])), total - 1), names[path])
+
+            try:
+                result = session.detect(path, min_score=flags.min_score, top_k=flags.top_k, told=told)
+                _write(flags, names[path], result)
+                found[names[path]] = result.detections
+                terminal.say(_summary(names[path], result.detections, flags.subtitle_score))
+            except VideoError as error:
+                skipped.append(_printable(str(error)))
+                terminal.say(f"skipped: {skipped[-1]}")
+            except KeyboardInterrupt:
+                interrupted = True
+                break
+            before += lengths[path]
+        else:
+            advance(total, "")
+    if not found and not interrupted:
+        raise InputError(
+            skipped[0] if len(skipped) == 1 else f"none of the {len(skipped)} videos can be used; first: {skipped[0]}"
+        )
+    if found and "json" in flags.format:
+        write_predictions(flags.out / "detections.json", found)
+    if found and "csv" in flags.format:
+        write_csv(flags.out / "detections.csv", found)
+    terminal.say(
+        f"{'interrupted; ' if interrupted else ''}{len(found)} of {len(paths)} videos are done"
+        f"{f', {len(skipped)} skipped' if skipped else ''}; what was found is in {_printable(str(flags.out))}"
+    )
+    return INTERRUPTED if interrupted else int(bool(skipped))
+
+
+def _write(flags: DetectFlags, name: str, result: Found) -> None:
+    """The picture and the subtitles of one video."""
+    shown = [d for d in result.detections if d.score >= flags.subtitle_score]
+    for form in SUBTITLES.keys() & set(flags.format):
+        SUBTITLES[form](flags.out / f"{name}.{form}", shown)
+    draw_timeline(flags.out / f"{name}.png", name, result.detections, result.duration)
+
+
+def _summary(name: str, detections: Sequence[Detection], least: float) -> str:
+    clear = [d for d in detections if d.score >= least]
+    if not clear:
+        return f"{name}: nothing that scores {least:g} or more ({len(detections)} detections in all)"
+    counts = ", ".join(f"{label} {count}" for label, count in Counter(d.label for d in clear).most_common(8))
+    first = clear[0]
+    return (
+        f"{name}: {len(clear)} detections that score {least:g} or more ({counts}); best: {first.label} from "
+        f"{first.start:.1f} to {first.end:.1f} s, {first.score:.2f}"
+    )
+
+
+def _paths(given: Sequence[str]) -> list[Path]:
+    """The files named, and those in the folders named, each once."""
+    paths: dict[Path, Path] = {}
+    for path in map(Path, given):
+        inside = list_videos(path) if path.is_dir() else [path]
+        if not inside:
+            raise InputError(
+                f"{path}: no video in this folder (a file whose name does not tell can be named by itself)"
+            )
+        for file in inside:
+            paths.setdefault(file.resolve(), file)
+    return list(paths.values())
+
+
+def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """A name for the results of each video: its own without the extension; with it, or with the folder too, where two
+    would be the same. File systems that ignore case do not mix them up either.
+    """
+    names: dict[Path, str] = {}
+    rest = list(paths)
+    for name_of in (lambda p: p.stem, lambda p: p.name, lambda p: f"{p.resolve().parent.name}-{p.name}"):
+        wanted = {path: _printable(name_of(path)) for path in rest}
+        counts = Counter(name.casefold() for name in (*wanted.values(), *names.values()))
+        names |= {path: name for path, name in wanted.items() if counts[name.casefold()] == 1}
+        rest = [path for path in rest if path not in names]
+    taken = {name.casefold() for name in names.values()}
+    for path in rest:
+        number = 2
+        while (name := f"{wanted[path]}-{number}").casefold() in taken:
+            number += 1
+        names[path] = name
+        taken.add(name.casefold())
+    return names
+
+
+def _printable(text: str) -> str:
+    """Names of files may hold bytes that are no text."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+@contextmanager
+def _output_folder(out: Path) -> Iterator[None]:
+    """Make the folder and see that it can be written to; gone again if nothing was written."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    probe = out / f"{os.getpid()}.partial"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        _remove_empty(made)
+        raise InputError(f"--out {out}: cannot write there ({error.strerror}); name another folder") from None
+    try:
+        yield
+    finally:
+        _remove_empty(made)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+if __name__ == "__main__":
+    sys.exit(main(owns_process=True))

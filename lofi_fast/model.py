@@ -1,0 +1,540 @@
+"""The detector: what was trained, as one object. Its encoder, its head, the classes, and the settings of the run.
+
+    detector = Detector.load("runs/x")
+    for found in detector.detect("new.mp4"):
+        print(found.start, found.end, found.label, found.score)
+
+A video goes through the very path of training and evaluation (probe, windows, grid of frames, JPEG pictures, DALI,
+encoder, head, soft-NMS), window by window: memory does not grow with its length, apart from what is found.
+
+Shapes: C channels, L snippets of a window.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Self, overload
+from warnings import warn
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lofi_fast import __version__
+from lofi_fast import encoder as encoders
+from lofi_fast import head as heads
+from lofi_fast.budget import Budget, gigabytes, resolve_budget
+from lofi_fast.config import Config
+from lofi_fast.data.cache import HeldVideo, hold_in_turn
+from lofi_fast.data.dataset import cache_side, centre_view
+from lofi_fast.data.packages import require_dali, require_pyav
+from lofi_fast.data.pipeline import FramePipeline, FrameRequest, pictures_of_a_run
+from lofi_fast.data.video import VideoError, VideoInfo, probe
+from lofi_fast.data.windows import Window, cut_windows, full_grid
+from lofi_fast.detections import Detection
+from lofi_fast.encoder.protocol import Encoder
+from lofi_fast.errors import InputError
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET
+from lofi_fast.files import write_bytes
+from lofi_fast.head.decoding import MIN_SCORE, Candidates, best, candidates
+from lofi_fast.head.protocol import Head, NotFiniteOutput
+from lofi_fast.memory.meter import is_out_of_memory
+from lofi_fast.memory.settle import open_meter, settle_here
+from lofi_fast.memory.trial import highest_fitting
+from lofi_fast.precision import choose_device, choose_precision
+
+MODEL = "model.safetensors"  # in a run folder
+FORMAT = 1  # of the file; raised when a reader of before would misread it
+LARGEST_CHUNK = 64  # snippets encoded at once, at most
+REFUSAL = "raise --mem-budget, or take a detector of a smaller --encoder, --width or --fidelity"
+
+Anything = str | Path
+Features = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class VideoFeatures:
+    """values (N, C) float32 of the N snippets of a video; times (N,) float64, ascending: the seconds of a player's
+    clock at each snippet's centre.
+    """
+
+    values: Features
+    times: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in one video, best first; `duration`: what a player's clock shows at its end."""
+
+    path: Path
+    duration: float
+    detections: list[Detection]
+
+
+class Detector:
+    """An encoder, a head, the classes that it tells, and the settings that it was trained with."""
+
+    def __init__(self, encoder: Encoder, head: Head, classes: Sequence[str], config: Config) -> None:
+        self.encoder, self.head, self.classes, self.config = encoder, head, tuple(classes), config
+
+    @staticmethod
+    def load(
+        path: Anything,
+        *,
+        encoder: Callable[[Config], Encoder] = encoders.build,
+        head: Callable[[Config, int, int], Head] = heads.build,
+    ) -> Detector:
+        """The detector of a finished run's folder, or of a model file.
+
+        `encoder(config)` and `head(config, num_features, num_classes)` make the networks that the weights are loaded
+        into; to be given where a detector was trained with networks of one's own.
+        Raises InputError, one sentence, for what holds no detector, one of a newer version, weights of other shapes,
+        and weights that are not finite.
+        """
+        path = Path(path)
+        file = path / MODEL if path.is_dir() else path
+        if path.is_dir() and not file.exists():
+            raise InputError(_without_model(path))
+        metadata = _metadata(file)
+        config = Config.from_json(metadata["settings"], f"{file}: settings")
+        classes = json.loads(metadata["classes"])
+        with torch.random.fork_rng(devices=[]):
+            try:
+                made_encoder = encoder(config)
+                made_head = head(config, made_encoder.num_features, len(classes))
+            except (ValueError, RuntimeError) as error:
+                raise InputError(f"{file}: no network can be made from its settings ({error})") from None
+        detector = Detector(made_encoder, made_head, classes, config)
+        detector._load_weights(file, metadata.get("networks", ""))
+        detector.encoder.eval()
+        detector.encoder.freeze_batchnorm()
+        detector.head.eval()
+        return detector
+
+    def save(self, path: Anything) -> Path:
+        """Write one safetensors file: the weights of encoder and head with batch norm's statistics, and as metadata
+        the settings and classes (JSON) and versions. The same detector gives the same bytes.
+
+        Raises InputError where it cannot be written, or where a weight is not finite.
+        """
+        path = Path(path)
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self._weights().items()}
+        if spoilt := _not_finite(tensors):
+            raise InputError(f"{path}: not written, since {spoilt} is not finite: the training has diverged")
+        metadata = {
+            "format": str(FORMAT),
+            "lofi_fast": __version__,
+            "torch": torch.__version__,
+            "networks": self._networks(),
+            "classes": json.dumps(self.classes),
+            "settings": self.config.to_json(),
+        }
+        return write_bytes(path, _with_sorted_header(safetensors.torch.save(tensors, metadata)))
+
+    @overload
+    def detect(  # type: ignore[overload-overlap]  # a str is a sequence too
+        self, videos: Anything, *, mem_budget: str = ..., min_score: float = ..., top_k: int | None = ...,
+        device: str = ...,
+    ) -> list[Detection]: ...  # fmt: skip
+    @overload
+    def detect(
+        self, videos: Sequence[Anything], *, mem_budget: str = ..., min_score: float = ..., top_k: int | None = ...,
+        device: str = ...,
+    ) -> dict[Path, list[Detection]]: ...  # fmt: skip
+    def detect(
+        self,
+        videos: Anything | Sequence[Anything],
+        *,
+        mem_budget: str = "auto",
+        min_score: float = MIN_SCORE,
+        top_k: int | None = None,
+        device: str = "auto",
+    ) -> list[Detection] | dict[Path, list[Detection]]:
+        """What happens when in videos that FFmpeg reads: detections, best first, in seconds of a player's clock.
+
+        Args:
+            videos: one file, or several; of several the result is by path, and one that cannot be used is left out
+                with a warning.
+            mem_budget: memory that this process may hold: "11GB", "11GiB", "80%" of the device, "auto" (what is free).
+            min_score: the least score of what is given.
+            top_k: most detections of a video; None: as the detector was trained to be evaluated.
+            device: "auto", "cuda" or "cpu".
+
+        Raises InputError where the budget is too small, and VideoError (an InputError) where no video can be used.
+        """
+        with self.session(mem_budget=mem_budget, device=device) as session:
+            if isinstance(videos, str | Path):
+                return session.detect(Path(videos), min_score=min_score, top_k=top_k).detections
+            found: dict[Path, list[Detection]] = {}
+            failures: list[VideoError] = []
+            for path in map(Path, videos):
+                try:
+                    found[path] = session.detect(path, min_score=min_score, top_k=top_k).detections
+                except VideoError as error:
+                    failures.append(error)
+            if failures and not found:
+                raise failures[0]
+            for failure in failures:
+                warn(f"left out: {failure}", stacklevel=2)
+            return found
+
+    def features(self, video: Anything, *, mem_budget: str = "auto", device: str = "auto") -> VideoFeatures:
+        """The encoder's features of one video at full fidelity, each snippet once, for other heads.
+
+        Snippets are as far apart as those that the head sees. Raises as `detect` does.
+        """
+        with self.session(mem_budget=mem_budget, device=device) as session:
+            return session.features(Path(video))
+
+    def session(
+        self, *, mem_budget: str = "auto", device: str = "auto", say: Callable[[str], None] = lambda _: None
+    ) -> Session:
+        """The detector at work, for many videos after each other; `say` is told what was planned."""
+        return Session(self, mem_budget=mem_budget, device=device, say=say)
+
+    def _weights(self) -> dict[str, Tensor]:
+        parts = (("encoder", self.encoder), ("head", self.head))
+        return {f"{part}.{name}": value for part, module in parts for name, value in module.state_dict().items()}
+
+    def _networks(self) -> str:
+        return f"{type(self.encoder).__name__}, {type(self.head).__name__}"
+
+    def _load_weights(self, file: Path, networks: str) -> None:
+        given, expected = safetensors.torch.load_file(file), self._weights()
+        missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+        wrong = [name for name in expected if name in given and given[name].shape != expected[name].shape]
+        if missing or unknown or wrong:
+            if wrong:
+                fault = (
+                    f"{wrong[0]} has shape {tuple(given[wrong[0]].shape)} where its settings ask for "
+                    f"{tuple(expected[wrong[0]].shape)}"
+                )
+            else:
+                fault = f"it lacks {missing[0]}" if missing else f"it holds {unknown[0]} that nobody asks for"
+            other = f", which were {networks} when it was saved" if networks != self._networks() else ""
+            raise InputError(f"{file}: weights of other networks{other}: {fault}")
+        if spoilt := _not_finite(given):
+            raise InputError(
+                f"{file}: {spoilt} holds a NaN or an infinity; the training diverged, or the file is spoilt"
+            )
+        for part, module in (("encoder.", self.encoder), ("head.", self.head)):
+            own = {name.removeprefix(part): value for name, value in given.items() if name.startswith(part)}
+            module.load_state_dict(own)
+
+
+def _without_model(folder: Path) -> str:
+    """Why a folder holds no model file, and what to do."""
+    if not (folder / "config.json").exists():
+        return f"{folder}: no run folder (neither {MODEL} nor config.json is there); name the --out of a finished run"
+    config = Config.read(folder / "config.json")
+    if not {"joint", "head"} & set(config.stages):
+        asked = ",".join(config.stages)
+        return f"{folder}: its --stages {asked} trained no head, so there is no detector: resume it with all stages"
+    return (
+        f"{folder}: the run has not finished, its {MODEL} is not there yet; go on with it by the command that started "
+        f"it, with --out {folder} --resume"
+    )
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    """Checked to be of a version that can be read."""
+    try:
+        with safetensors.safe_open(file, framework="pt") as content:
+            metadata: dict[str, str] = content.metadata() or {}
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; name a run folder or a {MODEL}") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{file}: not a whole safetensors file ({error}); name a run folder or a {MODEL}") from None
+    version = metadata.get("format", "")
+    if not {"settings", "classes"} <= metadata.keys() or not version.isdecimal():
+        raise InputError(f"{file}: a safetensors file, but no detector of lofi_fast; name a run folder or a {MODEL}")
+    if int(version) > FORMAT:
+        writer = metadata.get("lofi_fast", "a newer one")
+        raise InputError(f"{file}: written by lofi_fast {writer}, newer than this {__version__}: update lofi_fast")
+    return metadata
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str:
+    """The first tensor that holds a NaN or an infinity, or nothing."""
+    return next((name for name, value in tensors.items() if not bool(value.isfinite().all())), "")
+
+
+def _with_sorted_header(content: bytes) -> bytes:
+    """A safetensors file with its metadata in alphabetical order; the library writes it in random order. A file is
+    the header's length (8 bytes), the header (JSON, padded with spaces), the tensors.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+class Session:
+    """A detector at work: its networks on a device, planned within a budget at the first video.
+
+    The networks move to the device and stay there. To be closed, or used as a context.
+    """
+
+    def __init__(self, detector: Detector, *, mem_budget: str, device: str, say: Callable[[str], None]) -> None:
+        budget = Budget.parse(mem_budget)
+        require_pyav()
+        require_dali()
+        self.detector, self.config, self._say = detector, detector.config, say
+        self.device = choose_device(device)
+        self.precision = choose_precision(self.device)
+        for note in settle_here():
+            say(f"note: {note}")
+        self.meter = open_meter(self.device)
+        self.budget = resolve_budget(budget, self.meter.total(), self.meter.available())
+        if self.config.data.video_scores:
+            say(f"note: classes are the head's own, and not those of {self.config.data.video_scores}")
+        detector.encoder.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        detector.encoder.freeze_batchnorm()
+        detector.head.to(self.device).eval()
+        self.chunk = 0  # snippets encoded at once; 0: not planned yet
+        self.rows = 0  # windows that the head sees at once
+        self._pipeline: FramePipeline | None = None
+        self._largest = 0  # pixels of the pictures that the pipeline was built for
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None
+
+    def detect(
+        self,
+        path: Path,
+        *,
+        min_score: float = MIN_SCORE,
+        top_k: int | None = None,
+        told: Callable[[float], None] = lambda _: None,
+    ) -> Found:
+        """What is found in one video; see `Detector.detect`. `told` hears up to which second the work is done."""
+        config, classes = self.config, self.detector.classes
+        with self._blaming(path):
+            info = _probed(path)
+            windows = cut_windows(str(path), info.duration, config.data.window, config.data.overlap)
+            kept: list[Candidates] = []
+            batch: list[tuple[Window, Features]] = []
+            with closing(self._encoded(info, windows)) as encoded:
+                for number, (window, features) in enumerate(encoded, 1):
+                    batch.append((window, features))
+                    if len(batch) == self.rows or number == len(windows):
+                        kept += self._candidates(batch, info, min_score)
+                        batch.clear()
+                    told(min(window.end, info.duration))
+            found = best(
+                kept, classes, sigma=config.detect.sigma, top_k=config.detect.top_k if top_k is None else top_k,
+                min_score=min_score,
+            )  # fmt: skip
+        if info.start:
+            found = [replace(d, start=d.start + info.start, end=d.end + info.start) for d in found]
+        return Found(path, info.start + info.duration, found)
+
+    def features(self, path: Path, *, told: Callable[[float], None] = lambda _: None) -> VideoFeatures:
+        """The features of one video; see `Detector.features`. `told` hears up to which second the work is done."""
+        length = self.config.full.num_snippets
+        values: list[Features] = []
+        times: list[NDArray[np.float64]] = []
+        with self._blaming(path):
+            info = _probed(path)
+            windows = cut_windows(str(path), info.duration, self.config.data.window, 0.0)
+            covered = 0.0  # seconds: the last window is moved back to end with the video
+            with closing(self._encoded(info, windows)) as encoded:
+                for window, features in encoded:
+                    centres = window.centres(length)
+                    new = (centres >= covered) & (centres < info.duration)
+                    values.append(features.T[new])
+                    times.append(info.start + centres[new])
+                    covered = window.end
+                    told(min(covered, info.duration))
+        return VideoFeatures(np.concatenate(values), np.concatenate(times))
+
+    @contextmanager
+    def _blaming(self, path: Path) -> Iterator[None]:
+        """Turn what goes wrong with one video into a sentence that names it."""
+        try:
+            yield
+        except NotFiniteOutput:
+            raise VideoError(
+                f"video {path}: the head's output is not finite; the detector's training has diverged"
+            ) from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise VideoError(
+                f"video {path} needs more memory than the budget of {gigabytes(self.budget)}; {REFUSAL}"
+            ) from None
+
+    def _encoded(self, info: VideoInfo, windows: Sequence[Window]) -> Generator[tuple[Window, Features]]:
+        """Features (C, L) of each window in turn, `chunk` snippets at a time. The chunk changes them by rounding."""
+        full = self.config.full
+        grids = [full_grid(info, window, full.num_snippets, self.config.data.frame_stride) for window in windows]
+        with closing(hold_in_turn(info, [np.unique(grid) for grid in grids], cache_side(full))) as held:
+            video = next(held)
+            pipeline = self._pipeline_for(video)
+            if not self.chunk:
+                self._plan(partial(self._requests, video, grids[0]), pipeline)
+            requests = chain.from_iterable(map(self._requests, chain([video], held), grids))
+            del video  # held no longer than it is needed
+            encoded: list[Tensor] = []
+            remaining = iter(windows)
+            with closing(pipeline.stream(requests)) as stream:
+                for frames in stream:
+                    encoded.append(self._encode(frames))
+                    del frames
+                    if sum(map(len, encoded)) == full.num_snippets:
+                        features: Features = torch.cat(encoded).float().T.contiguous().cpu().numpy()
+                        encoded.clear()
+                        if not np.isfinite(features).all():
+                            raise NotFiniteOutput("a feature is not finite")
+                        yield next(remaining), features
+
+    def _requests(
+        self, video: HeldVideo, grid: NDArray[np.int64], chunk: int | None = None
+    ) -> Iterator[list[FrameRequest]]:
+        """The frames of one window, `chunk` snippets to a batch; None: as many as are encoded at once."""
+        view = centre_view(video, self.config.data.resize)
+        positions = np.searchsorted(video.frames, grid)
+        size = chunk or self.chunk
+        for start in range(0, len(positions), size):
+            yield [FrameRequest(video, positions[start : start + size].ravel(), view, self.config.full.side)]
+
+    @torch.no_grad()
+    def _encode(self, frames: Tensor) -> Tensor:
+        """Features (n, C) of n snippets; in smaller chunks from now on where memory runs out."""
+        while True:
+            try:
+                with self.meter.cap(self.budget), self.precision.autocast(self.device):
+                    return self.detector.encoder.encode(frames, FRAMES_PER_SNIPPET, chunk=self.chunk)
+            except Exception as error:
+                if not is_out_of_memory(error) or self.chunk == 1:
+                    raise
+            self.chunk //= 2
+            self.meter.release()
+            self._say(f"memory ran out: {self.chunk} snippets at once from now on")
+
+    @torch.no_grad()
+    def _candidates(
+        self, batch: Sequence[tuple[Window, Features]], info: VideoInfo, min_score: float
+    ) -> list[Candidates]:
+        """Of each window. The head always sees `rows` windows, the last one repeated: how many there are would change
+        its rounding, and the run's own evaluation has full batches too.
+        """
+        length = self.config.full.num_snippets
+        filled = [*batch, *[batch[-1]] * (self.rows - len(batch))]
+        with self.meter.cap(self.budget):
+            features_BCL = torch.stack([torch.from_numpy(features) for _, features in filled]).to(self.device)
+            with self.precision.autocast(self.device):
+                output = self.detector.head(features_BCL)
+            edges = [window.edges(np.arange(length), length) for window, _ in filled]
+            proposals = self.detector.head.proposals(output, edges)
+        return [
+            candidates(
+                window, self.detector.classes, duration=info.duration, min_score=min_score,
+                labels_per_proposal=self.config.detect.labels_per_proposal,
+            )
+            for window in proposals[: len(batch)]
+        ]  # fmt: skip
+
+    def _pipeline_for(self, video: HeldVideo) -> FramePipeline:
+        """DALI, whose runs are as many pictures as a bounded decode pool holds."""
+        pixels = max(video.width * video.height, 2 * cache_side(self.config.full) ** 2)
+        if self._pipeline is None or pixels > self._largest:
+            self.close()
+            self._largest = pixels
+            threads = min(torch.get_num_threads(), 8)
+            self._pipeline = FramePipeline(pictures_of_a_run(pixels, self.device.type), self.device.type, threads)
+        return self._pipeline
+
+    def _plan(self, requests: Callable[[int], Iterator[list[FrameRequest]]], pipeline: FramePipeline) -> None:
+        """How many windows the head sees and how many snippets are encoded at once: the most that fit the budget, up
+        to what training had. Raises InputError when nothing fits.
+        """
+        length = self.config.full.num_snippets
+        num_features = self.detector.encoder.num_features
+
+        @torch.no_grad()
+        def propose(rows: int) -> None:
+            with self.precision.autocast(self.device):
+                output = self.detector.head(torch.zeros(rows, num_features, length, device=self.device))
+            self.detector.head.proposals(output, [np.arange(length + 1.0)] * rows)
+
+        @torch.no_grad()
+        def encode(size: int) -> None:
+            batch = next(requests(size))
+            with closing(pipeline.stream([batch, batch])) as stream:
+                frames = next(stream)  # the second batch is decoded meanwhile
+                with self.precision.autocast(self.device):
+                    self.detector.encoder.encode(frames, FRAMES_PER_SNIPPET, chunk=size)
+
+        rows = _halves(self.config.head_stage.batch)
+        self.rows, _ = self._highest("windows", rows, propose)
+        self.chunk, peak = self._highest("snippets", _halves(min(LARGEST_CHUNK, length)), encode)
+        self._say(
+            f"plan: {self.chunk} snippets and {self.rows} windows at once, peak {gigabytes(peak)} of "
+            f"{gigabytes(self.budget)}"
+        )
+
+    def _highest(self, what: str, sizes: Sequence[int], step: Callable[[int], None]) -> tuple[int, int]:
+        """The largest of `sizes` whose step fits, and its peak in bytes."""
+        limit = min(self.budget, self.meter.available())
+        if (own := self.meter.own()) >= limit:
+            raise InputError(
+                f"nothing fits: before its first step this process holds {gigabytes(own)} of a budget of "
+                f"{gigabytes(limit)}; {REFUSAL}"
+            )
+        caps = iter((self.meter.available(),))  # the first and lowest runs freely: a refusal can then say its need
+
+        def measure(size: int) -> int | None:
+            self.meter.release()
+            self.meter.reset_peak()
+            failed = False
+            with self.meter.settle(f"a trial of {size} {what}"), self.meter.cap(next(caps, limit)):
+                try:
+                    step(size)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    failed = True  # the traceback holds tensors: leave the except block before going on
+            return None if failed else self.meter.peak()
+
+        choice = highest_fitting(sizes, float, measure, limit, own, REFUSAL)
+        return choice.candidate, choice.peak
+
+
+def _halves(largest: int) -> list[int]:
+    """`largest`, a half of it, a quarter ... down to 1."""
+    sizes = [largest]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def _probed(path: Path) -> VideoInfo:
+    info = probe(path)
+    if len(info.pts) < FRAMES_PER_SNIPPET:
+        raise VideoError(f"video {path}: {len(info.pts)} frames are less than one snippet of {FRAMES_PER_SNIPPET}")
+    return info

@@ -1,0 +1,160 @@
+"""The command `detect`: what it writes, what it says, how it ends."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from detectors import ROOT, SmallRun, joined
+
+from lofi_fast.detect import main, unique_names
+from lofi_fast.metrics import load_predictions
+from lofi_fast.model import MODEL
+
+pytestmark = pytest.mark.usefixtures("torchs_own_allocator")
+ENVIRONMENT = dict(os.environ)  # of processes of their own: as it was before any test
+
+Captured = pytest.CaptureFixture[str]
+
+
+def detect(run: SmallRun, *words: object) -> int:
+    return main([str(run.folder), *map(str, words), "--mem-budget", "4GB"])
+
+
+def refused(captured: Captured) -> str:
+    """The one sentence on stderr."""
+    (line,) = captured.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_a_folder_with_a_bad_file(small: SmallRun, tmp_path: Path, capsys: Captured) -> None:
+    folder, out = tmp_path / "videos", tmp_path / "deep" / "found"
+    (folder / "inner").mkdir(parents=True)
+    first, second = small.validation
+    shutil.copy(first, folder / first.name)
+    shutil.copy(second, folder / "inner" / second.name)
+    (folder / "inner" / "bad.mkv").write_text("no video")
+    (folder / "notes.txt").write_text("no video either")
+    assert detect(small, folder, "--out", out) == 1
+    said = capsys.readouterr().out
+    assert "skipped: video" in said and "bad.mkv" in said and "2 of 3 videos are done, 1 skipped" in said
+    stems = [path.stem for path in small.validation]
+    suffixes = (".png", ".srt", ".vtt")
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["detections.csv", "detections.json", *(stem + suffix for stem in stems for suffix in suffixes)]
+    )
+    assert (out / "detections.json").read_bytes() == (small.folder / "predictions.json").read_bytes()
+    with (out / "detections.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    found = load_predictions(out / "detections.json")
+    assert [(row["video"], row["label"]) for row in table] == [(n, label) for n in found for _, _, label, _ in found[n]]
+    assert all((out / f"{stem}.png").read_bytes().startswith(b"\x89PNG") for stem in stems)
+    assert {path.name for path in folder.rglob("*")} == {"inner", "notes.txt", "bad.mkv", first.name, second.name}
+
+
+def test_what_is_asked_for_is_written(small: SmallRun, tmp_path: Path) -> None:
+    video, out = small.validation[0], tmp_path / "found"
+    whole = load_predictions(small.folder / "predictions.json")[video.stem]
+    least = whole[5][3]
+    flags = ["--format", "vtt,JSON", "--min-score", f"{least:.9f}", "--top-k", "4", "--subtitle-score", "0"]
+    assert detect(small, video, "--out", out, *flags) == 0
+    assert {path.name for path in out.iterdir()} == {"detections.json", f"{video.stem}.png", f"{video.stem}.vtt"}
+    assert load_predictions(out / "detections.json") == {video.stem: whole[:4]}
+    assert len(re.findall(" --> ", (out / f"{video.stem}.vtt").read_text())) == 4
+
+
+def test_a_model_file_and_the_same_video_twice(small: SmallRun, tmp_path: Path, capsys: Captured) -> None:
+    model = shutil.copy(small.folder / MODEL, tmp_path / "elsewhere.safetensors")
+    video = small.validation[0]
+    words = [model, video, video.parent / "." / video.name, "--out", tmp_path / "found", "--mem-budget", "4GB"]
+    assert main([str(word) for word in words]) == 0
+    assert "1 of 1 videos are done" in capsys.readouterr().out
+    assert list(load_predictions(tmp_path / "found" / "detections.json")) == [video.stem]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "VIDEO|FOLDER is missing"),
+        (["{bad}"], "bad.mp4"),
+        (["{bad}", "nowhere.mp4"], "none of the 2 videos can be used; first: video"),
+        (["{empty}"], "no video in this folder"),
+        (["{video}", "--format", "mp3"], '--format "mp3": name one or more of json,csv,srt,vtt'),
+        (["{video}", "--min-scor", "1"], "perhaps you meant --min-score"),
+        (["{video}", "--top-k", "0"], "--top-k 0"),
+        (["{video}", "--min-score", "2"], "--min-score 2"),
+        (["{video}", "--mem-budget", "50MB"], "nothing fits"),
+        (["{video}", "--mem-budget", "much"], "is not an amount of memory"),
+        (["{video}", "--out", "{file}"], "cannot write there"),
+        (["{video}", "--out", "/proc/found"], "--out /proc/found: cannot write there"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    words: list[str], says: str, small: SmallRun, tmp_path: Path, capsys: Captured
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.mp4").write_text("no video")
+    (tmp_path / "file").write_text("a file")
+    places = {name: tmp_path / name for name in ("empty", "file")}
+    before = sorted(tmp_path.rglob("*"))
+    given = [word.format(video=small.validation[0], bad=tmp_path / "bad.mp4", **places) for word in words]
+    assert main([str(small.folder), "--out", str(tmp_path / "a" / "found"), *given]) == 2
+    assert says in refused(capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_without_a_model(tmp_path: Path, small: SmallRun, capsys: Captured) -> None:
+    assert main([str(tmp_path), str(small.validation[0]), "--out", str(tmp_path / "found")]) == 2
+    assert "no run folder" in refused(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_of_equal_names_do_not_overwrite_each_other() -> None:
+    paths = [Path(p) for p in ("x/a.mp4", "x/a.mkv", "y/a.mp4", "z/y/a.mp4", "x/B.mp4", "y/b.MP4", "x/c.mp4", "x/c")]
+    names = unique_names(paths)
+    assert names[Path("x/a.mkv")] == "a.mkv"
+    assert names[Path("x/a.mp4")] == "x-a.mp4"
+    assert len({name.casefold() for name in names.values()}) == len(paths)
+    assert not any("/" in name for name in names.values())
+
+
+def test_help_and_typos_import_no_torch(small: SmallRun) -> None:
+    script = (
+        "import sys; from lofi_fast.__main__ import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    for words in (["detect", "--help"], ["detect", "run", "video", "--nonsense"]):
+        command = [sys.executable, "-c", script, *words]
+        assert subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True).returncode == 0
+
+
+def test_interrupted_it_keeps_what_it_found(small: SmallRun, tmp_path: Path) -> None:
+    long = joined(small.validation, tmp_path / "z-long.mp4", times=60)
+    out = tmp_path / "found"
+    command = [sys.executable, "-m", "lofi_fast", "detect", str(small.folder), str(small.validation[0]), str(long)]
+    with subprocess.Popen(
+        [*command, "--out", str(out), "--mem-budget", "4GB"], cwd=ROOT, env=ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not (out / f"{small.validation[0].stem}.png").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; 1 of 2 videos are done" in said and "Traceback" not in errors
+    assert list(json.loads((out / "detections.json").read_text())["results"]) == [small.validation[0].stem]
+    assert not list(out.glob("*.partial"))
