@@ -19,7 +19,7 @@ Shapes: N snippets, T frames a snippet, H x W pixels, C channels. Maps are chann
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class Convolution:
         """With the bias, and a ReLU after it."""
         if self._takes_conv3x3(x, weight):
             return conv3x3(x, weight, self.bias, relu=True)
-        out, _ = residual_shift(self.forward(x, weight), torch.ones_like(self.bias), self.bias)
+        out, _ = residual_shift(self.forward(x, weight), None, self.bias)
         return out
 
     def backward(
@@ -97,7 +97,7 @@ class Convolution:
 class Block:
     """What a lean block needs besides tensors with gradients."""
 
-    branch: tuple[Convolution, ...]
+    branch: tuple[Convolution, ...]  # the last one's bias includes that of the downsampling branch
     downsample: Convolution | None
     num_frames: int
     fold: int  # channels its own shift moved each way; 0: not shifted
@@ -148,14 +148,10 @@ class _Block(torch.autograd.Function):
             hidden = convolution.forward_relu(hidden, weight)
             kept += _store(hidden, eight_bit)
         last = block.branch[-1]
-        bias = last.bias
-        identity = x
-        if block.downsample is not None:
-            identity = block.downsample.forward(x, weights[-1])
-            bias = bias + block.downsample.bias
+        identity = x if block.downsample is None else block.downsample.forward(x, weights[-1])
         hidden = last.forward(hidden, weights[len(block.branch) - 1])
         out, shifted_out = residual_shift(
-            hidden, torch.ones_like(bias), bias, identity, num_frames=block.num_frames, fold=block.next_fold
+            hidden, None, last.bias, identity, num_frames=block.num_frames, fold=block.next_fold
         )
         stored_out = _store(out, eight_bit)
         ctx.set_materialize_grads(False)
@@ -226,7 +222,7 @@ class _Stem(torch.autograd.Function):
         eight_bit: bool,
     ) -> tuple[Tensor, ...]:
         hidden = convolution.forward(stem_input(frames, mean, weight.dtype), weight)
-        pooled, argmax = stem_forward(hidden, torch.ones_like(convolution.bias), convolution.bias)
+        pooled, argmax = stem_forward(hidden, None, convolution.bias)
         ctx.set_materialize_grads(False)
         ctx.convolution, ctx.size, ctx.num_frames, ctx.fold = convolution, hidden.shape[2:], num_frames, fold
         shifted, stored = temporal_shift(pooled, num_frames, fold), _store(pooled, eight_bit)
@@ -244,8 +240,7 @@ class _Stem(torch.autograd.Function):
         frames, mean, weight, argmax, *stored = ctx.saved_tensors
         pooled = _restore(tuple(stored), weight.dtype)
         grad = _through_relu(grad_pooled, grad_shifted, pooled, ctx.num_frames, ctx.fold)
-        scale = torch.ones_like(ctx.convolution.bias)
-        grad = stem_backward(grad, pooled, argmax, scale, *ctx.size)
+        grad = stem_backward(grad, pooled, argmax, None, *ctx.size)
         del pooled
         _, grad_weight = ctx.convolution.backward(grad, stem_input(frames, mean, weight.dtype), weight, (False, True))
         return None, None, None, grad_weight, None, None, None
@@ -255,8 +250,7 @@ def _through_relu(
     grad_out: Tensor | None, grad_shifted: Tensor | None, out: Tensor, num_frames: int, fold: int
 ) -> Tensor:
     """The gradient before the ReLU that made `out`, from those of `out` and of its shifted copy."""
-    one = torch.ones(out.shape[1], device=out.device, dtype=torch.promote_types(out.dtype, torch.float32))
-    grad, _ = residual_shift_backward(grad_out, grad_shifted, out, one, None, False, num_frames, fold)
+    grad, _ = residual_shift_backward(grad_out, grad_shifted, out, None, None, False, num_frames, fold)
     return grad
 
 
@@ -294,6 +288,9 @@ class LeanEncoder:
                 pairs.append((module.conv3, module.bn3))
             branch = [folded(*pair) for pair in pairs]
             downsample = None if module.downsample is None else folded(*module.downsample)
+            if downsample is not None:
+                last, last_weight = branch[-1]
+                branch[-1] = replace(last, bias=last.bias + downsample[0].bias), last_weight
             following = modules[index + 1] if index + 1 < len(modules) else None
             blocks.append(
                 Block(
