@@ -78,7 +78,7 @@ class Convolution:
         if self._takes_conv3x3(x, weight):
             return conv3x3(x, weight, self.bias, relu=True)
         if self.rounded_bias is not None:
-            fused: Tensor = torch.ops.aten.cudnn_convolution_relu(
+            fused: Tensor = torch.ops.aten.cudnn_convolution_relu.default(
                 x, weight, self.rounded_bias, [self.stride] * 2, [self.padding] * 2, [1, 1], 1
             )
             return fused
@@ -91,7 +91,7 @@ class Convolution:
         """Gradients of (x, weight), each where `mask` asks for it; of x before its ReLU, where `relu`."""
         if self._takes_conv3x3(x, weight):
             return conv3x3_backward(grad, x, weight, relu, mask)
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
             grad, x, weight, None, [self.stride] * 2, [self.padding] * 2, [1, 1], False, [0, 0], 1, [*mask, False]
         )
         if relu and mask[0]:
