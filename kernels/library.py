@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # Owned here for the life of the process: the operators are unregistered when this object dies.
 LIBRARY = torch.library.Library("lofi_fast", "DEF")
@@ -117,6 +118,15 @@ def define(
     elif triton is not None:
         LIBRARY.impl(name, reference, "CUDA")
         forms["cuda"][name] = "reference (Triton is not installed)"
+
+
+def direct(x: Tensor) -> bool:
+    """Whether a public function may call its Triton form for ``x`` itself, past the dispatcher.
+
+    So it may on a GPU while no graph is recorded, as inside autograd functions written by hand, for ordinary tensors:
+    torch.library's layer for autograd is Python, and costs the host more than the launch.
+    """
+    return x.is_cuda and type(x) is Tensor and triton_version is not None and not torch.is_grad_enabled()
 
 
 def describe(device: str = "cpu") -> str:

@@ -21,6 +21,7 @@ from lofi_fast.kernels.align_linear import (
     reference,
     roi_grid,
 )
+from lofi_fast.kernels.align_linear.sampling import weights_of
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 
@@ -366,8 +367,6 @@ def test_three_terms_of_other_rules_and_widths(batch: int) -> None:
 
 
 def test_joined_weights_are_cached() -> None:
-    from lofi_fast.kernels.align_linear.sampling import weights_of
-
     inner, around = proposal_grid(6, 6, 32), proposal_grid(6, 6, 4)
     assert weights_of((inner,)) is inner.weights
     joined = weights_of((inner, around))
@@ -647,6 +646,42 @@ def test_on_the_gpu_at_a_head_shape(dtype: torch.dtype) -> None:
     exact = [x.detach().double().requires_grad_() for x in inputs]
     exact_out = align_linear_sum([(exact[0], grids[0], exact[1]), (exact[2], grids[1], exact[3])])
     exact_gradients = torch.autograd.grad(exact_out, exact, grad.double())
-    for ours, truth in zip((out, *first), (exact_out, *exact_gradients), strict=True):
-        # Two roundings: Z, or its gradient, and the result.
-        assert (ours.double() - truth).norm() <= 4 * torch.finfo(dtype).eps * truth.norm()
+    results = list(zip((out, *first), (exact_out, *exact_gradients), strict=True))
+    allowed = [4 * torch.finfo(dtype).eps * truth.norm() for _, truth in results]
+    if dtype == torch.float32:
+        # Those are of two roundings: of Z, or its gradient, and of the result. In float32 the sums round as well, at
+        # each of some thousand entries of a row in turn, and in half precision they are kept in float32.
+        constants = [x.detach() for x in inputs]
+        plain = in_plain_pytorch(constants[::2], grids, constants[1::2], grad)
+        errors = [2 * (x.double() - truth).norm() for x, (_, truth) in zip(plain, results, strict=True)]
+        allowed = [max(pair) for pair in zip(allowed, errors, strict=True)]
+    for (ours, truth), bound in zip(results, allowed, strict=True):
+        assert (ours.double() - truth).norm() <= bound
+
+
+def in_plain_pytorch(
+    features: Sequence[Tensor], grids: tuple[SamplingGrid, ...], weights: Sequence[Tensor], grad: Tensor
+) -> list[Tensor]:
+    """The result of align_linear_sum and its gradients, of each term's features and weight: the same computation, with
+    PyTorch's matrix products, and its embedding_bag for the sparse sums, whose order is that of every form.
+    """
+    matrix, transposed = weights_of(grids).on(grad.device, grad.dtype)
+    projected = torch.cat([torch.einsum("bct,ocr->btro", x, w) for x, w in zip(features, weights, strict=True)], dim=2)
+    out = reference.gather_rows(projected.flatten(1, 2), *matrix, None, 1).transpose(1, 2)
+    grad_projected = reference.gather_rows(grad.transpose(1, 2), *transposed, None, 1).view_as(projected)
+    parts = grad_projected.split([grid.num_bins for grid in grids], dim=2)
+    gradients = []
+    for x, w, part in zip(features, weights, parts, strict=True):
+        gradients += [torch.einsum("btro,ocr->bct", part, w), torch.einsum("btro,bct->ocr", part, x)]
+    return [out, *gradients]
+
+
+def test_plain_pytorch_computes_the_same_layer() -> None:
+    grids = (proposal_grid(6, 6, 4), proposal_grid(6, 6, 3))
+    inputs = [x for grid in grids for x in operands(2, 5, grid, 7)[:2]]
+    out = align_linear_sum([(inputs[0], grids[0], inputs[1]), (inputs[2], grids[1], inputs[3])])
+    grad = normal(*out.shape, seed=1)
+    constants = [x.detach() for x in inputs]
+    plain = in_plain_pytorch(constants[::2], grids, constants[1::2], grad)
+    for ours, theirs in zip((out, *torch.autograd.grad(out, inputs, grad)), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)

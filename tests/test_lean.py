@@ -39,7 +39,7 @@ def frozen(name: EncoderName = "tsm_r18", width: int = 16, dtype: torch.dtype = 
 def gradients(encoder: TSMResNet, features: Tensor) -> dict[str, Tensor]:
     """Of a loss that no direction of the features is blind to."""
     generator = torch.Generator().manual_seed(1)
-    direction = torch.randn(features.shape, generator=generator, dtype=torch.float64).to(features.dtype)
+    direction = torch.randn(features.shape, generator=generator, dtype=torch.float64).to(features)
     learning = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     found = torch.autograd.grad((features * direction).sum() + features.square().sum(), list(learning.values()))
     return dict(zip(learning, found, strict=True))
@@ -254,3 +254,49 @@ def test_gradient_scaler_sees_what_plain_autograd_gives() -> None:
     grads = torch.autograd.grad(encoder(x, 4).sum(), list(learning.values()))
     for (k, value), grad in zip(after.items(), grads, strict=True):
         torch.testing.assert_close(value, before[k] - 0.1 * grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)], ids=["3x3", "3x3_stride_2", "1x1"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cudnn_adds_bias_and_relu_within_two_roundings(dtype: torch.dtype, kernel: int, stride: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator).cuda()
+        for shape in ((16, 64, 28, 28), (128, 64, kernel, kernel), (128,))
+    )
+    x, weight = (t.to(dtype, memory_format=torch.channels_last) for t in (x, weight / (8 * kernel)))
+    assert lean._cudnn_adds_bias(x.device, dtype)
+    convolution = lean.Convolution(stride, kernel // 2, bias, bias.to(dtype))
+    exact = torch.conv2d(x.double(), weight.double(), bias.double(), stride, kernel // 2).relu()
+    # What the result's memory held before has no part in it.
+    poisoned = torch.full_like(exact, torch.nan, dtype=dtype)
+    address = poisoned.data_ptr()
+    del poisoned
+    out = convolution.forward_relu(x, weight)
+    assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+    assert out.data_ptr() == address
+    unit = torch.finfo(dtype).eps / 2
+    products = torch.conv2d(x.double().abs(), weight.double().abs(), None, stride, kernel // 2)
+    sums = weight[0].numel() * 2.0**-24 * products  # of float32 sums, in any order
+    allowed = unit * (bias.double().abs().view(-1, 1, 1) + exact) * 1.01 + sums
+    assert ((out.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["tsm_r18", "tsm_r50"])
+def test_bfloat16_on_the_gpu_is_as_good_as_plain_autocast(name: EncoderName) -> None:
+    exact = frozen(name).cuda()
+    single = copy.deepcopy(exact).float()
+    x = frames(16, side=64).cuda()
+    expected_features = exact(x, 8)
+    expected = gradients(exact, expected_features)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        plain, ours = single(x, 8), encode(single, x, 8, chunk=1)
+
+    def error(found: dict[str, Tensor]) -> float:
+        differences = [(found[k].double() - expected[k]).norm() / expected[k].norm() for k in expected]
+        return float(torch.stack(differences).mean())
+
+    assert (ours.double() - expected_features).norm() <= 1.5 * (plain.double() - expected_features).norm()
+    assert error(gradients(single, ours)) <= 1.5 * error(gradients(single, plain))

@@ -120,14 +120,20 @@ def case(
 def plain(c: Case) -> list[Tensor]:
     """Outputs and gradients of the same computation in plain PyTorch, at the dtype of the case."""
     x = c.x.detach().clone().requires_grad_()
-    statistics = (torch.zeros_like(c.scale), torch.ones_like(c.scale))
-    v = F.batch_norm(x, *statistics, c.scale, c.bias, eps=0) if x.numel() else x * 1
+
+    def batch_norm(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        # Not through torch.nn.functional, which refuses an eps of 0 from torch 2.11 on.
+        mean, var = torch.zeros_like(scale), torch.ones_like(scale)
+        return torch.batch_norm(x, scale, bias, mean, var, False, 0.0, 0.0, False)
+
+    v = batch_norm(x, c.scale, c.bias) if x.numel() else x * 1
     wanted = [x]
     if c.identity is not None:
         identity = c.identity.detach().clone().requires_grad_()
         wanted.append(identity)
         if c.identity_scale is not None and x.numel():
-            v = v + F.batch_norm(identity, *statistics, c.identity_scale, c.identity_bias, eps=0)
+            assert c.identity_bias is not None
+            v = v + batch_norm(identity, c.identity_scale, c.identity_bias)
         else:
             v = v + identity
     out = F.relu(v)
@@ -168,6 +174,18 @@ def test_layouts_and_dtypes(form: Form, dtype: torch.dtype, layout: str) -> None
     for identity in ("identity", "downsampled"):
         c = case(SHAPES["ordinary"], identity, layout, dtype)
         assert_right(run(form, c), c)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_scale_of_none_is_one(form: Form, dtype: torch.dtype, layout: str) -> None:
+    c = case(SHAPES["ordinary"], "identity", layout, dtype)
+    c.scale = torch.ones_like(c.scale)
+    expected = run(form, c)
+    out, shifted = form.forward(c.x, None, *c.inputs[2:])
+    rest = (out, None, None, True, c.num_frames, c.fold)
+    got = [out, shifted, *form.backward(c.grad_out, c.grad_shifted, *rest)]
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -293,7 +311,9 @@ def test_opcheck(identity: str, layout: str) -> None:
     rest = (c.x.relu(), c.scale, c.identity_scale, identity != "no-identity", c.num_frames, c.fold)
     torch.library.opcheck(ops.residual_shift_backward.default, (c.grad_out, c.grad_shifted, *rest))
     torch.library.opcheck(ops.residual_shift_backward.default, (None, c.grad_shifted, *rest))
+    torch.library.opcheck(ops.residual_shift_backward.default, (None, c.grad_shifted, rest[0], None, *rest[2:]))
     torch.library.opcheck(ops.residual_shift.default, (*c.inputs[:6], 1, 0))
+    torch.library.opcheck(ops.residual_shift.default, (c.x, None, *c.inputs[2:]))
     for leaf in (c.x, c.identity):
         if leaf is not None:
             leaf.requires_grad_()

@@ -126,6 +126,18 @@ def test_equals_max_pool_of_relu_in_value_position_and_gradient(
     exactly(form.stem_backward(grad, pooled, argmax, scale, *shape[2:]), expected_grad)
 
 
+@every_layout
+@every_dtype
+def test_a_scale_of_none_is_one(form: Form, dtype: torch.dtype, layout: str) -> None:
+    x, (scale, bias) = images((2, 9, 6, 7), layout, dtype), affine(9, dtype)
+    scale = torch.ones_like(scale)
+    pooled, argmax = form.stem(x, None, bias)
+    for got, expected in zip((pooled, argmax), form.stem(x, scale, bias), strict=True):
+        exactly(got, expected)
+    grad = images(tuple(pooled.shape), layout, dtype, seed=2)
+    exactly(form.stem_backward(grad, pooled, argmax, None, 6, 7), form.stem_backward(grad, pooled, argmax, scale, 6, 7))
+
+
 @pytest.mark.parametrize("shape", [(2, 32, 9, 8), (1, 9, 6, 11)], ids=["ordinary", "nine-channels"])
 @every_dtype
 def test_is_as_good_as_plain_pytorch(form: Form, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -399,9 +411,11 @@ def test_opcheck(shape: tuple[int, ...], layout: str) -> None:
     x = images(shape, layout).requires_grad_()
     scale, bias = affine(shape[1], torch.float32)
     torch.library.opcheck(torch.ops.lofi_fast.stem, (x, scale, bias))
+    torch.library.opcheck(torch.ops.lofi_fast.stem, (x, None, bias))
     pooled, argmax = torch.ops.lofi_fast.stem(x.detach(), scale, bias)
     grad = images(tuple(pooled.shape), layout)
-    torch.library.opcheck(torch.ops.lofi_fast.stem_backward, (grad, pooled, argmax, scale, *shape[2:]))
+    for given in (scale, None):
+        torch.library.opcheck(torch.ops.lofi_fast.stem_backward, (grad, pooled, argmax, given, *shape[2:]))
 
 
 @pytest.mark.parametrize("frames", [FRAMES["ordinary"], FRAMES["cropped"]], ids=["ordinary", "cropped"])

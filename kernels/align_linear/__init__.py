@@ -12,6 +12,7 @@ cell (9216 in G-TAD), this one O. Layers over several feature maps add up by giv
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .sampling import (
     ProposalGrid,
     SamplingGrid,
     SamplingWeights,
+    SparseRows,
     boundary_matching_grid,
     proposal_grid,
     roi_grid,
@@ -159,9 +161,9 @@ class _AlignLinear(torch.autograd.Function):
             projected = features.new_empty(batch * num_snippets, num_bins * num_outputs, dtype=dtype)
             for rows, flat_weight, columns in _products(operands, dtype):
                 torch.mm(rows, flat_weight, out=projected[:, columns])
-            out_BNO: Tensor = torch.ops.lofi_fast.gather_rows(
+            out_BNO = _gather_rows(
                 projected.view(batch, num_snippets * num_bins, num_outputs),
-                *matrix,
+                matrix,
                 None if bias is None else bias.to(sum_dtype),
                 1,
             )
@@ -181,7 +183,7 @@ class _AlignLinear(torch.autograd.Function):
             _, transposed = ctx.weights.on(grad_BNO.device, sum_dtype)
             with torch.autocast(grad_BNO.device.type, enabled=False):
                 # Neighbouring snippets of one bin are sampled by neighbouring cells.
-                grad_projected = torch.ops.lofi_fast.gather_rows(grad_BNO, *transposed, None, num_bins)
+                grad_projected = _gather_rows(grad_BNO, transposed, None, num_bins)
                 batch, _, num_snippets = operands[0].shape
                 grad_projected = grad_projected.view(batch * num_snippets, num_bins * grad_BNO.shape[2])
                 for term, (rows, flat_weight, columns) in enumerate(_products(operands, dtype)):
@@ -214,12 +216,23 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _gather_rows_triton(
-    dense: Tensor, offsets: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, row_step: int
-) -> Tensor:
+@cache
+def _kernel() -> Any:
+    """The module of the Triton form, imported when it first runs: elsewhere Triton may be missing."""
     from . import kernel
 
-    return kernel.gather_rows(dense, offsets, columns, values, bias, row_step)
+    return kernel
+
+
+def _gather_rows_triton(*arguments: Any) -> Any:
+    return _kernel().gather_rows(*arguments)
+
+
+def _gather_rows(dense: Tensor, matrix: SparseRows, bias: Tensor | None, row_step: int) -> Tensor:
+    """The operator inside an autograd function."""
+    run = _kernel().gather_rows if library.direct(dense) else torch.ops.lofi_fast.gather_rows
+    rows: Tensor = run(dense, *matrix, bias, row_step)
+    return rows
 
 
 def _gather_rows_fake(

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch
+from ..launch import Launch, Launcher
 
 ROWS = 8  # rows of a program
 BLOCK = 128  # outputs of a program
@@ -101,14 +101,20 @@ def gather_rows_launch(
     )
 
 
+_gather = Launcher()
+
+
 def gather_rows(
     dense: Tensor, offsets: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, row_step: int
 ) -> Tensor:
+    dense = dense.contiguous()
     out = dense.new_empty(len(dense), len(offsets) - 1, dense.shape[2])
-    if out.numel():
-        dense, offsets, columns, values = (x.contiguous() for x in (dense, offsets, columns, values))
-        bias = None if bias is None else bias.contiguous()
-        gather_rows_launch(dense, offsets, columns, values, bias, row_step, out).run()
+    tensors, key = (dense, offsets, columns, values, bias, out), (row_step, dense.dtype, dense.shape, out.shape)
+    if _gather.repeat(tensors, key) or not out.numel():
+        return out
+    offsets, columns, values = (x.contiguous() for x in (offsets, columns, values))
+    bias = None if bias is None else bias.contiguous()
+    _gather.run(gather_rows_launch(dense, offsets, columns, values, bias, row_step, out), tensors, key)
     return out
 
 

@@ -30,6 +30,8 @@ def conv3x3_is_faster(x: Tensor, weight: Tensor) -> bool:
         x: (N, C, H, W).
         weight: (K, C, h, w).
     """
+    if not x.is_cpu:
+        return False
     num, channels, height, width = x.shape
     tiles = num * -(-height // TILE) * -(-width // TILE)
     return (
@@ -38,7 +40,7 @@ def conv3x3_is_faster(x: Tensor, weight: Tensor) -> bool:
         and tiles >= MIN_TILES
         and num * height * width >= 9 * tiles
         and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
+        and weight.is_cpu
         and library.forms["cpu"]["conv3x3"] == "C++"
         and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     _check_dimensions("quantize", "x", x)
     if x.dtype not in _FLOATS:
         raise ValueError(f"quantize: x must be float32, float16, bfloat16 or float64, got {x.dtype}")
-    codes, scale = torch.ops.lofi_fast.quantize(x)
+    run = _kernel().quantize if library.direct(x) else torch.ops.lofi_fast.quantize
+    codes, scale = run(x)
     return codes, scale
 
 
@@ -75,7 +77,8 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
             f"dequantize: scale must be {exact} {tuple(codes.shape[:2])} on {codes.device} for {dtype}, got "
             f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
         )
-    x: Tensor = torch.ops.lofi_fast.dequantize(codes, scale, dtype)
+    run = _kernel().dequantize if library.direct(codes) else torch.ops.lofi_fast.dequantize
+    x: Tensor = run(codes, scale, dtype)
     return x
 
 
@@ -96,16 +99,20 @@ def _dequantize_fake(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor
     return empty_beside(codes, codes.shape, dtype)
 
 
-def _quantize_triton(x: Tensor) -> tuple[Tensor, Tensor]:
+@cache
+def _kernel() -> Any:
+    """The module of the Triton forms, imported when one first runs: elsewhere Triton may be missing."""
     from . import kernel
 
-    return kernel.quantize(x)
+    return kernel
 
 
-def _dequantize_triton(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    from . import kernel
+def _quantize_triton(*arguments: Any) -> Any:
+    return _kernel().quantize(*arguments)
 
-    return kernel.dequantize(codes, scale, dtype)
+
+def _dequantize_triton(*arguments: Any) -> Any:
+    return _kernel().dequantize(*arguments)
 
 
 def _no_derivative(ctx: Any, *grads: Tensor) -> None:

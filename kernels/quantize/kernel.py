@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch
+from ..launch import Launch, Launcher
 from ..stem.reference import empty_beside, memory_format
 
 _WARPS = 8
@@ -140,16 +140,25 @@ def dequantize_launch(codes: Tensor, scale: Tensor, x: Tensor) -> Launch:
     )
 
 
+_quantize, _dequantize = Launcher(), Launcher()
+
+
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = empty_beside(x, x.shape, torch.uint8)
     scale = x.new_empty(x.shape[:2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    quantize_launch(x.contiguous(memory_format=memory_format(x)), codes, scale).run()
+    tensors, key = (x, codes, scale), (x.dtype, x.shape)
+    if not _quantize.repeat(tensors, key):
+        launch = quantize_launch(x.contiguous(memory_format=memory_format(x)), codes, scale)
+        _quantize.run(launch, tensors, key)
     return codes, scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     x = empty_beside(codes, codes.shape, dtype)
-    dequantize_launch(codes.contiguous(memory_format=memory_format(codes)), scale.contiguous(), x).run()
+    tensors, key = (codes, scale, x), (dtype, codes.shape)
+    if not _dequantize.repeat(tensors, key):
+        launch = dequantize_launch(codes.contiguous(memory_format=memory_format(codes)), scale.contiguous(), x)
+        _dequantize.run(launch, tensors, key)
     return x
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ __all__ = ["residual_shift", "residual_shift_backward"]
 
 def residual_shift(
     x: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     bias: Tensor,
     identity: Tensor | None = None,
     identity_scale: Tensor | None = None,
@@ -32,7 +33,7 @@ def residual_shift(
 
     Args:
         x: (N*T, C, H, W) float32, float16, bfloat16 or float64, any strides. The frames of one snippet are consecutive.
-        scale, bias: (C,) float32, or float64 with float64 x. They get no gradient.
+        scale, bias: (C,) float32, or float64 with float64 x. They get no gradient. A scale of None stands for 1.
         identity: of x's shape and dtype, or None. It is read in x's memory format, and copied where it has another.
         identity_scale, identity_bias: as scale and bias, for the identity (a downsampling branch); both or neither.
         num_frames: T, frames in one snippet.
@@ -55,12 +56,13 @@ def residual_shift(
         raise ValueError("residual_shift: identity_scale and identity_bias come together")
     if identity is None and identity_scale is not None:
         raise ValueError("residual_shift: identity_scale and identity_bias come with an identity")
-    affine = {"scale": scale, "bias": bias, "identity_scale": identity_scale, "identity_bias": identity_bias}
-    for name, numbers in affine.items():
-        _check_channels("residual_shift", name, numbers, x)
-    out, shifted = torch.ops.lofi_fast.residual_shift(
-        x, scale, bias, identity, identity_scale, identity_bias, num_frames, fold
-    )
+    _check_floating("residual_shift", x)
+    _check_channels("residual_shift", "scale", scale, x)
+    _check_channels("residual_shift", "bias", bias, x)
+    _check_channels("residual_shift", "identity_scale", identity_scale, x)
+    _check_channels("residual_shift", "identity_bias", identity_bias, x)
+    run = _kernel().residual_shift if library.direct(x) else torch.ops.lofi_fast.residual_shift
+    out, shifted = run(x, scale, bias, identity, identity_scale, identity_bias, num_frames, fold)
     return out, shifted if fold else None
 
 
@@ -68,7 +70,7 @@ def residual_shift_backward(
     grad_out: Tensor | None,
     grad_shifted: Tensor | None,
     out: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     identity_scale: Tensor | None = None,
     with_identity: bool = False,
     num_frames: int = 1,
@@ -82,7 +84,7 @@ def residual_shift_backward(
     Args:
         grad_out, grad_shifted: of out's shape and dtype, any strides; None counts as zero.
         out: (N*T, C, H, W) what ``residual_shift`` returned.
-        scale, identity_scale: (C,) as given to ``residual_shift``.
+        scale, identity_scale: (C,) or None, as given to ``residual_shift``.
         with_identity: whether the identity's gradient is wanted.
         num_frames, fold: as given to ``residual_shift``.
 
@@ -99,11 +101,11 @@ def residual_shift_backward(
     _check_features(op, "grad_shifted", grad_shifted, out)
     if grad_shifted is not None and not fold:
         raise ValueError(f"{op}: grad_shifted needs the fold of the shifted copy, not 0")
+    _check_floating(op, out)
     _check_channels(op, "scale", scale, out)
     _check_channels(op, "identity_scale", identity_scale, out)
-    grad_x, grad_identity = torch.ops.lofi_fast.residual_shift_backward(
-        grad_out, grad_shifted, out, scale, identity_scale, with_identity, num_frames, fold
-    )
+    run = _kernel().residual_shift_backward if library.direct(out) else torch.ops.lofi_fast.residual_shift_backward
+    grad_x, grad_identity = run(grad_out, grad_shifted, out, scale, identity_scale, with_identity, num_frames, fold)
     return grad_x, grad_identity if with_identity else None
 
 
@@ -117,9 +119,12 @@ def _check_features(op: str, name: str, features: Tensor | None, x: Tensor) -> N
         )
 
 
-def _check_channels(op: str, name: str, numbers: Tensor | None, x: Tensor) -> None:
+def _check_floating(op: str, x: Tensor) -> None:
     if not x.dtype.is_floating_point:
         raise ValueError(f"{op}: the features must be floating point, not {x.dtype}")
+
+
+def _check_channels(op: str, name: str, numbers: Tensor | None, x: Tensor) -> None:
     if numbers is None:
         return
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -132,24 +137,25 @@ def _check_channels(op: str, name: str, numbers: Tensor | None, x: Tensor) -> No
         raise ValueError(f"{op}: {name} gets no gradient, but requires one: detach it, or freeze batch norm")
 
 
-def _triton(
-    x: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    identity: Tensor | None,
-    identity_scale: Tensor | None,
-    identity_bias: Tensor | None,
-    num_frames: int,
-    fold: int,
-) -> tuple[Tensor, Tensor]:
+@cache
+def _kernel() -> Any:
+    """The module of the Triton forms, imported when one first runs: elsewhere Triton may be missing."""
     from . import kernel
 
-    return kernel.residual_shift(x, scale, bias, identity, identity_scale, identity_bias, num_frames, fold)
+    return kernel
+
+
+def _triton(*arguments: Any) -> Any:
+    return _kernel().residual_shift(*arguments)
+
+
+def _triton_backward(*arguments: Any) -> Any:
+    return _kernel().residual_shift_backward(*arguments)
 
 
 def _fake(
     x: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     bias: Tensor,
     identity: Tensor | None,
     identity_scale: Tensor | None,
@@ -160,28 +166,11 @@ def _fake(
     return torch.empty_like(x), torch.empty_like(x) if fold else x.new_empty(0)
 
 
-def _triton_backward(
-    grad_out: Tensor | None,
-    grad_shifted: Tensor | None,
-    out: Tensor,
-    scale: Tensor,
-    identity_scale: Tensor | None,
-    with_identity: bool,
-    num_frames: int,
-    fold: int,
-) -> tuple[Tensor, Tensor]:
-    from . import kernel
-
-    return kernel.residual_shift_backward(
-        grad_out, grad_shifted, out, scale, identity_scale, with_identity, num_frames, fold
-    )
-
-
 def _fake_backward(
     grad_out: Tensor | None,
     grad_shifted: Tensor | None,
     out: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     identity_scale: Tensor | None,
     with_identity: bool,
     num_frames: int,
@@ -214,15 +203,15 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 
 library.define(
-    "residual_shift(Tensor x, Tensor scale, Tensor bias, Tensor? identity, Tensor? identity_scale, "
+    "residual_shift(Tensor x, Tensor? scale, Tensor bias, Tensor? identity, Tensor? identity_scale, "
     "Tensor? identity_bias, int num_frames, int fold) -> (Tensor out, Tensor shifted)",
     reference.residual_shift,
     _fake,
     triton=_triton,
 )
 library.define(
-    "residual_shift_backward(Tensor? grad_out, Tensor? grad_shifted, Tensor out, Tensor scale, Tensor? identity_scale, "
-    "bool with_identity, int num_frames, int fold) -> (Tensor grad_x, Tensor grad_identity)",
+    "residual_shift_backward(Tensor? grad_out, Tensor? grad_shifted, Tensor out, Tensor? scale, "
+    "Tensor? identity_scale, bool with_identity, int num_frames, int fold) -> (Tensor grad_x, Tensor grad_identity)",
     reference.residual_shift_backward,
     _fake_backward,
     triton=_triton_backward,

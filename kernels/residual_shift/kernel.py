@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch
+from ..launch import Launch, Launcher
 from ..temporal_shift.kernel import laid_out_as, place, rows_of, tile
 
 
@@ -44,9 +44,11 @@ def residual_shift_kernel(
     here = (first + frame) * image + elements
     inside = granules < image
     channel = (position + lanes) // inner
-    number = scale.dtype.element_ty
+    number: tl.constexpr = bias.dtype.element_ty
     value = tl.load(x + here, mask=inside, other=0).to(number)
-    value = value * tl.load(scale + channel) + tl.load(bias + channel)
+    if scale is not None:
+        value = value * tl.load(scale + channel)
+    value = value + tl.load(bias + channel)
     if identity is not None:
         added = tl.load(identity + here, mask=inside, other=0).to(number)
         if identity_scale is not None:
@@ -89,7 +91,7 @@ def residual_shift_backward_kernel(
     here = (first + frame) * image + elements
     inside = granules < image
     channel = (position + lanes) // inner
-    number = scale.dtype.element_ty
+    number: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
     grad = tl.zeros((BLOCK // GRANULE, GRANULE), dtype=number)
     if grad_out is not None:
         grad += tl.load(grad_out + here, mask=inside, other=0).to(number)
@@ -99,7 +101,8 @@ def residual_shift_backward_kernel(
         limit = tl.where(there, image, 0)
         grad += tl.load(grad_shifted + (first + source) * image + elements, mask=granules < limit, other=0).to(number)
     grad = tl.where(tl.load(out + here, mask=inside, other=0).to(number) <= 0, 0.0, grad)
-    tl.store(grad_x + here, (grad * tl.load(scale + channel)).to(grad_x.dtype.element_ty), mask=inside)
+    value = grad * tl.load(scale + channel) if scale is not None else grad
+    tl.store(grad_x + here, value.to(grad_x.dtype.element_ty), mask=inside)
     if grad_identity is not None:
         if identity_scale is not None:
             grad *= tl.load(identity_scale + channel)
@@ -118,7 +121,7 @@ def _launch(
 
 def residual_shift_launch(
     x: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     bias: Tensor,
     identity: Tensor | None,
     identity_scale: Tensor | None,
@@ -146,7 +149,7 @@ def residual_shift_backward_launch(
     grad_out: Tensor | None,
     grad_shifted: Tensor | None,
     out: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     identity_scale: Tensor | None,
     grad_x: Tensor,
     grad_identity: Tensor | None,
@@ -166,9 +169,12 @@ def residual_shift_backward_launch(
     return _launch(residual_shift_backward_kernel, grad_x, tensors, num_frames, fold, 1024)
 
 
+_forward, _backward = Launcher(), Launcher(given=2)
+
+
 def residual_shift(
     x: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     bias: Tensor,
     identity: Tensor | None,
     identity_scale: Tensor | None,
@@ -178,7 +184,12 @@ def residual_shift(
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(x)
     shifted = torch.empty_like(x) if fold else x.new_empty(0)
-    if x.numel() == 0:
+    copy = shifted if fold else None
+    tensors, key = (
+        (x, scale, bias, identity, identity_scale, identity_bias, out, copy),
+        (num_frames, fold, x.dtype, x.shape),
+    )
+    if _forward.repeat(tensors, key) or x.numel() == 0:
         return out, shifted
     if rows_of(out) is None:
         plain = None if identity is None else identity.contiguous()
@@ -186,18 +197,19 @@ def residual_shift(
             x.contiguous(), scale, bias, plain, identity_scale, identity_bias, num_frames, fold
         )
         return out.copy_(plain_out), shifted.copy_(plain_shifted)
-    residual_shift_launch(
+    launch = residual_shift_launch(
         laid_out_as(out, x),
-        scale.contiguous(),
+        _contiguous(scale),
         bias.contiguous(),
         None if identity is None else laid_out_as(out, identity),
-        None if identity_scale is None else identity_scale.contiguous(),
-        None if identity_bias is None else identity_bias.contiguous(),
+        _contiguous(identity_scale),
+        _contiguous(identity_bias),
         out,
-        shifted if fold else None,
+        copy,
         num_frames,
         fold,
-    ).run()
+    )
+    _forward.run(launch, tensors, key)
     return out, shifted
 
 
@@ -205,7 +217,7 @@ def residual_shift_backward(
     grad_out: Tensor | None,
     grad_shifted: Tensor | None,
     out: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     identity_scale: Tensor | None,
     with_identity: bool,
     num_frames: int,
@@ -213,14 +225,19 @@ def residual_shift_backward(
 ) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(out)
     grad_identity = torch.empty_like(out) if with_identity else out.new_empty(0)
-    if out.numel() == 0:
-        return grad_x, grad_identity
     if grad_out is None and grad_shifted is None:
         return grad_x.zero_(), grad_identity.zero_()
+    added = grad_identity if with_identity else None
+    tensors, key = (
+        (grad_out, grad_shifted, out, scale, identity_scale, grad_x, added),
+        (num_frames, fold, out.dtype, out.shape),
+    )
+    if _backward.repeat(tensors, key) or out.numel() == 0:
+        return grad_x, grad_identity
     if rows_of(grad_x) is None:
         plain_x, plain_identity = residual_shift_backward(
-            None if grad_out is None else grad_out.contiguous(),
-            None if grad_shifted is None else grad_shifted.contiguous(),
+            _contiguous(grad_out),
+            _contiguous(grad_shifted),
             out.contiguous(),
             scale,
             identity_scale,
@@ -229,18 +246,23 @@ def residual_shift_backward(
             fold,
         )
         return grad_x.copy_(plain_x), grad_identity.copy_(plain_identity)
-    residual_shift_backward_launch(
+    launch = residual_shift_backward_launch(
         None if grad_out is None else laid_out_as(grad_x, grad_out),
         None if grad_shifted is None else laid_out_as(grad_x, grad_shifted),
         laid_out_as(grad_x, out),
-        scale.contiguous(),
-        None if identity_scale is None else identity_scale.contiguous(),
+        _contiguous(scale),
+        _contiguous(identity_scale),
         grad_x,
-        grad_identity if with_identity else None,
+        added,
         num_frames,
         fold,
-    ).run()
+    )
+    _backward.run(launch, tensors, key)
     return grad_x, grad_identity
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def examples() -> dict[str, Launch]:
@@ -250,6 +272,7 @@ def examples() -> dict[str, Launch]:
         launches |= _example(f"{name} channels-last", 64, 56, dtype, fold=8)
         launches |= _example(f"{name} channels-last downsampled", 128, 28, dtype, fold=16, affine=True)
         launches |= _example(f"{name} channels-last no identity", 256, 14, dtype, identity=False)
+        launches |= _example(f"{name} channels-last no scale", 64, 56, dtype, fold=8, scaled=False)
         launches |= _example(f"{name} channels-last last block", 512, 7, dtype)
         launches |= _example(f"{name} NCHW", 64, 56, dtype, fold=8, layout=torch.contiguous_format)
     launches |= _example("fp32 channels-last", 32, 56, torch.float32, fold=4)
@@ -264,13 +287,15 @@ def _example(
     identity: bool = True,
     fold: int = 0,
     affine: bool = False,
+    scaled: bool = True,
     layout: torch.memory_format = torch.channels_last,
 ) -> dict[str, Launch]:
     x = torch.empty(64, channels, side, side, dtype=dtype, device="meta").contiguous(memory_format=layout)
     numbers = torch.empty(channels, device="meta")
-    more, added, shifted = numbers if affine else None, x if identity else None, x if fold else None
+    scale, more = numbers if scaled else None, numbers if affine else None
+    added, shifted = x if identity else None, x if fold else None
     name = f"{name} {side}x{side}x{channels} fold {fold}"
     return {
-        f"forward {name}": residual_shift_launch(x, numbers, numbers, added, more, more, x, shifted, 8, fold),
-        f"backward {name}": residual_shift_backward_launch(x, shifted, x, numbers, more, x, added, 8, fold),
+        f"forward {name}": residual_shift_launch(x, scale, numbers, added, more, more, x, shifted, 8, fold),
+        f"backward {name}": residual_shift_backward_launch(x, shifted, x, scale, more, x, added, 8, fold),
     }

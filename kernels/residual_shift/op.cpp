@@ -45,8 +45,10 @@ void with_identity(Identity identity, const F& f) {
 template <typename S>
 class Channels {
  public:
+  // Where none are given they are 1, as a scale is.
   Channels(const char* op, const char* name, const std::optional<Tensor>& numbers, const Images& images) {
     if (!numbers) {
+      numbers_.assign(period(images), 1);
       return;
     }
     STD_TORCH_CHECK(numbers->dim() == 1 && numbers->size(0) == images.channels && numbers->is_cpu(), op, ": ", name,
@@ -314,7 +316,7 @@ const T* data_of(const std::optional<Tensor>& tensor) {
 
 Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
-std::tuple<Tensor, Tensor> residual_shift(const Tensor& x, const Tensor& scale, const Tensor& bias,
+std::tuple<Tensor, Tensor> residual_shift(const Tensor& x, std::optional<Tensor> scale, const Tensor& bias,
                                           std::optional<Tensor> identity, std::optional<Tensor> identity_scale,
                                           std::optional<Tensor> identity_bias, int64_t num_frames, int64_t fold) {
   const char* const op = "residual_shift";
@@ -366,7 +368,7 @@ std::tuple<Tensor, Tensor> residual_shift(const Tensor& x, const Tensor& scale, 
 }
 
 std::tuple<Tensor, Tensor> residual_shift_backward(std::optional<Tensor> grad_out, std::optional<Tensor> grad_shifted,
-                                                   const Tensor& out, const Tensor& scale,
+                                                   const Tensor& out, std::optional<Tensor> scale,
                                                    std::optional<Tensor> identity_scale, bool with_identity_grad,
                                                    int64_t num_frames, int64_t fold) {
   const char* const op = "residual_shift_backward";

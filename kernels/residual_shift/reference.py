@@ -1,6 +1,7 @@
 """The definition of residual_shift and of its backward: plain PyTorch.
 
-With s, b the scale and bias of each channel (batch norm with fixed statistics), s', b' those of the identity:
+With s, b the scale and bias of each channel (batch norm with fixed statistics), s', b' those of the identity, where a
+scale that is None stands for 1:
 
     v       = s*x + b  [+ i  or  + s'*i + b']      in float32, in float64 for float64
     out     = relu(v)                              rounded once, to the dtype of x
@@ -20,7 +21,7 @@ from ..temporal_shift.reference import temporal_shift
 
 def residual_shift(
     x_NCHW: Tensor,
-    scale_C: Tensor,
+    scale_C: Tensor | None,
     bias_C: Tensor,
     identity_NCHW: Tensor | None,
     identity_scale_C: Tensor | None,
@@ -42,7 +43,7 @@ def residual_shift_backward(
     grad_out_NCHW: Tensor | None,
     grad_shifted_NCHW: Tensor | None,
     out_NCHW: Tensor,
-    scale_C: Tensor,
+    scale_C: Tensor | None,
     identity_scale_C: Tensor | None,
     with_identity: bool,
     num_frames: int,
@@ -52,7 +53,8 @@ def residual_shift_backward(
 
     A gradient that is None counts as zero.
     """
-    g_NCHW = torch.zeros_like(out_NCHW, dtype=scale_C.dtype)
+    exact = torch.float64 if out_NCHW.dtype == torch.float64 else torch.float32
+    g_NCHW = torch.zeros_like(out_NCHW, dtype=exact)
     if grad_out_NCHW is not None:
         g_NCHW += grad_out_NCHW
     if grad_shifted_NCHW is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ __all__ = ["fold_normalization", "stem", "stem_backward", "stem_forward", "stem_
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def stem(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def stem(x: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor:
     """max_pool2d(relu(x * scale + bias), kernel 3, stride 2, padding 1) over the first convolution's output, in one
     pass: the stem of a ResNet (He et al., CVPR 2016) with frozen batch norm.
 
     Args:
         x: (N, C, H, W) float32, float16, bfloat16 or float64; any strides, channels-last is the fast layout.
         scale, bias: (C,) float32 (float64 for float64 x), the frozen batch norm as one affine: scale =
-            weight / sqrt(running_var + eps), bias = bias_bn - running_mean * scale. They get no gradient.
+            weight / sqrt(running_var + eps), bias = bias_bn - running_mean * scale. They get no gradient. A scale of
+            None stands for 1.
 
     Returns:
         pooled (N, C, (H - 1) // 2 + 1, (W - 1) // 2 + 1) in the dtype and memory format of x.
@@ -39,7 +41,7 @@ def stem(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return stem_forward(x, scale, bias)[0]
 
 
-def stem_forward(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def stem_forward(x: Tensor, scale: Tensor | None, bias: Tensor) -> tuple[Tensor, Tensor]:
     """``stem`` with what its backward needs, for an autograd function that saves for itself.
 
     Returns:
@@ -54,17 +56,20 @@ def stem_forward(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     _check_floating("stem", "x", x)
     _check_channels("stem", "scale", scale, x)
     _check_channels("stem", "bias", bias, x)
-    pooled, argmax = torch.ops.lofi_fast.stem(x, scale, bias)
+    run = _kernel().stem if library.direct(x) else torch.ops.lofi_fast.stem
+    pooled, argmax = run(x, scale, bias)
     return pooled, argmax
 
 
-def stem_backward(grad: Tensor, pooled: Tensor, argmax: Tensor, scale: Tensor, height: int, width: int) -> Tensor:
+def stem_backward(
+    grad: Tensor, pooled: Tensor, argmax: Tensor, scale: Tensor | None, height: int, width: int
+) -> Tensor:
     """The gradient of x, from that of ``stem``'s result, in one pass without atomics: the same bits at every run.
 
     Args:
         grad: (N, C, h, w) gradient of pooled, in its dtype.
         pooled, argmax: what ``stem_forward`` returned.
-        scale: as given to it.
+        scale: as given to it, or None.
         height, width: H and W of x in pixels.
 
     Returns:
@@ -88,7 +93,8 @@ def stem_backward(grad: Tensor, pooled: Tensor, argmax: Tensor, scale: Tensor, h
         if (size - 1) // 2 + 1 != windows:
             raise ValueError(f"stem_backward: {name}={size} does not pool to {windows} windows")
     _check_channels("stem_backward", "scale", scale, pooled)
-    grad_x: Tensor = torch.ops.lofi_fast.stem_backward(grad, pooled, argmax, scale, height, width)
+    run = _kernel().stem_backward if library.direct(grad) else torch.ops.lofi_fast.stem_backward
+    grad_x: Tensor = run(grad, pooled, argmax, scale, height, width)
     return grad_x
 
 
@@ -117,7 +123,8 @@ def stem_input(frames: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
         )
     if dtype not in _FLOATS:
         raise ValueError(f"stem_input: dtype must be float32, float16, bfloat16 or float64, got {dtype}")
-    x: Tensor = torch.ops.lofi_fast.stem_input(frames, mean, dtype)
+    run = _kernel().stem_input if library.direct(frames) else torch.ops.lofi_fast.stem_input
+    x: Tensor = run(frames, mean, dtype)
     return x
 
 
@@ -147,8 +154,10 @@ def _check_floating(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
 
 
-def _check_channels(op: str, name: str, values: Tensor, x: Tensor) -> None:
-    """`values` must be a frozen number for each channel of `x`."""
+def _check_channels(op: str, name: str, values: Tensor | None, x: Tensor) -> None:
+    """`values`, where given, must be a frozen number for each channel of `x`."""
+    if values is None:
+        return
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if values.shape != x.shape[1:2] or values.dtype != dtype or values.device != x.device:
         raise ValueError(
@@ -159,13 +168,15 @@ def _check_channels(op: str, name: str, values: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} requires grad, but the affine is frozen and gets none: detach it")
 
 
-def _stem_fake(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _stem_fake(x: Tensor, scale: Tensor | None, bias: Tensor) -> tuple[Tensor, Tensor]:
     num, channels, height, width = x.shape
     size = (num, channels, (height - 1) // 2 + 1, (width - 1) // 2 + 1)
     return reference.empty_beside(x, size), reference.empty_beside(x, size, torch.int8)
 
 
-def _stem_backward_fake(grad: Tensor, pooled: Tensor, argmax: Tensor, scale: Tensor, height: int, width: int) -> Tensor:
+def _stem_backward_fake(
+    grad: Tensor, pooled: Tensor, argmax: Tensor, scale: Tensor | None, height: int, width: int
+) -> Tensor:
     return reference.empty_beside(grad, (*grad.shape[:2], height, width))
 
 
@@ -173,25 +184,27 @@ def _stem_input_fake(frames: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor
     return frames.new_empty(frames.shape, dtype=dtype).permute(0, 3, 1, 2)
 
 
-def _stem_triton(*args: Any) -> Any:
+@cache
+def _kernel() -> Any:
+    """The module of the Triton forms, imported when one first runs: elsewhere Triton may be missing."""
     from . import kernel
 
-    return kernel.stem(*args)
+    return kernel
 
 
-def _stem_backward_triton(*args: Any) -> Any:
-    from . import kernel
-
-    return kernel.stem_backward(*args)
+def _stem_triton(*arguments: Any) -> Any:
+    return _kernel().stem(*arguments)
 
 
-def _stem_input_triton(*args: Any) -> Any:
-    from . import kernel
-
-    return kernel.stem_input(*args)
+def _stem_backward_triton(*arguments: Any) -> Any:
+    return _kernel().stem_backward(*arguments)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+def _stem_input_triton(*arguments: Any) -> Any:
+    return _kernel().stem_input(*arguments)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor], output: tuple[Tensor, Tensor]) -> None:
     x, scale, _ = inputs
     ctx.save_for_backward(*output, scale)
     ctx.size = x.shape[2:]
@@ -204,10 +217,10 @@ def _backward(ctx: Any, grad_pooled: Tensor, grad_argmax: None) -> tuple[Tensor,
 
 
 library.define(
-    "stem(Tensor x, Tensor scale, Tensor bias) -> (Tensor, Tensor)", reference.stem, _stem_fake, _stem_triton
+    "stem(Tensor x, Tensor? scale, Tensor bias) -> (Tensor, Tensor)", reference.stem, _stem_fake, _stem_triton
 )
 library.define(
-    "stem_backward(Tensor grad, Tensor pooled, Tensor argmax, Tensor scale, SymInt height, SymInt width) -> Tensor",
+    "stem_backward(Tensor grad, Tensor pooled, Tensor argmax, Tensor? scale, SymInt height, SymInt width) -> Tensor",
     reference.stem_backward,
     _stem_backward_fake,
     _stem_backward_triton,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch
+from ..launch import Launch, Launcher
 from .reference import empty_beside, memory_format
 
 _THREADS = 128  # of one program: 4 warps
@@ -48,14 +48,16 @@ def stem_kernel(
     TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, TILE_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     frame, i, j, c = _tile(tiles_height, tiles_width, tiles_channels, TILE_HEIGHT, TILE_WIDTH, TILE_CHANNELS)
-    a = tl.load(scale + c, mask=c < channels, other=0)[None, :]
+    number: tl.constexpr = bias.dtype.element_ty
+    if scale is not None:
+        a = tl.load(scale + c, mask=c < channels, other=0)[None, :]
     b = tl.load(bias + c, mask=c < channels, other=0)[None, :]
     x_row = tl.cast(x_row, tl.int64)
     x_column = tl.cast(x_column, tl.int64)
     corner = x + frame * x_frame + ((2 * i - 1) * x_row + (2 * j - 1) * x_column)[:, None] + (c * x_channel)[None, :]
 
     # The ReLU is the starting value: a maximum of zero at the first pixel that is there.
-    best = tl.zeros([TILE_HEIGHT * TILE_WIDTH, TILE_CHANNELS], dtype=scale.dtype.element_ty)
+    best = tl.zeros([TILE_HEIGHT * TILE_WIDTH, TILE_CHANNELS], dtype=number)
     first = tl.where(i > 0, 0, 3) + tl.where(j > 0, 0, 1)
     position = tl.zeros([TILE_HEIGHT * TILE_WIDTH, TILE_CHANNELS], dtype=tl.int32) + first[:, None]
     for at in tl.static_range(9):
@@ -63,7 +65,10 @@ def stem_kernel(
         column = 2 * j - 1 + at % 3
         inside = ((row >= 0) & (row < height) & (column >= 0) & (column < width))[:, None]
         pixel = corner + (at // 3 * x_row + at % 3 * x_column)
-        value = tl.load(pixel, mask=inside & (c < channels)[None, :], other=0).to(best.dtype) * a + b
+        value = tl.load(pixel, mask=inside & (c < channels)[None, :], other=0).to(number)
+        if scale is not None:
+            value = value * a
+        value = value + b
         take = inside & ((value > best) | (value != value))
         best = tl.where(take, value, best)
         position = tl.where(take, at, position)
@@ -94,9 +99,8 @@ def stem_backward_kernel(
     TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, TILE_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     frame, i, j, c = _tile(tiles_height, tiles_width, tiles_channels, TILE_HEIGHT, TILE_WIDTH, TILE_CHANNELS)
-    dtype: tl.constexpr = scale.dtype.element_ty
+    dtype: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
     in_channels = (c < channels)[None, :]
-    a = tl.load(scale + c, mask=c < channels, other=0)[None, :]
     grad += frame * grad_frame + (i * grad_row + j * grad_column)[:, None] + (c * grad_channel)[None, :]
     pooled += frame * pooled_frame + (i * pooled_row + j * pooled_column)[:, None] + (c * pooled_channel)[None, :]
     argmax += frame * argmax_frame + (i * argmax_row + j * argmax_column)[:, None] + (c * argmax_channel)[None, :]
@@ -119,15 +123,21 @@ def stem_backward_kernel(
     odd_right = (tl.where(p00 == 8, g00, 0) + tl.where(p01 == 6, g01, 0)
                  + tl.where(p10 == 2, g10, 0) + tl.where(p11 == 0, g11, 0))  # fmt: skip
 
+    if scale is not None:
+        a = tl.load(scale + c, mask=c < channels, other=0)[None, :]
+        even_left *= a
+        even_right *= a
+        odd_left *= a
+        odd_right *= a
     grad_x += frame * x_frame + (2 * i * x_row + 2 * j * x_column)[:, None] + (c * x_channel)[None, :]
     result: tl.constexpr = grad_x.dtype.element_ty
     odd_row = (2 * i + 1 < height)[:, None]
     odd_column = (2 * j + 1 < width)[:, None]
-    tl.store(grad_x, (even_left * a).to(result), mask=here)
-    tl.store(grad_x + x_column, (even_right * a).to(result), mask=here & odd_column)
+    tl.store(grad_x, even_left.to(result), mask=here)
+    tl.store(grad_x + x_column, even_right.to(result), mask=here & odd_column)
     grad_x += x_row
-    tl.store(grad_x, (odd_left * a).to(result), mask=here & odd_row)
-    tl.store(grad_x + x_column, (odd_right * a).to(result), mask=here & odd_row & odd_column)
+    tl.store(grad_x, odd_left.to(result), mask=here & odd_row)
+    tl.store(grad_x + x_column, odd_right.to(result), mask=here & odd_row & odd_column)
 
 
 @triton.jit
@@ -171,7 +181,7 @@ def _tiles(windows: Tensor) -> tuple[int, dict[str, int], dict[str, int]]:
     return num * math.prod(counts.values()), counts, sizes
 
 
-def stem_launch(x: Tensor, scale: Tensor, bias: Tensor, pooled: Tensor, argmax: Tensor) -> Launch:
+def stem_launch(x: Tensor, scale: Tensor | None, bias: Tensor, pooled: Tensor, argmax: Tensor) -> Launch:
     """pooled and argmax have the same strides; scale and bias are contiguous."""
     _, channels, height, width = x.shape
     programs, counts, sizes = _tiles(pooled)
@@ -190,7 +200,7 @@ def stem_launch(x: Tensor, scale: Tensor, bias: Tensor, pooled: Tensor, argmax: 
     )
 
 
-def stem_backward_launch(grad: Tensor, pooled: Tensor, argmax: Tensor, scale: Tensor, grad_x: Tensor) -> Launch:
+def stem_backward_launch(grad: Tensor, pooled: Tensor, argmax: Tensor, scale: Tensor | None, grad_x: Tensor) -> Launch:
     """Any strides; scale is contiguous."""
     _, channels, height, width = grad_x.shape
     programs, counts, sizes = _tiles(grad)
@@ -221,24 +231,37 @@ def stem_input_launch(frames: Tensor, mean: Tensor, x: Tensor) -> Launch:
     )
 
 
-def stem(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+_stem, _stem_backward, _stem_input = Launcher(), Launcher(), Launcher()
+
+
+def stem(x: Tensor, scale: Tensor | None, bias: Tensor) -> tuple[Tensor, Tensor]:
     num, channels, height, width = x.shape
     size = (num, channels, (height - 1) // 2 + 1, (width - 1) // 2 + 1)
     pooled, argmax = empty_beside(x, size), empty_beside(x, size, torch.int8)
-    stem_launch(x, scale.contiguous(), bias.contiguous(), pooled, argmax).run()
+    tensors, key = (x, scale, bias, pooled, argmax), (x.dtype, x.shape)
+    if not _stem.repeat(tensors, key):
+        scale = None if scale is None else scale.contiguous()
+        _stem.run(stem_launch(x, scale, bias.contiguous(), pooled, argmax), tensors, key)
     return pooled, argmax
 
 
-def stem_backward(grad: Tensor, pooled: Tensor, argmax: Tensor, scale: Tensor, height: int, width: int) -> Tensor:
+def stem_backward(
+    grad: Tensor, pooled: Tensor, argmax: Tensor, scale: Tensor | None, height: int, width: int
+) -> Tensor:
     grad_x = empty_beside(grad, (*grad.shape[:2], height, width))
-    stem_backward_launch(grad, pooled, argmax, scale.contiguous(), grad_x).run()
+    tensors, key = (grad, pooled, argmax, scale, grad_x), (grad.dtype, grad_x.shape)
+    if not _stem_backward.repeat(tensors, key):
+        scale = None if scale is None else scale.contiguous()
+        _stem_backward.run(stem_backward_launch(grad, pooled, argmax, scale, grad_x), tensors, key)
     return grad_x
 
 
 def stem_input(frames: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
     frames = frames.contiguous()
     x = torch.empty(frames.shape, dtype=dtype, device=frames.device).permute(0, 3, 1, 2)
-    stem_input_launch(frames, mean.contiguous(), x).run()
+    tensors, key = (frames, mean, x), (dtype, frames.shape)
+    if not _stem_input.repeat(tensors, key):
+        _stem_input.run(stem_input_launch(frames, mean.contiguous(), x), tensors, key)
     return x
 
 
@@ -246,16 +269,24 @@ def examples() -> dict[str, Launch]:
     """The launches of the encoder at 224 pixels (64 frames); of a narrow one, and of the other layouts, one each."""
     launches: dict[str, Launch] = {}
 
-    def add(name: str, dtype: torch.dtype, channels: int, memory: torch.memory_format = torch.channels_last) -> None:
+    def add(
+        name: str,
+        dtype: torch.dtype,
+        channels: int,
+        memory: torch.memory_format = torch.channels_last,
+        scaled: bool = True,
+    ) -> None:
         x = torch.empty(64, channels, 112, 112, dtype=dtype, device="meta", memory_format=memory)
         pooled = empty_beside(x, (64, channels, 56, 56))
         argmax = empty_beside(x, pooled.shape, torch.int8)
-        scale = torch.empty(channels, device="meta")
-        launches[f"stem {name} 112x112x{channels}"] = stem_launch(x, scale, scale, pooled, argmax)
+        bias = torch.empty(channels, device="meta")
+        scale = bias if scaled else None
+        launches[f"stem {name} 112x112x{channels}"] = stem_launch(x, scale, bias, pooled, argmax)
         launches[f"stem_backward {name} 112x112x{channels}"] = stem_backward_launch(pooled, pooled, argmax, scale, x)
 
     for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
         add(f"{name} channels-last", dtype, 64)
+        add(f"{name} channels-last no scale", dtype, 64, scaled=False)
         frames = torch.empty(64, 224, 224, 3, dtype=torch.uint8, device="meta")
         x = torch.empty(64, 224, 224, 3, dtype=dtype, device="meta").permute(0, 3, 1, 2)
         launches[f"stem_input {name} 224x224x3"] = stem_input_launch(frames, torch.empty(3, device="meta"), x)

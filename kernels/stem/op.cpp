@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -213,23 +214,42 @@ void pool(const Geometry& g, const T* x, const Sum<T>* scale, const Sum<T>* bias
   });
 }
 
-std::tuple<Tensor, Tensor> stem(const Tensor& x, const Tensor& scale, const Tensor& bias) {
+// The scale of each channel, 1 where none is given.
+template <typename T>
+class Scale {
+ public:
+  Scale(const std::optional<Tensor>& scale, int64_t channels, const char* op) {
+    if (!scale) {
+      ones_.assign(channels, 1);
+      return;
+    }
+    given_.emplace(torch::stable::contiguous(*scale));
+    STD_TORCH_CHECK(given_->numel() == channels, op, ": scale must be (", channels, ",)");
+  }
+
+  const Sum<T>* data() const { return given_ ? given_->const_data_ptr<Sum<T>>() : ones_.data(); }
+
+ private:
+  std::optional<Tensor> given_;
+  std::vector<Sum<T>> ones_;
+};
+
+std::tuple<Tensor, Tensor> stem(const Tensor& x, std::optional<Tensor> scale, const Tensor& bias) {
   STD_TORCH_CHECK(x.dim() == 4, "stem: x must be (N, C, H, W), not of ", x.dim(), " dimensions");
   const Geometry g(is_channels_last(x), x.size(0), x.size(1), x.size(2), x.size(3));
   const std::vector<int64_t> size{x.size(0), x.size(1), g.out_height, g.out_width};
   Tensor pooled = empty(size, x.scalar_type(), g.channels_last);
   Tensor argmax = empty(size, ScalarType::Char, g.channels_last);
   const Tensor source = dense(x, g.channels_last);
-  const Tensor scale_C = torch::stable::contiguous(scale);
   const Tensor bias_C = torch::stable::contiguous(bias);
-  STD_TORCH_CHECK(scale_C.numel() == g.channels && bias_C.numel() == g.channels, "stem: scale and bias must be (",
-                  g.channels, ",)");
+  STD_TORCH_CHECK(bias_C.numel() == g.channels, "stem: bias must be (", g.channels, ",)");
   if (pooled.numel() == 0) {
     return {pooled, argmax};
   }
   with_floating_type(x.scalar_type(), "stem", [&](auto zero) {
     using T = decltype(zero);
-    pool<T>(g, source.const_data_ptr<T>(), scale_C.const_data_ptr<Sum<T>>(), bias_C.const_data_ptr<Sum<T>>(),
+    const Scale<T> scale_C(scale, g.channels, "stem");
+    pool<T>(g, source.const_data_ptr<T>(), scale_C.data(), bias_C.const_data_ptr<Sum<T>>(),
             pooled.mutable_data_ptr<T>(), argmax.mutable_data_ptr<int8_t>());
   });
   return {pooled, argmax};
@@ -366,7 +386,7 @@ void unpool(const Geometry& g, const T* grad, const T* pooled, const int8_t* arg
   });
 }
 
-Tensor stem_backward(const Tensor& grad, const Tensor& pooled, const Tensor& argmax, const Tensor& scale,
+Tensor stem_backward(const Tensor& grad, const Tensor& pooled, const Tensor& argmax, std::optional<Tensor> scale,
                      int64_t height, int64_t width) {
   STD_TORCH_CHECK(grad.dim() == 4, "stem_backward: grad must be (N, C, h, w), not of ", grad.dim(), " dimensions");
   const Geometry g(is_channels_last(grad), grad.size(0), grad.size(1), height, width);
@@ -379,15 +399,14 @@ Tensor stem_backward(const Tensor& grad, const Tensor& pooled, const Tensor& arg
   const Tensor grad_dense = dense(grad, g.channels_last);
   const Tensor pooled_dense = dense(pooled, g.channels_last);
   const Tensor argmax_dense = dense(argmax, g.channels_last);
-  const Tensor scale_C = torch::stable::contiguous(scale);
-  STD_TORCH_CHECK(scale_C.numel() == g.channels, "stem_backward: scale must be (", g.channels, ",)");
   if (grad_x.numel() == 0) {
     return grad_x;
   }
   with_floating_type(grad.scalar_type(), "stem_backward", [&](auto zero) {
     using T = decltype(zero);
+    const Scale<T> scale_C(scale, g.channels, "stem_backward");
     unpool<T>(g, grad_dense.const_data_ptr<T>(), pooled_dense.const_data_ptr<T>(),
-              argmax_dense.const_data_ptr<int8_t>(), scale_C.const_data_ptr<Sum<T>>(), grad_x.mutable_data_ptr<T>());
+              argmax_dense.const_data_ptr<int8_t>(), scale_C.data(), grad_x.mutable_data_ptr<T>());
   });
   return grad_x;
 }

@@ -2,7 +2,8 @@
 
 Shapes: N frames, C channels, H x W pixels of the convolution's output, h x w windows, h = (H - 1) // 2 + 1. Window
 (i, j) covers the pixels (2i - 1 + ky, 2j - 1 + kx), ky and kx in 0..2, those of them that exist; its positions are
-numbered 3*ky + kx. With v = relu(x * scale_C + bias_C), kept in float32 (float64 for float64):
+numbered 3*ky + kx. With v = relu(x * scale_C + bias_C), kept in float32 (float64 for float64), where a scale that is
+None stands for 1:
 
     pooled[i, j] = max of v over the window, rounded to x's dtype
     argmax[i, j] = its first position with that maximum; the last position with a NaN where there is one
@@ -32,10 +33,13 @@ def empty_beside(x: Tensor, size: Sequence[int], dtype: torch.dtype | None = Non
     return torch.empty(size, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def stem(x_NCHW: Tensor, scale_C: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
+def stem(x_NCHW: Tensor, scale_C: Tensor | None, bias_C: Tensor) -> tuple[Tensor, Tensor]:
     """(pooled_NChw in x's dtype, argmax_NChw int8)."""
     width = x_NCHW.shape[3]
-    v_NCHW = F.relu(x_NCHW.to(scale_C.dtype) * scale_C.view(-1, 1, 1) + bias_C.view(-1, 1, 1))
+    v_NCHW = x_NCHW.to(bias_C.dtype)
+    if scale_C is not None:
+        v_NCHW = v_NCHW * scale_C.view(-1, 1, 1)
+    v_NCHW = F.relu(v_NCHW + bias_C.view(-1, 1, 1))
     maximum_NChw, pixel_NChw = F.max_pool2d(v_NCHW, 3, 2, 1, return_indices=True)
     rows_h1 = 2 * torch.arange(pixel_NChw.shape[2], device=x_NCHW.device).view(-1, 1) - 1
     columns_w = 2 * torch.arange(pixel_NChw.shape[3], device=x_NCHW.device) - 1
@@ -47,17 +51,20 @@ def stem(x_NCHW: Tensor, scale_C: Tensor, bias_C: Tensor) -> tuple[Tensor, Tenso
 
 
 def stem_backward(
-    grad_NChw: Tensor, pooled_NChw: Tensor, argmax_NChw: Tensor, scale_C: Tensor, height: int, width: int
+    grad_NChw: Tensor, pooled_NChw: Tensor, argmax_NChw: Tensor, scale_C: Tensor | None, height: int, width: int
 ) -> Tensor:
     """grad_x_NCHW in the dtype and memory format of grad; sums in float32 (float64), in scan order of the windows."""
     num, channels, h, w = grad_NChw.shape
     # The padded image: window (i, j) begins at its pixel (2i, 2j).
-    sum_NCHW = torch.zeros(num, channels, 2 * h + 1, 2 * w + 1, dtype=scale_C.dtype, device=grad_NChw.device)
-    passed_NChw = grad_NChw.to(scale_C.dtype).masked_fill(pooled_NChw <= 0, 0)
+    exact = torch.float64 if grad_NChw.dtype == torch.float64 else torch.float32
+    sum_NCHW = torch.zeros(num, channels, 2 * h + 1, 2 * w + 1, dtype=exact, device=grad_NChw.device)
+    passed_NChw = grad_NChw.to(exact).masked_fill(pooled_NChw <= 0, 0)
     for position in reversed(range(9)):  # a pixel's later positions belong to its earlier windows
         ky, kx = divmod(position, 3)
         sum_NCHW[:, :, ky : ky + 2 * h : 2, kx : kx + 2 * w : 2] += passed_NChw.masked_fill(argmax_NChw != position, 0)
-    grad_x_NCHW = sum_NCHW[:, :, 1 : 1 + height, 1 : 1 + width] * scale_C.view(-1, 1, 1)
+    grad_x_NCHW = sum_NCHW[:, :, 1 : 1 + height, 1 : 1 + width]
+    if scale_C is not None:
+        grad_x_NCHW = grad_x_NCHW * scale_C.view(-1, 1, 1)
     return empty_beside(grad_NChw, grad_x_NCHW.shape).copy_(grad_x_NCHW)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ def temporal_roi_align(features: Tensor, rois: Tensor, num_bins: int, sampling_r
             number (or a length) that is not finite or a batch index outside [0, B).
 
     The gradient is a sum in a fixed order, without atomics, and for it only the ROIs are saved; differentiable once. On
-    a GPU each call waits for the device to check the ROIs.
+    a GPU a call waits for the device to check the ROIs, unless they are the tensor that was checked last, unchanged.
     """
     if features.dim() != 3 or not features.is_floating_point():
         raise ValueError(
@@ -54,29 +56,49 @@ def temporal_roi_align(features: Tensor, rois: Tensor, num_bins: int, sampling_r
         raise ValueError(f"temporal_roi_align: num_bins must be at least 1, got {num_bins}")
     if sampling_ratio < 0:
         raise ValueError(f"temporal_roi_align: sampling_ratio must be 0 (adaptive) or more, got {sampling_ratio}")
-    rois = rois.detach()
-    batch, starts, ends = rois.unbind(1)
-    finite = starts.isfinite() & (ends - starts).isfinite()
-    if not bool((finite & (batch >= 0) & (batch < features.shape[0])).all().item()):
-        raise ValueError(
-            f"temporal_roi_align: rois must be finite, with a batch index in [0, {features.shape[0]}) in column 0"
-        )
-    aligned: Tensor = torch.ops.lofi_fast.temporal_roi_align(features, rois, num_bins, sampling_ratio)
+    if not _were_checked(rois, features.shape[0]):
+        batch, starts, ends = rois.detach().unbind(1)
+        finite = starts.isfinite() & (ends - starts).isfinite()
+        if not bool((finite & (batch >= 0) & (batch < features.shape[0])).all().item()):
+            raise ValueError(
+                f"temporal_roi_align: rois must be finite, with a batch index in [0, {features.shape[0]}) in column 0"
+            )
+        _remember(rois, features.shape[0])
+    aligned: Tensor = torch.ops.lofi_fast.temporal_roi_align(features, rois.detach(), num_bins, sampling_ratio)
     return aligned
 
 
-def _triton(features: Tensor, rois: Tensor, num_bins: int, sampling_ratio: int) -> Tensor:
+# The ROIs that were checked last on a GPU: the tensor, its version, and the size of the batch.
+_checked: tuple[weakref.ref[Tensor], int, int] | None = None
+
+
+def _were_checked(rois: Tensor, batch: int) -> bool:
+    if _checked is None or not rois.is_cuda or rois.is_inference():
+        return False
+    last, version, last_batch = _checked
+    return last() is rois and rois._version == version and last_batch == batch
+
+
+def _remember(rois: Tensor, batch: int) -> None:
+    global _checked
+    if rois.is_cuda and not rois.is_inference():  # an inference tensor has no version
+        _checked = (weakref.ref(rois), rois._version, batch)
+
+
+@cache
+def _kernel() -> Any:
+    """The module of the Triton forms, imported when one first runs: elsewhere Triton may be missing."""
     from . import kernel
 
-    return kernel.temporal_roi_align(features, rois, num_bins, sampling_ratio)
+    return kernel
 
 
-def _backward_triton(
-    grad: Tensor, rois: Tensor, batch: int, num_snippets: int, num_bins: int, sampling_ratio: int
-) -> Tensor:
-    from . import kernel
+def _triton(*arguments: Any) -> Any:
+    return _kernel().temporal_roi_align(*arguments)
 
-    return kernel.temporal_roi_align_backward(grad, rois, batch, num_snippets, num_bins, sampling_ratio)
+
+def _backward_triton(*arguments: Any) -> Any:
+    return _kernel().temporal_roi_align_backward(*arguments)
 
 
 def _fake(features: Tensor, rois: Tensor, num_bins: int, sampling_ratio: int) -> Tensor:

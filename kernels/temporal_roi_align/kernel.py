@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch
+from ..launch import Launch, Launcher
 
 BLOCK = 128  # channels of a program
 BINS = 8  # bins of a program of the forward kernel
 ROIS = 8  # ROIs that a program of the backward kernel goes through at once
+PROGRAMS = 4096  # of the backward kernel: enough for any GPU, where there are so many ROIs
+MOST_PARTS = 64  # that the ROIs are divided into for that
 
 
 @triton.jit
@@ -115,24 +117,39 @@ def align_backward_kernel(
     out,
     num_snippets,
     channels,
+    num_rois,
     NUM_BINS: tl.constexpr,
     RATIO: tl.constexpr,
     SUM: tl.constexpr,
     ROIS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One snippet: the sum over the ROIs of its batch element, ROIS at a time, of the samples it has a part in."""
+    """One snippet: the sum over a part of the ROIs of its batch element, ROIS at a time, of the samples it has a part
+    in. Without order and offsets all ROIs are of the one batch element.
+    """
     row = tl.program_id(0).to(tl.int64)
     batch = row // num_snippets
     snippet = row % num_snippets
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    last_roi = tl.load(offsets + batch + 1)
+    first_roi = tl.cast(0, tl.int64)
+    last_roi = tl.cast(num_rois, tl.int64)
+    if offsets is not None:
+        first_roi = tl.load(offsets + batch)
+        last_roi = tl.load(offsets + batch + 1)
+    parts = tl.num_programs(2)
+    of_part = ((last_roi - first_roi + ROIS - 1) // ROIS + parts - 1) // parts * ROIS
+    first_roi += tl.program_id(2) * of_part
+    last_roi = tl.minimum(first_roi + of_part, last_roi)
 
     sums = tl.zeros((ROIS, BLOCK), SUM)
-    for chunk in range(tl.load(offsets + batch), last_roi, ROIS):
+    for chunk in range(first_roi, last_roi, ROIS):
         place = chunk + tl.arange(0, ROIS)
         there = place < last_roi
-        roi = tl.load(order + place, mask=there, other=0)
+        if order is not None:
+            roi = tl.load(order + place, mask=there, other=0)
+        else:
+            roi = tl.where(there, place, 0)
+            there = there & (tl.load(rois + roi * 3) == 0.0)
         start, width, count, spacing = bins_of(rois, roi, there, NUM_BINS, RATIO)
         # All samples of a ROI are equally spaced; those within one snippet of this one have a part of it.
         middle = (snippet.to(tl.float32) - start) / spacing - 0.5
@@ -162,6 +179,7 @@ def align_backward_kernel(
             bins += tl.where(sample == each_bin, 1, 0)
             sample = tl.where(sample == each_bin, 0, sample)
     total = tl.sum(sums, axis=0)
+    row += tl.program_id(2).to(tl.int64) * tl.num_programs(0)
     tl.store(out + row * channels + channel, total.to(out.dtype.element_ty), mask=channel < channels)
 
 
@@ -193,13 +211,20 @@ def align_launch(features_BTC: Tensor, rois: Tensor, out_RPC: Tensor, sampling_r
 
 
 def align_backward_launch(
-    grad_RPC: Tensor, rois: Tensor, order: Tensor, offsets: Tensor, out_BTC: Tensor, sampling_ratio: int
+    grad_RPC: Tensor,
+    rois: Tensor,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    out_BTC: Tensor,
+    sampling_ratio: int,
 ) -> Launch:
-    """All contiguous. ``order`` (R,) lists the ROIs by batch element, b's from ``offsets[b]`` (B + 1,) on; int64."""
-    batch, num_snippets, channels = out_BTC.shape
+    """All contiguous. ``order`` (R,) lists the ROIs by batch element, b's from ``offsets[b]`` (B + 1,) on; int64. They
+    may be None where B is 1. ``out_BTC`` may have a dimension of parts ahead of the others, whose sum is the gradient.
+    """
+    *parts, batch, num_snippets, channels = out_BTC.shape
     return Launch(
         align_backward_kernel,
-        (batch * num_snippets, triton.cdiv(channels, BLOCK)),
+        (batch * num_snippets, triton.cdiv(channels, BLOCK), *parts),
         {
             "grad": grad_RPC,
             "rois": rois,
@@ -208,6 +233,7 @@ def align_backward_launch(
             "out": out_BTC,
             "num_snippets": num_snippets,
             "channels": channels,
+            "num_rois": len(rois),
         },
         {"ROIS": ROIS} | _constants(grad_RPC.shape[1], sampling_ratio, grad_RPC.dtype),
         num_warps=4 if grad_RPC.itemsize == 2 else 8,
@@ -215,21 +241,42 @@ def align_backward_launch(
     )
 
 
+_align, _align_backward = Launcher(), Launcher()
+
+
 def temporal_roi_align(features: Tensor, rois: Tensor, num_bins: int, sampling_ratio: int) -> Tensor:
+    features_BTC, rois = features.transpose(1, 2).contiguous(), rois.contiguous()
     out_RPC = features.new_empty(len(rois), num_bins, features.shape[1])
-    align_launch(features.transpose(1, 2).contiguous(), rois.contiguous(), out_RPC, sampling_ratio).run()
+    tensors, key = (features_BTC, rois, out_RPC), (sampling_ratio, features.dtype, features.shape, out_RPC.shape)
+    if not _align.repeat(tensors, key):
+        _align.run(align_launch(features_BTC, rois, out_RPC, sampling_ratio), tensors, key)
     return out_RPC.transpose(1, 2)
 
 
 def temporal_roi_align_backward(
     grad: Tensor, rois: Tensor, batch: int, num_snippets: int, num_bins: int, sampling_ratio: int
 ) -> Tensor:
-    batches, order = torch.sort(rois[:, 0], stable=True)
-    offsets = torch.searchsorted(batches, torch.arange(batch + 1, dtype=batches.dtype, device=batches.device))
-    out_BTC = grad.new_empty(batch, num_snippets, grad.shape[1])
-    align_backward_launch(
-        grad.transpose(1, 2).contiguous(), rois.contiguous(), order, offsets, out_BTC, sampling_ratio
-    ).run()
+    grad_RPC, rois = grad.transpose(1, 2).contiguous(), rois.contiguous()
+    num_rois, channels = len(rois), grad.shape[1]
+    order = offsets = None
+    if batch != 1:
+        batches, order = torch.sort(rois[:, 0], stable=True)
+        offsets = torch.searchsorted(batches, torch.arange(batch + 1, dtype=batches.dtype, device=batches.device))
+    # A snippet is the sum over thousands of ROIs: where there are few snippets their sums are divided, in the same way
+    # at every call.
+    programs = max(batch * num_snippets * triton.cdiv(channels, BLOCK), 1)
+    parts = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(num_rois, 2 * ROIS * max(batch, 1)), MOST_PARTS)
+    if parts <= 1:
+        out_BTC = grad.new_empty(batch, num_snippets, channels)
+    else:
+        sum_dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        out_BTC = grad.new_empty(parts, batch, num_snippets, channels, dtype=sum_dtype)
+    tensors, key = (grad_RPC, rois, order, offsets, out_BTC), (sampling_ratio, grad.dtype, grad.shape, out_BTC.shape)
+    if not _align_backward.repeat(tensors, key):
+        launch = align_backward_launch(grad_RPC, rois, order, offsets, out_BTC, sampling_ratio)
+        _align_backward.run(launch, tensors, key)
+    if parts > 1:
+        out_BTC = out_BTC.sum(dim=0).to(grad.dtype)
     return out_BTC.transpose(1, 2)
 
 
@@ -252,5 +299,9 @@ def examples() -> dict[str, Launch]:
         launches[f"temporal_roi_align {shape}"] = align_launch(features, rois, aligned, ratio)
         launches[f"temporal_roi_align backward {shape}"] = align_backward_launch(
             aligned, rois, order, offsets, features, ratio
+        )
+        parts = empty(11, 1, 100, channels, dtype=single)
+        launches[f"temporal_roi_align backward in parts {shape}"] = align_backward_launch(
+            aligned, rois, None, None, parts, ratio
         )
     return launches

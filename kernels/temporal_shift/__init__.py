@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ def temporal_shift(x: Tensor, num_frames: int, fold: int | None = None) -> Tenso
         ValueError: x is not 4-D, num_frames < 1, N*T is not a multiple of num_frames, or fold is outside [0, C // 2].
     """
     fold = check_snippets("temporal_shift", "x", x, num_frames, fold)
-    shifted: Tensor = torch.ops.lofi_fast.temporal_shift(x, num_frames, fold, False)
+    run = _kernel().temporal_shift if library.direct(x) else torch.ops.lofi_fast.temporal_shift
+    shifted: Tensor = run(x, num_frames, fold, False)
     return shifted
 
 
@@ -55,10 +57,16 @@ def check_snippets(op: str, argument: str, x: Tensor, num_frames: int, fold: int
     return fold
 
 
-def _triton(x: Tensor, num_frames: int, fold: int, adjoint: bool) -> Tensor:
+@cache
+def _kernel() -> Any:
+    """The module of the Triton forms, imported when one first runs: elsewhere Triton may be missing."""
     from . import kernel
 
-    return kernel.temporal_shift(x, num_frames, fold, adjoint)
+    return kernel
+
+
+def _triton(*arguments: Any) -> Any:
+    return _kernel().temporal_shift(*arguments)
 
 
 def _fake(x: Tensor, num_frames: int, fold: int, adjoint: bool) -> Tensor:

@@ -19,7 +19,7 @@ Shapes: N snippets, T frames a snippet, H x W pixels, C channels. Maps are chann
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class Convolution:
     stride: int
     padding: int
     bias: Tensor
+    rounded_bias: Tensor | None = None  # in the activations' dtype, where cuDNN is to add it (`_cudnn_adds_bias`)
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """Without the bias."""
@@ -66,10 +67,19 @@ class Convolution:
         return F.conv2d(x, weight, None, self.stride, self.padding)
 
     def forward_relu(self, x: Tensor, weight: Tensor) -> Tensor:
-        """With the bias, and a ReLU after it."""
+        """With the bias, and a ReLU after it: in one kernel where there is one.
+
+        cuDNN's adds the rounded bias to the unrounded sum and rounds once; residual_shift adds the exact bias to the
+        rounded sum and rounds again. Either errs by two roundings to the activations' dtype.
+        """
         if self._takes_conv3x3(x, weight):
             return conv3x3(x, weight, self.bias, relu=True)
-        out, _ = residual_shift(self.forward(x, weight), torch.ones_like(self.bias), self.bias)
+        if self.rounded_bias is not None:
+            fused: Tensor = torch.ops.aten.cudnn_convolution_relu.default(
+                x, weight, self.rounded_bias, [self.stride] * 2, [self.padding] * 2, [1, 1], 1
+            )
+            return fused
+        out, _ = residual_shift(self.forward(x, weight), None, self.bias)
         return out
 
     def backward(
@@ -78,7 +88,7 @@ class Convolution:
         """Gradients of (x, weight), each where `mask` asks for it; of x before its ReLU, where `relu`."""
         if self._takes_conv3x3(x, weight):
             return conv3x3_backward(grad, x, weight, relu, mask)
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
             grad, x, weight, None, [self.stride] * 2, [self.padding] * 2, [1, 1], False, [0, 0], 1, [*mask, False]
         )
         if relu and mask[0]:
@@ -90,11 +100,23 @@ class Convolution:
         return self.stride == 1 and self.padding == 1 and conv3x3_is_faster(x, weight)
 
 
+def _cudnn_adds_bias(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether bias and ReLU are left to cuDNN's convolution: in half precision on a GPU, where that is faster."""
+    cudnn = torch.backends.cudnn
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.version.hip is None
+        and cudnn.is_available()
+        and cudnn.enabled
+    )
+
+
 @dataclass(frozen=True)
 class Block:
     """What a lean block needs besides tensors with gradients."""
 
-    branch: tuple[Convolution, ...]
+    branch: tuple[Convolution, ...]  # the last one's bias includes that of the downsampling branch
     downsample: Convolution | None
     num_frames: int
     fold: int  # channels its own shift moved each way; 0: not shifted
@@ -145,14 +167,10 @@ class _Block(torch.autograd.Function):
             hidden = convolution.forward_relu(hidden, weight)
             kept += _store(hidden, eight_bit)
         last = block.branch[-1]
-        bias = last.bias
-        identity = x
-        if block.downsample is not None:
-            identity = block.downsample.forward(x, weights[-1])
-            bias = bias + block.downsample.bias
+        identity = x if block.downsample is None else block.downsample.forward(x, weights[-1])
         hidden = last.forward(hidden, weights[len(block.branch) - 1])
         out, shifted_out = residual_shift(
-            hidden, torch.ones_like(bias), bias, identity, num_frames=block.num_frames, fold=block.next_fold
+            hidden, None, last.bias, identity, num_frames=block.num_frames, fold=block.next_fold
         )
         stored_out = _store(out, eight_bit)
         ctx.set_materialize_grads(False)
@@ -223,7 +241,7 @@ class _Stem(torch.autograd.Function):
         eight_bit: bool,
     ) -> tuple[Tensor, ...]:
         hidden = convolution.forward(stem_input(frames, mean, weight.dtype), weight)
-        pooled, argmax = stem_forward(hidden, torch.ones_like(convolution.bias), convolution.bias)
+        pooled, argmax = stem_forward(hidden, None, convolution.bias)
         ctx.set_materialize_grads(False)
         ctx.convolution, ctx.size, ctx.num_frames, ctx.fold = convolution, hidden.shape[2:], num_frames, fold
         shifted, stored = temporal_shift(pooled, num_frames, fold), _store(pooled, eight_bit)
@@ -241,8 +259,7 @@ class _Stem(torch.autograd.Function):
         frames, mean, weight, argmax, *stored = ctx.saved_tensors
         pooled = _restore(tuple(stored), weight.dtype)
         grad = _through_relu(grad_pooled, grad_shifted, pooled, ctx.num_frames, ctx.fold)
-        scale = torch.ones_like(ctx.convolution.bias)
-        grad = stem_backward(grad, pooled, argmax, scale, *ctx.size)
+        grad = stem_backward(grad, pooled, argmax, None, *ctx.size)
         del pooled
         _, grad_weight = ctx.convolution.backward(grad, stem_input(frames, mean, weight.dtype), weight, (False, True))
         return None, None, None, grad_weight, None, None, None
@@ -252,8 +269,7 @@ def _through_relu(
     grad_out: Tensor | None, grad_shifted: Tensor | None, out: Tensor, num_frames: int, fold: int
 ) -> Tensor:
     """The gradient before the ReLU that made `out`, from those of `out` and of its shifted copy."""
-    one = torch.ones(out.shape[1], device=out.device, dtype=torch.promote_types(out.dtype, torch.float32))
-    grad, _ = residual_shift_backward(grad_out, grad_shifted, out, one, None, False, num_frames, fold)
+    grad, _ = residual_shift_backward(grad_out, grad_shifted, out, None, None, False, num_frames, fold)
     return grad
 
 
@@ -290,7 +306,12 @@ class LeanEncoder:
             if isinstance(module, Bottleneck):
                 pairs.append((module.conv3, module.bn3))
             branch = [folded(*pair) for pair in pairs]
+            if _cudnn_adds_bias(device, dtype):
+                branch[:-1] = [(replace(conv, rounded_bias=conv.bias.to(dtype)), w) for conv, w in branch[:-1]]
             downsample = None if module.downsample is None else folded(*module.downsample)
+            if downsample is not None:
+                last, last_weight = branch[-1]
+                branch[-1] = replace(last, bias=last.bias + downsample[0].bias), last_weight
             following = modules[index + 1] if index + 1 < len(modules) else None
             blocks.append(
                 Block(

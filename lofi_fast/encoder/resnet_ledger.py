@@ -192,41 +192,40 @@ def _stages(net: Network, frames: int, e: int, recompute: bool, eight_bit: bool)
     """One chunk of `frames` frames through the lean encoder. `e`: bytes of a number in an activation.
 
     Autograd holds the gradients that come into a block (of its output and of that output's shifted copy) until the
-    block is done. A vector of ones stands beside every call of residual_shift and stem. With `eight_bit` activations
+    block is done. With `eight_bit` activations
     are handed on as they are, beside the bytes that are kept of them, and are made again where backward reads them.
     """
     size = e * frames
     pooled, argmax, conv = size * net.pooled.numel, frames * net.pooled.numel, size * net.stem.result.numel
     stored = frames * _stored(net.pooled, e, eight_bit)
-    image, ones = size * net.stem.source.numel, FLOAT * net.stem.result.channels
+    image = size * net.stem.source.numel
     stages = [
         Stage(
             "stem",
             kept=stored + argmax,
             handed=2 * pooled if eight_bit else pooled,
-            forward=max(conv + ones, image + conv - (2 * pooled + argmax + (stored if eight_bit else 0))),
+            forward=max(conv, image + conv - (2 * pooled + argmax + (stored if eight_bit else 0))),
             weight=net.stem.weight,
-            backward=ones + conv + max(2 * pooled if eight_bit else pooled, image),
+            backward=conv + max(2 * pooled if eight_bit else pooled, image),
         )
     ]
     for index, block in enumerate(net.blocks):
         out, x, first = size * block.out.numel, size * block.x.numel, size * block.branch[0].result.numel
         stored = frames * _stored(block.out, e, eight_bit)
-        ones = FLOAT * block.out.channels
-        identity = 0 if block.downsample is None else out + ones  # and the sum of two biases
+        identity = 0 if block.downsample is None else out
         following = index + 1 < len(net.blocks)
         # Beside the first convolution: its output's gradient, x's shifted copy, the gradient of that; at the identity:
         # two gradients of x, and x where it is not kept.
         inner = max(first + 2 * x, 0 if block.downsample is None or not eight_bit else 3 * x)
         # The gradient before the last ReLU takes the place of the block's output, where that is not kept elsewhere;
         # an output that is kept in 8 bits is there once more as it was.
-        relu = out + ones if recompute or eight_bit else ones
+        relu = out if recompute or eight_bit else 0
         stages.append(
             Stage(
                 f"block {index}",
                 kept=frames * sum(_stored(conv.result, e, eight_bit) for conv in block.branch),
                 handed=out * (following + eight_bit),
-                forward=identity + out + ones - (stored if eight_bit else 0),
+                forward=identity + out - (stored if eight_bit else 0),
                 weight=block.weight,
                 backward=max(inner, relu) if recompute and not eight_bit else out + max(inner, relu),
                 pending=2 * x,
