@@ -6,10 +6,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from bench.rows import RESULTS, ROOT, read_rows
+from bench.tools.rows import RESULTS, ROOT, read_rows
 from lofi_fast.errors import InputError
 
-# Each is a module of this package, imported only when asked for: operators are measured on machines without decoders.
+# Each is a file of bench/commands, imported only when asked for: operators are measured on machines without decoders.
 COMMANDS = {
     "all": ("[options]", "everything that a CPU can measure, subsampled, in half an hour"),
     "ops": ("[options]", "every operator against plain PyTorch: time, memory, share of the machine's copy bandwidth"),
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if argv[0] not in COMMANDS:
             raise InputError(f"no measurement is called {argv[0]}; there are: {', '.join(COMMANDS)}")
-        status: int = importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
+        status: int = importlib.import_module(f"bench.commands.{argv[0]}").main(argv[1:])
         return status
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

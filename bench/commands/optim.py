@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bench.against import read_against
-from bench.gate import GateError
-from bench.measure import Stopwatch, interleaved, spread
-from bench.networks import CLASSES, HEAD, TINY_WIDTH, WIDTH
-from bench.record import options, record
-from bench.rows import Row, environment, software
-from bench.tables import aligned
+from bench.tools.against import read_against
+from bench.tools.gate import GateError
+from bench.tools.measure import Stopwatch, interleaved, spread
+from bench.tools.networks import CLASSES, HEAD, TINY_WIDTH, WIDTH
+from bench.tools.record import options, record
+from bench.tools.rows import Row, environment, software
+from bench.tools.table import Part, Table, by_place, newest, when
 from lofi_fast.config import StageConfig
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.errors import InputError
@@ -106,9 +106,16 @@ def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
         return max(float((x - y).norm() / y.norm().clamp(min=1e-12)) for x, y in zip(a, b, strict=True))
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = [("optimiser", "form", "ms", "of ours")]
-    for row in rows:
-        median, low, high = row["times_ours"]
-        lines.append((row["optimizer"], row["form"], f"{row['ms'][0]:.2f}", f"{median:.2f}x ({low:.2f} to {high:.2f})"))
-    return aligned(lines, text=2)
+def table(rows: Sequence[Row]) -> list[Part]:
+    """Each optimiser's forms; the first of them is the one that trains here."""
+    rows = newest(rows, ("optimizer", "form"))
+    header = ("optimiser", "form", "ms", "time of the first, median (p20 to p80)")
+    parts: list[Part] = []
+    for where, here in by_place(rows):
+        lines = []
+        for row in here:
+            median, low, high = row["times_ours"]
+            ratio = f"{median:.2f}x ({low:.2f} to {high:.2f})"
+            lines.append((row["optimizer"], row["form"], f"{row['ms'][0]:,.1f}", ratio))
+        parts.append(Table(f"{where}; {when(here)}:", header, lines))
+    return parts

@@ -10,9 +10,10 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from bench.against import add_against, comparison
-from bench.gate import GateError
-from bench.rows import RESULTS, Row, append_row
+from bench.tools.against import add_against, comparison
+from bench.tools.gate import GateError
+from bench.tools.rows import RESULTS, Row, append_row
+from bench.tools.table import Part, screen
 
 
 def options(bench: str, description: str | None, quick: str, rounds: int | None, *, devices: bool = True) -> Parser:
@@ -35,7 +36,7 @@ def options(bench: str, description: str | None, quick: str, rounds: int | None,
 
 def record(
     bench: str, measured: Iterable[Row], start: Row, args: Namespace, old: Sequence[Row],
-    table: Callable[[Sequence[Row]], str], key: Sequence[str], values: Mapping[str, tuple[str, ...]],
+    table: Callable[[Sequence[Row]], list[Part]], key: Sequence[str], values: Mapping[str, tuple[str, ...]],
     line: Callable[[Row], str] | None = None,
 ) -> int:  # fmt: skip
     """Take the rows as they are measured, so that a cut-off loses none; 1 when a form did not pass the gate.
@@ -54,7 +55,7 @@ def record(
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
+        print(f"\n{screen(table(rows))}\n{len(rows)} rows appended to {args.results}")
         if args.against:
             print(comparison(rows, old, key, values))
     return 0

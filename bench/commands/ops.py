@@ -1,27 +1,28 @@
 """Operators against what people would otherwise use: on a CPU the C++ forms, on a GPU the Triton forms.
 
 Every case passes the gate first: all forms equal the definition, ours at most twice as far from it as plain PyTorch at
-the same dtype (conv3x3, which trades roundings for speed, 32 times). Then times (`bench.measure`), and the peak memory
-of forward with backward above the start: of each form in a process of its own on a CPU, by torch's allocator on a GPU.
+the same dtype (conv3x3, which trades roundings for speed, 32 times). Then come times, and the peak memory of forward
+with backward above the start: of each form in a process of its own on a CPU, by torch's allocator on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.against import add_against, comparison, read_against
-from bench.cases import Case, Form, Problem, cases, form_of, forward, forward_backward
-from bench.gate import GateError, check_close, check_copies
-from bench.measure import ROOF, Stopwatch, in_child, interleaved, peak_above_start, roof, spread
-from bench.rows import RESULTS, Row, alike, append_row, environment, read_rows, software
-from bench.tables import aligned
+from bench.tools.against import add_against, comparison, read_against
+from bench.tools.cases import Case, Form, Problem, cases, form_of, forward, forward_backward
+from bench.tools.gate import GateError, check_close, check_copies
+from bench.tools.measure import ROOF, Stopwatch, in_child, interleaved, peak_above_start, roof, spread
+from bench.tools.rows import RESULTS, Row, alike, append_row, environment, read_rows, software
+from bench.tools.table import Part, Table, by_place, place, screen, when
 from lofi_fast.errors import InputError
 from lofi_fast.kernels import describe
 from lofi_fast.memory.meter import is_out_of_memory
@@ -31,6 +32,9 @@ USAGE = "python -m bench ops [options]"
 PASSES = ("forward", "forward_backward")
 TIMES = {"forward ms": ("forward", "ms"), "forward + backward ms": ("forward_backward", "ms"), "peak": ("peak",)}
 LEFT_OUT = ("28x28x128, 64", "14x14x256", "L=25", "L=50", "L=256", "batch 4")  # by --short
+HEADER = (
+    "operator", "shape", "dtype", "against", "forward", "forward + backward", "peak memory", "ours, of the copy roof",
+)  # fmt: skip
 SECONDS = 6.0  # that one form may take in one pass, at least three rounds: slow peers run fewer rounds
 
 
@@ -75,10 +79,10 @@ def main(argv: Sequence[str]) -> int:
             continue
         for row in new:
             append_row(args.results, {"bench": "ops"} | row | start)
-        rows += new
-    print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
+            rows.append(row | start)
+    print(f"\n{screen(table(rows))}\n{len(rows)} rows appended to {args.results}")
     if args.against:
-        print(comparison([row | start for row in rows], old, ("op", "shape", "dtype", "form"), TIMES))
+        print(comparison(rows, old, ("op", "shape", "dtype", "form"), TIMES))
     if failed:
         print(f"error: {failed} of {len(chosen)} cases do not pass the gate", file=sys.stderr)
     return min(failed, 1)
@@ -199,20 +203,38 @@ def _line(rows: dict[str, Row], ours: str) -> str:
     return "; ".join(["gate passed", *parts])
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Rows as aligned text: milliseconds (how many times ours), share of the copy roof, MiB."""
-    lines = [("op", "shape", "dtype", "form", "forward ms", "", "roof", "+ backward ms", "", "roof", "peak MiB")]
+def table(rows: Sequence[Row]) -> list[Part]:
+    """For each device a table of what the other forms take as a multiple of ours, each case from its newest run."""
+    dates: dict[tuple[Any, ...], str] = {}
     for row in rows:
-        cells = [row["op"], row["shape"], row["dtype"], row["form"]]
-        for step in PASSES:
-            timed = row[step]
-            if timed is None:
-                cells += ["", "", ""]
-            else:
-                share = "" if timed["of_roof"] is None else f"{100 * timed['of_roof']:.0f}%"
-                cells += [f"{timed['ms'][0]:.2f}", f"{timed['times_ours'][0]:.1f}x", share]
-        lines.append((*cells, "" if row["peak"] is None else f"{row['peak'] / 2**20:.1f}"))
-    return aligned(lines, text=4)
+        key = _case(row)
+        dates[key] = max(str(row["date"]), dates.get(key, ""))
+    rows = [row for row in rows if row["date"] == dates[_case(row)]]  # one run has one date
+    parts: list[Part] = []
+    for where, here in by_place(rows):
+        ours = {_case(row): row for row in here if row["ours"]}
+        forms = ", ".join(dict.fromkeys(row["form"] for row in ours.values()))
+        lines = [_compared(row, ours[_case(row)]) for row in here if not row["ours"]]
+        parts.append(Table(f"{where}; ours is {forms}; {when(here)}:", HEADER, lines))
+    return parts
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    return *place(row), row["op"], row["shape"], row["dtype"]
+
+
+def _compared(row: Row, ours: Row) -> list[str]:
+    """A line: another form against ours in the same run."""
+    passes = ("forward", "forward_backward")
+    times = [f"{row[step]['times_ours'][0]:.1f}x" if row[step] else "" for step in passes]
+    roofs = [
+        f"{100 * ours[step]['of_roof']:.0f}%" for step in passes if ours[step] and ours[step]["of_roof"] is not None
+    ]
+    peaks = ""
+    if row["peak"] is not None and ours["peak"] is not None:
+        ratio = f"{row['peak'] / ours['peak']:.1f}x, " if ours["peak"] >= 2**20 else ""  # less is noise
+        peaks = f"{ratio}{row['peak'] / 2**20:.0f} : {ours['peak'] / 2**20:.0f} MiB"
+    return [row["op"], row["shape"], row["dtype"], row["form"], *times, peaks, " / ".join(roofs)]
 
 
 def _chosen(found: Sequence[Case], only: str | None) -> list[Case]:

@@ -1,8 +1,8 @@
 """Time of a training step, ours beside plain PyTorch: the encoder alone, the head alone, and all of it with the loss.
 
 Every case passes the gate first: the gradients of all forms agree. Forms alternate within one process, and with them
-what tells the floor of the step (`bench.roofs`). On a GPU the cases are one video at full fidelity in mixed precision,
-with torch.compile of plain PyTorch among the forms.
+what tells the floor of the step (`bench.tools.roofs`). On a GPU the cases are one video at full fidelity in mixed
+precision, with torch.compile of plain PyTorch among the forms.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
-from bench.against import read_against
-from bench.dtypes import DTYPES, half_of
-from bench.gate import GateError
-from bench.measure import ROOF, Stopwatch, in_child, interleaved, peak_above_start, roof, spread
-from bench.networks import COMPILED, TINY_WIDTH, WIDTH, Encoded, WholeStep
-from bench.record import options, record
-from bench.roofs import Work, encoder_work, rates
-from bench.rows import Row, environment, software
-from bench.tables import aligned
+from bench.tools.against import read_against
+from bench.tools.dtypes import DTYPES, half_of
+from bench.tools.gate import GateError
+from bench.tools.measure import ROOF, Stopwatch, in_child, interleaved, peak_above_start, roof, spread
+from bench.tools.networks import COMPILED, TINY_WIDTH, WIDTH, Encoded, WholeStep
+from bench.tools.record import options, record
+from bench.tools.roofs import Work, encoder_work, rates
+from bench.tools.rows import Row, environment, software
+from bench.tools.table import Part, Table, by_place, newest, when
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.precision import choose_device
@@ -167,15 +168,25 @@ def _rows(
         print(f"{what}, {dtype}, {name}: {1e3 * timed.median:.0f} ms, {faster:.2f}x plain", flush=True)
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = [("step", "dtype", "form", "ms", "speed of plain", "of the floor", "peak, MiB")]
-    for row in rows:
-        median, low, high = row["faster_than_plain"]
-        peak = "" if row["peak"] is None else f"{row['peak'] / 2**20:.0f}"
-        cells = (row["step"], row["dtype"], row["form"], f"{row['ms'][0]:.0f}")
-        floor = "" if row["times_floor"] is None else f"{row['times_floor']:.1f}x"
-        lines.append((*cells, f"{median:.2f}x ({low:.2f} to {high:.2f})", floor, peak))
-    return aligned(lines, text=3)
+def table(rows: Sequence[Row]) -> list[Part]:
+    """Speeds relative to plain PyTorch, from the newest run of each step."""
+    rows = newest(rows, ("step", "dtype", "form"))
+    header = ("step", "dtype", "form", "speed of plain PyTorch, median (p20 to p80)", "peak, MiB")
+    parts: list[Part] = []
+    for where, here in by_place(rows):
+        floors = any(row.get("times_floor") for row in here)  # rows of older versions have none
+        plain: dict[tuple[Any, ...], int | None] = {}
+        lines = []
+        for row in here:
+            median, low, high = row["faster_than_plain"]
+            first = plain.setdefault((row["step"], row["dtype"]), row["peak"])
+            peak = "" if not row["peak"] or not first else f"{row['peak'] / 2**20:.0f}, {first / row['peak']:.1f}x less"
+            floor = [f"{row['times_floor']:.1f}x" if row.get("times_floor") else ""] * floors
+            speed = f"{median:.2f}x ({low:.2f} to {high:.2f})"
+            lines.append((row["step"], row["dtype"], row["form"], speed, *floor, peak))
+        columns = (*header[:4], *["time of the floor"] * floors, header[4])
+        parts.append(Table(f"{where}; {when(here)}:", columns, lines))
+    return parts
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,16 +10,17 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import linear_regression
 
 import torch
 
-from bench.against import read_against
-from bench.dtypes import half_of
-from bench.measure import Stopwatch, in_child, interleaved, peak_above_start, spread
-from bench.networks import CLASSES, HEAD, LEAN, WIDTH, WholeStep
-from bench.record import options, record
-from bench.rows import Row, environment, software
-from bench.tables import aligned, exponents
+from bench.tools.against import read_against
+from bench.tools.dtypes import half_of
+from bench.tools.measure import Stopwatch, in_child, interleaved, peak_above_start, spread
+from bench.tools.networks import CLASSES, HEAD, LEAN, WIDTH, WholeStep
+from bench.tools.record import options, record
+from bench.tools.rows import Row, environment, software
+from bench.tools.table import Part, Table, by_place, newest, when
 from lofi_fast.config import EncoderName
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity
@@ -27,6 +28,7 @@ from lofi_fast.memory.step_bytes import Setting, step_bytes
 from lofi_fast.precision import choose_device
 from lofi_fast.presets import activitynet
 
+ACTIVITYNET = 10_024  # its training videos
 SECONDS = 20.0  # that one form may take, at least three rounds
 
 
@@ -121,13 +123,44 @@ def predicted(size: Size, dtype: str, recompute: bool = False, eight_bit: bool =
     return bytes_.added - bytes_.frames
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = [("along", "snippets", "side", "videos", "encoder", "form", "ms", "peak, MiB", "ledger")]
-    for row in rows:
-        sizes = [str(row[name]) for name in ("snippets", "side", "videos", "encoder")]
-        bytes_ = ["" if row[name] is None else f"{row[name] / 2**20:.0f}" for name in ("peak", "predicted")]
-        lines.append((row["along"], *sizes, row["form"], f"{row['ms'][0]:.1f}", *bytes_))
-    slopes = [("grows with", "form", "time", "peak")]
-    for (along, form), found in exponents(rows).items():
-        slopes.append((along, form, *("" if math.isnan(slope) else f"^{slope:.2f}" for slope in found)))
-    return f"{aligned(lines, text=6)}\n\n{aligned(slopes, text=2)}"
+def table(rows: Sequence[Row]) -> list[Part]:
+    """Times and peaks along each curve, then the exponents."""
+    sizes = ("snippets", "side", "videos", "encoder")
+    rows = newest(rows, ("along", *sizes, "dtype", "form"))
+    header = (
+        "along", *sizes, "form", "ms", "videos an hour", "ActivityNet's epoch, hours, extrapolated", "peak, MiB",
+        "ledger, MiB",
+    )  # fmt: skip
+    parts: list[Part] = []
+    for where, here in by_place(rows):
+        lines = []
+        for row in here:
+            cells = [str(row[name]) for name in ("along", *sizes, "form")]
+            rate = 3.6e6 * row["videos"] / row["ms"][0]
+            bytes_ = ["" if row[name] is None else f"{row[name] / 2**20:,.0f}" for name in ("peak", "predicted")]
+            lines.append((*cells, f"{row['ms'][0]:,.0f}", f"{rate:,.0f}", f"{ACTIVITYNET / rate:,.1f}", *bytes_))
+        parts.append(Table(f"{where}; {when(here)}:", header, lines))
+        slopes = [
+            (along, form, *("" if math.isnan(slope) else f"{slope:.2f}" for slope in found))
+            for (along, form), found in exponents(here).items()
+        ]
+        parts.append(Table("Exponents:", ("of", "form", "time", "peak"), slopes))
+    return parts
+
+
+def exponents(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[float, float]]:
+    """(along, form) -> slopes of log time and log peak over the log of what is changed; NaN with fewer than two."""
+    found = {}
+    for along, form in dict.fromkeys((row["along"], row["form"]) for row in rows if row["along"] != "encoder"):
+        curve = [row for row in rows if (row["along"], row["form"]) == (along, form)]
+        times = [(math.log(row[along]), math.log(row["ms"][0])) for row in curve]
+        peaks = [(math.log(row[along]), math.log(row["peak"])) for row in curve if row["peak"]]
+        found[along, form] = (_slope(times), _slope(peaks))
+    return found
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> float:
+    if len({x for x, _ in points}) < 2:
+        return math.nan
+    x, y = zip(*points, strict=True)
+    return linear_regression(x, y).slope

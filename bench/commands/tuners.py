@@ -13,16 +13,18 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, median
 
 import numpy as np
 import torch
 
-from bench.against import add_against, comparison, read_against
-from bench.measure import in_child
 from bench.peers.tuners import TUNERS, halving
-from bench.rows import RESULTS, Row, append_row, environment, read_log, software
-from bench.synthetic import SyntheticRun
-from bench.tables import aligned
+from bench.tools.against import add_against, comparison, read_against
+from bench.tools.logs import read_log
+from bench.tools.measure import in_child
+from bench.tools.rows import RESULTS, Row, append_row, environment, software
+from bench.tools.synthetic import SyntheticRun
+from bench.tools.table import Part, Table, by_place, screen, when
 from lofi_fast.budget import Budget
 from lofi_fast.config import Config
 from lofi_fast.errors import InputError
@@ -64,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
                 append_row(args.results, row)
                 rows.append(row)
                 print(line(row), flush=True)
-    print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
+    print(f"\n{screen(table(rows))}\n{len(rows)} rows appended to {args.results}")
     if args.against:
         print(comparison(rows, old, ("tuner", "budget"), VALUES))
     return 0
@@ -154,13 +156,31 @@ def line(row: Row) -> str:
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = [("tuner", "budget, GB", "used", "of full fidelity", "failed", "steps of search", "planning, s")]
-    for row in rows:
-        used, omega = (f"{100 * row[key]:.0f}%" if row[key] is not None else "nothing" for key in ("used", "omega"))
-        counts = (str(row["failures"]), str(row["searched"]), f"{row['planning_seconds']:.1f}")
-        lines.append((row["tuner"], f"{row['budget'] / 1e9:.2f}", used, omega, *counts))
-    return aligned(lines, text=1)
+def table(rows: Sequence[Row]) -> list[Part]:
+    """Each way over the budgets of its machine's newest run."""
+    header = (
+        "way", "budget used, median (least)", "Omega, of full fidelity", "trainings that broke off",
+        "steps that did not fit", "steps of search", "planning, s",
+    )  # fmt: skip
+    parts: list[Part] = []
+    for where, here in by_place(rows):
+        run = [row for row in here if row["date"] == max(row["date"] for row in here)]
+        lines = []
+        for tuner in dict.fromkeys(row["tuner"] for row in run):
+            mine = [row for row in run if row["tuner"] == tuner]
+            used = [row["used"] or 0.0 for row in mine]
+            omega = fmean(row["omega"] or 0.0 for row in mine)
+            broken = sum(row["trained"] < max(other["trained"] for other in run) for row in mine)
+            searched, failures = (sum(row[key] for row in mine) for key in ("searched", "failures"))
+            lines.append((
+                tuner, f"{100 * median(used):.0f}% ({100 * min(used):.0f}%)", f"{100 * omega:.0f}%",
+                f"{broken} of {len(mine)}", str(failures), f"{searched / len(mine):.1f}",
+                f"{fmean(row['planning_seconds'] for row in mine):.0f}",
+            ))  # fmt: skip
+        budgets = [row["budget"] / 1e9 for row in run]
+        span = f"{len(set(budgets))} budgets from {min(budgets):.2f} to {max(budgets):.2f} GB"
+        parts.append(Table(f"{where}, {span}; {when(run)}:", header, lines))
+    return parts
 
 
 def _parser() -> argparse.ArgumentParser:

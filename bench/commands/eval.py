@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.against import read_against
-from bench.gate import GateError
-from bench.measure import Stopwatch, interleaved, spread
 from bench.peers import official_map
-from bench.record import options, record
-from bench.rows import Row, environment, software
-from bench.tables import aligned
+from bench.tools.against import read_against
+from bench.tools.gate import GateError
+from bench.tools.measure import Stopwatch, interleaved, spread
+from bench.tools.record import options, record
+from bench.tools.rows import Row, environment, software
+from bench.tools.table import Part, Table, by_place, newest, when
 from lofi_fast.errors import InputError
 from lofi_fast.metrics import average_recall, mean_average_precision, parse_tiou
 
@@ -155,12 +155,20 @@ def line(row: Row) -> str:
     return f"{row['metric']}, {row['videos']} videos, {row['form']}: {row['ms'][0]:.0f} ms"
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = [("metric", "videos", "detections", "form", "ms", "of ours")]
-    for row in rows:
-        cells = (row["metric"], f"{row['videos']:,}", f"{row['detections']:,}", row["form"])
-        lines.append((*cells, f"{row['ms'][0]:.1f}", f"{row['times_ours'][0]:.1f}x"))
-    return aligned(lines, text=4)
+def table(rows: Sequence[Row]) -> list[Part]:
+    """Each way to evaluate, and how many times as long as ours it takes."""
+    rows = newest(rows, ("metric", "videos", "form"))
+    header = ("metric", "videos", "detections", "form", "ms", "time of ours, median (p20 to p80)")
+    parts: list[Part] = []
+    for where, here in by_place(rows):
+        lines = []
+        for row in here:
+            median, low, high = row["times_ours"]
+            counts = (f"{row['videos']:,}", f"{row['detections']:,}")
+            ratio = f"{median:.1f}x ({low:.1f} to {high:.1f})"
+            lines.append((row["metric"], *counts, row["form"], f"{row['ms'][0]:,.0f}", ratio))
+        parts.append(Table(f"{where}; {when(here)}:", header, lines))
+    return parts
 
 
 def _parser() -> argparse.ArgumentParser:

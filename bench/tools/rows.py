@@ -18,9 +18,8 @@ import torch
 import lofi_fast
 from lofi_fast.errors import InputError
 from lofi_fast.memory.settle import open_meter
-from lofi_fast.run import events
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 # They change between two runs of the same code.
 WRITTEN_BY_BENCH = (":(exclude)bench/results", ":(exclude)README.md", ":(exclude)bench/README.md")
@@ -61,12 +60,6 @@ def read_rows(path: Path) -> list[Row]:
             raise InputError(f"{path}:{number}: not a row (one JSON object a line); mend or delete the line")
         rows.append(row)
     return rows
-
-
-def read_log(out: Path) -> list[events.AnyEvent]:
-    """The events of a run folder's log."""
-    with (out / "log.jsonl").open(encoding="utf-8") as lines:
-        return list(events.read(lines))
 
 
 def environment() -> Row:

@@ -11,17 +11,17 @@ import argparse
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
-from bench.against import read_against
-from bench.dtypes import DTYPES, half_of
-from bench.measure import in_child, peak_above_start
-from bench.networks import EIGHT_BIT, TINY_WIDTH, WIDTH, Encoded, WholeStep, kept_bytes
-from bench.record import options, record
-from bench.rows import Row, environment, software
-from bench.tables import aligned
+from bench.tools.against import read_against
+from bench.tools.dtypes import DTYPES, half_of
+from bench.tools.measure import in_child, peak_above_start
+from bench.tools.networks import EIGHT_BIT, TINY_WIDTH, WIDTH, Encoded, WholeStep, kept_bytes
+from bench.tools.record import options, record
+from bench.tools.rows import Row, environment, software
+from bench.tools.table import MISSING, Part, Table, by_place, newest, when
 from lofi_fast.config import EncoderName
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
@@ -145,32 +145,59 @@ def _whole_peak(
     return peak, free - torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = [("encoder", "side", "dtype", "form", "kept, MB a frame", "against plain")]
-    plain: dict[object, float] = {}
-    for row in (row for row in rows if row["measured"] == "kept"):
-        key = (row["encoder"], row["side"], row["dtype"])
-        plain.setdefault(key, row["bytes_a_frame"])
-        cells = (row["encoder"], str(row["side"]), row["dtype"], row["form"])
-        lines.append((*cells, f"{row['bytes_a_frame'] / 1e6:.2f}", f"{plain[key] / row['bytes_a_frame']:.2f}x less"))
-    peaked = [("step", "dtype", "form", "peak, MiB", "against plain")]
-    for row in (row for row in rows if row["measured"] == "peak" and row["peak"]):
+def table(rows: Sequence[Row]) -> list[Part]:
+    """What autograd keeps of a frame, then the peaks of the encoder's step and of the whole one."""
+    kept = newest(rows, ("measured", "encoder", "side", "dtype", "form"), "kept")
+    peaks = newest(rows, ("measured", "encoder", "frames", "side", "dtype", "form"), "peak")
+    steps = newest(rows, ("measured", "encoder", "videos", "snippets", "side", "dtype", "form"), "step")
+    parts: list[Part] = [_kept_table(here) for _, here in by_place(kept)]
+    for where, here in by_place([row for row in peaks if row["peak"]]):  # without a peak: more than there is
+        parts.append(_peak_table(where, here))
+    return [*parts, *(_step_table(where, here) for where, here in by_place(steps))]
+
+
+def _kept_table(rows: Sequence[Row]) -> Table:
+    cells: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        cells.setdefault((row["encoder"], row["side"]), {})[f"{row['form']}, {row['dtype']}"] = row["bytes_a_frame"]
+    dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
+    forms = [f"{form}, {dtype}" for dtype in dtypes for form in KEPT]
+    lines = []
+    for (encoder, side), found in cells.items():
+        numbers = [f"{found[form] / 1e6:.2f}" if form in found else MISSING for form in forms]
+        lines.append((encoder, f"{side} px", *numbers))
+    title = f"Kept of a frame from forward to backward, MB; {when(rows)}:"
+    return Table(title, ("encoder", "side", *forms), lines)
+
+
+def _peak_table(where: str, rows: Sequence[Row]) -> Table:
+    plain: dict[tuple[Any, ...], int] = {}
+    lines = []
+    for row in rows:
         key = (row["frames"], row["side"], row["dtype"])
         plain.setdefault(key, row["peak"])
-        cells = (f"{row['frames']} frames of {row['side']} px", row["dtype"], row["form"])
-        peaked.append((*cells, f"{row['peak'] / 2**20:.0f}", f"{plain[key] / row['peak']:.2f}x less"))
-    steps = [("whole step", "dtype", "form", "peak, GB", "as the driver shows it", "against plain")]
-    for row in (row for row in rows if row["measured"] == "step"):
-        what = f"{row['videos']} videos, {row['snippets']} snippets of {row['side']} px"
+        lines.append((
+            f"{row['frames']} frames of {row['side']} px", row["dtype"], row["form"], f"{row['peak'] / 2**20:.0f}",
+            f"{plain[key] / row['peak']:.1f}x less",
+        ))  # fmt: skip
+    title = f"Peak of one forward and backward above the process before it; {where}; {when(rows)}:"
+    return Table(title, ("step", "dtype", "form", "peak, MiB", "against plain"), lines)
+
+
+def _step_table(where: str, rows: Sequence[Row]) -> Table:
+    plain: dict[str, int] = {}
+    lines: list[Sequence[str]] = []
+    for row in rows:
+        what = f"{row['videos']} x {row['snippets']} snippets of {row['side']} px"
         if row["peak"] is None:
-            steps.append((what, row["dtype"], row["form"], "does not fit", "", ""))
+            lines.append((what, row["dtype"], row["form"], "does not fit", "", ""))
             continue
         plain.setdefault(what, row["peak"])
-        driver = "" if row["driver"] is None else f"{row['driver'] / 1e9:.2f}"
-        less = f"{plain[what] / row['peak']:.2f}x less" if row["peak"] else ""
-        steps.append((what, row["dtype"], row["form"], f"{row['peak'] / 1e9:.2f}", driver, less))
-    parts = ((lines, 4), (peaked, 3), (steps, 3))
-    return "\n\n".join(aligned(lines, text=text) for lines, text in parts if len(lines) > 1)
+        driver = MISSING if row["driver"] is None else f"{row['driver'] / 1e9:.2f}"
+        less = f"{plain[what] / row['peak']:.1f}x less" if row["peak"] else ""
+        lines.append((what, row["dtype"], row["form"], f"{row['peak'] / 1e9:.2f}", driver, less))
+    header = ("step", "dtype", "form", "above the start, GB", "as the driver shows it, GB", "against plain")
+    return Table(f"Whole step (encoder, head, loss); {where}; {when(rows)}:", header, lines)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
 Each budget is a training of its own, as a user would start it, on a few videos of the demo set. Budgets are drawn
 between the smallest that is not refused and what full fidelity needs. With `--pressure` one budget of each model is
-trained at for many steps, beside a process that takes and frees memory (`bench.neighbour`).
+trained at for many steps, beside a process that takes and frees memory (`bench.tools.neighbour`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.gpu_planner import summary
-from bench.neighbour import ROOM, Neighbour, inside, new_group
-from bench.rows import RESULTS, ROOT, Row, append_row, environment, read_log
-from bench.tables import aligned
+from bench.tools.logs import read_log, summary
+from bench.tools.neighbour import ROOM, Neighbour, inside, new_group
+from bench.tools.rows import RESULTS, ROOT, Row, append_row, environment
+from bench.tools.table import Part, Table, screen, when
 from lofi_fast.data import demo
 from lofi_fast.errors import InputError
 from lofi_fast.run import events
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
                 append_row(args.results, row)
                 rows.append(row)
                 print(line(row), flush=True)
-    print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
+    print(f"\n{screen(table(rows))}\n{len(rows)} rows appended to {args.results}")
     return int(any(row["violations"] or row["lost"] for row in rows))
 
 
@@ -133,17 +133,38 @@ def line(row: Row) -> str:
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = [("model", "budget, GB", "error of peak", "of what is added", "used", "violations", "lost", "down", "up")]
-    for row in sorted(rows, key=lambda row: (row["model"], row["budget"])):
-        if row["refused"]:
-            lines.append((row["model"], f"{row['budget'] / 1e9:.2f}", *["refused"] * 7))
+def table(rows: Sequence[Row]) -> list[Part]:
+    """Over the budgets of each model in its newest run: how well peaks were predicted, and kept to."""
+    if not rows:
+        return []
+    lines = []
+    for model, pressure in dict.fromkeys((row["model"], row["pressure"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["pressure"]) == (model, pressure)]
+        newest = max(row["date"] for row in mine)
+        run = [row for row in mine if row["date"] == newest]
+        went = [row for row in run if not row["refused"]]
+        if not went:
             continue
-        percent = [f"{100 * row[key][0]:.1f}%" for key in ("error_of_peak", "error_of_added")]
-        used = f"{100 * row['used'][1]:.0f}%"
-        counts = [str(row[key]) for key in ("violations", "lost", "down", "up")]
-        lines.append((row["model"], f"{row['budget'] / 1e9:.2f}", *percent, used, *counts))
-    return aligned(lines, text=1)
+        bound = [row["used"][1] for row in went if row["bound"]] or [0.0]
+        span = [row["budget"] / 1e9 for row in run]
+        errors = [f"{100 * max(row[key][0] for row in went):.1f}%" for key in ("error_of_peak", "error_of_added")]
+        lines.append((
+            model + ", beside a neighbour" * pressure, f"{len(run)}, {min(span):.2f} to {max(span):.2f} GB",
+            _steps(went), *errors, f"{100 * min(bound):.0f}% to {100 * max(bound):.0f}%",
+            str(sum(row["violations"] for row in went)), str(sum(row["lost"] for row in went)),
+            f"{sum(row['down'] for row in went)} / {sum(row['up'] for row in went)}", when(run),
+        ))  # fmt: skip
+    header = (
+        "model", "budgets", "steps", "largest error of the peak", "of what a step adds", "budget used where it binds",
+        "violations", "lost or repeated videos", "rungs down / up", "date, commit",
+    )  # fmt: skip
+    return [Table("", header, lines)]
+
+
+def _steps(rows: Sequence[Row]) -> str:
+    """Of several trainings; of those with less left for them than the budget, how many."""
+    short = sum(row.get("short", 0) for row in rows)
+    return f"{sum(row['steps'] for row in rows)}{f', {short} with less left than the budget' if short else ''}"
 
 
 def _parser() -> argparse.ArgumentParser:

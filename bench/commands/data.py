@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.against import read_against
-from bench.gate import GateError
-from bench.measure import spread
-from bench.networks import WholeStep
 from bench.peers.decoders import decoders, squares
-from bench.record import options, record
-from bench.rows import Row, environment, software
-from bench.tables import aligned
+from bench.tools.against import read_against
+from bench.tools.gate import GateError
+from bench.tools.measure import spread
+from bench.tools.networks import WholeStep
+from bench.tools.record import options, record
+from bench.tools.rows import Row, environment, software
+from bench.tools.table import Part, Table, by_place, newest, when
 from lofi_fast.config import Config
 from lofi_fast.data import demo
 from lofi_fast.data.dataset import CROP_OF_CACHED, Sample, Sampler, load_dataset
@@ -187,12 +187,25 @@ def line(row: Row) -> str:
     return f"{row['measured']}, {row['case']}, {row['form']}: {row['frames_a_second']:.0f} frames a second"
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = [("case", "form", "frames/s", "CPU ms a frame", "of ours")]
-    for row in (row for row in rows if row["measured"] == "decode"):
-        numbers = (f"{row['frames_a_second']:.0f}", f"{row['cpu_ms_a_frame']:.3f}", f"{row['times_ours'][0]:.2f}x")
-        lines.append((row["case"], row["form"], *numbers))
-    return aligned(lines, text=2)
+def table(rows: Sequence[Row]) -> list[Part]:
+    """Decoding by each form, then what filling the cache costs and the share of a step."""
+    rows = newest(rows, ("measured", "case", "form"))
+    header = ("fidelity", "form", "frames a second", "CPU ms a frame", "time of ours, median (p20 to p80)")
+    parts: list[Part] = []
+    for where, here in by_place(rows):
+        lines = []
+        for row in (row for row in here if row["measured"] == "decode"):
+            median, low, high = row["times_ours"]
+            numbers = (f"{row['frames_a_second']:,.0f}", f"{row['cpu_ms_a_frame']:.3f}")
+            lines.append((row["case"], row["form"], *numbers, f"{median:.2f}x ({low:.2f} to {high:.2f})"))
+        parts.append(Table(f"{where}; {when(here)}:", header, lines))
+        for row in here:
+            if row["measured"] == "cache":
+                rate, size = row["frames_a_second"], row["bytes"] / row["frames"]
+                parts.append(f"Filling the cache, once: {rate:,.0f} frames a second, {size:,.0f} bytes a frame.")
+            if row["measured"] == "share":
+                parts.append(f"Decoding takes {100 * row['share']:.1f}% of a step's CPU seconds ({row['case']}).")
+    return parts
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""`python -m bench.interpreted COMMAND ...`: a command of the bench on a CPU that runs what a GPU would run.
+"""`python -m bench.tools.interpreted COMMAND ...`: a command of the bench on a CPU that runs what a GPU would run.
 
 Every operator's Triton form takes the place of its C++ form, under Triton's interpreter.
 """

@@ -16,11 +16,11 @@ from statistics import median
 
 import torch
 
-from bench.against import add_against, comparison, read_against
-from bench.measure import in_child
-from bench.networks import Encoded, WholeStep
-from bench.rows import RESULTS, Row, append_row, environment, software
-from bench.tables import aligned
+from bench.tools.against import add_against, comparison, read_against
+from bench.tools.measure import in_child
+from bench.tools.networks import Encoded, WholeStep
+from bench.tools.rows import RESULTS, Row, append_row, environment, software
+from bench.tools.table import Part, Table, by_place, newest, screen, when
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, ladder
 from lofi_fast.memory import allocator
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
             } | start)  # fmt: skip
     for row in rows:
         append_row(args.results, row)
-    print(f"{table(rows)}\n{len(rows)} rows appended to {args.results}")
+    print(f"{screen(table(rows))}\n{len(rows)} rows appended to {args.results}")
     if args.against:
         print(comparison(rows, old, ("of",), VALUES))
     return 0
@@ -134,17 +134,22 @@ def _governor() -> Row:
     }
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = [("what", "ms a step", "of the first", "peak, MiB", "varies", "page faults")]
-    for row in rows:
-        low, high = row["spread_ms"]
-        timed = f"{row['ms']:.3g} ({low:.3g} to {high:.3g})"
-        if "peak" in row:
-            more = (f"{row['of_default']:.2f}x", f"{row['peak'] / 2**20:.0f}", f"{100 * row['peak_varies']:.1f}%")
-            lines.append((row["of"], timed, *more, str(row["faults"])))
-        else:
-            lines.append((row["of"], timed, *[""] * 4))
-    return aligned(lines, text=1)
+def table(rows: Sequence[Row]) -> list[Part]:
+    """The governor, and the allocators."""
+    rows = newest(rows, ("of",))
+    header = ("what", "ms a step (p20 to p80)", "of the first", "peak, MiB", "varies by", "page faults a step")
+    parts: list[Part] = []
+    for where, here in by_place(rows):
+        lines = []
+        for row in here:
+            cells = ("", "", "", "")
+            if "peak" in row:
+                varies = f"{100 * row['peak_varies']:.1f}%"
+                cells = (f"{row['of_default']:.2f}x", f"{row['peak'] / 2**20:.0f}", varies, f"{row['faults']:,}")
+            ms, low, high = (f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in (row["ms"], *row["spread_ms"]))
+            lines.append((row["of"], f"{ms} ({low} to {high})", *cells))
+        parts.append(Table(f"{where}; {when(here)}:", header, lines))
+    return parts
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,9 +18,12 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from bench.rows import RESULTS, ROOT, Row, append_row, environment, read_log
+from bench.tools.logs import read_log
+from bench.tools.rows import RESULTS, ROOT, Row, append_row, environment
+from bench.tools.table import MISSING, Part, Table
 from lofi_fast.arguments import from_arguments
 from lofi_fast.config import Config
 from lofi_fast.data import demo
@@ -30,6 +33,13 @@ from lofi_fast.errors import InputError
 from lofi_fast.run import events
 
 USAGE = "python -m bench job [options] -- <arguments of lofi_fast.train>"
+EXPECTED = (("demo", "true"), ("demo", "rolled"), ("ceiling", "true"))  # these have a line even without a row
+TIOUS = ("0.3", "0.5", "0.7")
+SAME = ("commit", "dirty", "machine", "device", "precision", "settings")  # what seeds must share to be averaged
+HEADER = (
+    "what", "seeds", *(f"mAP@{tiou} (%)" for tiou in TIOUS), "average mAP (%)",
+    "training (min)", "peak memory", "machine", "date, commit",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -138,6 +148,50 @@ def results_of(out: Path) -> Row:
         "kernels": machine["kernels"],
         "versions": {"lofi_fast": machine["lofi_fast"], "python": machine["python"], **machine["packages"]},
     }
+
+
+def table(rows: Sequence[Row]) -> list[Part]:
+    """One line for each (name, labels), from its newest measurement."""
+    found = dict.fromkeys((row["name"], row["labels"]) for row in rows)
+    lines = []
+    for name, labels in dict.fromkeys((*EXPECTED, *sorted(found))):
+        what = name if labels == "true" else f"{name}, rolled labels"
+        newest = newest_measurement([row for row in rows if (row["name"], row["labels"]) == (name, labels)])
+        lines.append((what, *(_cells(newest) if newest else [MISSING] * (len(HEADER) - 1))))
+    return [Table("", HEADER, lines)]
+
+
+def newest_measurement(rows: Iterable[Row]) -> list[Row]:
+    """The newest row and, of every other seed, the newest made by the same code with the same settings; by seed."""
+    rows = sorted(rows, key=lambda row: str(row["date"]))
+    seeds = {row["seed"]: row for row in rows if all(row[key] == rows[-1][key] for key in SAME)}
+    return [seeds[seed] for seed in sorted(seeds)]
+
+
+def _cells(rows: Sequence[Row]) -> list[str]:
+    last = max(rows, key=lambda row: str(row["date"]))
+    peaks = [row["peak"] for row in rows if row["peak"] is not None]
+    machine = last["machine"] if last["device"].startswith("CPU,") else last["device"]
+    return [
+        ", ".join(str(row["seed"]) for row in rows),
+        *(_mean(row["map_by_tiou"].get(tiou) for row in rows) for tiou in TIOUS),
+        _mean(row["average_map"] for row in rows),
+        _mean((row["training_seconds"] for row in rows), 1 / 60),
+        f"{max(peaks) / 1e9:.2f} of {last['budget'] / 1e9:.2f} GB" if peaks else MISSING,
+        f"{machine}, {last['precision'].split(' (')[0]}",
+        f"{last['date'][:10]}, {last['commit'][:7]}{' with changes' if last['dirty'] else ''}",
+    ]
+
+
+def _mean(values: Iterable[float | None], scale: float = 100) -> str:
+    """The mean, and the range when there are several; "not measured" when one is missing."""
+    known: list[float] = []
+    for value in values:
+        if value is None:
+            return MISSING
+        known.append(scale * value)
+    spread = f" ({min(known):.1f} to {max(known):.1f})" if len(known) > 1 else ""
+    return f"{fmean(known):.1f}{spread}"
 
 
 def _read(path: Path) -> Any:

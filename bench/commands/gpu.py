@@ -1,7 +1,7 @@
 """Everything that matters on a GPU, in at most 8 minutes: operators, memory, steps, the planner, decoding, tests.
 
-Go on after a cut-off with --resume, or take one --part at a time (`bench.parts`). Nothing but PyTorch, Triton, NumPy,
-psutil, for the planner rich and for the tests pytest has to be installed.
+Go on after a cut-off with --resume, or take one --part at a time (`bench.tools.parts`). Nothing but PyTorch, Triton,
+NumPy, psutil, for the planner rich and for the tests pytest has to be installed.
 
 `--dry-run` goes through all of it without a GPU, at tiny sizes, with the Triton kernels under Triton's interpreter.
 """
@@ -25,8 +25,8 @@ from xml.etree import ElementTree
 
 import torch
 
-from bench.parts import Ended, Part, Setting, chosen, introduce, measured, run, run_parts
-from bench.rows import RESULTS, ROOT, alike, append_row, environment, read_rows, software
+from bench.tools.parts import Ended, Part, Setting, chosen, introduce, measured, run, run_parts
+from bench.tools.rows import RESULTS, ROOT, alike, append_row, environment, read_rows, software
 from lofi_fast.errors import InputError
 from lofi_fast.precision import choose_device
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-gpu-")))
         device = torch.device("cpu") if args.dry_run else device
         start = environment() | software(device, args.threads) | {"quick": args.dry_run}
-        module = "bench.interpreted" if args.dry_run else "bench"
+        module = "bench.tools.interpreted" if args.dry_run else "bench"
         against = None if args.against is None else args.against.absolute()
         setting = Setting(
             "gpu", device.type, args.threads, folder.absolute(), args.resume, args.dry_run, start, against, module

@@ -3,7 +3,7 @@
 Floor of a step: the larger of two times. Its operations at the rate of a large matrix product or a large convolution,
 PyTorch's or ours, whichever is fastest: every convolution forward, and twice that backward (for its input and its
 weight; the first has no gradient of its input). Operations are counted by the definition, so that a convolution which
-saves some may be faster than its processor. Its bytes at the rate of a large copy: every map that backward needs
+saves some may be faster than its processor. Its bytes at the rate of a large copy: every activation that backward needs
 written once and read twice (by the next layer and by backward), its gradient written and read once, and the frames read
 twice. Head, loss and folding are left out. What takes sampled gradients has less to do than this.
 """
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bench.measure import Call
+from bench.tools.measure import Call
 from lofi_fast.config import EncoderName
 from lofi_fast.encoder.resnet_ledger import lean_kept_bytes, network
 from lofi_fast.kernels import conv3x3
 
-PASSES = 5  # over the kept maps
+PASSES = 5  # over the kept activations
 
 
 @dataclass(frozen=True)

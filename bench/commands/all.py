@@ -1,6 +1,6 @@
 """Everything that a CPU can measure, in at most half an hour: operators, memory, steps, planner, decoding, evaluator.
 
-Long parts are subsampled: each command by itself measures more. Go on after a cut-off with --resume (`bench.parts`).
+Long parts are subsampled: each command by itself measures more. After a cut-off, --resume goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from bench.parts import Ended, Part, Setting, chosen, introduce, measured, run_parts
-from bench.rows import RESULTS, environment, software
+from bench.tools.parts import Ended, Part, Setting, chosen, introduce, measured, run_parts
+from bench.tools.rows import RESULTS, environment, software
 from lofi_fast.errors import InputError
 
 USAGE = "python -m bench all [options]"

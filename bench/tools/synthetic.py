@@ -1,6 +1,6 @@
 """The joint stage on frames that are made up on their device: `lofi_fast.joint` as it is, without videos or decoders.
 
-A process of its own, started by `bench.gpu_planner`; `bench.tuners` takes single steps of such a run.
+A process of its own, started by `bench.commands.gpu_planner`; `bench.commands.tuners` takes single steps of such a run.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def setting(budget: int, out: Path, tiny: bool) -> Config:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.synthetic", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.tools.synthetic", description=__doc__)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--budget", type=int, required=True, metavar="BYTES")
     parser.add_argument("--seconds", type=float, required=True, help="of training")
@@ -153,5 +153,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    settle_allocator("bench.synthetic", sys.argv[1:])
+    settle_allocator("bench.tools.synthetic", sys.argv[1:])
     sys.exit(main(sys.argv[1:]))

@@ -132,7 +132,7 @@ def in_child(function: Callable[..., Any], *arguments: Any, cuda: bool = False, 
     # The server imports torch once, and each child starts as a copy of it; CUDA does not work in copies.
     context = multiprocessing.get_context("spawn" if cuda else "forkserver")
     if not cuda:
-        context.set_forkserver_preload(["bench.cases"])
+        context.set_forkserver_preload(["bench.tools.cases"])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_send, args=(sender, settled, function, *arguments))
     child.start()

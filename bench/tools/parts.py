@@ -16,8 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.rows import ROOT, Row, alike, append_row, read_rows
-from bench.tables import aligned
+from bench.tools.rows import ROOT, Row, alike, append_row, read_rows
+from bench.tools.table import aligned
 from lofi_fast.errors import InputError
 
 
@@ -90,7 +90,7 @@ def run_parts(parts: Mapping[str, Part], names: Iterable[str], setting: Setting,
         failed = failed or not ended or status != 0
         said = "cut off: go on with --resume" if not ended else "done" if not status else f"failed with status {status}"
         lines.append((name, said, f"{spent:.0f}", str(rows)))
-    print(f"\n{aligned(lines, text=2)}\n{_rows(setting.results)} rows in {setting.results}")
+    print(f"\n{aligned(lines)}\n{_rows(setting.results)} rows in {setting.results}")
     return int(failed)
 
 

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import pkgutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -22,15 +22,21 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 import lofi_fast.kernels
-from bench.rows import RESULTS, Row, append_row, environment
-from bench.tables import aligned
+from bench.tools.rows import RESULTS, Row, append_row, environment
+from bench.tools.table import Part, Table, screen, when
 from lofi_fast.errors import InputError
 
 if TYPE_CHECKING:
     from lofi_fast.kernels.launch import Launch
 
 USAGE = "python -m bench kernels [options]"
-LEGEND = "registers a thread, spilled bytes a thread, shared bytes a block, widest load/store of global memory in bits"
+HEADER = (
+    "operator", "kernel", "layout", "launches", "registers", "spilled bytes", "shared bytes",
+    "widest load / store (bits)",
+)  # fmt: skip
+LEGEND = (
+    "target, registers and spilled bytes a thread, shared bytes a block, widest load/store of global memory in bits"
+)
 
 
 @dataclass(frozen=True)
@@ -70,17 +76,23 @@ def main(argv: Sequence[str]) -> int:
                 failed.append(f"{code.op}, {code.launches[0]}, sm_{target}: {error}")
             if done % 20 == 0 or done == len(jobs):
                 print(f"{done} of {len(jobs)} compiled", file=sys.stderr, flush=True)
-    print(f"{LEGEND}\n\n{table(measured)}")
+    import triton
+
+    start |= {"thin": args.thin, "versions": {"triton": triton.__version__}}
+    rows = [
+        {"bench": "kernels"} | asdict(code) | {"targets": {str(key): targets[key] for key in sorted(targets)}} | start
+        for code, targets in measured.items()
+    ]
+    print(f"{LEGEND}\n")
+    for row in rows:
+        print(line(row))
+    print(f"\n{screen(table([row for row in rows if row['targets']]))}")
     for failure in failed:
         print(f"error: {failure}", file=sys.stderr)
     if args.save and not failed:
-        import triton
-
-        start |= {"thin": args.thin, "versions": {"triton": triton.__version__}}
-        for code, targets in measured.items():
-            by_target = {str(target): targets[target] for target in sorted(targets)}
-            append_row(args.results, {"bench": "kernels"} | asdict(code) | {"targets": by_target} | start)
-        print(f"{len(measured)} rows appended to {args.results}")
+        for row in rows:
+            append_row(args.results, row)
+        print(f"{len(rows)} rows appended to {args.results}")
     return min(len(failed), 1)
 
 
@@ -143,20 +155,47 @@ def _compile(op: str, name: str, target: int) -> Row:
     return asdict(compile_launch(_examples(op)[name], target))
 
 
-def table(measured: Mapping[Code, Mapping[int, Row]]) -> str:
-    """A line for each compilation, a column for each target."""
-    targets = sorted({target for found in measured.values() for target in found})
-    lines = [("", *(f"sm_{target}" for target in targets))]
-    for code, found in measured.items():
-        more = f" (and {len(code.launches) - 1} more)" if len(code.launches) > 1 else ""
-        cells = [_cell(found[target]) if target in found else "" for target in targets]
-        lines.append((f"{code.op}: {code.launches[0].removeprefix(f'{code.op} ')}{more}", *cells))
-    return aligned(lines, text=len(lines[0]))
+def table(rows: Sequence[Row]) -> list[Part]:
+    """One line for each kernel, over all its launches and targets in the operator's newest complete run."""
+    if not rows:
+        return []
+    dates = {row["op"]: "" for row in rows}
+    for row in rows:
+        dates[row["op"]] = max(str(row["date"]), dates[row["op"]])
+    rows = [row for row in rows if row["date"] == dates[row["op"]]]
+    groups: dict[tuple[str, str, bool], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["kernel"], row["streams"]), []).append(row)
+    lines = []
+    for (op, kernel, streams), group in groups.items():
+        found = [target for row in group for target in row["targets"].values()]
+        widest = [_range(max(map(int, target[way])) for target in found if target[way]) for way in ("loads", "stores")]
+        lines.append((
+            op, kernel, "channels-last, C % 64 = 0" if streams else "others",
+            str(sum(len(row["launches"]) for row in group)), _range(target["registers"] for target in found),
+            str(max(target["spilled"] for target in found)), _range(target["shared"] for target in found),
+            " / ".join(widest),
+        ))  # fmt: skip
+    targets = dict.fromkeys(f"sm_{target}" for row in rows for target in row["targets"])
+    versions = ", ".join(dict.fromkeys(f"Triton {row['versions']['triton']}" for row in rows))
+    return [Table(f"{versions}; {', '.join(targets)}; {when(rows)}:", HEADER, lines)]
 
 
-def _cell(found: Row) -> str:
-    widest = [max(map(int, found[accesses]), default=0) for accesses in ("loads", "stores")]
-    return f"{found['registers']} {found['spilled']} {found['shared']} {widest[0]}/{widest[1]}"
+def _range(values: Iterable[int]) -> str:
+    known = sorted(set(values))
+    return " to ".join(str(value) for value in (known if len(known) < 2 else (known[0], known[-1]))) or "none"
+
+
+def line(row: Row) -> str:
+    """One compilation: the launch that it was made for, then what came out for each target."""
+    name = row["launches"][0].removeprefix(f"{row['op']} ")
+    more = f" (and {len(row['launches']) - 1} more)" if len(row["launches"]) > 1 else ""
+    return "; ".join([f"{row['op']}: {name}{more}", *(_cell(*found) for found in row["targets"].items())])
+
+
+def _cell(target: str, code: Row) -> str:
+    widest = [max(map(int, code[accesses]), default=0) for accesses in ("loads", "stores")]
+    return f"sm_{target} {code['registers']} {code['spilled']} {code['shared']} {widest[0]}/{widest[1]}"
 
 
 def _parser() -> argparse.ArgumentParser:

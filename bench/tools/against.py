@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.rows import Row, read_rows
-from bench.tables import aligned
+from bench.tools.rows import Row, read_rows
+from bench.tools.table import aligned
 from lofi_fast.errors import InputError
 
 
@@ -49,7 +49,7 @@ def comparison(
         lines.append((*named, *ratios, f"{str(before['date'])[:10]} {str(before['commit'])[:7]}{where}"))
     if len(lines) == 1:
         return "new / old: no case in common"
-    return f"new / old:\n{aligned(lines, text=len(key))}"
+    return f"new / old:\n{aligned(lines)}"
 
 
 def _number(row: Row, place: Sequence[str]) -> float | None:

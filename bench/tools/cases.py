@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.dtypes import DTYPES, half_of
 from bench.peers.align import CHUNK, DenseSampling, Materialised, batched_rois, sampling_matrix
 from bench.peers.blocks import eager_block_end, eager_stem, eager_stem_input, frozen_norm
 from bench.peers.shift import published_shift
 from bench.peers.soft_nms import published_soft_nms
+from bench.tools.dtypes import DTYPES, half_of
 from lofi_fast.kernels import (
     align_linear_sum,
     conv3x3,

@@ -1,8 +1,9 @@
 """The planner on a GPU beside a neighbour that takes and frees memory, on frames made up there: no decoder is needed.
 
-Each budget is a process of its own that plans and trains as `lofi_fast.train` does (`bench.synthetic`): ActivityNet's
-setting, R18, 16 videos. Once it trains, a second process holds in turn so much of the device that less and more than
-the budget is left. What the driver shows for the training process is read from outside too, every few milliseconds.
+Each budget is a process of its own (`bench.tools.synthetic`) that plans and trains as `lofi_fast.train` does:
+ActivityNet's setting, R18, 16 videos. Once it trains, a second process holds in turn so much of the device that less
+and more than the budget is left. What the driver shows for the training process is read from outside too, every few
+milliseconds.
 """
 
 from __future__ import annotations
@@ -14,20 +15,18 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from threading import Event, Lock, Thread
 
 import psutil
 import torch
 
-from bench.against import add_against, comparison, read_against
-from bench.rows import RESULTS, ROOT, Row, alike, append_row, environment, read_log, read_rows, software
-from bench.tables import aligned
+from bench.tools.against import add_against, comparison, read_against
+from bench.tools.logs import read_log, summary
+from bench.tools.rows import RESULTS, ROOT, Row, alike, append_row, environment, read_rows, software
+from bench.tools.table import Part, Table, by_place, newest, screen, when
 from lofi_fast.budget import parse_bytes
 from lofi_fast.errors import InputError
 from lofi_fast.precision import choose_device
@@ -40,7 +39,7 @@ HOLD_SECONDS, SAMPLE_SECONDS = 3.0, 0.01
 PIECE = 128 << 20  # bytes that the neighbour takes and frees at a time
 RESERVE = 256 << 20  # that it never takes
 TINY_HOLDS = (64 << 20, 0)
-TRAINING = "training"  # what bench.synthetic says when it begins
+TRAINING = "training"  # what bench.tools.synthetic says when it begins
 VALUES = {
     "error of peak": ("error_of_peak",),
     "budget used": ("used_median",),
@@ -77,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
             append_row(args.results, row)
             rows.append(row)
             print(line(row), flush=True)
-    print(f"\n{table(rows)}\n{len(rows)} rows appended to {args.results}")
+    print(f"\n{screen(table(rows))}\n{len(rows)} rows appended to {args.results}")
     if args.against:
         print(comparison(rows, old, ("model", "pressure", "budget"), VALUES))
     return int(failed or any(row["violations"] or row["lost"] for row in rows))
@@ -87,7 +86,7 @@ def measure(
     budget: int, out: Path, neighbour: Neighbour, device: torch.device, seconds: float, threads: int, tiny: bool
 ) -> Row:
     """One budget."""
-    command = [sys.executable, "-m", "bench.synthetic", "--device", device.type, "--budget", str(budget)]
+    command = [sys.executable, "-m", "bench.tools.synthetic", "--device", device.type, "--budget", str(budget)]
     command += ["--seconds", str(seconds), "--out", str(out), "--threads", str(threads), *(["--tiny"] * tiny)]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     began = time.perf_counter()
@@ -216,54 +215,6 @@ for line in sys.stdin:
         return int(torch.cuda.mem_get_info(self._device)[0]) if self._device.type == "cuda" else 0
 
 
-def summary(steps: Sequence[events.Step], trials: Sequence[events.Measured], seen: int) -> Row:
-    """What a log says of predictions, peaks, rungs and samples."""
-    errors = [abs(step.peak - step.predicted) / step.peak for step in steps]
-    added = [abs(s.peak - s.predicted) / max(s.predicted - s.base, 1) for s in steps]
-    used = [step.peak / min(step.budget, step.limit) for step in steps]
-    omegas = [step.num_snippets * step.side**2 for step in steps]
-    of_pattern: dict[str, list[int]] = {}
-    for omega, step in zip(omegas, steps, strict=True):
-        of_pattern.setdefault(step.pattern, []).append(omega)
-    moves = [b - a for found in of_pattern.values() for a, b in pairwise(found)]
-    epochs: dict[int, list[str]] = {}
-    for step in steps:
-        epochs.setdefault(step.epoch, []).extend(step.videos)
-    # Of the last epoch only some steps may have been taken.
-    whole = set().union(*epochs.values()) if epochs else set()
-    complete = [videos for epoch, videos in epochs.items() if epoch != max(epochs)]
-    lost = sum(len(whole - set(videos)) for videos in complete)
-    repeated = sum(len(videos) - len(set(videos)) for videos in epochs.values())
-    spent = _seconds(steps)
-    over = [trial for trial in trials if trial.peak is not None and trial.peak > trial.budget]
-    return {
-        "steps": len(steps),
-        "trials": len(trials),
-        "steps_a_second": round(len(steps) / spent, 3) if spent else None,
-        "error_of_peak": [round(max(errors, default=0.0), 4), round(median(errors or [0.0]), 4)],
-        "error_of_added": [round(max(added, default=0.0), 4), round(median(added or [0.0]), 4)],
-        "used": [round(f(used or [0.0]), 4) for f in (min, median, max)],
-        "used_median": round(median(used or [0.0]), 4),
-        "bound": True,  # full fidelity of 16 videos needs about 50 GB
-        "violations": sum(step.peak > min(step.budget, step.limit) for step in steps) + len(over),
-        "seen_of_budget": round(seen / steps[0].budget, 4) if steps else None,
-        "short": sum(step.limit < step.budget for step in steps),
-        "retries": sum(step.retries for step in steps),
-        "reduced": sum(step.reduced_from is not None for step in steps),
-        "down": sum(move < 0 for move in moves),
-        "up": sum(move > 0 for move in moves),
-        "rungs": len({(s.num_snippets, s.side, s.micro_batch, s.recompute) for s in steps}),
-        "lost": lost + repeated,
-    }
-
-
-def _seconds(steps: Sequence[events.Step]) -> float:
-    if len(steps) < 2:
-        return 0.0
-    first, last = (datetime.fromisoformat(step.time) for step in (steps[0], steps[-1]))
-    return (last - first).total_seconds()
-
-
 def line(row: Row) -> str:
     budget = f"{row['budget'] / 1e9:.2f} GB"
     if row["refused"]:
@@ -276,23 +227,30 @@ def line(row: Row) -> str:
     )
 
 
-def table(rows: Iterable[Row]) -> str:
-    lines: list[Sequence[str]] = [(
-        "budget, GB", "steps", "short", "error of peak", "of what is added", "used", "seen", "violations", "lost",
-        "down", "up", "retries",
-    )]  # fmt: skip
-    for row in sorted(rows, key=lambda row: row["budget"]):
-        budget = f"{row['budget'] / 1e9:.2f}"
-        if row["refused"]:
-            lines.append((budget, *["refused"] * 11))
-            continue
-        lines.append((
-            budget, str(row["steps"]), str(row["short"]), f"{100 * row['error_of_peak'][0]:.1f}%",
-            f"{100 * row['error_of_added'][0]:.1f}%", f"{100 * row['used'][1]:.0f}%",
-            f"{100 * row['seen_of_budget']:.0f}%",
-            *(str(row[key]) for key in ("violations", "lost", "down", "up", "retries")),
-        ))  # fmt: skip
-    return aligned(lines, text=0)
+def table(rows: Sequence[Row]) -> list[Part]:
+    """Each budget's newest run beside a neighbour."""
+    rows = sorted(newest(rows, ("model", "pressure", "budget")), key=lambda row: row["budget"])
+    header = (
+        "budget", "steps, of them with less left", "largest error of the peak", "of what a step adds",
+        "used, median", "most that the driver showed", "violations", "lost or repeated videos", "rungs down / up",
+        "retries",
+    )  # fmt: skip
+    parts: list[Part] = []
+    for where, here in by_place(rows):
+        lines: list[Sequence[str]] = []
+        for row in here:
+            budget = f"{row['budget'] / 1e9:.2f} GB"
+            if row["refused"]:
+                lines.append((budget, f"refused: {row['refused']}", *[""] * (len(header) - 2)))
+                continue
+            errors = [f"{100 * row[key][0]:.1f}%" for key in ("error_of_peak", "error_of_added")]
+            lines.append((
+                budget, f"{row['steps']}, {row['short']}", *errors, f"{100 * row['used'][1]:.0f}%",
+                f"{100 * row['seen_of_budget']:.0f}% of the budget", str(row["violations"]), str(row["lost"]),
+                f"{row['down']} / {row['up']}", str(row["retries"]),
+            ))  # fmt: skip
+        parts.append(Table(f"{where}; {when(here)}:", header, lines))
+    return parts
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.dtypes import DTYPES
-from bench.gate import GateError
 from bench.peers.network import DenseHead, checkpointed, plain_features, sampled
+from bench.tools.dtypes import DTYPES
+from bench.tools.gate import GateError
 from lofi_fast.config import EncoderName, HeadConfig
 from lofi_fast.encoder.lean import default_chunk, encode
 from lofi_fast.encoder.resnet import TSMResNet
