@@ -418,6 +418,7 @@ def test_a_training_that_fails_writes_no_row_and_passes_its_status_on(data: Path
         (["gpu", "--dry-run", "--part", "ops,speed"], "no part is called speed"),
         (["gpu", "--dry-run", "--minutes", "0"], "--minutes"),
         (["gpu_planner", "--device", "cpu"], "there is no GPU here"),
+        (["launches", "--device", "cpu"], "there is no GPU here"),
         (["all", "--part", "jobs"], "no part is called jobs"),
     ],
     ids=[
@@ -433,6 +434,7 @@ def test_a_training_that_fails_writes_no_row_and_passes_its_status_on(data: Path
         "unknown part",
         "no time",
         "planner without GPU",
+        "launches without GPU",
         "unknown part of all",
     ],
 )

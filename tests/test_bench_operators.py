@@ -19,6 +19,7 @@ from bench.commands import kernels, ops, tables
 from bench.peers.shift import published_shift
 from bench.tools import against, cases, gate, measure, networks, roofs
 from bench.tools.rows import ROOT, Row, append_row, read_rows
+from bench.tools.table import Picture, Table, page, screen
 
 
 def test_spread_is_the_median_and_what_a_fifth_lies_below_and_above() -> None:
@@ -83,6 +84,17 @@ def test_every_form_of_the_encoder_gives_the_gradients_it_says(monkeypatch: pyte
         case.gate(case.forms())
 
 
+def test_larger_chunks_give_the_same_gradients_and_a_budget_keeps_less() -> None:
+    device = torch.device("cpu")
+    step = networks.WholeStep.of("tsm_r18", 5, 112, "float32", device, width=networks.TINY_WIDTH)
+    step.gate(networks.LARGER)
+    case = networks.Encoded.of("tsm_r18", 16, 32, "float32", device, networks.TINY_WIDTH)
+    forms = (networks.COMPILED, networks.COMPILED_LESS)
+    case.gate(forms)
+    whole, less = (networks.kept_bytes(case.encoder, partial(case.features, form)) for form in forms)
+    assert less < 0.6 * whole
+
+
 def test_the_floor_of_a_step_is_its_operations_or_its_bytes() -> None:
     work = roofs.encoder_work("tsm_r18", 64, 2, 224, 4)
     assert work.operations == pytest.approx(2 * 3 * 2 * 1.81e9, rel=0.03)  # a ResNet-18 has 1.81 G multiplications
@@ -102,7 +114,7 @@ QUICK = {" ".join(case.key): case for case in cases.cases(torch.device("cpu"), q
 
 @pytest.mark.parametrize("name", QUICK)
 def test_every_form_computes_its_operator(name: str) -> None:
-    ops.gate(QUICK[name].problem(torch.device("cpu")))
+    cases.gate(QUICK[name].problem(torch.device("cpu")))
 
 
 def test_a_form_that_is_wrong_is_not_measured(
@@ -215,6 +227,15 @@ def test_table_of_operators_shows_the_newest_run_of_each_case_on_each_device() -
         "| temporal_shift | 7x7x8, 64 frames | float32 | eager | 3.0x | 4.5x | 5 : 0 MiB | 50% / 75% |\n"
         f"{on_gpu}"
     )
+
+
+def test_a_table_reads_on_a_page_and_in_a_terminal() -> None:
+    found = [Picture("A figure", "f.svg"), Table("Here:", ("form", "ms"), [("ours", "9"), ("theirs", "10")]), "A word."]
+    assert page(found) == (
+        "![A figure](f.svg)\n\nHere:\n\n| form | ms |\n| --- | --- |\n| ours | 9 |\n| theirs | 10 |\n\nA word.\n"
+    )
+    assert screen(found) == "A figure: f.svg\n\nHere:\nform    ms\nours     9\ntheirs  10\n\nA word."
+    assert page([]) == "not measured\n" and screen([]) == "not measured"
 
 
 # Kernels

@@ -28,7 +28,7 @@ from bench.tools.measure import spread
 from bench.tools.networks import WholeStep
 from bench.tools.record import options, record
 from bench.tools.rows import Row, environment, software
-from bench.tools.table import Part, Table, by_place, newest, when
+from bench.tools.table import Section, Table, by_place, newest, when
 from lofi_fast.config import Config
 from lofi_fast.data import demo
 from lofi_fast.data.dataset import CROP_OF_CACHED, Sample, Sampler, load_dataset
@@ -187,11 +187,11 @@ def line(row: Row) -> str:
     return f"{row['measured']}, {row['case']}, {row['form']}: {row['frames_a_second']:.0f} frames a second"
 
 
-def table(rows: Sequence[Row]) -> list[Part]:
+def table(rows: Sequence[Row]) -> list[Section]:
     """Decoding by each form, then what filling the cache costs and the share of a step."""
     rows = newest(rows, ("measured", "case", "form"))
     header = ("fidelity", "form", "frames a second", "CPU ms a frame", "time of ours, median (p20 to p80)")
-    parts: list[Part] = []
+    parts: list[Section] = []
     for where, here in by_place(rows):
         lines = []
         for row in (row for row in here if row["measured"] == "decode"):

@@ -22,7 +22,7 @@ from bench.tools.gate import GateError
 from bench.tools.measure import Stopwatch, interleaved, spread
 from bench.tools.record import options, record
 from bench.tools.rows import Row, environment, software
-from bench.tools.table import Part, Table, by_place, newest, when
+from bench.tools.table import Section, Table, by_place, newest, when
 from lofi_fast.errors import InputError
 from lofi_fast.metrics import average_recall, mean_average_precision, parse_tiou
 
@@ -155,11 +155,11 @@ def line(row: Row) -> str:
     return f"{row['metric']}, {row['videos']} videos, {row['form']}: {row['ms'][0]:.0f} ms"
 
 
-def table(rows: Sequence[Row]) -> list[Part]:
+def table(rows: Sequence[Row]) -> list[Section]:
     """Each way to evaluate, and how many times as long as ours it takes."""
     rows = newest(rows, ("metric", "videos", "form"))
     header = ("metric", "videos", "detections", "form", "ms", "time of ours, median (p20 to p80)")
-    parts: list[Part] = []
+    parts: list[Section] = []
     for where, here in by_place(rows):
         lines = []
         for row in here:

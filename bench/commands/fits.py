@@ -17,7 +17,7 @@ from io import StringIO
 from pathlib import Path
 
 from bench.tools.rows import RESULTS, Row, append_row, environment, read_rows
-from bench.tools.table import Part, Picture, Table, screen, when
+from bench.tools.table import Picture, Section, Table, screen, when
 from lofi_fast.config import EncoderName
 from lofi_fast.encoder.resnet_ledger import default_chunk, plain_kept_bytes
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, Pattern, ladder
@@ -91,7 +91,7 @@ def need(way: str, setting: Setting, fidelity: Fidelity, videos: int) -> int:
     return profile_named(CARD).outside_torch + ours.between + PRIOR.likely.added(added)
 
 
-def table(rows: Sequence[Row]) -> list[Part]:
+def table(rows: Sequence[Row]) -> list[Section]:
     """Cuts at some budgets; the figure shows all."""
     rows = _newest(rows)
     if not rows:

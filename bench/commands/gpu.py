@@ -1,7 +1,9 @@
-"""Everything that matters on a GPU, in at most 8 minutes: operators, memory, steps, the planner, decoding, tests.
+"""Everything that matters on a GPU, in at most 5 minutes: steps, the planner, memory, operators, tests, decoding.
 
-Go on after a cut-off with --resume, or take one --part at a time (`bench.tools.parts`). Nothing but PyTorch, Triton,
-NumPy, psutil, for the planner rich and for the tests pytest has to be installed.
+The most telling comes first. Go on after a cut-off with --resume, or take one --part at a time (`bench.tools.parts`).
+What each part said is kept in logs/ beside the rows, and the last thing printed is a summary of all rows that these
+results hold of this commit. Nothing but PyTorch, Triton, NumPy, psutil, for the planner rich and msgspec, and for the
+tests pytest has to be installed.
 
 `--dry-run` goes through all of it without a GPU, at tiny sizes, with the Triton kernels under Triton's interpreter.
 """
@@ -9,32 +11,29 @@ NumPy, psutil, for the planner rich and for the tests pytest has to be installed
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib.util
 import os
-import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
 import torch
 
-from bench.tools.parts import Ended, Part, Setting, chosen, introduce, measured, run, run_parts
-from bench.tools.rows import RESULTS, ROOT, alike, append_row, environment, read_rows, software
+from bench.commands.tests import installed
+from bench.tools.parts import Ended, Part, Setting, chosen, introduce, measured, run_parts
+from bench.tools.rows import RESULTS, Row, alike, environment, read_rows, software
+from bench.tools.table import Section, Table, aligned, by_place, newest, when
 from lofi_fast.errors import InputError
 from lofi_fast.precision import choose_device
 
 USAGE = "python -m bench gpu [options]"
-MINUTES = 8.0
+MINUTES = 5.0
 DALI = "nvidia.dali"
-OPERATORS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/reference.py"))
-WORKERS = 6  # test files at once; a GPU's memory is no limit for them
+LONGEST = 10_000  # characters of the summary, so that whoever sees only the end of the output sees all of it
+WIDEST = 220  # characters of one of its lines
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,7 +59,9 @@ def main(argv: Sequence[str]) -> int:
             "gpu", device.type, args.threads, folder.absolute(), args.resume, args.dry_run, start, against, module
         )  # fmt: skip
         introduce(start)
-        return run_parts(PARTS, names, setting, 60 * args.minutes)
+        status = run_parts(PARTS, names, setting, 60 * args.minutes)
+        print(f"\n{summary(setting.results, start)}")
+        return status
 
 
 def on_device(name: str, setting: Setting, limit: float, *, resumes: bool = True, options: Sequence[str] = ()) -> Ended:
@@ -70,21 +71,30 @@ def on_device(name: str, setting: Setting, limit: float, *, resumes: bool = True
     return measured(name, setting, limit, flags)
 
 
-def ops(setting: Setting, limit: float) -> Ended:
-    return on_device("ops", setting, limit, options=["--rounds", "1"] if setting.quick else [])
-
-
-def memory(setting: Setting, limit: float) -> Ended:
-    return on_device("memory", setting, limit, resumes=False)
-
-
 def step(setting: Setting, limit: float) -> Ended:
     return on_device("step", setting, limit, resumes=False, options=["--rounds", "1" if setting.quick else "15"])
 
 
 def planner(setting: Setting, limit: float) -> Ended:
-    tiny = ["--budgets", "900MB,800MB", "--seconds", "3"]
-    return on_device("gpu_planner", setting, limit, options=tiny if setting.quick else [])
+    options = ["--budgets", "900MB,800MB", "--seconds", "3"] if setting.quick else ["--budgets", "11GB,4GB"]
+    return on_device("gpu_planner", setting, limit, options=[*options, "--logs", str(setting.results / "logs")])
+
+
+def memory(setting: Setting, limit: float) -> Ended:
+    return on_device("memory", setting, limit, resumes=False, options=["--short"])
+
+
+def ops(setting: Setting, limit: float) -> Ended:
+    return on_device("ops", setting, limit, options=["--short", "--rounds", "1" if setting.quick else "9"])
+
+
+def tests(setting: Setting, limit: float) -> Ended:
+    as_they_are = replace(setting, module="bench")  # they choose between GPU and interpreter themselves
+    return on_device("tests", as_they_are, limit, options=["--seconds", str(max(limit - 5, 1))])
+
+
+def launches(setting: Setting, limit: float) -> Ended:
+    return on_device("launches", setting, limit, resumes=False)
 
 
 def data(setting: Setting, limit: float) -> Ended:
@@ -95,135 +105,158 @@ def data(setting: Setting, limit: float) -> Ended:
     return on_device("data", as_it_is, limit, resumes=False)
 
 
-# Tests
-
-
-def tests(setting: Setting, limit: float) -> Ended:
-    """Every test of an operator, several files at once, then what is marked gpu elsewhere, file by file."""
-    if not installed("pytest"):
-        print("left out: pytest is not installed here")
-        return True, 0
-    ends = time.monotonic() + limit
-    path = setting.results / "tests.jsonl"
-    known = {row["file"] for row in alike(read_rows(path), setting.start)} if setting.resume else set()
-    operators, marked = [], []
-    for file in sorted((ROOT / "tests").glob("test_*.py")):
-        of_operator = file.stem.removeprefix("test_") in OPERATORS
-        if file.name in known or not (of_operator or "pytest.mark.gpu" in file.read_text(encoding="utf-8")):
-            continue
-        if missing := sorted(name for name in needs(file) if not installed(name)):
-            print(f"{file.name}: left out: {', '.join(missing)} not installed here")
-            continue
-        (operators if of_operator else marked).append(file)
-    if setting.quick:  # are they found, and do they import? All are skipped
-        groups = [[*operators, *marked]]
-        results = [_tested(group, ["-m", "gpu"], setting, ends) for group in groups]
-    else:
-        with ThreadPoolExecutor(WORKERS) as pool:
-            extra = ["-n", "2"] if installed("xdist") else []
-            of_operators = partial(_tested, options=extra, setting=setting, ends=ends)
-            results = list(pool.map(of_operators, [[file] for file in operators]))
-        # Some look at the whole device's memory, so each is alone there.
-        results += [_tested([file], ["-m", "gpu"], setting, ends) for file in marked]
-    return all(ended for ended, _ in results), max((status for _, status in results), default=0)
-
-
-def _tested(files: Sequence[Path], options: Sequence[str], setting: Setting, ends: float) -> Ended:
-    """Run pytest on some files and append its row."""
-    name = ", ".join(file.name for file in files)
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--no-header",
-            f"--junitxml={report}",
-        ]
-        ended, status = run([*command, *options, *map(str, files)], max(ends - time.monotonic(), 1.0))
-        if not ended or not report.exists():
-            print(f"{name}: {'cut off' if not ended else f'pytest ended with status {status}'}", flush=True)
-            return ended, status
-        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    failures = [
-        f"{case.get('name')}" for case in cases if case.find("failure") is not None or case.find("error") is not None
-    ]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    row = {
-        "bench": "tests", "file": name, "passed": len(cases) - len(failures) - skipped, "skipped": skipped,
-        "failed": len(failures), "failures": failures[:50],
-    }  # fmt: skip
-    append_row(setting.results / "tests.jsonl", row | setting.start)
-    print(f"{name}: {row['passed']} passed, {row['failed']} failed, {skipped} skipped", flush=True)
-    return True, 0 if status == 5 else status  # 5: nothing was selected
-
-
-def needs(file: Path) -> set[str]:
-    """Packages outside the standard library that importing a file of this project takes, found without importing it."""
-    return set().union(*(_imported(path) for path in _reached(file, set())))
-
-
-def _reached(file: Path, seen: set[Path]) -> set[Path]:
-    """The project's files that importing one imports."""
-    if file not in seen:
-        seen.add(file)
-        for name in _names(file):
-            if path := _own(name):
-                _reached(path, seen)
-    return seen
-
-
-def _imported(file: Path) -> set[str]:
-    foreign = {name for name in _names(file) if _own(name) is None and name.partition(".")[0] not in _OURS}
-    return {name.partition(".")[0] for name in foreign} - sys.stdlib_module_names
-
-
-_OURS = ("lofi_fast", "bench", "tests", "forms", "networks", "apex_stand_in", "conftest")
-
-
-@cache
-def _names(file: Path) -> tuple[str, ...]:
-    """Modules that a file imports at its top, and of `from package import name` both."""
-    found = []
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return tuple(found)
-
-
-def _own(name: str) -> Path | None:
-    """The file of a module of this project; kernels/ aside, which needs PyTorch alone."""
-    base = ROOT / name.replace(".", "/")
-    places = (base.with_suffix(".py"), base / "__init__.py", ROOT / "tests" / f"{name}.py")
-    return next((path for path in places if path.is_file() and "kernels" not in path.parts), None)
-
-
-@cache
-def installed(package: str) -> bool:
-    """Whether it can be imported. A package that is there and fails to load its library counts as absent."""
-    try:
-        if importlib.util.find_spec(package) is None:
-            return False
-        importlib.import_module(package)
-    except ImportError:
-        return False
-    return True
-
-
 # Their seconds add up to `MINUTES`.
 PARTS = {
-    "ops": Part("every operator beside its peers, and its share of the copy bandwidth", 85, ops),
-    "memory": Part("what is kept of a frame; peaks of whole steps, allocator and driver", 80, memory),
-    "step": Part("lean beside plain PyTorch and torch.compile of it", 110, step),
-    "planner": Part("budgets of 4 to 24 GB beside a neighbour that takes and frees memory", 140, planner),
-    "data": Part("decoding", 5, data),
-    "tests": Part("tests of the operators, and those marked gpu", 60, tests),
+    "step": Part("lean beside plain PyTorch and torch.compile of it", 75, step),
+    "planner": Part("two budgets beside a neighbour that takes and frees memory", 70, planner),
+    "memory": Part("peaks of whole steps, by the allocator and by the driver", 55, memory),
+    "ops": Part("every operator beside its peers, and its share of the copy bandwidth", 35, ops),
+    "tests": Part("tests marked gpu, then the operators' others of Triton", 50, tests),
+    "launches": Part("what the host pays for a call, and device operations of a step", 12, launches),
+    "data": Part("decoding", 3, data),
 }
+
+
+def table(rows: Sequence[Row]) -> list[Section]:
+    """What became of each part, newest run of each device."""
+    parts: list[Section] = []
+    for where, here in by_place(newest(rows, ("part",))):
+        lines = [(row["part"], _became(row), f"{row['seconds']:.0f}") for row in here]
+        parts.append(Table(f"{where}; {when(here)}:", ("part", "", "seconds"), lines))
+    return parts
+
+
+def _became(row: Row) -> str:
+    return "cut off" if not row["complete"] else "done" if not row["status"] else f"failed, status {row['status']}"
+
+
+# The summary
+
+
+def summary(results: Path, start: Row) -> str:
+    """What the rows in the folder of results say of this commit and device, in at most `LONGEST` characters."""
+
+    def rows(name: str) -> list[Row]:
+        return alike(read_rows(results / f"{name}.jsonl"), start)
+
+    became = [(row["part"], _became(row), f"{row['seconds']:.0f}") for row in newest(rows("gpu"), ("part",))]
+    peaks = [row for row in rows("memory") if row["measured"] == "step"]
+    sections = [  # the least telling last, as the end is what is cut
+        _section("parts", [("part", "", "seconds"), *became]),
+        _section("steps", _steps(newest(rows("step"), ("step", "dtype", "form")))),
+        _section("planner", _planner(newest(rows("gpu_planner"), ("budget",)))),
+        _section("violations of the budget", _violations(rows("gpu_planner"))),
+        _section("memory of whole steps", _memory(newest(peaks, ("videos", "snippets", "side", "form")))),
+        _section("tests", _tests(rows("tests"))),
+        _section("said by the parts", _said(results / "logs")),
+        _section("operators: how many times as long as ours the others take", _operators(rows("ops"))),
+        _section("device operations, host's microseconds", _launches(rows("launches"))),
+    ]
+    text = "\n\n".join(filter(None, sections))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]}\n..."
+
+
+def _section(title: str, lines: Sequence[Sequence[str]]) -> str:
+    """A title and its lines of cells; empty where there is nothing below the heading."""
+    if len(lines) < 2:
+        return ""
+    return f"== {title}\n" + "\n".join(line[:WIDEST] for line in aligned(lines).splitlines())
+
+
+def _steps(rows: Sequence[Row]) -> list[Sequence[str]]:
+    """Time and peak against plain PyTorch's of the same step."""
+    plain: dict[str, Row] = {}
+    lines: list[Sequence[str]] = [("step", "form", "ms", "faster", "peak GB", "less", "of the floor")]
+    for row in rows:
+        first = plain.setdefault(row["step"], row)
+        peak, less = "", ""
+        if row["peak"] and first["peak"]:
+            peak, less = f"{row['peak'] / 1e9:.2f}", f"{first['peak'] / row['peak']:.1f}x"
+        floor = f"{row['times_floor']:.1f}x" if row["times_floor"] else ""
+        lines.append((
+            row["step"], row["form"], f"{row['ms'][0]:.1f}", f"{row['faster_than_plain'][0]:.2f}x", peak, less, floor,
+        ))  # fmt: skip
+    return lines
+
+
+def _planner(rows: Sequence[Row]) -> list[Sequence[str]]:
+    lines: list[Sequence[str]] = [(
+        "budget GB", "steps", "a second", "error of peak", "used", "violations", "lost", "retries", "refused",
+    )]  # fmt: skip
+    for row in rows:
+        numbers = (f"{row['steps_a_second'] or 0:.2f}", *(f"{100 * row[key][place]:.0f}%" for key, place in
+                                                         (("error_of_peak", 0), ("used", 1))))  # fmt: skip
+        counts = (str(row[key]) for key in ("violations", "lost", "retries"))
+        lines.append((f"{row['budget'] / 1e9:.2f}", str(row["steps"]), *numbers, *counts, row["refused"] or ""))
+    return lines
+
+
+def _violations(rows: Sequence[Row]) -> list[Sequence[str]]:
+    return [("budget GB", "step"), *((f"{row['budget'] / 1e9:.2f}", said) for row in rows for said in row["over"])]
+
+
+def _memory(rows: Sequence[Row]) -> list[Sequence[str]]:
+    lines: list[Sequence[str]] = [("videos", "step", "form", "above the start GB", "driver GB")]
+    for row in rows:
+        bytes_ = ["" if row[key] is None else f"{row[key] / 1e9:.2f}" for key in ("peak", "driver")]
+        lines.append((str(row["videos"]), f"{row['snippets']} x {row['side']} px", row["form"], *bytes_))
+    return lines
+
+
+def _operators(rows: Sequence[Row]) -> list[Sequence[str]]:
+    """Ranges over the shapes of an operator."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    roofs: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        of_roof = (row[passes] or {}).get("of_roof") if (passes := _passes(row)) else None
+        if row["ours"] and of_roof is not None:
+            roofs.setdefault((row["op"], row["dtype"]), []).append(100 * of_roof)
+        if not row["ours"] and passes:
+            groups.setdefault((row["op"], row["dtype"], row["form"]), []).append(row)
+    lines: list[Sequence[str]] = [("operator", "dtype", "against", "least", "most", "ours of the roof")]
+    for (op, dtype, form), found in groups.items():
+        ratios = [row[_passes(row)]["times_ours"][0] for row in found]
+        roof = roofs.get((op, dtype), [])
+        share = f"{min(roof):.0f} to {max(roof):.0f}%" if roof else ""
+        lines.append((op, dtype, form, f"{min(ratios):.2f}x", f"{max(ratios):.2f}x", share))
+    return lines
+
+
+def _passes(row: Mapping[str, Any]) -> str:
+    """Forward with backward where it was timed, else forward; empty where neither was."""
+    return next((passes for passes in ("forward_backward", "forward") if row[passes]), "")
+
+
+def _launches(rows: Sequence[Row]) -> list[Sequence[str]]:
+    lines: list[Sequence[str]] = [("what", "form", "operations", "microseconds")]
+    for row in rows:
+        operations = "" if row.get("operations") is None else str(row["operations"])
+        lines.append((row["what"], row["form"], operations, f"{row['us'][0]:.1f}" if "us" in row else ""))
+    return lines
+
+
+def _tests(rows: Sequence[Row]) -> list[Sequence[str]]:
+    """Counts of each file; then what failed, those that failed in the same words as one line."""
+    lines: list[Sequence[str]] = [("file", "selected", "passed", "failed", "skipped", "what failed first, and how")]
+    for row in newest(rows, ("file", "selected")):
+        name = row["file"] if len(row["file"]) < 40 else f"{row['file'][:40]}..."
+        counts = (str(row[key]) for key in ("passed", "failed", "skipped"))
+        lines.append((name, row["selected"], *counts, ""))
+        for message, count in Counter(row["messages"]).most_common(5):
+            first = row["failures"][row["messages"].index(message)]
+            lines.append(("", "", "", str(count), "", f"{first}: {message}"))
+    return lines
+
+
+def _said(logs: Path) -> list[Sequence[str]]:
+    """Lines of the parts' logs that say what did not go well, a few of each; what tests say is in their rows."""
+    telling = ("error:", "Error:", "does not pass the gate", "without ", "needs more memory")
+    lines: list[Sequence[str]] = [("part", "line")]
+    for name in ("step", "gpu_planner", "memory", "ops", "launches", "data"):
+        if (logs / f"{name}.log").exists():
+            said = (logs / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+            lines += [(name, line.strip()) for line in said if any(words in line for words in telling)][:8]
+    return lines
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,9 +25,9 @@ import psutil
 import torch
 
 from bench.tools.against import add_against, comparison, read_against
-from bench.tools.logs import read_log, summary
+from bench.tools.logs import described, read_log, summary, violations
 from bench.tools.rows import RESULTS, ROOT, Row, alike, append_row, environment, read_rows, software
-from bench.tools.table import Part, Table, by_place, newest, screen, when
+from bench.tools.table import Section, Table, by_place, newest, screen, when
 from lofi_fast.budget import parse_bytes
 from lofi_fast.errors import InputError
 from lofi_fast.precision import choose_device
@@ -38,6 +39,7 @@ SHARE_LEFT = (0.7, 1.3)  # of the budget, that the neighbour leaves in turn
 HOLD_SECONDS, SAMPLE_SECONDS = 3.0, 0.01
 PIECE = 128 << 20  # bytes that the neighbour takes and frees at a time
 RESERVE = 256 << 20  # that it never takes
+SHOWN = 10  # violations of a budget that a row describes
 TINY_HOLDS = (64 << 20, 0)
 TRAINING = "training"  # what bench.tools.synthetic says when it begins
 VALUES = {
@@ -65,7 +67,8 @@ def main(argv: Sequence[str]) -> int:
         name = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-gpu-planner-", ignore_cleanup_errors=True))
         neighbour = stack.enter_context(Neighbour(device, args.tiny))
         for budget in (amount for amount in amounts if amount not in known):
-            out = Path(name) / str(budget)
+            out = (args.logs or Path(name)) / f"planner-{budget / 1e9:g}GB"
+            shutil.rmtree(out, ignore_errors=True)  # of an earlier run
             row = {"bench": "gpu_planner", "model": "r18", "pressure": True, "budget": budget}
             try:
                 row |= measure(budget, out, neighbour, device, args.seconds, args.threads, args.tiny) | start
@@ -75,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
                 continue
             append_row(args.results, row)
             rows.append(row)
-            print(line(row), flush=True)
+            print("\n    ".join([line(row), *row["over"]]), flush=True)
     print(f"\n{screen(table(rows))}\n{len(rows)} rows appended to {args.results}")
     if args.against:
         print(comparison(rows, old, ("model", "pressure", "budget"), VALUES))
@@ -114,7 +117,8 @@ def measure(
     trials = [event for event in log if isinstance(event, events.Measured)]
     # Refused at the start, or in the middle, when others left too little for too long: as a user would read it.
     refused = last[-1] if child.returncode else None
-    return told | summary(steps, trials, neighbour.seen) | {"refused": refused}
+    over = [described(event) for event in violations(steps, trials)][:SHOWN]
+    return told | summary(steps, trials, neighbour.seen) | {"refused": refused, "over": over}
 
 
 class Neighbour:
@@ -227,7 +231,7 @@ def line(row: Row) -> str:
     )
 
 
-def table(rows: Sequence[Row]) -> list[Part]:
+def table(rows: Sequence[Row]) -> list[Section]:
     """Each budget's newest run beside a neighbour."""
     rows = sorted(newest(rows, ("model", "pressure", "budget")), key=lambda row: row["budget"])
     header = (
@@ -235,7 +239,7 @@ def table(rows: Sequence[Row]) -> list[Part]:
         "used, median", "most that the driver showed", "violations", "lost or repeated videos", "rungs down / up",
         "retries",
     )  # fmt: skip
-    parts: list[Part] = []
+    parts: list[Section] = []
     for where, here in by_place(rows):
         lines: list[Sequence[str]] = []
         for row in here:
@@ -263,6 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--tiny", action="store_true", help="a small network: does everything run?")
     parser.add_argument("--skip-measured", action="store_true", help="leave out budgets that these results hold")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="where each training leaves its log.jsonl")
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu_planner.jsonl", help="file of rows to append to")
     add_against(parser)
     return parser

@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.tools.logs import read_log
 from bench.tools.rows import RESULTS, ROOT, Row, append_row, environment
-from bench.tools.table import MISSING, Part, Table
+from bench.tools.table import MISSING, Section, Table
 from lofi_fast.arguments import from_arguments
 from lofi_fast.config import Config
 from lofi_fast.data import demo
@@ -150,7 +150,7 @@ def results_of(out: Path) -> Row:
     }
 
 
-def table(rows: Sequence[Row]) -> list[Part]:
+def table(rows: Sequence[Row]) -> list[Section]:
     """One line for each (name, labels), from its newest measurement."""
     found = dict.fromkeys((row["name"], row["labels"]) for row in rows)
     lines = []

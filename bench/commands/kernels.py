@@ -23,7 +23,7 @@ from torch import Tensor
 
 import lofi_fast.kernels
 from bench.tools.rows import RESULTS, Row, append_row, environment
-from bench.tools.table import Part, Table, screen, when
+from bench.tools.table import Section, Table, screen, when
 from lofi_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _compile(op: str, name: str, target: int) -> Row:
     return asdict(compile_launch(_examples(op)[name], target))
 
 
-def table(rows: Sequence[Row]) -> list[Part]:
+def table(rows: Sequence[Row]) -> list[Section]:
     """One line for each kernel, over all its launches and targets in the operator's newest complete run."""
     if not rows:
         return []

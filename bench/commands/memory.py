@@ -21,7 +21,7 @@ from bench.tools.measure import in_child, peak_above_start
 from bench.tools.networks import EIGHT_BIT, TINY_WIDTH, WIDTH, Encoded, WholeStep, kept_bytes
 from bench.tools.record import options, record
 from bench.tools.rows import Row, environment, software
-from bench.tools.table import MISSING, Part, Table, by_place, newest, when
+from bench.tools.table import MISSING, Section, Table, by_place, newest, when
 from lofi_fast.config import EncoderName
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
@@ -55,7 +55,7 @@ def _parts(device: torch.device, quick: bool, tiny: bool, short: bool) -> list[I
     if tiny:
         return [kept(device, quick, tiny), whole_peaks(device, tiny)]
     if device.type == "cuda":
-        return [whole_peaks(device, quick), kept(device, quick)]
+        return [whole_peaks(device, quick), *([] if short else [kept(device, quick)])]
     return [kept(device, quick), peaks(device, quick, short)]
 
 
@@ -112,8 +112,8 @@ def _peak(frames: int, side: int, dtype: str, form: str, device: str, threads: i
 def whole_peaks(device: torch.device, quick: bool = False) -> Iterator[Row]:
     """Encoder, head and loss, forward and backward, without an optimizer; each form in a process of its own.
 
-    `peak`: above the start, by torch's allocator. `driver`: what the device shows for the process after the step: the
-    context and the libraries' own memory with all that torch reserved.
+    `peak`: above the start, by torch's allocator, with the gradients that the step makes. `driver`: what the device
+    shows for the process after the step: the context and the libraries' own memory with all that torch reserved.
     """
     for videos, snippets, side in ((2, 3, 16),) if quick else GPU_PEAKS:
         for form in WholeStep.FORMS:
@@ -141,22 +141,25 @@ def _whole_peak(
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     case = WholeStep.of("tsm_r18", snippets, side, dtype, device, videos, width)
-    peak = peak_above_start(partial(case.step, form), device, warm=device.type == "cuda")
+    if device.type == "cuda":
+        case.step(form)  # loads code
+    case.drop_gradients()
+    peak = peak_above_start(partial(case.step, form), device, warm=False)
     return peak, free - torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def table(rows: Sequence[Row]) -> list[Part]:
+def table(rows: Sequence[Row]) -> list[Section]:
     """What autograd keeps of a frame, then the peaks of the encoder's step and of the whole one."""
     kept = newest(rows, ("measured", "encoder", "side", "dtype", "form"), "kept")
     peaks = newest(rows, ("measured", "encoder", "frames", "side", "dtype", "form"), "peak")
     steps = newest(rows, ("measured", "encoder", "videos", "snippets", "side", "dtype", "form"), "step")
-    parts: list[Part] = [_kept_table(here) for _, here in by_place(kept)]
+    parts: list[Section] = [_kept_table(where, here) for where, here in by_place(kept)]
     for where, here in by_place([row for row in peaks if row["peak"]]):  # without a peak: more than there is
         parts.append(_peak_table(where, here))
     return [*parts, *(_step_table(where, here) for where, here in by_place(steps))]
 
 
-def _kept_table(rows: Sequence[Row]) -> Table:
+def _kept_table(where: str, rows: Sequence[Row]) -> Table:
     cells: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
         cells.setdefault((row["encoder"], row["side"]), {})[f"{row['form']}, {row['dtype']}"] = row["bytes_a_frame"]
@@ -166,7 +169,7 @@ def _kept_table(rows: Sequence[Row]) -> Table:
     for (encoder, side), found in cells.items():
         numbers = [f"{found[form] / 1e6:.2f}" if form in found else MISSING for form in forms]
         lines.append((encoder, f"{side} px", *numbers))
-    title = f"Kept of a frame from forward to backward, MB; {when(rows)}:"
+    title = f"Kept of a frame from forward to backward, MB; {where}; {when(rows)}:"
     return Table(title, ("encoder", "side", *forms), lines)
 
 
@@ -203,5 +206,5 @@ def _step_table(where: str, rows: Sequence[Row]) -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = options("memory", __doc__, "one small case: does everything run?", None)
     parser.add_argument("--tiny", action="store_true", help="smaller still, in one process: for Triton's interpreter")
-    parser.add_argument("--short", action="store_true", help="the peaks of one size")
+    parser.add_argument("--short", action="store_true", help="the peaks of one size; on a GPU those of whole steps")
     return parser

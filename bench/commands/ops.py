@@ -11,18 +11,17 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.tools.against import add_against, comparison, read_against
-from bench.tools.cases import Case, Form, Problem, cases, form_of, forward, forward_backward
-from bench.tools.gate import GateError, check_close, check_copies
+from bench.tools.cases import Case, Form, Problem, cases, form_of, forward, forward_backward, gate
+from bench.tools.gate import GateError
 from bench.tools.measure import ROOF, Stopwatch, in_child, interleaved, peak_above_start, roof, spread
 from bench.tools.rows import RESULTS, Row, alike, append_row, environment, read_rows, software
-from bench.tools.table import Part, Table, by_place, place, screen, when
+from bench.tools.table import Section, Table, by_place, place, screen, when
 from lofi_fast.errors import InputError
 from lofi_fast.kernels import describe
 from lofi_fast.memory.meter import is_out_of_memory
@@ -112,19 +111,6 @@ def measure(
     return list(rows.values())
 
 
-def gate(problem: Problem) -> None:
-    """Raise GateError unless every form computes the operator."""
-    exact, exact_grads = problem.exact()
-    plain = None if problem.plain is None else tuple(chain(*problem.plain()))
-    for name, form in (*problem.peers.items(), ("ours", problem.ours)):
-        found, expected = tuple(chain(*forward_backward(form))), (*exact, *exact_grads)
-        if problem.copies:
-            check_copies(name, found, expected)
-        else:
-            check_close(name, found, expected, plain if form is problem.ours else None, problem.roundings)
-            plain = found if plain is None else plain
-
-
 def peak(case: Case, name: str | None, problem: Problem, device: torch.device, quick: bool) -> int | None:
     """Bytes above the start of a form (None: ours) in forward with backward, or forward where there is no backward."""
     if device.type == "cuda":
@@ -203,14 +189,14 @@ def _line(rows: dict[str, Row], ours: str) -> str:
     return "; ".join(["gate passed", *parts])
 
 
-def table(rows: Sequence[Row]) -> list[Part]:
+def table(rows: Sequence[Row]) -> list[Section]:
     """For each device a table of what the other forms take as a multiple of ours, each case from its newest run."""
     dates: dict[tuple[Any, ...], str] = {}
     for row in rows:
         key = _case(row)
         dates[key] = max(str(row["date"]), dates.get(key, ""))
     rows = [row for row in rows if row["date"] == dates[_case(row)]]  # one run has one date
-    parts: list[Part] = []
+    parts: list[Section] = []
     for where, here in by_place(rows):
         ours = {_case(row): row for row in here if row["ours"]}
         forms = ", ".join(dict.fromkeys(row["form"] for row in ours.values()))
@@ -223,10 +209,15 @@ def _case(row: Row) -> tuple[Any, ...]:
     return *place(row), row["op"], row["shape"], row["dtype"]
 
 
+def _times(ratio: float) -> str:
+    """1.5x; of small ratios, where ours is the slower form, the first digits that are not 0."""
+    return f"{ratio:.1f}x" if ratio >= 0.1 else f"{ratio:.1g}x"
+
+
 def _compared(row: Row, ours: Row) -> list[str]:
     """A line: another form against ours in the same run."""
     passes = ("forward", "forward_backward")
-    times = [f"{row[step]['times_ours'][0]:.1f}x" if row[step] else "" for step in passes]
+    times = [_times(row[step]["times_ours"][0]) if row[step] else "" for step in passes]
     roofs = [
         f"{100 * ours[step]['of_roof']:.0f}%" for step in passes if ours[step] and ours[step]["of_roof"] is not None
     ]

@@ -18,7 +18,7 @@ from bench.tools.measure import Stopwatch, interleaved, spread
 from bench.tools.networks import CLASSES, HEAD, TINY_WIDTH, WIDTH
 from bench.tools.record import options, record
 from bench.tools.rows import Row, environment, software
-from bench.tools.table import Part, Table, by_place, newest, when
+from bench.tools.table import Section, Table, by_place, newest, when
 from lofi_fast.config import StageConfig
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.errors import InputError
@@ -106,11 +106,11 @@ def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
         return max(float((x - y).norm() / y.norm().clamp(min=1e-12)) for x, y in zip(a, b, strict=True))
 
 
-def table(rows: Sequence[Row]) -> list[Part]:
+def table(rows: Sequence[Row]) -> list[Section]:
     """Each optimiser's forms; the first of them is the one that trains here."""
     rows = newest(rows, ("optimizer", "form"))
     header = ("optimiser", "form", "ms", "time of the first, median (p20 to p80)")
-    parts: list[Part] = []
+    parts: list[Section] = []
     for where, here in by_place(rows):
         lines = []
         for row in here:

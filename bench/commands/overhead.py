@@ -20,7 +20,7 @@ from bench.tools.against import add_against, comparison, read_against
 from bench.tools.measure import in_child
 from bench.tools.networks import Encoded, WholeStep
 from bench.tools.rows import RESULTS, Row, append_row, environment, software
-from bench.tools.table import Part, Table, by_place, newest, screen, when
+from bench.tools.table import Section, Table, by_place, newest, screen, when
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, ladder
 from lofi_fast.memory import allocator
@@ -134,11 +134,11 @@ def _governor() -> Row:
     }
 
 
-def table(rows: Sequence[Row]) -> list[Part]:
+def table(rows: Sequence[Row]) -> list[Section]:
     """The governor, and the allocators."""
     rows = newest(rows, ("of",))
     header = ("what", "ms a step (p20 to p80)", "of the first", "peak, MiB", "varies by", "page faults a step")
-    parts: list[Part] = []
+    parts: list[Section] = []
     for where, here in by_place(rows):
         lines = []
         for row in here:

@@ -24,7 +24,7 @@ import numpy as np
 from bench.tools.logs import read_log, summary
 from bench.tools.neighbour import ROOM, Neighbour, inside, new_group
 from bench.tools.rows import RESULTS, ROOT, Row, append_row, environment
-from bench.tools.table import Part, Table, screen, when
+from bench.tools.table import Section, Table, screen, when
 from lofi_fast.data import demo
 from lofi_fast.errors import InputError
 from lofi_fast.run import events
@@ -133,7 +133,7 @@ def line(row: Row) -> str:
     )
 
 
-def table(rows: Sequence[Row]) -> list[Part]:
+def table(rows: Sequence[Row]) -> list[Section]:
     """Over the budgets of each model in its newest run: how well peaks were predicted, and kept to."""
     if not rows:
         return []

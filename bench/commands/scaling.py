@@ -20,7 +20,7 @@ from bench.tools.measure import Stopwatch, in_child, interleaved, peak_above_sta
 from bench.tools.networks import CLASSES, HEAD, LEAN, WIDTH, WholeStep
 from bench.tools.record import options, record
 from bench.tools.rows import Row, environment, software
-from bench.tools.table import Part, Table, by_place, newest, when
+from bench.tools.table import Section, Table, by_place, newest, when
 from lofi_fast.config import EncoderName
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity
@@ -123,7 +123,7 @@ def predicted(size: Size, dtype: str, recompute: bool = False, eight_bit: bool =
     return bytes_.added - bytes_.frames
 
 
-def table(rows: Sequence[Row]) -> list[Part]:
+def table(rows: Sequence[Row]) -> list[Section]:
     """Times and peaks along each curve, then the exponents."""
     sizes = ("snippets", "side", "videos", "encoder")
     rows = newest(rows, ("along", *sizes, "dtype", "form"))
@@ -131,7 +131,7 @@ def table(rows: Sequence[Row]) -> list[Part]:
         "along", *sizes, "form", "ms", "videos an hour", "ActivityNet's epoch, hours, extrapolated", "peak, MiB",
         "ledger, MiB",
     )  # fmt: skip
-    parts: list[Part] = []
+    parts: list[Section] = []
     for where, here in by_place(rows):
         lines = []
         for row in here:

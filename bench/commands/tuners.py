@@ -24,7 +24,7 @@ from bench.tools.logs import read_log
 from bench.tools.measure import in_child
 from bench.tools.rows import RESULTS, Row, append_row, environment, software
 from bench.tools.synthetic import SyntheticRun
-from bench.tools.table import Part, Table, by_place, screen, when
+from bench.tools.table import Section, Table, by_place, screen, when
 from lofi_fast.budget import Budget
 from lofi_fast.config import Config
 from lofi_fast.errors import InputError
@@ -156,13 +156,13 @@ def line(row: Row) -> str:
     )
 
 
-def table(rows: Sequence[Row]) -> list[Part]:
+def table(rows: Sequence[Row]) -> list[Section]:
     """Each way over the budgets of its machine's newest run."""
     header = (
         "way", "budget used, median (least)", "Omega, of full fidelity", "trainings that broke off",
         "steps that did not fit", "steps of search", "planning, s",
     )  # fmt: skip
-    parts: list[Part] = []
+    parts: list[Section] = []
     for where, here in by_place(rows):
         run = [row for row in here if row["date"] == max(row["date"] for row in here)]
         lines = []

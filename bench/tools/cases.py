@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from bench.peers.blocks import eager_block_end, eager_stem, eager_stem_input, fr
 from bench.peers.shift import published_shift
 from bench.peers.soft_nms import published_soft_nms
 from bench.tools.dtypes import DTYPES, half_of
+from bench.tools.gate import check_close, check_copies
 from lofi_fast.kernels import (
     align_linear_sum,
     conv3x3,
@@ -108,6 +110,19 @@ def forward_backward(form: Form) -> tuple[Outputs, Outputs]:
         return forward(form), ()
     results = form.run(*form.inputs)
     return results, torch.autograd.grad(results, [t for t in form.inputs if t.requires_grad], form.grads)
+
+
+def gate(problem: Problem) -> None:
+    """Raise GateError unless every form computes the operator."""
+    exact, exact_grads = problem.exact()
+    plain = None if problem.plain is None else tuple(chain(*problem.plain()))
+    for name, form in (*problem.peers.items(), ("ours", problem.ours)):
+        found, expected = tuple(chain(*forward_backward(form))), (*exact, *exact_grads)
+        if problem.copies:
+            check_copies(name, found, expected)
+        else:
+            check_close(name, found, expected, plain if form is problem.ours else None, problem.roundings)
+            plain = found if plain is None else plain
 
 
 def form_of(op: str, device: torch.device) -> str:

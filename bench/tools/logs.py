@@ -27,6 +27,24 @@ def violations(steps: Sequence[events.Step], trials: Sequence[events.Measured]) 
     return found
 
 
+def described(event: events.Step | events.Measured) -> str:
+    """A step or a trial step in one line: its plan, and what was predicted and measured of its memory."""
+    if isinstance(event, events.Measured):
+        return f"trial of {event.candidate}: {_gb(event.peak)} held of a budget of {_gb(event.budget)} GB"
+    videos = f"{event.micro_batch} at once{', recompute' if event.recompute else ''}"
+    amounts = {
+        "held": event.peak, "predicted": event.predicted, "held before": event.base, "limit": event.limit,
+        "room": event.room, "free": event.free, "budget": event.budget,
+    }  # fmt: skip
+    told = ", ".join(f"{name} {_gb(amount)}" for name, amount in amounts.items())
+    plan = f"{event.num_snippets} x {event.side} px, {videos}"
+    return f"epoch {event.epoch} step {event.step}, {plan}: GB {told}; {event.retries} retries; {event.reason}"
+
+
+def _gb(amount: int | None) -> str:
+    return "?" if amount is None else f"{amount / 1e9:.2f}"
+
+
 def summary(steps: Sequence[events.Step], trials: Sequence[events.Measured], seen: int) -> Row:
     """What a log says of predictions, peaks, rungs and samples."""
     errors = [abs(step.peak - step.predicted) / step.peak for step in steps]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,23 @@ from lofi_fast.head.targets import Targets, make_targets
 CLASSES = 200  # ActivityNet's
 WIDTH, TINY_WIDTH = 64, 8  # channels of the first stage: the paper's, and what Triton's interpreter can run
 COMPILED = "torch.compile"  # of plain PyTorch
+COMPILED_LESS = "torch.compile, activation budget 0.3"  # it recomputes until 30% of the activations are kept
+ACTIVATION_BUDGET = 0.3
+CHECKPOINTED = "plain, checkpointed"
+EACH_SNIPPET = "plain, checkpointed, a snippet at a time"
 SHARE = 0.3  # of the snippets that gradients go through, in ETAD
 SAMPLED = "plain, 30% sampled gradients"
 EIGHT_BIT = "lean, 8 bits"
 EIGHT_BIT_LARGEST = 0.002  # ||error|| / ||exact|| of its gradients
 LEAN: dict[str, dict[str, bool]] = {"lean": {}, "lean, recompute": {"recompute": True}, EIGHT_BIT: {"eight_bit": True}}
+# Lean forms with larger chunks: how the chunk is computed, and how many times the default it holds; None: everything.
+LARGER: dict[str, tuple[str, int | None]] = {
+    "lean, chunk x8": ("lean", 8),
+    "lean, chunk x32": ("lean", 32),
+    "lean, one graph": ("lean", None),
+    "lean, recompute, chunk x8": ("lean, recompute", 8),
+    "lean, recompute, chunk x32": ("lean, recompute", 32),
+}
 HEAD = HeadConfig()
 
 # ||gradient - plain gradient|| / ||plain gradient||, the mean over parameters. In float64 they agree to 1e-12 (tests);
@@ -58,26 +71,26 @@ class Encoded:
         return Encoded(encoder, frames, DTYPES[dtype])
 
     def forms(self) -> dict[str, Callable[[], Tensor]]:
-        """Name -> features. The first is plain PyTorch; compiled, it is there for a GPU alone."""
+        """Name -> features. The first is plain PyTorch. What takes long on a CPU is there for a GPU alone."""
         snippets = len(self.frames) // FRAMES_PER_SNIPPET
         chunk = min(default_chunk(FRAMES_PER_SNIPPET, self.frames.shape[1]), snippets)
-        lean = partial(encode, self.encoder, self.frames, FRAMES_PER_SNIPPET)
+        lean = partial(lean_features, self.encoder, self.frames)
         plain = partial(plain_features, self.encoder, self.frames, FRAMES_PER_SNIPPET)
         forms: dict[str, Callable[[], Tensor]] = {
             "plain PyTorch": plain,
-            "plain, checkpointed": partial(checkpointed, self.encoder, self.frames, FRAMES_PER_SNIPPET, chunk),
+            CHECKPOINTED: partial(checkpointed, self.encoder, self.frames, FRAMES_PER_SNIPPET, chunk),
             SAMPLED: partial(sampled, self.encoder, self.frames, FRAMES_PER_SNIPPET, self.chosen(), chunk),
-            "lean, one graph": partial(lean, chunk=snippets),
-            **{form: partial(lean, **how) for form, how in LEAN.items()},
+            **{form: partial(lean, form) for form in ("lean, one graph", *LEAN)},
         }
         if self.frames.is_cuda:
-            forms[COMPILED] = self.compiled
+            forms[EACH_SNIPPET] = partial(checkpointed, self.encoder, self.frames, FRAMES_PER_SNIPPET, 1)
+            forms |= {form: partial(lean, form) for form in LARGER}
+            forms |= {form: partial(self.compiled, form) for form in (COMPILED, COMPILED_LESS)}
         return forms
 
-    def compiled(self) -> Tensor:
+    def compiled(self, form: str) -> Tensor:
         """Features by torch.compile of plain PyTorch."""
-        features: Tensor = compiled(plain_features)(self.encoder, self.frames, FRAMES_PER_SNIPPET)
-        return features
+        return compiled_features(form)(self.encoder, self.frames, FRAMES_PER_SNIPPET)
 
     def step(self, form: str) -> None:
         """Forward and backward; the gradients of the step before are dropped first."""
@@ -86,7 +99,11 @@ class Encoded:
 
     def features(self, form: str) -> Tensor:
         with torch.autocast(self.frames.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-            return self.compiled() if form == COMPILED else self.forms()[form]()
+            return self.compiled(form) if form in (COMPILED, COMPILED_LESS) else self.forms()[form]()
+
+    def drop_gradients(self) -> None:
+        """So that the next step makes its own, and its peak holds them."""
+        self.encoder.zero_grad(set_to_none=True)
 
     def chosen(self) -> Tensor:
         """The snippets that sampled gradients go through."""
@@ -141,15 +158,19 @@ class WholeStep:
 
     FORMS = ("plain PyTorch, dense SGAlign", *LEAN)
 
-    def step(self, form: str) -> None:
+    def drop_gradients(self) -> None:
+        """So that the next step makes its own, and its peak holds them."""
         self.encoder.zero_grad(set_to_none=True)
         self.head.zero_grad(set_to_none=True)
+
+    def step(self, form: str) -> None:
+        self.drop_gradients()
         with torch.autocast(self.frames.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-            if form in (self.FORMS[0], COMPILED):
-                plain: Callable[..., Tensor] = compiled(plain_features) if form == COMPILED else plain_features
+            if form in (self.FORMS[0], COMPILED, COMPILED_LESS):
+                plain = plain_features if form == self.FORMS[0] else compiled_features(form)
                 features_NC = plain(self.encoder, self.frames, FRAMES_PER_SNIPPET)
             else:
-                features_NC = encode(self.encoder, self.frames, FRAMES_PER_SNIPPET, **LEAN[form])
+                features_NC = lean_features(self.encoder, self.frames, form)
             features_BCL = features_NC.unflatten(0, (self.videos, -1)).transpose(1, 2)
             output = self._head(form)(features_BCL)
         tal_loss(output, self.targets, self.counts, positive_iou=0.9, class_weight=1.0).total.backward()
@@ -163,7 +184,7 @@ class WholeStep:
         tal_loss(output, self.targets, self.counts, positive_iou=0.9, class_weight=1.0).total.backward()
 
     def _head(self, form: str) -> Callable[[Tensor], HeadOutput]:
-        if form == COMPILED:
+        if form in (COMPILED, COMPILED_LESS):
             return partial(compiled(DenseHead.forward), self.dense)
         return self.dense if form == self.FORMS[0] else self.head
 
@@ -174,12 +195,39 @@ class WholeStep:
         _gate(nn.ModuleList([self.encoder, self.head]), self.step, names, self.FORMS[0], self.dtype, largest)
 
 
+def lean_features(encoder: TSMResNet, frames: Tensor, form: str) -> Tensor:
+    """Features by a form of `LEAN` or `LARGER`; those of `LEAN` leave the chunk to the encoder's own default."""
+    way, times = LARGER.get(form, (form, 1))
+    snippets = len(frames) // FRAMES_PER_SNIPPET
+    chunk = snippets if times is None else min(times * default_chunk(FRAMES_PER_SNIPPET, frames.shape[1]), snippets)
+    return encode(encoder, frames, FRAMES_PER_SNIPPET, chunk=chunk if form in LARGER else None, **LEAN[way])
+
+
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile of it, for one shape at a time. On a CPU its graph is taken and run as it is, which shows that it
     can be compiled and says nothing of speed.
     """
     return torch.compile(function, dynamic=False, backend="inductor" if torch.cuda.is_available() else "aot_eager")
+
+
+@cache
+def compiled_features(form: str) -> Callable[..., Tensor]:
+    """`plain_features` by a form of torch.compile."""
+    if form == COMPILED:
+        return compiled(plain_features)
+    from torch._functorch import config
+
+    # torch keeps what it compiled beside a function's code: another budget needs code of its own.
+    code = plain_features.__code__.replace(co_name="plain_features_within_a_budget")
+    function = compiled(FunctionType(code, plain_features.__globals__, code.co_name))
+
+    def features(*arguments: Any) -> Tensor:
+        with config.patch(activation_memory_budget=ACTIVATION_BUDGET):
+            found: Tensor = function(*arguments)
+        return found
+
+    return features
 
 
 def _gate(

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
+from typing import IO
 
 from bench.tools.rows import ROOT, Row, alike, append_row, read_rows
 from bench.tools.table import aligned
@@ -73,6 +75,7 @@ def run_parts(parts: Mapping[str, Part], names: Iterable[str], setting: Setting,
     lines: list[Sequence[str]] = [("part", "", "seconds", "rows")]
     failed = False
     ends = time.monotonic() + seconds
+    signal.signal(signal.SIGTERM, _end)
     for name in names:
         if name in complete:
             lines.append((name, "was complete", "", ""))
@@ -94,6 +97,11 @@ def run_parts(parts: Mapping[str, Part], names: Iterable[str], setting: Setting,
     return int(failed)
 
 
+def _end(number: int, _: object) -> None:
+    """Leave as an exception does, so that the part that runs is ended too."""
+    sys.exit(128 + number)
+
+
 def _rows(folder: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl"))
 
@@ -105,15 +113,25 @@ def measured(name: str, setting: Setting, limit: float, options: Sequence[str] =
     # Of what is computed there is nothing to compare, and the planner's budgets are others each time.
     if setting.against is not None and name not in ("fits", "planner") and (setting.against / results.name).exists():
         command += ["--against", str(setting.against / results.name)]
-    return run(command, limit)
+    return run(command, limit, setting.results / "logs" / f"{name}.log")
 
 
-def run(command: Sequence[str], limit: float) -> Ended:
-    """Run until its end or the limit, then end it with all that it started."""
+def run(command: Sequence[str], limit: float, log: Path, loud: bool = True) -> Ended:
+    """Run until its end or the limit, then end it with all that it started. What it says goes into `log`, and where it
+    is `loud` to the terminal as well.
+    """
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    with subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}, start_new_session=True
-    ) as child:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ) as child,
+    ):  # fmt: skip
+        assert child.stdout
+        listener = Thread(target=_pass_on, args=(child.stdout, file, loud))
+        listener.start()
         try:
             return True, child.wait(limit)
         except subprocess.TimeoutExpired:
@@ -121,3 +139,12 @@ def run(command: Sequence[str], limit: float) -> Ended:
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
+            listener.join()
+
+
+def _pass_on(said: IO[bytes], log: IO[bytes], loud: bool) -> None:
+    for line in said:
+        log.write(line)
+        log.flush()
+        if loud:
+            print(line.decode(errors="replace"), end="", flush=True)

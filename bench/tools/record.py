@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.tools.against import add_against, comparison
 from bench.tools.gate import GateError
 from bench.tools.rows import RESULTS, Row, append_row
-from bench.tools.table import Part, screen
+from bench.tools.table import Section, screen
 
 
 def options(bench: str, description: str | None, quick: str, rounds: int | None, *, devices: bool = True) -> Parser:
@@ -36,7 +36,7 @@ def options(bench: str, description: str | None, quick: str, rounds: int | None,
 
 def record(
     bench: str, measured: Iterable[Row], start: Row, args: Namespace, old: Sequence[Row],
-    table: Callable[[Sequence[Row]], list[Part]], key: Sequence[str], values: Mapping[str, tuple[str, ...]],
+    table: Callable[[Sequence[Row]], list[Section]], key: Sequence[str], values: Mapping[str, tuple[str, ...]],
     line: Callable[[Row], str] | None = None,
 ) -> int:  # fmt: skip
     """Take the rows as they are measured, so that a cut-off loses none; 1 when a form did not pass the gate.

@@ -31,35 +31,35 @@ class Picture:
     path: str
 
 
-Part = Table | Picture | str  # a string is a paragraph
+Section = Table | Picture | str  # a string is a paragraph
 
 
-def page(parts: Sequence[Part]) -> str:
-    """The parts in Markdown, with a line's end behind the last; "not measured" where there are none."""
-    return "\n".join(map(_on_a_page, parts or [MISSING]))
+def page(sections: Sequence[Section]) -> str:
+    """The sections in Markdown, with a line's end behind the last; "not measured" where there are none."""
+    return "\n".join(map(_on_a_page, sections or [MISSING]))
 
 
-def screen(parts: Sequence[Part]) -> str:
-    """The parts for a terminal."""
-    return "\n\n".join(map(_on_a_screen, parts or [MISSING]))
+def screen(sections: Sequence[Section]) -> str:
+    """The sections for a terminal."""
+    return "\n\n".join(map(_on_a_screen, sections or [MISSING]))
 
 
-def _on_a_page(part: Part) -> str:
-    if isinstance(part, Picture):
-        return f"![{part.caption}]({part.path})\n"
-    if isinstance(part, str):
-        return f"{part}\n"
-    lines = (part.header, ["---"] * len(part.header), *part.lines)
-    title = f"{part.title}\n\n" if part.title else ""
+def _on_a_page(section: Section) -> str:
+    if isinstance(section, Picture):
+        return f"![{section.caption}]({section.path})\n"
+    if isinstance(section, str):
+        return f"{section}\n"
+    lines = (section.header, ["---"] * len(section.header), *section.lines)
+    title = f"{section.title}\n\n" if section.title else ""
     return title + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _on_a_screen(part: Part) -> str:
-    if isinstance(part, Picture):
-        return f"{part.caption}: {part.path}"
-    if isinstance(part, str):
-        return part
-    return "\n".join(filter(None, (part.title, aligned([part.header, *part.lines]))))
+def _on_a_screen(section: Section) -> str:
+    if isinstance(section, Picture):
+        return f"{section.caption}: {section.path}"
+    if isinstance(section, str):
+        return section
+    return "\n".join(filter(None, (section.title, aligned([section.header, *section.lines]))))
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
