@@ -115,9 +115,10 @@ def gpu_steps(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bo
     encoded = Encoded.of("tsm_r18", frames, side, dtype, device, width)
     plain = whole.FORMS[0]
     exactly = WholeStep.of("tsm_r18", *((2, 32) if quick else GATED), "float32", device, width=width)
-    for forms in (("lean", *([] if quick else ["lean, recompute"])), *([] if quick else [tuple(LARGER), (EIGHT_BIT,)])):
+    groups = [("lean",)] if quick else [("lean", "lean, recompute"), tuple(LARGER), (EIGHT_BIT,)]
+    for number, forms in enumerate(groups):
         exactly.gate(forms)
-        yield from _whole(whole, (plain, *forms), stopwatch, rounds, without=() if "lean" in forms else (plain,))
+        yield from _whole(whole, (plain, *forms), stopwatch, rounds, without=(plain,) if number else ())
     features = torch.randn(1, encoded.encoder.num_features, snippets, device=device, requires_grad=True)
     heads = {name: partial(whole.head_step, name, features) for name in whole.FORMS[:2]}
     yield from _rows(f"head and loss, L={snippets}", dtype, heads, stopwatch, rounds, seconds=GPU_SECONDS)
@@ -137,7 +138,7 @@ def gpu_steps(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bo
 def _whole(
     case: WholeStep, forms: Sequence[str], stopwatch: Stopwatch, rounds: int, without: Collection[str]
 ) -> Iterator[Row]:
-    """Rows of a whole step on a GPU, each with its peak, but none of the forms that have one."""
+    """Rows of a whole step on a GPU, but for those forms that have one already (`without`)."""
     forms = _fitting(case, forms)
     if forms:
         case.gate(forms[1:], largest=UNRELATED)
@@ -148,7 +149,7 @@ def _whole(
 def _encoder(
     case: Encoded, forms: Sequence[str], stopwatch: Stopwatch, rounds: int, without: Collection[str] = ()
 ) -> Iterator[Row]:
-    """Rows of the encoder alone on a GPU, each with its peak, but none of the forms that have one."""
+    """Rows of the encoder alone on a GPU, but for those forms that have one already (`without`)."""
     forms = _fitting(case, forms)
     if forms:
         case.gate(forms[1:])
