@@ -6,10 +6,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from bench.rows import RESULTS, ROOT, read_rows
+from bench.tools.rows import RESULTS, ROOT, read_rows
 from lofi_fast.errors import InputError
 
-# Each is a module of this package, imported only when asked for: operators are measured on machines without decoders.
+# Each is a file of bench/commands, imported only when asked for: operators are measured on machines without decoders.
 COMMANDS = {
     "all": ("[options]", "everything that a CPU can measure, subsampled, in half an hour"),
     "ops": ("[options]", "every operator against plain PyTorch: time, memory, share of the machine's copy bandwidth"),
@@ -27,7 +27,9 @@ COMMANDS = {
     "data": ("[options]", "decoding: the frame cache against decoding the video itself; share of a training step"),
     "eval": ("[options]", "the evaluator against the official procedure, equal to the last bit"),
     "fits": ("[options]", "what fits: the highest fidelity against the budget, by arithmetic"),
-    "gpu": ("[options]", "all that matters on a GPU, in 8 minutes; --dry-run goes through it without one"),
+    "gpu": ("[options]", "all that matters on a GPU, in 5 minutes; --dry-run goes through it without one"),
+    "tests": ("[options]", "the tests that say something of a GPU, the operators' first"),
+    "launches": ("[options]", "on a GPU: what the host pays for a call, and device operations of a step"),
     "gpu_planner": ("[options]", "the planner on a GPU beside a neighbour, on frames made up there"),
     "job": ("[options] -- <arguments of lofi_fast.train>", "train as a user would and append a row for each seed"),
     "tables": ("[--check]", "make the README's tables from the rows"),
@@ -58,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if argv[0] not in COMMANDS:
             raise InputError(f"no measurement is called {argv[0]}; there are: {', '.join(COMMANDS)}")
-        status: int = importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
+        status: int = importlib.import_module(f"bench.commands.{argv[0]}").main(argv[1:])
         return status
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

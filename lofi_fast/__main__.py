@@ -15,7 +15,7 @@ COMMANDS = {  # name: (module with `main`, what it does)
     "plan": ("lofi_fast.plan", "what will fit a budget? Needs no GPU and no data"),
     "detect": ("lofi_fast.detect", "find actions in videos with a trained detector"),
     "evaluate": ("lofi_fast.evaluate", "mAP of any predictions against any ground truth"),
-    "report": ("lofi_fast.report.page", "write report.html of a run folder"),
+    "report": ("lofi_fast.report", "write report.html of a run folder"),
 }
 
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from bench.rows import ROOT, Row, read_rows
+from bench.tools.rows import ROOT, Row, read_rows
 from lofi_fast.kernels.library import triton_version
 
 TARGETS = {"75", "80", "86", "89", "90", "100", "120"}

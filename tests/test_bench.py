@@ -1,4 +1,4 @@
-"""The bench: rows, the tables made from them, operators, kernels, and the whole job end to end at a tiny setting."""
+"""The bench: rows, the tables made from them, decoding, evaluation, and the whole job end to end at a tiny setting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,14 @@ import numpy as np
 import pytest
 import torch
 from av.video.frame import VideoFrame
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench import against, cases, gate, gpu, gpu_planner, job, kernels, measure, networks, ops, parts, roofs, tables
-from bench import data as bench_data
-from bench import eval as bench_eval
 from bench.__main__ import main
+from bench.commands import data as bench_data
+from bench.commands import eval as bench_eval
+from bench.commands import job, scaling, tables
 from bench.peers import decoders, official_map
-from bench.peers.shift import published_shift
-from bench.rows import ROOT, Row, append_row, environment, read_rows
+from bench.tools import networks
+from bench.tools.rows import ROOT, Row, append_row, environment, read_rows
 from lofi_fast.data import demo
 from lofi_fast.errors import InputError
 from lofi_fast.metrics import parse_tiou
@@ -99,7 +97,7 @@ NOT_MEASURED = " not measured |" * 9
 
 
 def test_table_of_no_rows() -> None:
-    assert tables.job_table([]) == (
+    assert tables.section_of("job", []) == (
         f"{HEADER}| demo |{NOT_MEASURED}\n| demo, rolled labels |{NOT_MEASURED}\n| ceiling |{NOT_MEASURED}\n"
     )
 
@@ -111,7 +109,7 @@ def test_table_of_one_and_of_several_seeds() -> None:
         row(labels="rolled", average_map=None, map_by_tiou={}, peak=None, dirty=True),
         row(name="mine", device="NVIDIA H100, 80.0 GB", precision="bfloat16 (compute capability 9.0)"),
     ]
-    assert tables.job_table(rows) == (
+    assert tables.section_of("job", rows) == (
         f"{HEADER}"
         "| demo | 0, 2 | 62.5 (50.0 to 75.0) | 37.5 (25.0 to 50.0) | 12.5 (0.0 to 25.0) | 37.5 (25.0 to 50.0) "
         "| 2.0 (1.5 to 2.5) | 2.00 of 11.00 GB | Some CPU, 2 cores, 8.0 GB, float32 | 2026-01-03, 0123456 |\n"
@@ -126,10 +124,10 @@ def test_table_of_one_and_of_several_seeds() -> None:
 def test_the_newest_measurement_never_mixes_code_or_settings() -> None:
     old = [row(seed=seed, average_map=0.1) for seed in (0, 1, 2)]
     again = row(seed=1, average_map=0.4, date="2026-02-01T00:00:00+00:00")
-    assert [r["average_map"] for r in tables.newest_measurement([again, *old])] == [0.1, 0.4, 0.1]
+    assert [r["average_map"] for r in job.newest_measurement([again, *old])] == [0.1, 0.4, 0.1]
     for change in ({"commit": "fedcba"}, {"settings": {"batch": 8}}, {"device": "NVIDIA H100"}, {"dirty": True}):
         newer = row(seed=1, date="2026-03-01T00:00:00+00:00", **change)
-        assert tables.newest_measurement([newer, again, *old]) == [newer]
+        assert job.newest_measurement([newer, again, *old]) == [newer]
 
 
 def test_tables_rewrites_between_the_markers_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +138,9 @@ def test_tables_rewrites_between_the_markers_alone(tmp_path: Path, capsys: pytes
     assert "old" in readme.read_text()
     assert tables.main([], (readme,), results) == 0
     assert tables.main(["--check"], (readme,), results) == 0
-    expected = f"# Title\n<!-- bench:job -->\n{tables.job_table([row()])}<!-- /bench -->\nafter <!-- a comment -->\n"
+    expected = (
+        f"# Title\n<!-- bench:job -->\n{tables.section_of('job', [row()])}<!-- /bench -->\nafter <!-- a comment -->\n"
+    )
     assert readme.read_text() == expected
     append_row(results / "job.jsonl", row(average_map=0.9, date="2026-05-05T00:00:00+00:00"))
     assert tables.main(["--check"], (readme,), results) == 1
@@ -171,410 +171,6 @@ def test_the_readme_shows_the_rows_of_this_repository(capsys: pytest.CaptureFixt
     assert said == "README.md is up to date\nbench/README.md is up to date\n"
 
 
-# Operators
-
-
-def test_spread_is_the_median_and_what_a_fifth_lies_below_and_above() -> None:
-    assert measure.spread([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == measure.Spread(3.5, 2.0, 5.0)
-    assert measure.spread([7.0]) == measure.Spread(7.0, 7.0, 7.0)
-
-
-def test_rounds_alternate_and_a_slow_call_takes_part_in_the_first_ones_only() -> None:
-    ran: list[str] = []
-    seconds = {"fast": 0.001, "slow": 1.0}
-    calls = {name: partial(ran.append, name) for name in seconds}
-
-    def stopwatch(call: Any) -> float:
-        call()
-        return seconds[ran[-1]]
-
-    samples = measure.interleaved(calls, stopwatch, rounds=5, seconds=2.0, least=3)
-    assert samples == {"fast": [0.001] * 5, "slow": [1.0] * 3}
-    assert ran == ["fast", "slow"] + ["fast", "slow", "slow", "fast", "fast", "slow"] + ["fast"] * 2
-
-
-def test_a_child_returns_raises_or_is_ended() -> None:
-    assert measure.in_child(divmod, 7, 2) == (3, 1)
-    with pytest.raises(ZeroDivisionError):
-        measure.in_child(divmod, 7, 0)
-    assert measure.in_child(os.abort) is None  # as the system ends a process when memory runs out
-    with pytest.raises(RuntimeError, match="exit ended with status 3"):
-        measure.in_child(sys.exit, 3)
-
-
-def test_the_peak_is_what_a_call_holds_beyond_the_start() -> None:
-    held = 64 * measure.MIB
-    peak = measure.in_child(measure.peak_above_start, partial(torch.ones, held, dtype=torch.uint8), torch.device("cpu"))
-    assert 0.99 * held <= peak <= 1.1 * held
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_gate_passes_rounding_and_nothing_else(dtype: torch.dtype) -> None:
-    exact = torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    rounded = exact.to(dtype)
-    gate.check_close("ours", [rounded, torch.arange(3)], [exact, torch.arange(3)], plain=[rounded, torch.arange(3)])
-    gate.check_copies("ours", [rounded], [rounded.double()])
-    worse, swapped, poisoned = rounded.clone(), rounded.flip(0), rounded.clone()
-    worse[0, 0] += 8 * torch.finfo(dtype).eps * exact.abs().max()
-    poisoned[5, 5] = torch.nan
-    for result in (worse, swapped, poisoned, rounded[:-1]):
-        with pytest.raises(gate.GateError, match=r"^ours: "):
-            gate.check_close("ours", [result], [exact], plain=[rounded])
-        with pytest.raises(gate.GateError, match=r"^ours: "):
-            gate.check_copies("ours", [result], [rounded.double()])
-    with pytest.raises(gate.GateError, match=r"^ours: "):
-        gate.check_close("ours", [torch.tensor([0, 2, 1])], [torch.arange(3)])
-
-
-def test_every_form_of_the_encoder_gives_the_gradients_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = networks.Encoded.of("tsm_r18", 40, 32, "float32", torch.device("cpu"), networks.TINY_WIDTH)
-    case.gate(case.forms())
-    assert len(case.chosen()) == 2 and not torch.equal(case.features("lean"), case.features("lean").flip(0))
-    all_of_them = partial(networks.plain_features, case.encoder, case.frames, 8)
-    monkeypatch.setattr(networks, "sampled", lambda *_: all_of_them())
-    with pytest.raises(gate.GateError, match=networks.SAMPLED):
-        case.gate(case.forms())
-
-
-def test_the_floor_of_a_step_is_its_operations_or_its_bytes() -> None:
-    work = roofs.encoder_work("tsm_r18", 64, 2, 224, 4)
-    assert work.operations == pytest.approx(2 * 3 * 2 * 1.81e9, rel=0.03)  # a ResNet-18 has 1.81 G multiplications
-    assert work.floor(1e12, 1e30) == work.operations / 1e12 and work.floor(1e30, 1e9) == work.bytes / 1e9
-    for call, operations in roofs.rates(torch.device("cpu"), torch.float32).values():
-        with FlopCounterMode(display=False) as counter:
-            call()
-        assert counter.get_total_flops() == operations
-    case = networks.Encoded.of("tsm_r18", 16, 64, "float32", torch.device("cpu"))
-    with FlopCounterMode(display=False) as counter:
-        case.step("plain PyTorch")
-    assert counter.get_total_flops() == roofs.encoder_work("tsm_r18", 64, 16, 64, 4).operations
-
-
-QUICK = {" ".join(case.key): case for case in cases.cases(torch.device("cpu"), quick=True)}
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_every_form_computes_its_operator(name: str) -> None:
-    ops.gate(QUICK[name].problem(torch.device("cpu")))
-
-
-def test_a_form_that_is_wrong_is_not_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def backwards(x: torch.Tensor, num_frames: int, fold: int) -> torch.Tensor:
-        return published_shift(x.flip(0), num_frames, fold).flip(0)
-
-    monkeypatch.setattr(cases, "temporal_shift", backwards)
-    threads = torch.get_num_threads()
-    try:
-        command = ["ops", "--quick", "--only", "temporal_shift", "--device", "cpu", "--results", str(tmp_path / "rows")]
-        assert main(command) == 1
-    finally:
-        torch.set_num_threads(threads)
-    said = capsys.readouterr()
-    assert said.out.count("does not pass the gate, and is not measured: ours: ") == 2
-    assert said.err == "error: 2 of 2 cases do not pass the gate\n"
-    assert not (tmp_path / "rows").exists()
-
-
-def test_operators_are_measured_without_a_decoder(tmp_path: Path) -> None:
-    absent = tmp_path / "absent"
-    for name in ("av", "nvidia"):  # PyAV and DALI, as a machine that only computes lacks them
-        (absent / name).mkdir(parents=True)
-        (absent / name / "__init__.py").write_text("raise ImportError('not here')\n")
-    results = tmp_path / "ops.jsonl"
-    command = ["-m", "bench", "ops", "--quick", "--device", "cpu", "--only", "temporal_shift", "--results"]
-    done = subprocess.run(
-        [sys.executable, *command, str(results)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(absent)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = read_rows(results)
-    assert [(r["op"], r["dtype"], r["form"], r["ours"]) for r in rows] == [
-        ("temporal_shift", dtype, form, form == ours)
-        for dtype in ("float32", "bfloat16")
-        for ours in (cases.form_of("temporal_shift", torch.device("cpu")),)
-        for form in (ours, "PyTorch, as published")
-    ]
-    moved = {"float32": 2 * 16 * 7 * 7 * 512 * 4, "bfloat16": 2 * 16 * 7 * 7 * 512 * 2}
-    for found in rows:
-        assert found["bench"] == "ops" and found["quick"] and found["threads"] == 1 and found["versions"]["torch"]
-        for passes, step in enumerate(("forward", "forward_backward"), start=1):
-            timed = found[step]
-            median, low, high = timed["ms"]
-            assert 0 < low <= median <= high and timed["rounds"] == 3
-            assert timed["bytes"] == passes * moved[found["dtype"]]
-            assert timed["gbs"] == pytest.approx(timed["bytes"] / median / 1e6, rel=0.02)
-            assert timed["of_roof"] == pytest.approx(timed["gbs"] / timed["roof_gbs"], rel=0.02)
-            assert (timed["times_ours"][0] == 1) or not found["ours"]
-        assert str(tmp_path) not in json.dumps(found)
-    # Ours holds the result and the gradient; the published form zeros and copies besides.
-    peaks = {(r["dtype"], r["ours"]): r["peak"] for r in rows}
-    assert peaks["float32", False] >= peaks["float32", True] >= 0
-    assert "PyTorch, as published" in done.stdout.splitlines()[-2]
-
-
-def timed(ms: float, times_ours: float, of_roof: float | None) -> Row:
-    return {"ms": [ms, ms, ms], "times_ours": [times_ours] * 3, "of_roof": of_roof}
-
-
-def op_row(form: str, **changes: Any) -> Row:
-    ours = form == "C++"
-    return {
-        "op": "temporal_shift", "shape": "7x7x8, 64 frames", "dtype": "float32", "form": form, "ours": ours,
-        "forward": timed(1.0, 1.0, 0.5) if ours else timed(2.0, 2.04, 0.25),
-        "forward_backward": timed(2.0, 1.0, 0.75) if ours else timed(9.0, 4.46, 0.1),
-        "peak": 2**21 if ours else 5 * 2**20, "machine": "Some CPU, 2 cores, 8.0 GB", "device": "CPU, 2 cores, 8.0 GB",
-        "threads": 1, "date": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef", "dirty": False, "quick": False,
-        **changes,
-    }  # fmt: skip
-
-
-OPS_HEADER = (
-    "| operator | shape | dtype | against | forward | forward + backward | peak memory | ours, of the copy roof |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
-)
-
-
-def test_table_of_operators_shows_the_newest_run_of_each_case_on_each_device() -> None:
-    assert tables.ops_table([op_row("C++", quick=True)]) == "not measured\n"
-    old = [op_row("C++"), op_row("eager")]
-    gpu = {"device": "NVIDIA H100, 80.0 GB", "date": "2026-03-01T00:00:00+00:00", "dirty": True}
-    only_forward = {"op": "soft_nms", "shape": "9", "dtype": "float64", "forward_backward": None}
-    newer = [
-        op_row("C++", date="2026-02-01T00:00:00+00:00", peak=1000),
-        op_row("eager", date="2026-02-01T00:00:00+00:00", forward=timed(3.0, 3.0, 0.2)),
-    ]
-    rows = [
-        *old,
-        op_row("C++", **only_forward, forward=timed(1.0, 1.0, None)),
-        op_row("Python", **only_forward, forward=timed(80.0, 80.0, None), peak=None),
-        op_row("Triton 3.7.1", **gpu, ours=True, peak=2**21, forward=timed(0.1, 1.0, 0.91), forward_backward=None),
-        op_row("eager", **gpu, forward_backward=None),
-    ]
-    soft_nms = "| soft_nms | 9 | float64 | Python | 80.0x |  |  |  |\n"
-    on_gpu = (
-        f"\nNVIDIA H100, 80.0 GB; ours is Triton 3.7.1; 2026-03-01 0123456 with changes:\n\n{OPS_HEADER}"
-        "| temporal_shift | 7x7x8, 64 frames | float32 | eager | 2.0x |  | 2.5x, 5 : 2 MiB | 91% |\n"
-    )
-    assert tables.ops_table(rows) == (
-        f"Some CPU, 2 cores, 8.0 GB, 1 thread; ours is C++; 2026-01-02 0123456:\n\n{OPS_HEADER}"
-        "| temporal_shift | 7x7x8, 64 frames | float32 | eager | 2.0x | 4.5x | 2.5x, 5 : 2 MiB | 50% / 75% |\n"
-        f"{soft_nms}{on_gpu}"
-    )
-    assert tables.ops_table([*rows, *newer]) == (
-        "Some CPU, 2 cores, 8.0 GB, 1 thread; ours is C++; 2026-01-02 0123456, 2026-02-01 0123456:\n\n"
-        f"{OPS_HEADER}{soft_nms}"
-        "| temporal_shift | 7x7x8, 64 frames | float32 | eager | 3.0x | 4.5x | 5 : 0 MiB | 50% / 75% |\n"
-        f"{on_gpu}"
-    )
-
-
-# Kernels
-
-
-def kernel_row(kernel: str, registers: int, **changes: Any) -> Row:
-    code = {"registers": registers, "spilled": 0, "shared": 0, "loads": {"16": 9, "128": 1}, "stores": {"128": 1}}
-    return {
-        "op": "stem", "kernel": kernel, "launches": [f"{kernel} fp32", f"{kernel} fp16"], "streams": True,
-        "thin": False, "targets": {"75": code, "90": code | {"registers": registers + 8, "shared": 512}},
-        "versions": {"triton": "3.7.1"}, "date": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef",
-        "dirty": False, **changes,
-    }  # fmt: skip
-
-
-def test_table_of_kernels_merges_the_launches_of_the_newest_run() -> None:
-    assert tables.kernels_table([]) == "not measured\n"
-    rows = [
-        kernel_row("old", 200, date="2026-01-01T00:00:00+00:00"),
-        kernel_row("stem_kernel", 40),
-        kernel_row("stem_kernel", 32, launches=["one more"]),
-        kernel_row("stem_kernel", 99, streams=False),
-        kernel_row("stem_kernel", 255, thin=True, date="2026-02-02T00:00:00+00:00"),
-    ]
-    assert tables.kernels_table(rows) == (
-        "Triton 3.7.1; sm_75, sm_90; 2026-01-02 0123456:\n\n"
-        "| operator | kernel | layout | launches | registers | spilled bytes | shared bytes "
-        "| widest load / store (bits) |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n"
-        "| stem | stem_kernel | channels-last, C % 64 = 0 | 3 | 32 to 48 | 0 | 0 to 512 | 128 / 128 |\n"
-        "| stem | stem_kernel | others | 2 | 99 to 107 | 0 | 0 to 512 | 128 / 128 |\n"
-    )
-
-
-def test_rows_without_a_place_in_the_readme_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"<!-- bench:job -->\n{tables.job_table([])}<!-- /bench -->\n")
-    assert tables.main(["--check"], (readme,), results) == 0
-    append_row(results / "kernels.jsonl", kernel_row("stem_kernel", 40))
-    assert tables.main(["--check"], (readme,), results) == 1
-    assert "add <!-- bench:kernels --> and <!-- /bench -->" in capsys.readouterr().out
-    readme.write_text(readme.read_text() + "<!-- bench:kernels -->\n<!-- /bench -->\n")
-    assert tables.main([], (readme,), results) == 0
-    assert tables.main(["--check"], (readme,), results) == 0
-
-
-def test_launches_that_share_their_code_are_compiled_once_and_thinned_evenly() -> None:
-    codes = [kernels.Code("stem", kernel, (str(n),), True) for kernel in ("a", "b") for n in range(4)]
-    chosen = kernels.thinned(codes, (75, 80, 86))
-    assert [(code.kernel, code.launches[0], target) for code, target in chosen if code.kernel == "b"] == [
-        ("b", "0", 75), ("b", "0", 80), ("b", "0", 86),
-        ("b", "1", 86), ("b", "1", 75), ("b", "2", 80), ("b", "2", 86), ("b", "3", 75), ("b", "3", 80),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("interpreted", "says"), [("1", "TRITON_INTERPRET is set"), ("0", "Triton is not installed")])
-def test_where_kernels_cannot_be_compiled_a_sentence_says_so(
-    interpreted: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object() if interpreted == "1" else None)
-    assert main(["kernels"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and says in error and error.count("\n") == 1
-
-
-# On a GPU, without one
-
-
-@pytest.fixture(scope="module")
-def decoders_absent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a machine that only computes: PyAV, DALI and apex cannot be imported."""
-    folder = tmp_path_factory.mktemp("absent")
-    for name in ("av", "nvidia", "apex"):
-        (folder / name).mkdir()
-        (folder / name / "__init__.py").write_text("raise ImportError('not here')\n")
-    return os.environ | {"PYTHONPATH": str(folder)}
-
-
-def test_the_dry_run_goes_through_tests_and_decoding_and_resumes(
-    tmp_path: Path, decoders_absent: dict[str, str]
-) -> None:
-    command = [sys.executable, "-m", "bench", "gpu", "--dry-run", "--part", "data,tests", "--results", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "left out: av and nvidia.dali not installed here" in done.stdout
-    assert "test_pipeline.py: left out: av not installed here" in done.stdout
-    (found,) = read_rows(tmp_path / "tests.jsonl")
-    files = found["file"].split(", ")
-    assert {f"test_{operator}.py" for operator in gpu.OPERATORS} < set(files) and "test_meter.py" in files
-    assert found["failed"] == 0 and found["skipped"] > 40 and not found["failures"]
-    assert [(row["part"], row["complete"]) for row in read_rows(tmp_path / "gpu.jsonl")] == [
-        ("data", True), ("tests", True),
-    ]  # fmt: skip
-    again = subprocess.run([*command, "--resume"], cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.count("was complete") == 2
-
-
-def test_the_dry_run_measures_interpreted_kernels(tmp_path: Path, decoders_absent: dict[str, str]) -> None:
-    results = tmp_path / "ops.jsonl"
-    command = [sys.executable, "-m", "bench.interpreted", "ops", "--tiny", "--device", "cpu", "--rounds", "1"]
-    command += ["--only", "stem_input,temporal_shift", "--results", str(results)]
-    done = subprocess.run(command, cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = read_rows(results)
-    ours = {row["op"] for row in rows if row["ours"] and row["form"].endswith(", interpreted")}
-    assert ours == {"stem_input", "temporal_shift"} and len(rows) == 8 and all(row["quick"] for row in rows)
-    done = subprocess.run([*command, "--skip-measured"], cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
-    assert "4 of 4 cases were measured before" in done.stdout and len(read_rows(results)) == 8
-
-
-def test_the_planner_trains_without_a_decoder_beside_a_neighbour(
-    tmp_path: Path, decoders_absent: dict[str, str]
-) -> None:
-    results = tmp_path / "rows.jsonl"
-    command = [sys.executable, "-m", "bench", "gpu_planner", "--tiny", "--device", "cpu", "--results", str(results)]
-    done = subprocess.run(
-        [*command, "--budgets", "10MB,2GB", "--seconds", "0.5"],
-        cwd=ROOT, env=decoders_absent, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    refused, went = read_rows(results)
-    assert "nothing fits: of a budget of 0.01 GB" in refused["refused"]
-    assert went["refused"] is None and went["steps"] > 0 and went["violations"] == went["lost"] == 0
-    assert 0 < went["used"][0] <= went["used"][2] < 1 and went["seen"] > 10**8 and went["turns"] > 0
-
-
-def planner_step(epoch: int, videos: str, peak: int = 90, **changes: Any) -> Row:
-    return {
-        "epoch": epoch, "videos": list(videos), "peak": peak, "predicted": 80, "base": 40, "budget": 100, "limit": 100,
-        "num_snippets": 8, "side": 16, "micro_batch": 2, "recompute": False, "reduced_from": None, "retries": 0,
-        "pattern": "spatial", "time": f"2026-01-01T00:00:0{epoch}", **changes,
-    }  # fmt: skip
-
-
-def test_what_a_log_says_of_the_planner() -> None:
-    steps = [
-        planner_step(0, "ab"), planner_step(0, "cd", side=8, limit=80), planner_step(1, "ab"), planner_step(1, "aa"),
-        planner_step(2, "b", pattern="temporal", side=4, retries=1, reduced_from=[8, 16]),
-    ]  # fmt: skip
-    found = gpu_planner.summary(steps, [{"peak": 101, "budget": 100}, {"peak": None, "budget": 1}], 95)
-    assert found["violations"] == 2  # one step, one trial
-    assert found["lost"] == 4  # c and d in the second epoch, and a came three times
-    assert (found["down"], found["up"], found["short"], found["rungs"]) == (1, 1, 1, 3)
-    assert found["error_of_peak"] == [round(10 / 90, 4)] * 2 and found["error_of_added"] == [0.25, 0.25]
-    assert (found["seen_of_budget"], found["retries"], found["reduced"]) == (0.95, 1, 1)
-    assert found["steps_a_second"] == 2.5
-
-
-def test_a_part_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path) -> None:
-    child = f"import time; time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')"
-    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    assert parts.run([sys.executable, "-c", script], 1.0) == (False, 0)
-    assert parts.run([sys.executable, "-c", "raise SystemExit(3)"], 60.0) == (True, 3)
-    time.sleep(2.5)
-    assert not (tmp_path / "late").exists()
-
-
-def test_parts_share_the_time_and_what_is_cut_off_is_not_complete(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given: dict[str, float] = {}
-    ends = {"a": (True, 0), "b": (False, 0), "c": (True, 1)}
-
-    def part(name: str, setting: parts.Setting, limit: float) -> tuple[bool, int]:
-        given[name] = limit
-        return ends[name]
-
-    known = {name: parts.Part(name, 10, partial(part, name)) for name in ends}
-    setting = parts.Setting("gpu", "cuda", 1, tmp_path, True, False, {"commit": "abc", "date": "2026"})
-    assert parts.run_parts(known, list(ends), setting, 60.0) == 1
-    assert given == {name: pytest.approx(20, abs=1) for name in ends}
-    assert [(row["part"], row["complete"], row["status"]) for row in read_rows(tmp_path / "gpu.jsonl")] == [
-        ("a", True, 0), ("b", False, 0), ("c", True, 1),
-    ]  # fmt: skip
-    given.clear()
-    assert parts.run_parts(known, list(ends), setting, 60.0) == 1 and set(given) == {"b"}
-    assert "cut off: go on with --resume" in capsys.readouterr().out
-
-
-def test_what_a_file_needs_is_found_without_importing_it() -> None:
-    computing = {"numpy", "psutil", "torch"}
-    for module in ("gpu", "gpu_planner", "ops", "memory", "step", "tables"):
-        assert gpu.needs(ROOT / "bench" / f"{module}.py") <= computing, module
-    assert gpu.needs(ROOT / "bench" / "synthetic.py") <= computing | {"rich"}
-    assert "av" in gpu.needs(ROOT / "bench" / "data.py") & gpu.needs(ROOT / "tests" / "test_pipeline.py")
-    assert gpu.needs(ROOT / "tests" / "test_soft_nms.py") == {"hypothesis", "pytest", "torch"}
-
-
-def test_new_rows_are_compared_with_the_newest_old_ones() -> None:
-    old = [op_row("C++", date="2026-01-01T00:00:00+00:00", peak=1), op_row("C++"), op_row("gone")]
-    new = [op_row("C++", forward=timed(3.0, 1.0, 0.5), forward_backward=None), op_row("new")]
-    said = against.comparison(new, old, ("op", "dtype", "form"), ops.TIMES)
-    assert said.splitlines()[0] == "new / old:" and len(said.splitlines()) == 3
-    assert said.splitlines()[2].split() == [
-        "temporal_shift",
-        "float32",
-        "C++",
-        "3.00x",
-        "1.00x",
-        "2026-01-02",
-        "0123456",
-    ]
-    other = [op_row("C++", device="NVIDIA H100, 80.0 GB")]
-    assert against.comparison(new, other, ("op", "dtype", "form"), ops.TIMES).endswith("0123456, NVIDIA H100, 80.0 GB")
-    assert against.comparison(new, [], ("op",), ops.TIMES) == "new / old: no case in common"
-
-
 # Decoding, evaluation
 
 
@@ -591,8 +187,8 @@ def test_decoding_is_measured_beside_the_videos_themselves(tmp_path: Path) -> No
     assert forms == ["frame cache, DALI", *decoders.decoders()]
     assert all(row["frames"] == 256 and row["frames_a_second"] > 0 for row in rows if row["measured"] == "decode")
     assert 0 < rows[-1]["share"] < 1
-    assert tables.data_table(rows) == "not measured\n"  # one video says nothing of speed
-    said = tables.data_table([row | {"quick": False} for row in rows])
+    assert tables.section_of("data", rows) == "not measured\n"  # one video says nothing of speed
+    said = tables.section_of("data", [row | {"quick": False} for row in rows])
     assert "| full: 32 snippets x 64 px | PyAV |" in said and "Filling the cache, once:" in said
 
 
@@ -631,7 +227,7 @@ def test_evaluation_is_measured_beside_the_official_procedure(
     said = capsys.readouterr()
     assert said.err == ("error: mAP: the evaluator's result is not that of official, without pandas, bit for bit\n")
     assert len(read_rows(results)) == len(rows)
-    assert "| mAP | 40 | 4,000 | ours |" in tables.eval_table([row | {"quick": False} for row in rows])
+    assert "| mAP | 40 | 4,000 | ours |" in tables.section_of("eval", [row | {"quick": False} for row in rows])
 
 
 def test_all_runs_its_parts_and_compares_them(tmp_path: Path) -> None:
@@ -680,8 +276,8 @@ def test_what_fits_is_computed_drawn_and_kept_up_to_date(tmp_path: Path, capsys:
     assert "fits.svg is out of date" in capsys.readouterr().out
     tables.main([], (readme,), results)
     assert (results / "fits.svg").read_text() != figure
-    assert "| 1 x 100 snippets of 224 px | bfloat16 | lean | 3.00 | 4.00 | 1.0x less |" in tables.memory_table(
-        [measured]
+    assert "| 1 x 100 snippets of 224 px | bfloat16 | lean | 3.00 | 4.00 | 1.0x less |" in tables.section_of(
+        "memory", [measured]
     )
 
 
@@ -697,7 +293,7 @@ def test_growth_is_measured_beside_the_ledger(tmp_path: Path) -> None:
     assert [(row["snippets"], row["form"]) for row in rows] == [(2, form) for form in networks.WholeStep.FORMS]
     assert all(row["peak"] > 0 and row["ms"][0] > 0 for row in rows)
     assert all((row["predicted"] is None) == (row["form"] == networks.WholeStep.FORMS[0]) for row in rows)
-    said = tables.scaling_table([row | {"quick": False} for row in rows])
+    said = tables.section_of("scaling", [row | {"quick": False} for row in rows])
     assert "| snippets | 2 | 32 | 1 | tsm_r18 | lean |" in said and "Exponents:" in said
 
 
@@ -707,7 +303,7 @@ def test_exponents_are_the_slopes_of_logarithms() -> None:
         for side in (64, 128, 192)
         for form, peak in (("lean", 3), ("plain", 0))
     ]
-    found = tables.exponents([*rows, {"along": "encoder", "form": "lean"}])
+    found = scaling.exponents([*rows, {"along": "encoder", "form": "lean"}])
     assert found["side", "lean"] == pytest.approx((2.0, 1.0))
     assert found["side", "plain"][0] == pytest.approx(2.0) and np.isnan(found["side", "plain"][1])
     assert set(found) == {("side", "lean"), ("side", "plain")}
@@ -771,7 +367,7 @@ def test_the_whole_job_with_true_and_with_rolled_labels(data: Path, tmp_path: Pa
         readings = {"measured", "ladder"}  # what the planner tried on the way
         assert planned == {key: value for key, value in plans["joint"][pattern].items() if key not in readings}
         assert {"rung", "cut", "batch", "peak"} <= planned.keys()
-    assert "not measured" not in line_of(tables.job_table([true]), "tiny")
+    assert "not measured" not in line_of(tables.section_of("job", [true]), "tiny")
     assert f"--annotations labels.json --videos={data.name} " in true["command"]
     assert true["command"].endswith("--mem-budget 4GB --cache cache --seed 0 --out tiny-true-seed0")
     assert rolled["command"].endswith(
@@ -822,6 +418,7 @@ def test_a_training_that_fails_writes_no_row_and_passes_its_status_on(data: Path
         (["gpu", "--dry-run", "--part", "ops,speed"], "no part is called speed"),
         (["gpu", "--dry-run", "--minutes", "0"], "--minutes"),
         (["gpu_planner", "--device", "cpu"], "there is no GPU here"),
+        (["launches", "--device", "cpu"], "there is no GPU here"),
         (["all", "--part", "jobs"], "no part is called jobs"),
     ],
     ids=[
@@ -837,6 +434,7 @@ def test_a_training_that_fails_writes_no_row_and_passes_its_status_on(data: Path
         "unknown part",
         "no time",
         "planner without GPU",
+        "launches without GPU",
         "unknown part of all",
     ],
 )

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from bench.neighbour import inside, new_group
+from bench.tools.neighbour import inside, new_group
 from lofi_fast.memory import allocator
 from lofi_fast.memory import gpu as gpu_room
 from lofi_fast.memory.cards import assumed_context

@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from bench import optim
-from bench.gate import GateError
+from bench.commands import optim
+from bench.commands.tables import section_of
 from bench.peers.tuners import TUNERS, doubling, fixed, halving, linear
-from bench.rows import Row
-from bench.tables import optim_table, overhead_table, planner_table, tuners_table
+from bench.tools.gate import GateError
+from bench.tools.rows import Row
 from lofi_fast.fidelity import Fidelity, Pattern, ladder
 from lofi_fast.memory.plans import Plan, candidates
 
@@ -78,26 +78,26 @@ def test_tables_say_what_the_rows_hold() -> None:
         place(tuner=tuner, budget=10**9, **told | ({"used": None, "omega": None, "trained": 0} if number == 1 else {}))
         for number, tuner in enumerate(TUNERS)
     ]
-    lines = tuners_table(rows).splitlines()
+    lines = section_of("tuners", rows).splitlines()
     assert "| cut 4 by hand | 90% (90%) | 25% | 0 of 1 | 2 | 3.0 | 4 |" in lines
     assert "| doubling until it fails (Lightning) | 0% (0%) | 0% | 1 of 1 | 2 | 3.0 | 4 |" in lines
     allocators = [
         place(of="governor", ms=0.25, spread_ms=[0.2, 0.3]),
         place(of="a", ms=100.0, spread_ms=[90.0, 110.0], of_default=0.9, peak=2**20, peak_varies=0.012, faults=1500),
     ]
-    lines = overhead_table(allocators).splitlines()
+    lines = section_of("overhead", allocators).splitlines()
     assert "| governor | 0.25 (0.2 to 0.3) |  |  |  |  |" in lines
     assert "| a | 100 (90 to 110) | 0.90x | 1 | 1.2% | 1,500 |" in lines
     updates = [
         place(optimizer="sgd", form=form, ms=[ms], times_ours=[ms / 2.0, 0.9, 1.1])
         for form, ms in (("apex", 2.0), ("torch, fused", 4.0))
     ]
-    assert "| sgd | torch, fused | 4.0 | 2.00x (0.90 to 1.10) |" in optim_table(updates).splitlines()
+    assert "| sgd | torch, fused | 4.0 | 2.00x (0.90 to 1.10) |" in section_of("optim", updates).splitlines()
     step = {
         "model": "demo", "budget": 10**9, "refused": None, "used": [0.8, 0.9, 1.0], "bound": True, "steps": 300,
         "error_of_peak": [0.01, 0.0], "error_of_added": [0.04, 0.0], "violations": 0, "lost": 0, "down": 20, "up": 21,
     }  # fmt: skip
-    text = planner_table([place(pressure=True, short=160, **step), place(pressure=False, **step)])
+    text = section_of("planner", [place(pressure=True, short=160, **step), place(pressure=False, **step)])
     assert "| demo, beside a neighbour | 1, 1.00 to 1.00 GB | 300, 160 with less left than the budget | 1.0% |" in text
     assert "| demo | 1, 1.00 to 1.00 GB | 300 | 1.0% | 4.0% |" in text
 

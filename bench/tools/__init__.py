@@ -1,0 +1,1 @@
+"""What the commands share: stopwatches, gates, rows, tables, and the networks and operators that are compared."""
