@@ -174,7 +174,7 @@ class Detector:
         """
         with self.session(mem_budget=mem_budget, device=device) as session:
             if isinstance(videos, str | Path):
-                return session.detect(Path(videos), min_score=min_score, top_k=top_k).detections
+                return session.detect(videos, min_score=min_score, top_k=top_k).detections
             found: dict[Path, list[Detection]] = {}
             failures: list[VideoError] = []
             for path in map(Path, videos):
@@ -194,7 +194,7 @@ class Detector:
         Snippets are as far apart as those that the head sees. Raises as `detect` does.
         """
         with self.session(mem_budget=mem_budget, device=device) as session:
-            return session.features(Path(video))
+            return session.features(video)
 
     def session(
         self, *, mem_budget: str = "auto", device: str = "auto", say: Callable[[str], None] = lambda _: None
@@ -325,13 +325,14 @@ class Session:
 
     def detect(
         self,
-        path: Path,
+        video: Anything,
         *,
         min_score: float = MIN_SCORE,
         top_k: int | None = None,
         told: Callable[[float], None] = lambda _: None,
     ) -> Found:
         """What is found in one video; see `Detector.detect`. `told` hears up to which second the work is done."""
+        path = Path(video)
         config, classes = self.config, self.detector.classes
         with self._blaming(path):
             info = _probed(path)
@@ -353,8 +354,9 @@ class Session:
             found = [replace(d, start=d.start + info.start, end=d.end + info.start) for d in found]
         return Found(path, info.start + info.duration, found)
 
-    def features(self, path: Path, *, told: Callable[[float], None] = lambda _: None) -> VideoFeatures:
+    def features(self, video: Anything, *, told: Callable[[float], None] = lambda _: None) -> VideoFeatures:
         """The features of one video; see `Detector.features`. `told` hears up to which second the work is done."""
+        path = Path(video)
         length = self.config.full.num_snippets
         values: list[Features] = []
         times: list[NDArray[np.float64]] = []
@@ -392,7 +394,8 @@ class Session:
         """Features (C, L) of each window in turn, `chunk` snippets at a time. The chunk changes them by rounding."""
         full = self.config.full
         grids = [full_grid(info, window, full.num_snippets, self.config.data.frame_stride) for window in windows]
-        with closing(hold_in_turn(info, [np.unique(grid) for grid in grids], cache_side(full))) as held:
+        selections = [np.unique(grid) for grid in grids]
+        with closing(hold_in_turn(info, selections, cache_side(full), torch.get_num_threads())) as held:
             video = next(held)
             pipeline = self._pipeline_for(video)
             if not self.chunk:
