@@ -95,6 +95,7 @@ def train(run: Run, stage: Stage, config: StageConfig) -> None:
                 advance(step + 1, done.note)
                 after = Position(stage.name, epoch, step + 1)
                 if run.stop():
+                    run.stopped = True
                     return run.save(after, stage.optimizer, **stage.modules)
                 run.save_when_due(after, stage.optimizer, **stage.modules)
         stage.end(epoch)

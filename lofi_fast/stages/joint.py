@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -168,7 +168,21 @@ def trial(run: Run, samples: Sequence[Sample], decision: Decision) -> int | None
     return peak
 
 
-def plan_joint(run: Run) -> dict[str, dict[str, Any]]:
+class PatternPlan(TypedDict):
+    """What plan.json tells of one pattern; memory in bytes."""
+
+    rung: list[int]  # [num_snippets, side], as chosen at the start
+    cut: float
+    batch: int  # videos of a step
+    micro_batch: int  # of them at once
+    recompute: bool
+    predicted: int  # peak
+    peak: int | None  # measured, where the rung was tried
+    measured: list[list[int]]  # [num_snippets, side, peak] of all that were tried
+    ladder: list[dict[str, Any]]  # see `Governor.table`
+
+
+def plan_joint(run: Run) -> dict[str, PatternPlan]:
     """Make the planner, and run its trials on real frames. Leaves no trace but what was learned."""
     config = run.config
     set_modes(run)
@@ -194,7 +208,7 @@ def plan_joint(run: Run) -> dict[str, dict[str, Any]]:
     known = planner.load_readings(readings, key)
     planner.calibrate(measure)
     planner.save_readings(readings, key)
-    chosen = {}
+    chosen: dict[str, PatternPlan] = {}
     for pattern in patterns_of(run):
         decision = planner.choose(pattern)
         rung = decision.plan.fidelity

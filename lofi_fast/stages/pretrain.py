@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +104,14 @@ def clip_loss(run: Run, classifier: nn.Linear, frames: Tensor, labels: Tensor) -
     return F.cross_entropy(logits.float(), labels), (logits.argmax(1) == labels).sum()
 
 
-def plan_pretrain(run: Run) -> dict[str, Any]:
+class ClipsPlan(TypedDict):
+    """The stage's part of plan.json."""
+
+    batch: int  # clips of a step
+    peak: int  # bytes, of the trial step
+
+
+def plan_pretrain(run: Run) -> ClipsPlan:
     """The largest batch of clips that fits: the asked one, or a half, a quarter ... of it. Leaves no trace."""
     config = run.config.pretrain
     before = {name: value.clone() for name, value in run.encoder.state_dict().items()}
