@@ -21,7 +21,7 @@ from lofi_fast.run import events
 from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
 from lofi_fast.stages import epochs
-from lofi_fast.stages.epochs import Done, new_optimizer, optimizer_of
+from lofi_fast.stages.epochs import Outcome, new_optimizer, optimizer_of
 from lofi_fast.stages.step import batches, forward_backward, lofi_step, patiently
 
 READINGS = "memory-readings.json"  # beside the frame cache
@@ -64,7 +64,7 @@ class Joint:
         self._feed(epoch, first)
         return len(self._order)
 
-    def step(self, epoch: int, step: int) -> Done:
+    def step(self, epoch: int, step: int) -> Outcome:
         taken = lofi_step(self.run, self.planner, self.optimizer, next(self._batches))
         if taken.retries:  # the stream of frames ended with the step that failed
             self._feed(epoch, step + 1)
@@ -74,7 +74,7 @@ class Joint:
             "budget": self.run.machine.budget, "retries": taken.retries, **taken.decision.fields(),
         }  # fmt: skip
         note = f"{taken.decision.pattern}, {plan}, loss {taken.loss:.3f}, {gigabytes(taken.peak)}"
-        return Done(taken.loss, videos, taken.not_finite, note, logged)
+        return Outcome(taken.loss, videos, taken.not_finite, note, logged)
 
     def end(self, epoch: int) -> None:
         pass
