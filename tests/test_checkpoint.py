@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from lofi_fast import files
 from lofi_fast.errors import InputError
 from lofi_fast.run.checkpoint import Position, load, restore_rng, rng_state, save_atomic
 
@@ -56,6 +59,17 @@ def test_a_save_replaces_the_old_file_and_what_a_killed_one_left(tmp_path: Path)
     save_atomic(checkpoint(2.0), path)
     assert load(path)["encoder"]["w"][0] == 2.0
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as living:
+        mine, other, dead = (tmp_path / f"plan.json.{pid}.partial" for pid in (os.getpid(), living.pid, 2**22 + 1))
+        for path in (mine, other, dead, tmp_path / "plan.json"):
+            path.write_text("{}")
+        files.sweep(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([mine, other, tmp_path / "plan.json"])
+        living.kill()
+    files.sweep(tmp_path / "no such folder")
 
 
 def test_who_reads_the_old_file_during_a_save_gets_all_of_it(tmp_path: Path) -> None:

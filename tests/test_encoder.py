@@ -379,6 +379,11 @@ def test_errors_of_weights(tmp_path: Path) -> None:
     assert "list" in refused([torch.zeros(1)])
     assert "--encoder-weights" in refused({})
     assert "--encoder-weights" in refused({0: torch.zeros(1)})
+    for number in (float("nan"), float("inf")):
+        state = torchvision_like(tiny())
+        state["layer2.0.conv1.weight"][0, 0, 0, 0] = number
+        sentence = refused(state)
+        assert "layer2.0.conv1.weight holds a NaN or an infinity" in sentence and "--encoder-weights" in sentence
     # Nothing of a refused file was taken over.
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
 

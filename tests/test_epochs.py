@@ -171,6 +171,7 @@ def test_a_run_that_is_told_to_stop_saves_after_the_step_and_goes_on_from_there(
         run.stop = lambda: next(answers)
         joint(run)
         assert run.position == Position("joint", 1, 1)
+        assert run.due("joint") is None and not run.ahead("head"), "no other stage begins"
         assert Position(**checkpoint.load(run.last_checkpoint)["position"]) == run.position
     with small_run(tmp_path / "on", 2) as run:
         checkpoint.save_atomic(checkpoint.load(tmp_path / "stopped" / "checkpoints" / "last.pt"), run.last_checkpoint)

@@ -249,8 +249,9 @@ class Trials:
     def highest_fitting(
         self, name: str, candidates: Sequence[T], cost: Callable[[T], float], step: Callable[[T], None], refusal: str
     ) -> Choice[T]:
-        """The highest of `candidates` whose step, run for real, fits the budget: see `highest_fitting`, whose `measure`
-        this is. `name` is the plan's in the log. Raises InputError when the process itself leaves no room for a step.
+        """The highest of `candidates` whose step, run for real, fits the budget; see the function `highest_fitting`.
+
+        `name` is the plan's in the log. Raises InputError, ending with `refusal`, when nothing fits.
         """
         began = time.monotonic()
         limit = min(self.budget, self.meter.available())

@@ -82,14 +82,15 @@ def run_folder(config: Config, resume: bool, going_on: bool) -> Iterator[Path]:
     """
     folder = Path(config.out)
     made = not os.path.exists(folder)
+    content = config.to_json().encode() + b"\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if going_on:
             files.sweep(folder)
-            with TemporaryFile(dir=folder):  # it can be written to
-                pass
+            with TemporaryFile(dir=folder) as probe:  # whether there is room and permission to write
+                probe.write(content)
         else:
-            files.write_bytes(folder / "config.json", config.to_json().encode() + b"\n")
+            files.write_bytes(folder / "config.json", content)
     except (OSError, InputError) as error:
         discard(folder, [], made)
         if isinstance(error, InputError):

@@ -76,8 +76,9 @@ class Run:
     encoder: Encoder
     networks: Networks = field(default_factory=Networks)
     saves: bool = True  # whether checkpoints are written
-    stop: Callable[[], bool] = lambda: False  # asked after every step; once true, the stage saves and ends
+    stop: Callable[[], bool] = lambda: False  # asked after every step; once true, the run saves and trains no more
 
+    stopped: bool = field(init=False, default=False)
     position: Position = field(init=False)
     plans: dict[str, Any] = field(init=False, default_factory=dict)  # of each stage, as plan.json has them
     planner: Planner | None = field(init=False, default=None)  # of the joint stage
@@ -152,8 +153,12 @@ class Run:
     # Position
 
     def ahead(self, stage: str) -> bool:
-        """Whether `stage` was asked for and is not done yet."""
-        return stage in self.config.stages and STAGES.index(stage) >= STAGES.index(self.position.stage)
+        """Whether `stage` was asked for and is not done yet; none is once the run was told to stop."""
+        return (
+            not self.stopped
+            and stage in self.config.stages
+            and STAGES.index(stage) >= STAGES.index(self.position.stage)
+        )
 
     def due(self, stage: str) -> Position | None:
         """Where to start `stage`, or None when it was not asked for or is already done."""

@@ -1,6 +1,6 @@
 """The one loop over epochs and steps: learning rate, progress, log, checkpoints, and the guard against divergence.
 
-Pretrain, joint and head are `Stage`s: they say what a step is, and `train` runs them.
+Pretrain, joint and head are each a `TrainingStage`: they say what a step is, and `train` runs them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEAST_SCALE = 1.0  # of the gradient scaler: infinite gradients are its own busi
 
 
 @dataclass(frozen=True)
-class Done:
+class Outcome:
     """One optimiser step."""
 
     loss: float
@@ -37,7 +37,7 @@ class Done:
     logged: Mapping[str, Any] = field(default_factory=dict)  # further fields of its event
 
 
-class Stage(Protocol):
+class TrainingStage(Protocol):
     """What differs between the stages."""
 
     name: str
@@ -48,7 +48,7 @@ class Stage(Protocol):
     def begin(self, epoch: int, first: int) -> int:
         """Make ready for the steps of an epoch from the `first` on. Returns how many the whole epoch has."""
 
-    def step(self, epoch: int, step: int) -> Done:
+    def step(self, epoch: int, step: int) -> Outcome:
         """One optimiser step; they come in order."""
 
     def end(self, epoch: int) -> None:
@@ -56,20 +56,20 @@ class Stage(Protocol):
 
 
 def new_optimizer(run: Run, config: StageConfig, *modules: nn.Module) -> Optimizer:
-    """Of the modules' parameters."""
+    """An optimiser of the modules' parameters, as the settings of a stage want it."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
     return make_optimizer(config, parameters, run.config.optimizer_impl)
 
 
 def optimizer_of(run: Run, config: StageConfig, *modules: nn.Module) -> Optimizer:
-    """The same, where a resumed run left it."""
+    """The same, with the state that a resumed run left."""
     optimizer = new_optimizer(run, config, *modules)
     if state := run.optimizer_state():
         optimizer.load_state_dict(state)
     return optimizer
 
 
-def train(run: Run, stage: Stage, config: StageConfig) -> None:
+def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
     """Run a stage from the run's position to its end, or until the run is told to stop.
 
     Raises InputError when loss or gradients were not finite for `NOT_FINITE_STEPS` steps in a row.
@@ -95,6 +95,7 @@ def train(run: Run, stage: Stage, config: StageConfig) -> None:
                 advance(step + 1, done.note)
                 after = Position(stage.name, epoch, step + 1)
                 if run.stop():
+                    run.stopped = True
                     return run.save(after, stage.optimizer, **stage.modules)
                 run.save_when_due(after, stage.optimizer, **stage.modules)
         stage.end(epoch)
@@ -102,7 +103,7 @@ def train(run: Run, stage: Stage, config: StageConfig) -> None:
     run.finish(stage.name)
 
 
-def _diverged(run: Run, stage: Stage, done: Done) -> str:
+def _diverged(run: Run, stage: TrainingStage, done: Outcome) -> str:
     return (
         f"{stage.name}: the {done.not_finite} was not finite in {NOT_FINITE_STEPS} steps in a row, the last with "
         f"{', '.join(done.videos[:2])}: the training has diverged; {run.last_good()}; start again with a lower "

@@ -47,6 +47,7 @@ def extract(run: Run) -> None:
         return
     run.encoder.eval()
     chunk = _chunk(run, missing)  # before the folder is touched: a refusal leaves nothing behind
+    files.sweep(folder)
     if stale:
         for path in folder.glob("*.npy"):
             path.unlink()

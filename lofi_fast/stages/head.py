@@ -11,7 +11,7 @@ from lofi_fast.run.checkpoint import Position
 from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
 from lofi_fast.stages import epochs
-from lofi_fast.stages.epochs import Done, numbers, optimizer_of, update
+from lofi_fast.stages.epochs import Outcome, numbers, optimizer_of, update
 from lofi_fast.stages.evaluation import detect_subset, score
 from lofi_fast.stages.features import encoder_digest, extract, load_features
 from lofi_fast.stages.step import dropout, targets_of
@@ -56,7 +56,7 @@ class HeadStage:
         self.run.head.train()
         return len(self._order)
 
-    def step(self, epoch: int, step: int) -> Done:
+    def step(self, epoch: int, step: int) -> Outcome:
         run, config, samples = self.run, self.run.config, self._order[step]
         targets = [targets_of(run, sample, config.full, "head", epoch) for sample in samples]
         with run.machine.autocast():
@@ -68,7 +68,7 @@ class HeadStage:
         self.optimizer.zero_grad(set_to_none=True)
         self._losses.append(loss)
         note = f"loss {sum(self._losses) / len(self._losses):.3f}"
-        return Done(loss, [sample.window.video for sample in samples], not_finite, note, {"terms": logged})
+        return Outcome(loss, [sample.window.video for sample in samples], not_finite, note, {"terms": logged})
 
     def end(self, epoch: int) -> None:
         run, config = self.run, self.run.config.head_stage

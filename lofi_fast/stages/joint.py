@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from lofi_fast.run import events
 from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
 from lofi_fast.stages import epochs
-from lofi_fast.stages.epochs import Done, new_optimizer, optimizer_of
+from lofi_fast.stages.epochs import Outcome, new_optimizer, optimizer_of
 from lofi_fast.stages.step import batches, forward_backward, lofi_step, patiently
 
 READINGS = "memory-readings.json"  # beside the frame cache
@@ -64,7 +64,7 @@ class Joint:
         self._feed(epoch, first)
         return len(self._order)
 
-    def step(self, epoch: int, step: int) -> Done:
+    def step(self, epoch: int, step: int) -> Outcome:
         taken = lofi_step(self.run, self.planner, self.optimizer, next(self._batches))
         if taken.retries:  # the stream of frames ended with the step that failed
             self._feed(epoch, step + 1)
@@ -74,7 +74,7 @@ class Joint:
             "budget": self.run.machine.budget, "retries": taken.retries, **taken.decision.fields(),
         }  # fmt: skip
         note = f"{taken.decision.pattern}, {plan}, loss {taken.loss:.3f}, {gigabytes(taken.peak)}"
-        return Done(taken.loss, videos, taken.not_finite, note, logged)
+        return Outcome(taken.loss, videos, taken.not_finite, note, logged)
 
     def end(self, epoch: int) -> None:
         pass
@@ -172,7 +172,21 @@ def trial(run: Run, samples: Sequence[Sample], decision: Decision) -> int | None
     return peak
 
 
-def plan_joint(run: Run) -> dict[str, dict[str, Any]]:
+class PatternPlan(TypedDict):
+    """What plan.json tells of one pattern; memory in bytes."""
+
+    rung: list[int]  # [num_snippets, side], as chosen at the start
+    cut: float
+    batch: int  # videos of a step
+    micro_batch: int  # of them at once
+    recompute: bool
+    predicted: int  # peak
+    peak: int | None  # measured, where the rung was tried
+    measured: list[list[int]]  # [num_snippets, side, peak] of all that were tried
+    ladder: list[dict[str, Any]]  # see `Governor.table`
+
+
+def plan_joint(run: Run) -> dict[str, PatternPlan]:
     """Make the planner, and run its trials on real frames. Leaves no trace but what was learned."""
     config = run.config
     set_modes(run)
@@ -198,7 +212,7 @@ def plan_joint(run: Run) -> dict[str, dict[str, Any]]:
     known = planner.load_readings(readings, key)
     planner.calibrate(measure)
     planner.save_readings(readings, key)
-    chosen = {}
+    chosen: dict[str, PatternPlan] = {}
     for pattern in patterns_of(run):
         decision = planner.choose(pattern)
         rung = decision.plan.fidelity

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from lofi_fast.run import events
 from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
 from lofi_fast.stages import epochs
-from lofi_fast.stages.epochs import Done, optimizer_of, update
+from lofi_fast.stages.epochs import Outcome, optimizer_of, update
 
 LEAST_BATCH = 4  # below this the statistics of live BN are noise
 
@@ -51,7 +51,7 @@ class Pretrain:
         self._right, self._seen = torch.zeros((), device=self.run.machine.device), 0
         return len(batches)
 
-    def step(self, epoch: int, step: int) -> Done:
+    def step(self, epoch: int, step: int) -> Outcome:
         run, (frames, labels), clips = self.run, next(self._batches), next(self._clips)
         copy_each(run.encoder.buffers(), self._statistics)
         loss, right = clip_loss(run, self.classifier, frames, labels)
@@ -64,7 +64,7 @@ class Pretrain:
         self._right, self._seen = self._right + right, self._seen + len(labels)
         accuracy = float(self._right) / self._seen
         videos = [clip.sample.window.video for clip in clips]
-        return Done(value, videos, not_finite, f"loss {value:.3f} accuracy {accuracy:.2f}", {"accuracy": accuracy})
+        return Outcome(value, videos, not_finite, f"loss {value:.3f} accuracy {accuracy:.2f}", {"accuracy": accuracy})
 
     def end(self, epoch: int) -> None:
         accuracy = float(self._right) / max(self._seen, 1)
@@ -104,7 +104,14 @@ def clip_loss(run: Run, classifier: nn.Linear, frames: Tensor, labels: Tensor) -
     return F.cross_entropy(logits.float(), labels), (logits.argmax(1) == labels).sum()
 
 
-def plan_pretrain(run: Run) -> dict[str, Any]:
+class ClipsPlan(TypedDict):
+    """The stage's part of plan.json."""
+
+    batch: int  # clips of a step
+    peak: int  # bytes, of the trial step
+
+
+def plan_pretrain(run: Run) -> ClipsPlan:
     """The largest batch of clips that fits: the asked one, or a half, a quarter ... of it. Leaves no trace."""
     config = run.config.pretrain
     before = {name: value.clone() for name, value in run.encoder.state_dict().items()}
