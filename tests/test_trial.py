@@ -15,7 +15,7 @@ from lofi_fast.config import Policy
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder, phase
 from lofi_fast.memory.governor import SMALLEST_MARGIN, Governor
-from lofi_fast.memory.plans import Plan, candidates
+from lofi_fast.memory.plans import Plan, candidates, worthwhile
 from lofi_fast.memory.trial import LearnedLedger, Line, learn_ledger
 
 PLANS = {pattern: candidates(ladder(pattern, FULL), 4, recompute="never") for pattern in CYCLE}
@@ -99,6 +99,16 @@ def test_with_and_without_recompute_are_two_lines() -> None:
     # Where even the smallest does not fit without, it is known to need more than there is.
     short, _ = learned(lambda plan: 10 * MB if plan.recompute else GB, plans, HELD + 200 * MB)
     assert min(short(plan) for plan in plans if not plan.recompute) >= HELD + 200 * MB
+
+
+def test_of_plans_that_differ_in_their_chunk_the_first_is_run_and_stands_for_all() -> None:
+    plans = list(candidates(ladder(Pattern.SPATIAL, FULL), 4, recompute="never", device="cuda"))
+    ledger, ran = learned(lambda plan: 100 * MB + 300 * pixels(plan), plans)
+    assert len(ran) == 3
+    for plan in ran:
+        assert plan.chunk == max(other.chunk for other in plans if other.fidelity == plan.fidelity)
+    made = list(worthwhile(plans, ledger))
+    assert [plan.fidelity for plan in made] == list(ladder(Pattern.SPATIAL, FULL)), "smaller chunks save nothing known"
 
 
 def test_nothing_that_fits_is_one_sentence() -> None:

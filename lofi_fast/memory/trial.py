@@ -9,7 +9,7 @@ retries make up for what a straight line does not know.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 from lofi_fast.budget import gigabytes
@@ -157,11 +157,12 @@ def learn_ledger(
     that fits if bytes are in proportion to pixels.
 
     `measure` runs a step that updates nothing and gives its peak in bytes as the process holds them, None when memory
-    ran out; `held` is what the process holds between steps; `limit` is what it may hold. Each shape of a step should
-    come with one size of the encoder's graph: a line knows nothing of chunks. Raises InputError, ending with `refusal`,
-    when no plan's step goes through.
+    ran out; `held` is what the process holds between steps; `limit` is what it may hold. A line knows nothing of
+    chunks: of plans that differ in their chunk alone, the first stands for all. Raises InputError, ending with
+    `refusal`, when no plan's step goes through.
     """
-    rising = sorted(plans, key=_pixels)
+    first_of_shape = {replace(plan, chunk=0): plan for plan in reversed(plans)}
+    rising = sorted(first_of_shape.values(), key=_pixels)
     settings = {again: [plan for plan in rising if plan.recompute == again] for again in (False, True)}
     measure(min(rising, key=lambda plan: (_pixels(plan), not plan.recompute)))  # a process's first step loads code
     lines: dict[bool, Line | None] = {}
