@@ -47,7 +47,11 @@ def highest_fitting(
     held: int,
     refusal: str,
 ) -> Choice[T]:
-    """The highest of `candidates` (highest first) found to have a measured peak under the budget less the margin.
+    """The highest of `candidates` (highest first) whose measured peak is under the budget less the margin.
+
+    The search starts at the lowest candidate, goes where a straight line through its readings says that the budget
+    ends, and closes in. The line only proposes: what is chosen has been run, because memory does not simply grow with
+    pixels (libraries change their convolution algorithms).
 
     `cost` orders them (Omega, or a batch size); `measure` runs one and gives its peak in bytes, None for out of
     memory; `held` is what the process holds before any. The rung above the choice was run and did not fit, or the
