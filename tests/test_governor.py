@@ -324,7 +324,17 @@ def test_memory_that_is_a_little_short_costs_a_smaller_chunk_and_no_fidelity() -
     assert (lower.plan.fidelity, lower.plan.chunk, lower.reduced_from) == (FULL, 31, None)
     assert lower.fields()["chunk"] == 31
     again = made.failed(lower)
-    assert (again.plan.fidelity, again.plan.chunk) == (FULL, 15)
+    assert (again.plan.fidelity, again.plan.chunk) == (FULL, 15), "no lower rung is there"
+
+
+def test_after_memory_ran_out_a_lower_rung_comes_before_a_smaller_chunk() -> None:
+    machine = Machine(bump=0, noise=0)
+    rungs = ladder(S, FULL)[:3]
+    made = Governor(machine, BUDGET, in_chunks, {S: candidates(rungs, 1, recompute="always", device="cuda")}, print)
+    decision = made.choose(S)
+    assert decision.plan.fidelity == FULL
+    lower = made.failed(decision)
+    assert lower.plan.fidelity == rungs[1] and lower.requested == decision.plan
 
 
 # A thousand steps

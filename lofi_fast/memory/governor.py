@@ -219,12 +219,14 @@ class Governor:
         self._read(between_steps=True)
         if self._available:
             self._available[-1] = min(self._available[-1], self._free)
-        return self._lower(decision, 0, "less memory than when its frames were asked for", agreeing=True)
+        options = self._lower_plans(decision.pattern, decision.plan)
+        return self._lower(decision, options, "less memory than when its frames were asked for", agreeing=True)
 
     def failed(self, decision: Decision) -> Decision:
         """After memory ran out: a lower plan for the same samples. Raises NothingFits when there is none.
 
-        The plan that failed is not chosen again until the process could hold more than it could then.
+        A smaller chunk alone is the last resort: it saves little, and the prediction was wrong already. The plan that
+        failed is not chosen again until the process could hold more than it could then.
         """
         self._read()
         limit = min(decision.limit, self._free)
@@ -232,7 +234,10 @@ class Governor:
         self._off[decision.plan] = (max(limit, before), decision.base)
         self._last = None
         self._refit()
-        return self._lower(decision, 1, "memory ran out", agreeing=False)
+        plan = decision.plan
+        _, *lower = self._lower_plans(decision.pattern, plan)
+        options = sorted(lower, key=lambda other: replace(other, chunk=plan.chunk) == plan)  # the others as they were
+        return self._lower(decision, options, "memory ran out", agreeing=False)
 
     def learn(self, decision: Decision, peak: int | None, seconds: float | None = None) -> None:
         """Learn the peak of a step that went through, in bytes (None: it could not be read), and its seconds."""
@@ -259,15 +264,15 @@ class Governor:
         if record.added != before:
             self._refit()
 
-    def _lower(self, decision: Decision, start: int, reason: str, *, agreeing: bool) -> Decision:
-        """The first plan that fits, of `_lower_plans` from the `start`-th on."""
-        room, options = self._room(self._free), self._lower_plans(decision.pattern, decision.plan)
-        chosen = next((i for i in range(start, len(options)) if self.need(options[i]) <= room), len(options))
+    def _lower(self, decision: Decision, options: Sequence[Plan], reason: str, *, agreeing: bool) -> Decision:
+        """The decision with the first of `options` that fits."""
+        room = self._room(self._free)
+        chosen = next((i for i, plan in enumerate(options) if self.need(plan) <= room), len(options))
         if agreeing:
             chosen = agree(chosen, lambda i: self.need(options[i]) <= room, len(options))
         if chosen == len(options):
-            raise self._nothing_fits(decision.pattern, options[start:])
-        reason = reason if chosen else decision.reason
+            raise self._nothing_fits(decision.pattern, options)
+        reason = decision.reason if options[chosen] == decision.plan else reason
         made = self._decide(decision.pattern, decision.epoch, decision.step, options[chosen], reason)
         return replace(made, requested=decision.requested)
 

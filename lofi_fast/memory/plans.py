@@ -178,7 +178,7 @@ def refusal(
 ) -> str:
     """The sentence for when none of `plans` fits: what the smallest needs, and which flag would change it.
 
-    `limit`: the smaller of the budget and what can be had; `room`: what of it can be planned with.
+    `limit`: the smaller of the budget and what this process could hold; `room`: the part of it that a plan may need.
     """
     smallest = min(plans, key=predict)
     needs = predict(smallest)
@@ -215,13 +215,13 @@ class Fit:
 
 @dataclass(frozen=True)
 class Prior:
-    """What is believed before any step was run."""
+    """What is assumed about the two scalars before any step was run."""
 
     careful: Fit = Fit(1.3, 128e6)  # for the first trial: safe rather than exact
-    likely: Fit = Fit(1.1, 64e6)
-    scale_spread: float = 0.1
+    likely: Fit = Fit(1.1, 64e6)  # the mean of the prior
+    scale_spread: float = 0.1  # its standard deviations
     extra_spread: float = 128e6
-    noise: float = 0.03  # of a reading, as a share of it: plans differ by their convolution algorithms
+    noise: float = 0.03  # standard deviation of a reading, as a share of it: plans differ in convolution algorithms
 
 
 PRIOR = Prior()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol
 
 from lofi_fast.budget import gigabytes
@@ -49,7 +49,11 @@ def highest_fitting(
     held: int,
     refusal: str,
 ) -> Choice[T]:
-    """The highest of `candidates` (highest first) found to have a measured peak under the budget less the margin.
+    """The highest of `candidates` (highest first) whose measured peak is under the budget less the margin.
+
+    The search starts at the lowest candidate, goes where a straight line through its readings says that the budget
+    ends, and closes in. The line only proposes: what is chosen has been run, because memory does not simply grow with
+    pixels (libraries change their convolution algorithms).
 
     `cost` orders them (Omega, or a batch size); `measure` runs one and gives its peak in bytes, None for out of
     memory; `held` is what the process holds before any. The rung above the choice was run and did not fit, or the
@@ -159,11 +163,12 @@ def learn_ledger(
     that fits if bytes are in proportion to pixels.
 
     `measure` runs a step that updates nothing and gives its peak in bytes as the process holds them, None when memory
-    ran out; `held` is what the process holds between steps; `limit` is what it may hold. Each shape of a step should
-    come with one size of the encoder's graph: a line knows nothing of chunks. Raises InputError, ending with `refusal`,
-    when no plan's step goes through.
+    ran out; `held` is what the process holds between steps; `limit` is what it may hold. A line knows nothing of
+    chunks: of plans that differ in their chunk alone, the first stands for all. Raises InputError, ending with
+    `refusal`, when no plan's step goes through.
     """
-    rising = sorted(plans, key=_pixels)
+    first_of_shape = {replace(plan, chunk=0): plan for plan in reversed(plans)}
+    rising = sorted(first_of_shape.values(), key=_pixels)
     settings = {again: [plan for plan in rising if plan.recompute == again] for again in (False, True)}
     measure(min(rising, key=lambda plan: (_pixels(plan), not plan.recompute)))  # a process's first step loads code
     lines: dict[bool, Line | None] = {}

@@ -1,0 +1,157 @@
+"""A ledger learned by running steps: what two readings tell, and a governor that plans with it on a made-up machine."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_governor import BUDGET, FULL, GB, MB, Machine
+
+from lofi_fast.config import Policy
+from lofi_fast.errors import InputError
+from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder, phase
+from lofi_fast.memory.governor import SMALLEST_MARGIN, Governor
+from lofi_fast.memory.plans import Plan, candidates, worthwhile
+from lofi_fast.memory.trial import LearnedLedger, Line, learn_ledger
+
+PLANS = {pattern: candidates(ladder(pattern, FULL), 4, recompute="never") for pattern in CYCLE}
+ALL = [plan for plans in PLANS.values() for plan in plans]
+HELD = 500 * MB
+
+
+def pixels(plan: Plan) -> int:
+    return plan.micro_batch * plan.omega
+
+
+def learned(
+    need: Callable[[Plan], float], plans: list[Plan] = ALL, limit: int = BUDGET
+) -> tuple[LearnedLedger, list[Plan]]:
+    """The ledger of steps that add `need(plan)` bytes under a cap of `limit`, and the plans that were run for it."""
+    ran: list[Plan] = []
+
+    def measure(plan: Plan) -> int | None:
+        ran.append(plan)
+        peak = HELD + round(need(plan))
+        return peak if peak <= limit else None
+
+    return learn_ledger(plans, measure, lambda: HELD, limit, "raise --mem-budget"), ran
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2 * 10**9), st.floats(10, 1500))
+def test_what_grows_in_a_line_is_learned_from_two_plans(fixed: int, for_pixel: float) -> None:
+    def need(plan: Plan) -> float:
+        return fixed + for_pixel * pixels(plan)
+
+    smallest = min(ALL, key=pixels)
+    ledger, ran = learned(need)
+    assert ran[:2] == [smallest, smallest], "the first step of a process teaches nothing"
+    assert all(HELD + need(plan) <= BUDGET for plan in ran)
+    for plan in ALL:
+        assert ledger(plan) >= need(plan) * (1 - 1e-6) - 2
+        if len(ran) == 3:
+            assert ledger(plan) == pytest.approx(need(plan), rel=1e-3, abs=1000)
+    assert len(ran) <= 3
+
+
+def test_the_second_plan_is_as_large_as_the_first_one_says_is_safe() -> None:
+    _, ran = learned(lambda plan: 500 * pixels(plan))
+    fitting = [plan for plan in ALL if HELD + 500 * pixels(plan) <= 0.95 * BUDGET]
+    assert pixels(ran[2]) == max(map(pixels, fitting))
+
+
+def test_bytes_that_grow_faster_than_pixels_are_taken_in_proportion_to_the_larger_reading() -> None:
+    ledger, ran = learned(lambda plan: pixels(plan) ** 1.5 / 10)
+    assert ledger.kept is not None and ledger.kept.fixed == 0
+    assert ledger(ran[-1]) == pytest.approx(pixels(ran[-1]) ** 1.5 / 10, rel=1e-6)
+
+
+def test_a_second_plan_that_runs_out_of_memory_is_followed_by_smaller_ones() -> None:
+    ledger, ran = learned(lambda plan: 1000 * pixels(plan) if pixels(plan) < 3e6 else BUDGET)
+    assert len(ran) > 3 and [pixels(plan) for plan in ran[2:]] == sorted(map(pixels, ran[2:]), reverse=True)
+    assert ledger(ran[-1]) == pytest.approx(1000 * pixels(ran[-1]), rel=1e-6)
+
+
+def test_one_plan_alone_is_taken_in_proportion() -> None:
+    plan = Plan(Fidelity(8, 32), 1)
+    ledger, ran = learned(lambda _: 10 * MB, [plan])
+    assert ran == [plan, plan] and ledger.kept == Line(0.0, 10 * MB / pixels(plan))
+
+
+def test_with_and_without_recompute_are_two_lines() -> None:
+    plans = list(candidates(ladder(Pattern.SPATIAL, FULL), 4))
+
+    def need(plan: Plan) -> float:
+        return 300 * MB + 20 * pixels(plan) if plan.recompute else 100 * MB + 800 * pixels(plan)
+
+    ledger, _ = learned(need, plans)
+    for plan in plans:
+        assert ledger(plan) == pytest.approx(need(plan), rel=1e-3)
+    assert LearnedLedger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
+    only, _ = learned(need, [plan for plan in plans if plan.recompute])
+    assert only.kept is None
+    with pytest.raises(ValueError, match="without recompute"):
+        only(plans[0])
+    # Where even the smallest does not fit without, it is known to need more than there is.
+    short, _ = learned(lambda plan: 10 * MB if plan.recompute else GB, plans, HELD + 200 * MB)
+    assert min(short(plan) for plan in plans if not plan.recompute) >= HELD + 200 * MB
+
+
+def test_of_plans_that_differ_in_their_chunk_the_first_is_run_and_stands_for_all() -> None:
+    plans = list(candidates(ladder(Pattern.SPATIAL, FULL), 4, recompute="never", device="cuda"))
+    ledger, ran = learned(lambda plan: 100 * MB + 300 * pixels(plan), plans)
+    assert len(ran) == 3
+    for plan in ran:
+        assert plan.chunk == max(other.chunk for other in plans if other.fidelity == plan.fidelity)
+    made = list(worthwhile(plans, ledger))
+    assert [plan.fidelity for plan in made] == list(ladder(Pattern.SPATIAL, FULL)), "smaller chunks save nothing known"
+
+
+def test_nothing_that_fits_is_one_sentence() -> None:
+    with pytest.raises(InputError, match=r"nothing fits: .* needs more than the 8\.00 GB .*; raise --mem-budget$"):
+        learned(lambda _: 100 * GB)
+
+
+class Unknown(Machine):
+    """A machine whose encoder nobody has written down: a step needs a constant part, and bytes for each pixel."""
+
+    def run(self, plan: Plan) -> int:
+        bump = 1 + self.bumps.setdefault(plan, self.random.uniform(-self.bump, self.bump))
+        noise = 1 + self.random.uniform(-self.noise, self.noise)
+        self.base = 820 * MB
+        return self.base + round((250 * MB + 600 * pixels(plan) * bump) * noise)
+
+
+@pytest.mark.parametrize(("seed", "budget", "bump"), [(1, 6 * GB, 0.02), (2, 9 * GB, 0.04), (3, 12 * GB, 0.06)])
+def test_a_governor_plans_with_what_was_learned(seed: int, budget: int, bump: float) -> None:
+    machine, neighbour = Unknown(seed, bump=bump), random.Random(seed)
+    plans = {p: candidates(ladder(p, FULL), 4, Policy.FIDELITY, recompute="never") for p in CYCLE}
+    over = 0
+
+    def run(plan: Plan, limit: int) -> int | None:
+        nonlocal over
+        peak = machine.run(plan)
+        over += peak > limit
+        return peak if peak <= limit else None
+
+    everything = [plan for of in plans.values() for plan in of]
+    ledger = learn_ledger(everything, lambda plan: run(plan, budget), machine.held, budget, "raise --mem-budget")
+    made = Governor(machine, budget, ledger, plans, print)
+    made.calibrate(lambda trial: run(trial.plan, trial.limit))
+    used = []
+    for step in range(600):
+        if step % 40 == 0:
+            machine.left = round(neighbour.uniform(0.4, 1.5) * budget)
+        decision = made.recheck(made.choose(phase(Pattern.CYCLIC, 0, step, 5)))
+        peak = machine.run(decision.plan)
+        over += peak > decision.limit
+        made.learn(decision, peak)
+        assert decision.room <= (1 - SMALLEST_MARGIN) * decision.limit
+        if decision.plan.fidelity != FULL and step % 40 > 20:
+            used.append(peak / decision.limit)
+    assert over == 0
+    assert not used or sum(used) / len(used) >= 0.85
