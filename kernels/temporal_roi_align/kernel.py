@@ -137,8 +137,9 @@ def align_backward_kernel(
         first_roi = tl.load(offsets + batch)
         last_roi = tl.load(offsets + batch + 1)
     parts = tl.num_programs(2)
-    of_part = ((last_roi - first_roi + ROIS - 1) // ROIS + parts - 1) // parts * ROIS
-    first_roi += tl.program_id(2) * of_part
+    chunks = tl.cdiv((last_roi - first_roi).to(tl.int32), ROIS)
+    of_part = tl.cdiv(chunks, parts) * ROIS
+    first_roi += tl.program_id(2).to(tl.int64) * of_part
     last_roi = tl.minimum(first_roi + of_part, last_roi)
 
     sums = tl.zeros((ROIS, BLOCK), SUM)
