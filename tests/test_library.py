@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lofi_fast
 from lofi_fast.config import Config, StageConfig
 from lofi_fast.data import demo
 from lofi_fast.errors import InputError
+from lofi_fast.memory import settle
 from lofi_fast.presets import PRESETS
 from lofi_fast.train import flags_of, main, read_flags
 
@@ -212,3 +214,21 @@ def test_a_module_and_its_function_share_their_name_in_whatever_order_they_come(
     code = f"{first}\nimport lofi_fast\nassert callable(lofi_fast.train) and callable(lofi_fast.train.main)"
     done = script(code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_a_gpu_is_settled_before_its_first_use_or_a_note_says_that_it_is_too_late(
+    in_use: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_to: list[str] = []
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", set_to.append)
+    monkeypatch.setattr(settle, "settle_glibc", lambda: None)  # this process is to stay as it is
+    monkeypatch.setattr(settle.allocator, "install", lambda: "it is not built")
+    gpu, cpu = ["the GPU was in use"] * in_use, ["no hard cap on CPU memory: it is not built"]
+    notes = settle.settle_here()
+    assert [note.startswith(begin) for note, begin in zip(notes, gpu + cpu, strict=True)] == [True] * len(notes)
+    assert set_to == ([] if in_use else ["expandable_segments:True"])
