@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.synthetic import NoisePipeline, setting, synthetic_run
+from bench.tools.synthetic import NoisePipeline, setting, synthetic_run
 from lofi_fast.config import Config, StageConfig
 from lofi_fast.errors import InputError
 from lofi_fast.head.gtad_head import GTADHead

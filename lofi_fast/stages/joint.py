@@ -180,6 +180,7 @@ class PatternPlan(TypedDict):
     batch: int  # videos of a step
     micro_batch: int  # of them at once
     recompute: bool
+    chunk: int  # snippets in one graph of the encoder
     predicted: int  # peak
     peak: int | None  # measured, where the rung was tried
     measured: list[list[int]]  # [num_snippets, side, peak] of all that were tried
