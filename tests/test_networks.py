@@ -30,40 +30,15 @@ SETTINGS = [
 ]
 TRAINING = """
 import sys
-from contextlib import closing
-from pathlib import Path
 
-import torch
+import lofi_fast
 from toy_encoder import make_encoder
 from toy_head import make_head
 
-from lofi_fast.arguments import from_arguments
-from lofi_fast.memory.settle import open_meter, settle_allocator
-from lofi_fast.precision import choose_precision
-from lofi_fast.run.log import RunLog
-from lofi_fast.run.networks import Networks
-from lofi_fast.run.state import Machine, open_run
-from lofi_fast.stages.evaluation import evaluate
-from lofi_fast.stages.head import train_head
-from lofi_fast.stages.joint import joint
-from lofi_fast.train import plan, prepare
+from lofi_fast.train import read_flags
 
-settle_allocator("toy", sys.argv[1:])
-config, resume = from_arguments(sys.argv[1:], cuda=False)
-torch.set_num_threads(config.threads)
-device = torch.device("cpu")
-folder = Path(config.out)
-folder.mkdir(exist_ok=True)
-with closing(RunLog(folder / "log.jsonl")) as log:
-    machine = Machine(device, choose_precision(device), open_meter(device), config.budget.amount)
-    run = open_run(config, prepare(config, log), machine, log, Networks(make_encoder, make_head))
-    with closing(run.pipeline):
-        if resume:
-            run.resume()
-        plan(run)
-        joint(run)
-        train_head(run)
-        evaluate(run)
+config, resume = read_flags(sys.argv[1:], cuda=lambda: False)
+lofi_fast.train(config=config, resume=resume, encoder=make_encoder, head=make_head)
 """
 
 
