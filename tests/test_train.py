@@ -536,7 +536,11 @@ def unbound(demo_set: Demo, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 def needs(plans: dict[str, Any]) -> tuple[int, int]:
     """(most of the lowest rungs that keep their maps, least of the highest) over the patterns, in bytes."""
-    kept = [[row["predicted"] for row in chosen["ladder"] if not row["plan"][3]] for chosen in plans.values()]
+    kept = []
+    for chosen in plans.values():
+        rows = [row for row in chosen["ladder"] if not row["plan"][3]]
+        largest = {tuple(row["plan"][:3]): row["predicted"] for row in reversed(rows)}  # chunk of each rung
+        kept.append(list(reversed(largest.values())))
     return max(ladder[-1] for ladder in kept), min(ladder[0] for ladder in kept)
 
 
