@@ -16,6 +16,7 @@ from lofi_fast.memory.meter import Faults, Memory, finish_backward, is_out_of_me
 SEGMENT = 20 << 20  # torch maps its expandable segments in pieces of this size, and can exceed a cap by one of them
 SAME_DEVICE = (0.9, 1.02)  # CUDA's total memory / NVML's; lower where NVML shows a whole card and CUDA a slice of it
 CONTEXT = (64 << 20, 3 << 30)  # bytes of a CUDA context; another reading means that it existed, or that others changed
+OUTSIDE_AT_MOST = 1 << 30  # that libraries take during one event; more than that another process took
 JUMP = 0.1  # of the device's memory: if others' memory changes by more between two readings, CUDA is asked too
 RETRY_SECONDS = 10.0  # after a failure of NVML
 NEAR = 0.9  # of what torch may hold: if it held so much, a library's ambiguous error is taken for out of memory
@@ -67,9 +68,10 @@ class GpuMeter:
 
     Memory outside torch can never be more than what is used and not torch's, and `own` is cut to that: if another
     process's memory was counted as ours, this ends when that process gives it back. Two errors remain. Memory that
-    another process takes during an event is counted as ours, and plans are smaller than they need to be. Memory that
-    another process gives back during an event hides as much of ours, by which the budget can be exceeded, though never
-    what is free. Events are short and readings are repeated, to make both rare.
+    another process takes during an event is counted as ours where it is no more than libraries may take
+    (`OUTSIDE_AT_MOST`), and plans are smaller than they need to be. Memory that another process gives back during an
+    event hides as much of ours, by which the budget can be exceeded, though never what is free. Events are short and
+    readings are repeated, to make both rare.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -190,6 +192,9 @@ class GpuMeter:
             grown = before - self._quiet()
             if grown < 0:
                 self._faults.note("shrunk", f"during {event} others gave {-grown / 1e9:.2f} GB back; ours is not seen")
+            if grown > OUTSIDE_AT_MOST:
+                self._faults.note("grown", f"during {event} others took memory, {grown / 1e9:.2f} GB; ours is not seen")
+                grown = 0
             self.booked[event] = self.booked.get(event, 0) + max(grown, 0)
 
     # This process
