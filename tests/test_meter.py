@@ -26,12 +26,19 @@ from lofi_fast.memory.cards import assumed_context
 from lofi_fast.memory.cgroups import ControlGroup
 from lofi_fast.memory.cpu import CpuMeter
 from lofi_fast.memory.gpu import RETRY_SECONDS, SEGMENT, GpuMeter
-from lofi_fast.memory.meter import is_out_of_memory
+from lofi_fast.memory.meter import is_out_of_memory, reason_of
 from lofi_fast.memory.settle import open_meter, settle_allocator
 
 ROOT = Path(__file__).resolve().parents[1]
 MB = 10**6
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc, and RLIMIT_DATA as Linux counts it")
+
+
+def test_the_reason_of_a_refusal_inside_a_kernel_is_said() -> None:
+    lost = 'torch_call_dispatcher( "aten::empty_like", "", stack.data()) API call failed at stable/ops.h, line 46'
+    assert reason_of(RuntimeError(lost)) == "lofi_fast: out of memory in a C++ kernel, where it called aten::empty_like"
+    assert reason_of(torch.OutOfMemoryError("CUDA out of memory.\nTried")) == "CUDA out of memory."
+    assert reason_of(MemoryError()) == "MemoryError"
 
 
 def test_own_and_available_are_of_this_machine() -> None:

@@ -2,8 +2,8 @@
 
 The most telling comes first. Go on after a cut-off with --resume, or take one --part at a time (`bench.tools.parts`).
 What each part said is kept in logs/ beside the rows, and the last thing printed is a summary of all rows that these
-results hold of this commit. Nothing but PyTorch, Triton, NumPy, psutil, for the planner rich and msgspec, and for the
-tests pytest has to be installed.
+results hold of this commit. Nothing but PyTorch, Triton, NumPy, psutil, msgspec, for the planner rich and for the tests
+pytest has to be installed.
 
 `--dry-run` goes through all of it without a GPU, at tiny sizes, with the Triton kernels under Triton's interpreter.
 """

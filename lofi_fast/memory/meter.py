@@ -108,6 +108,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def reason_of(error: BaseException) -> str:
+    """One line for the log: the first of the error's text, or what it means where a kernel of ours lost the text."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and (call := _ALLOCATING_CALL.search(text.lower())):
+        return f"lofi_fast: out of memory in a C++ kernel, where it called {call[0].partition(chr(34))[0]}"
+    return text.partition("\n")[0] or type(error).__name__
+
+
 def may_be_out_of_memory(error: BaseException) -> bool:
     """Whether an exception is one that libraries raise for want of memory, but not for that alone."""
     text = str(error).lower()

@@ -21,6 +21,7 @@ from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
 from lofi_fast.head.dropout import video_dropout
 from lofi_fast.head.protocol import Targets, total
 from lofi_fast.memory.governor import Decision, NothingFits, Planner
+from lofi_fast.memory.meter import reason_of
 from lofi_fast.run import events
 from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
@@ -73,7 +74,7 @@ def lofi_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batc
             except Exception as error:  # its traceback holds tensors: leave the block before going on
                 if not meter.ran_out(error):
                     raise
-                reason = str(error).partition("\n")[0] or type(error).__name__
+                reason = reason_of(error)
         peak = meter.peak()
         optimizer.zero_grad(set_to_none=True)
         if not reason:
