@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from lofi_fast.budget import Budget
 from lofi_fast.command import INTERRUPTED, parse, run
 from lofi_fast.data.video import VideoError, list_videos, stated_duration
-from lofi_fast.detections import Detection, draw_timeline, write_csv, write_predictions, write_srt, write_vtt
+from lofi_fast.detections import MIN_SCORE, Detection, draw_timeline, write_csv, write_predictions, write_srt, write_vtt
 from lofi_fast.errors import InputError
 from lofi_fast.settings import Setting
 
@@ -65,7 +65,7 @@ class DetectFlags:
             parse=parse_formats, show=",".join,
         ),
     ] = FORMATS  # fmt: skip
-    min_score: Annotated[float, Setting("leave out detections that score less", zero=True, below=1)] = 0.0
+    min_score: Annotated[float, Setting("leave out detections that score less", zero=True, below=1)] = MIN_SCORE
     subtitle_score: Annotated[
         float,
         Setting("subtitles, and what is counted here, leave out more", zero=True, below=1),

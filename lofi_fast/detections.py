@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LINE_SECONDS = 600.0
 MAX_LINES = 12
 MAX_CLASSES = 30  # drawn; those with the best scores where there are more
+MIN_SCORE = 1e-4  # what scores less is of no use to anybody
 LEAST_WIDTH = 1 / 400  # of a line: a short detection in a long video is still seen
 LEAST_OPACITY = 0.03  # what is fainter is not seen, and not drawn
 FULL_SCORE = 0.25  # the least that is drawn in full colour, where it is the best of its video

@@ -41,12 +41,12 @@ from lofi_fast.data.packages import require_dali, require_pyav
 from lofi_fast.data.pipeline import FramePipeline, FrameRequest, pictures_of_a_run
 from lofi_fast.data.video import VideoError, VideoInfo, probe
 from lofi_fast.data.windows import Window, cut_windows, full_grid
-from lofi_fast.detections import Detection
+from lofi_fast.detections import MIN_SCORE, Detection
 from lofi_fast.encoder.protocol import Encoder
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.files import write_bytes
-from lofi_fast.head.decoding import MIN_SCORE, Candidates, best, candidates
+from lofi_fast.head.decoding import Candidates, best, candidates
 from lofi_fast.head.protocol import Head, NotFiniteOutput
 from lofi_fast.memory.meter import is_out_of_memory
 from lofi_fast.memory.settle import open_meter, settle_here

@@ -18,7 +18,7 @@ from detectors import ROOT, SmallRun, joined
 
 from lofi_fast.detect import main, unique_names
 from lofi_fast.metrics import load_predictions
-from lofi_fast.model import MODEL
+from lofi_fast.model import MODEL, Detector
 
 pytestmark = pytest.mark.usefixtures("torchs_own_allocator")
 ENVIRONMENT = dict(os.environ)  # of processes of their own: as it was before any test
@@ -71,6 +71,15 @@ def test_what_is_asked_for_is_written(small: SmallRun, tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == {"detections.json", f"{video.stem}.png", f"{video.stem}.vtt"}
     assert load_predictions(out / "detections.json") == {video.stem: whole[:4]}
     assert len(re.findall(" --> ", (out / f"{video.stem}.vtt").read_text())) == 4
+
+
+def test_the_command_keeps_the_scores_that_a_detector_keeps(small: SmallRun, tmp_path: Path) -> None:
+    video, out = small.validation[0], tmp_path / "found"
+    assert detect(small, video, "--out", out, "--top-k", "100000") == 0
+    found = Detector.load(small.folder).detect(video, mem_budget="4GB", top_k=100000)
+    assert load_predictions(out / "detections.json") == {
+        video.stem: [(item.start, item.end, item.label, item.score) for item in found]
+    }
 
 
 def test_a_model_file_and_the_same_video_twice(small: SmallRun, tmp_path: Path, capsys: Captured) -> None:

@@ -13,15 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lofi_fast.detections import Detection
+from lofi_fast.detections import MIN_SCORE, Detection
 from lofi_fast.head.protocol import Proposals
 from lofi_fast.kernels import soft_nms
 
 Floats = npt.NDArray[np.float64]
 FloatArray = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
-
-MIN_SCORE = 1e-4  # what scores less is of no use to anybody
 
 
 def _best_classes(probabilities: FloatArray, count: int) -> tuple[Ints, Floats]:
