@@ -48,9 +48,8 @@ from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.files import write_bytes
 from lofi_fast.head.decoding import Candidates, best, candidates
 from lofi_fast.head.protocol import Head, NotFiniteOutput
-from lofi_fast.memory.meter import is_out_of_memory
 from lofi_fast.memory.settle import open_meter, settle_here
-from lofi_fast.memory.trial import highest_fitting
+from lofi_fast.memory.trial import Trials
 from lofi_fast.precision import choose_device, choose_precision
 
 MODEL = "model.safetensors"  # in a run folder
@@ -384,7 +383,7 @@ class Session:
                 f"video {path}: the head's output is not finite; the detector's training has diverged"
             ) from None
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not self.meter.ran_out(error):
                 raise
             raise VideoError(
                 f"video {path} needs more memory than the budget of {gigabytes(self.budget)}; {REFUSAL}"
@@ -433,7 +432,7 @@ class Session:
                 with self.meter.cap(self.budget), self.precision.autocast(self.device):
                     return self.detector.encoder.encode(frames, FRAMES_PER_SNIPPET, chunk=self.chunk)
             except Exception as error:
-                if not is_out_of_memory(error) or self.chunk == 1:
+                if not self.meter.ran_out(error) or self.chunk == 1:
                     raise
             self.chunk //= 2
             self.meter.release()
@@ -503,28 +502,8 @@ class Session:
 
     def _highest(self, what: str, sizes: Sequence[int], step: Callable[[int], None]) -> tuple[int, int]:
         """The largest of `sizes` whose step fits, and its peak in bytes."""
-        limit = min(self.budget, self.meter.available())
-        if (own := self.meter.own()) >= limit:
-            raise InputError(
-                f"nothing fits: before its first step this process holds {gigabytes(own)} of a budget of "
-                f"{gigabytes(limit)}; {REFUSAL}"
-            )
-        caps = iter((self.meter.available(),))  # the first and lowest runs freely: a refusal can then say its need
-
-        def measure(size: int) -> int | None:
-            self.meter.release()
-            self.meter.reset_peak()
-            failed = False
-            with self.meter.settle(f"a trial of {size} {what}"), self.meter.cap(next(caps, limit)):
-                try:
-                    step(size)
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    failed = True  # the traceback holds tensors: leave the except block before going on
-            return None if failed else self.meter.peak()
-
-        choice = highest_fitting(sizes, float, measure, limit, own, REFUSAL)
+        trials = Trials(self.meter, self.budget, lambda *_: None, lambda *_: None)
+        choice = trials.highest_fitting(f"detection, {what} at once", sizes, float, step, REFUSAL)
         return choice.candidate, choice.peak
 
 
