@@ -159,7 +159,7 @@ class Forecast:
         lines = [
             f"{config.encoder.name} of width {config.encoder.width}, full fidelity {config.full}, "
             f"{config.joint.batch} videos a step, policy {config.policy}"
-            f"{', maps kept in 8 bits' if config.kept_maps == '8bit' else ''}; {self.device}",
+            f"{', activations kept in 8 bits' if config.kept_maps == '8bit' else ''}; {self.device}",
             f"budget {gigabytes(self.budget)}, of which {gigabytes(self.room)} can be planned with",
             f"computed: the bytes of every tensor. assumed: {gigabytes(self.assumed)} beside them, and "
             f"{PRIOR.likely.scale:g} times + {gigabytes(round(PRIOR.likely.extra))} for allocator and workspaces. "

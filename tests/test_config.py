@@ -413,7 +413,7 @@ def test_a_bad_file_of_settings_is_one_sentence(tmp_path: Path, name: str, text:
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (lambda content: content.pop("lofi_fast"), "before 0.1.0"),
+        (lambda content: content.pop("lofi_fast"), "before 0.2.0"),
         (lambda content: content["joint"].update(momentum=0.9), '"joint.momentum" is no setting'),
         (lambda content: content["joint"].pop("lr"), "--joint-lr is missing"),
         (lambda content: content["joint"].update(lr="much"), "--joint-lr 'much': must be a number"),

@@ -149,7 +149,7 @@ def test_live_batchnorm_takes_the_plain_path() -> None:
     assert not torch.equal(encoder.bn1.running_mean, before)
     with pytest.raises(ValueError, match="recompute needs frozen batch norm"):
         encode(encoder, x, 4, recompute=True)
-    with pytest.raises(ValueError, match="maps in 8 bits are the lean encoder's"):
+    with pytest.raises(ValueError, match="activations in 8 bits are the lean encoder's"):
         encode(encoder, x, 4, eight_bit=True)
 
 

@@ -99,4 +99,4 @@ def test_maps_in_8_bits_leave_room_for_more(capsys: pytest.CaptureFixture[str]) 
                 # Recompute keeps frames alone, and its peak may be anywhere.
                 assert less["peak"] < peak["peak"] or (peak["recompute"] and less["peak"] == peak["peak"])
     assert main(["--mem-budget", "11GB", "--kept-maps", "8bit"]) == 0
-    assert "policy batch, maps kept in 8 bits; " in capsys.readouterr().out
+    assert "policy batch, activations kept in 8 bits; " in capsys.readouterr().out

@@ -604,7 +604,7 @@ def test_recompute_or_8_bits_come_before_a_refusal_and_a_refusal_says_what_is_ne
     eight = [*kept, "--kept-maps", "8bit", "--mem-budget", str(budget)]
     done = launch(demo_set.command(tmp_path / "eight", *eight), tmp_path / "eight")
     assert (done.status, done.err) == (0, ""), done.out + done.err
-    assert "maps kept in 8 bits" in done.out
+    assert "activations kept in 8 bits" in done.out
     steps, exact = (events(tmp_path / name, "step") for name in ("eight", "kept"))
     assert all(step["side"] == 96 and not step["recompute"] and step["peak"] <= budget for step in steps)
     assert steps[0]["loss"] == pytest.approx(exact[0]["loss"], rel=1e-6) and exact[0]["peak"] > budget

@@ -1,4 +1,4 @@
-"""quantize and dequantize: maps after a ReLU in 8 bits, with one scale for each frame and channel."""
+"""quantize and dequantize: activations after a ReLU in 8 bits, with one scale for each frame and channel."""
 
 from __future__ import annotations
 

@@ -3,18 +3,19 @@
 A residual block is y = relu(conv1(shift(x)) + b1); out = relu(conv2(y) + b2 + identity(x)), with the frozen batch norm
 folded into the convolutions. Kept are x, y and out alone (out is the next block's x): the sign of out is the ReLU's
 mask, the shifted input is copied again in backward, the affine needs nothing. The stem keeps the uint8 frames, the
-pooled map and the int8 position of each maximum. The sum over a TSM-R18 at 224 px is 7.2 MB a frame in fp32, where
-plain PyTorch keeps 25.
+pooled activation and the int8 position of each maximum. The sum over a TSM-R18 at 224 px is 7.2 MB a frame in fp32,
+where plain PyTorch keeps 25.
 
-With `eight_bit` these maps are kept as bytes with a scale for each frame and channel (`kernels/quantize`): 2.1 MB a
-frame. Features stay as they are, and so do the ReLUs' masks, through which all gradients pass; a weight's own gradient
-comes from a map rounded to 1/255 of its largest value (some 1e-3 of its norm; the stem's, from its frames, is exact).
+With `eight_bit` these activations are kept as bytes with a scale for each frame and channel (`kernels/quantize`):
+2.1 MB a frame. Features stay as they are, and so do the ReLUs' masks, through which all gradients pass; a weight's own
+gradient comes from an activation rounded to 1/255 of its largest value (some 1e-3 of its norm; the stem's, from its
+frames, is exact).
 
-Snippets do not see each other under frozen batch norm, so the graph is built in chunks of whole snippets: backward's
-own maps exist for one chunk at a time. With `recompute` a chunk keeps only its frames and runs forward once more when
-its gradient arrives.
+Snippets do not see each other under frozen batch norm, so the graph is built in chunks of whole snippets: what backward
+needs for itself exists for one chunk at a time. With `recompute` a chunk keeps only its frames and runs forward once
+more when its gradient arrives.
 
-Shapes: N snippets, T frames a snippet, H x W pixels, C channels. Maps are channels-last.
+Shapes: N snippets, T frames a snippet, H x W pixels, C channels. Activations are channels-last.
 """
 
 from __future__ import annotations
@@ -151,8 +152,8 @@ def fold_batchnorm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]
 class _Block(torch.autograd.Function):
     """(x, shift of x by `fold`, x as stored, weights) -> (out, shift of out by `next_fold`, *out as stored).
 
-    Keeps x, the ReLU maps between the convolutions and out, as stored, and the weights. Where nothing but themselves is
-    stored, x's place is empty and nothing follows out.
+    Keeps x, the activations between the convolutions and out, as stored, and the weights. Where nothing but themselves
+    is stored, x's place is empty and nothing follows out.
     """
 
     @staticmethod
@@ -191,15 +192,15 @@ class _Block(torch.autograd.Function):
         _, need_x, need_shifted, _, *need_weights = ctx.needs_input_grad
         size = 2 if ctx.eight_bit else 1
         saved = ctx.saved_tensors
-        maps, weights = [saved[k : k + size] for k in range(0, size * (count + 1), size)], saved[size * (count + 1) :]
+        kept, weights = [saved[k : k + size] for k in range(0, size * (count + 1), size)], saved[size * (count + 1) :]
         del saved
-        out = _restore(maps.pop(), ctx.dtype)
+        out = _restore(kept.pop(), ctx.dtype)
         grad: Tensor | None = _through_relu(grad_out, grad_shifted_out, out, block.num_frames, block.next_fold)
         del grad_out, grad_shifted_out, out
         grad_identity: Tensor | None = grad
         grad_weights: list[Tensor | None] = [None] * len(weights)
         for i in reversed(range(count)):
-            hidden = _restore(maps[i], ctx.dtype)
+            hidden = _restore(kept[i], ctx.dtype)
             if i == 0 and block.fold:
                 hidden = temporal_shift(hidden, block.num_frames, block.fold)
             need_hidden = i > 0 or need_x or need_shifted
@@ -211,7 +212,7 @@ class _Block(torch.autograd.Function):
         grad_shifted = None
         if block.downsample is not None:
             assert grad_identity is not None
-            x = _restore(maps[0], ctx.dtype)
+            x = _restore(kept[0], ctx.dtype)
             grad_identity, grad_weights[-1] = block.downsample.backward(
                 grad_identity, x, weights[-1], (need_x, need_weights[-1])
             )
@@ -275,7 +276,7 @@ def _through_relu(
 
 @dataclass(frozen=True)
 class LeanEncoder:
-    """A `TSMResNet` with its frozen batch norm folded in, for one optimiser step: weights in the dtype of the maps."""
+    """A `TSMResNet` with its frozen batch norm folded in, for one optimiser step: weights in the activations' dtype."""
 
     stem: Convolution
     mean: Tensor
@@ -380,7 +381,7 @@ def encode(
             chunks', so it depends on the size of a chunk to rounding.
         recompute: keep only the frames, and run each chunk forward again when its gradient arrives: the same bits as
             without, for one more forward.
-        eight_bit: keep maps as bytes: the same features, gradients rounded.
+        eight_bit: keep activations as bytes: the same features, gradients rounded.
 
     Raises:
         ValueError: the frames are no whole number of snippets, or `recompute` or `eight_bit` is asked for while batch
@@ -392,7 +393,7 @@ def encode(
         if recompute:
             raise ValueError("recompute needs frozen batch norm: live statistics tie the snippets of a batch together")
         if eight_bit:
-            raise ValueError("maps in 8 bits are the lean encoder's, which needs frozen batch norm")
+            raise ValueError("activations in 8 bits are the lean encoder's, which needs frozen batch norm")
         features: Tensor = encoder(frames, num_frames)
         return features
     if chunk is None:

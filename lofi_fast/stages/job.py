@@ -145,7 +145,7 @@ def introduce(
     log.say(
         f"preset {config.preset}: full fidelity {config.full}, {config.encoder.name} of width {config.encoder.width}, "
         f"pattern {config.pattern}, cut {config.min_cut:g} to {config.max_cut:g}, "
-        f"{'maps kept in 8 bits, ' if config.kept_maps == '8bit' else ''}run folder {config.out}"
+        f"{'activations kept in 8 bits, ' if config.kept_maps == '8bit' else ''}run folder {config.out}"
     )
     log.event(
         events.Start(
