@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
     "joint_epochs": 2, "head_epochs": 2, "device": "cpu", "threads": THREADS, "mem_budget": "4GB",
 }  # fmt: skip
 # Large enough for memory to depend on the rung.
-LARGER = TINY | {"fidelity": "16x64", "width": 16, "batch": 4, "stages": "joint", "joint_epochs": 1}
+LARGER = TINY | {"fidelity": "16x96", "width": 32, "batch": 4, "stages": "joint", "joint_epochs": 1}
 
 SCRIPT = """
 import json, sys
@@ -113,7 +113,7 @@ def test_the_budget_binds_and_the_cap_holds_in_a_script(videos: Videos, tmp_path
     assert trained(words)[2]
     taken = steps(tmp_path / "bound")
     assert taken and all(step["peak"] <= step["budget"] == budget for step in taken)
-    assert all((step["num_snippets"], step["side"]) != (16, 64) for step in taken), "full fidelity would not fit"
+    assert all((step["num_snippets"], step["side"]) != (16, 96) for step in taken), "full fidelity would not fit"
 
 
 def test_networks_of_ones_own_are_trained(videos: Videos, tmp_path: Path) -> None:

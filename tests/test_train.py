@@ -57,7 +57,7 @@ SETTINGS = (
     f"--head-epochs 5 --device cpu --threads {min(2, os.cpu_count() or 1)} --mem-budget 4GB"
 ).split()
 # Large enough for memory to depend on the rung.
-LARGER = ["--fidelity", "16x64", "--width", "16", "--batch", "4", "--stages", "joint", "--joint-epochs", "1"]
+LARGER = ["--fidelity", "16x96", "--width", "32", "--batch", "4", "--stages", "joint", "--joint-epochs", "1"]
 FEATURES = 64  # channels of the encoder's last stage at width 8
 PATIENCE = 120  # seconds after which a process that logs nothing more is given up
 
@@ -528,7 +528,7 @@ def unbound(demo_set: Demo, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     assert (done.status, done.err) == (0, ""), done.out + done.err
     plans: dict[str, Any] = read(folder / "plan.json")["plans"]["joint"]
     assert plans.keys() == {pattern.value for pattern in CYCLE}
-    assert all(chosen["rung"] == [16, 64] and chosen["cut"] == 1 for chosen in plans.values())
+    assert all(chosen["rung"] == [16, 96] and chosen["cut"] == 1 for chosen in plans.values())
     for step in events(folder, "step"):
         assert abs(step["peak"] - step["predicted"]) < 0.1 * step["peak"]
     return plans
@@ -558,7 +558,7 @@ def test_a_budget_that_binds_takes_lower_rungs_and_is_kept_to(
     written = read(folder / "plan.json")
     assert written["budget"] == budget
     for name, chosen in written["plans"]["joint"].items():
-        rungs = ladder(Pattern(name), Fidelity(16, 64))
+        rungs = ladder(Pattern(name), Fidelity(16, 96))
         rung = Fidelity(*chosen["rung"])
         assert rung in rungs[1:-1], "below the full fidelity, and not the last resort"
         assert not chosen["recompute"] and chosen["predicted"] <= budget
