@@ -647,9 +647,22 @@ def test_resume_of_a_run_of_another_version(
     ],
     ids=["garbage", "empty", "half", "zeros"],
 )
-def test_resume_with_a_spoilt_checkpoint(train: Train, run: Path, spoil: Callable[[bytes], bytes]) -> None:
+def test_resume_with_a_spoilt_checkpoint_goes_on_from_the_one_before(
+    train: Train, run: Path, finished: Path, spoil: Callable[[bytes], bytes]
+) -> None:
     last = run / "checkpoints" / "last.pt"
     last.write_bytes(spoil(last.read_bytes()))
+    (run / "metrics.json").unlink()
+    metrics = (finished / "metrics.json").read_bytes()
+    done = train("--resume")
+    assert (done.status, done.err) == (0, "")
+    assert (
+        str(last) in done.out and f"going on from the checkpoint before it, {last.parent / 'previous.pt'}" in done.out
+    )
+    assert (run / "metrics.json").read_bytes() == metrics
+
+    for path in last.parent.glob("*.pt"):
+        path.write_bytes(spoil(path.read_bytes()))
     before = contents(run)
     train("--resume").refused(str(last), "checkpoint", "--out")
     assert contents(run) == before
@@ -658,13 +671,15 @@ def test_resume_with_a_spoilt_checkpoint(train: Train, run: Path, spoil: Callabl
 def test_resume_with_a_file_of_something_else(train: Train, run: Path) -> None:
     last = run / "checkpoints" / "last.pt"
     torch.save([1, 2, 3], last)
+    last.with_name("previous.pt").unlink()
     before = contents(run)
     train("--resume").refused(str(last), "not a checkpoint of a lofi_fast run")
     assert contents(run) == before
 
 
-def test_resume_with_the_last_checkpoint_gone_overwrites_nothing(train: Train, run: Path) -> None:
-    (run / "checkpoints" / "last.pt").unlink()
+def test_resume_with_both_checkpoints_gone_overwrites_nothing(train: Train, run: Path) -> None:
+    for name in ("last.pt", "previous.pt"):
+        (run / "checkpoints" / name).unlink()
     before = contents(run)
     train("--resume").refused("last.pt", "no checkpoint", "--out")
     assert contents(run) == before

@@ -56,7 +56,7 @@ def has_checkpoint(config: Config) -> bool:
         raise InputError(
             f"{folder}: this run was started with {change}; give --resume the flags that it was started with"
         )
-    checkpoint.load(folder / "checkpoints" / "last.pt")
+    checkpoint.load_newest(folder / "checkpoints")
     return True
 
 

@@ -188,10 +188,11 @@ class Run:
 
     @property
     def last_checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / "last.pt"
+        return self.folder / "checkpoints" / checkpoint.LAST
 
     def save(self, position: Position, optimizer: torch.optim.Optimizer | None, **modules: nn.Module) -> None:
-        """Write checkpoints/last.pt; `position` is the next step to do, `modules` are those of one stage alone.
+        """Write checkpoints/last.pt, and keep the one before; `position` is the next step to do, `modules` are those of
+        one stage alone.
 
         Raises InputError when the weights are not finite: the checkpoint before stays.
         """
@@ -214,7 +215,7 @@ class Run:
                 f"training has diverged; {self.last_good()}; start again with a lower --pretrain-lr, --joint-lr or "
                 "--head-lr and another --out"
             )
-        checkpoint.save_atomic(content, self.last_checkpoint)
+        checkpoint.save_atomic(content, self.last_checkpoint, self.last_checkpoint.with_name(checkpoint.BEFORE))
         self._last_saved = time.monotonic()
 
     def save_when_due(self, position: Position, optimizer: torch.optim.Optimizer, **modules: nn.Module) -> None:
@@ -226,11 +227,9 @@ class Run:
         """In words: the checkpoint that a run which has diverged left, and where it stands."""
         if not self.last_checkpoint.exists():
             return "no checkpoint was saved before"
-        at = Position(**checkpoint.load(self.last_checkpoint)["position"])
-        return (
-            f"the last good checkpoint is {self.last_checkpoint} (before stage {at.stage}, epoch {at.epoch + 1}, step "
-            f"{at.step + 1})"
-        )
+        content, path, _ = checkpoint.load_newest(self.last_checkpoint.parent)
+        at = Position(**content["position"])
+        return f"the last good checkpoint is {path} (before stage {at.stage}, epoch {at.epoch + 1}, step {at.step + 1})"
 
     def save_best(self, epoch: int, average: float) -> None:
         """Keep the weights as checkpoints/best.pt when `average` beats what was seen so far."""
@@ -250,9 +249,10 @@ class Run:
         }
 
     def resume(self) -> dict[str, Any]:
-        """Restore checkpoints/last.pt; returns the state of modules that only one stage has."""
-        path = self.last_checkpoint
-        content = checkpoint.load(path)
+        """Restore the last checkpoint that can be read; returns the state of modules that only one stage has."""
+        content, path, reason = checkpoint.load_newest(self.last_checkpoint.parent)
+        if reason:
+            self.log.say(f"note: {reason}: going on from the checkpoint before it, {path}")
         if missing := {"classes", "head", "plans", "best", "optimizer", "scaler", "rng", "extra"} - content.keys():
             raise InputError(
                 f"{path}: not a checkpoint that a run can go on from (no {min(missing)}); name another --out"
@@ -272,6 +272,8 @@ class Run:
         self._resumed_optimizer = content["optimizer"]
         self.scaler.load_state_dict(content["scaler"])
         checkpoint.restore_rng(content["rng"])
+        if reason:  # what cannot be read must not be kept as the one before
+            path.replace(self.last_checkpoint)
         extra: dict[str, Any] = content["extra"]
         return extra
 
