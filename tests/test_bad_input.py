@@ -685,10 +685,22 @@ def test_resume_with_both_checkpoints_gone_overwrites_nothing(train: Train, run:
     assert contents(run) == before
 
 
+def test_resume_does_not_start_again_where_checkpoints_were_deleted(train: Train, run: Path) -> None:
+    for path in run.iterdir():
+        if path.name not in ("config.json", "log.jsonl"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = contents(run)
+    train("--resume").refused(str(run), "log.jsonl", "checkpoints", "--out")
+    assert contents(run) == before
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_can_be_resumed_with_any_flags(train: Train, run: Path) -> None:
     for path in run.iterdir():
         if path.name not in ("config.json", "log.jsonl"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    log = run / "log.jsonl"
+    log.write_text(log.read_text().partition('{"event":"saved"')[0])
+    assert events(run, "step")
     done = train("--resume", "--stages", "eval", "--seed", "3")
     assert (done.status, done.err) == (0, "")
     assert "starting again" in done.out

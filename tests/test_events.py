@@ -37,6 +37,7 @@ EVENTS = (
         limit=9,
     ),
     events.NotFinite(stage="head", epoch=1, step=2, what="gradient", videos=["a"], in_a_row=2),
+    events.Saved(stage="head", epoch=2, step=0),
     events.Epoch(stage="pretrain", epoch=3, accuracy=0.75),
     events.Validation(stage="head", epoch=3, average=0.5, map=[0.6, 0.4]),
     events.Features(windows=12, chunk=32, encoder="0f3a"),

@@ -40,7 +40,8 @@ def choose_folder(config: Config, resume: bool) -> Path:
 def has_checkpoint(config: Config) -> bool:
     """Whether the run in --out has a checkpoint to go on from; one that ended before its first may start again.
 
-    Raises InputError when there is no run, when it is not the run of this command, or its checkpoint is unusable.
+    Raises InputError when there is no run, when it is not the run of this command, or its checkpoint is unusable, or
+    gone.
     """
     folder = Path(config.out)
     try:
@@ -49,7 +50,13 @@ def has_checkpoint(config: Config) -> bool:
         before = None
     if not isinstance(before, dict):
         raise InputError(f"{folder}: no run to resume (no readable config.json); name the run's --out")
-    if not any((folder / name).exists() for name in ("checkpoints/last.pt", "checkpoints/best.pt", "metrics.json")):
+    left = ("checkpoints/last.pt", "checkpoints/previous.pt", "checkpoints/best.pt", "metrics.json")
+    if not any((folder / name).exists() for name in left):
+        if logged(folder, events.Saved):
+            raise InputError(
+                f"{folder}: its log.jsonl tells of checkpoints, and none is there: put them back in "
+                f"{folder / 'checkpoints'}, or train anew with another --out"
+            )
         return False
     started_with = Config.read(folder / "config.json")
     if change := first_change(json.loads(started_with.to_json()), json.loads(config.to_json())):
@@ -109,13 +116,16 @@ def run_folder(config: Config, resume: bool, going_on: bool) -> Iterator[Path]:
 
 def has_trained(folder: Path) -> bool:
     """Whether a run has done anything that would have to be done again."""
+    return any((folder / "checkpoints").glob("*.pt")) or logged(folder, events.Step)
+
+
+def logged(folder: Path, kind: type[events.Event]) -> bool:
+    """Whether a run's log has an event of a kind."""
     log = folder / "log.jsonl"
-    if any((folder / "checkpoints").glob("*.pt")):
-        return True
     if not log.exists():
         return False
     with log.open(encoding="utf-8", errors="replace") as lines:
-        return any(isinstance(event, events.Step) for event in events.read(lines))
+        return any(isinstance(event, kind) for event in events.read(lines))
 
 
 def discard(folder: Path, names: Sequence[str], made: bool) -> None:

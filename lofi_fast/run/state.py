@@ -216,6 +216,7 @@ class Run:
                 "--head-lr and another --out"
             )
         checkpoint.save_atomic(content, self.last_checkpoint, self.last_checkpoint.with_name(checkpoint.BEFORE))
+        self.log.event(events.Saved(stage=position.stage, epoch=position.epoch, step=position.step))
         self._last_saved = time.monotonic()
 
     def save_when_due(self, position: Position, optimizer: torch.optim.Optimizer, **modules: nn.Module) -> None:
