@@ -8,13 +8,15 @@ Importing this file imports no torch: help, and a sentence about a mistyped flag
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lofi_fast.command import CallableModule, given, run
+from lofi_fast.command import INTERRUPTED, CallableModule, given, run
 from lofi_fast.config import JOB, Config
 from lofi_fast.presets import FILE, configured, shown_defaults
 from lofi_fast.settings import Section, Setting, leaves, read
@@ -139,15 +141,27 @@ def read_flags(argv: Sequence[str], cuda: Callable[[], bool] | None = None) -> t
     return configured(words, file=own.get("config"), cuda=cuda or _cuda), own.get("resume", False)
 
 
-def _command(argv: list[str], owns_process: bool) -> None:
+def _command(argv: list[str], owns_process: bool) -> int:
     config, resume = read_flags(argv)
     if owns_process:
         from lofi_fast.memory.settle import settle_allocator
 
         settle_allocator("lofi_fast.train", argv)
+    from lofi_fast.run.stop import Stop, Stopped
     from lofi_fast.stages.job import run_job
 
-    _reported(run_job(config, resume=resume, argv=argv))
+    stop = Stop()
+    try:
+        with stop.on_signals():
+            finished = run_job(config, resume=resume, argv=argv, stop=stop)
+    except Stopped as stopped:
+        again = "nothing was begun"
+        if stop.folder is not None:
+            again = f"go on with: lofi-fast train --resume {shlex.quote(str(stop.folder))}"
+        print(f"stopped by {stopped.signal.name}; {again}")
+        return INTERRUPTED if stopped.signal is signal.SIGINT else 0
+    _reported(finished)
+    return 0
 
 
 def _shown(words: Mapping[str, Any]) -> TrainFlags:

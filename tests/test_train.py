@@ -428,6 +428,59 @@ def test_a_run_that_is_killed_twice_ends_like_one_that_is_not(whole: Path, demo_
     assert not events(folder, "step", stage="pretrain")[4:], "a stage that was done is not done again"
 
 
+@pytest.mark.parametrize(
+    ("number", "stage", "step", "status"),
+    [
+        (signal.SIGTERM, "pretrain", (0, 1), 0),
+        (signal.SIGHUP, "joint", (1, 1), 0),  # the last step of its epoch
+        (signal.SIGINT, "head", (2, 0), 130),
+    ],
+    ids=["terminated", "hung up", "interrupted"],
+)
+def test_a_signal_saves_after_the_step_and_the_run_goes_on_to_the_same_result(
+    whole: Path, demo_set: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    number: signal.Signals, stage: str, step: tuple[int, int], status: int,
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    log = RunLog.event
+
+    def signalled(self: RunLog, event: AnyEvent) -> None:
+        log(self, event)
+        if isinstance(event, Step) and (event.stage, event.epoch, event.step) == (stage, *step):
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "event", signalled)
+        assert main(demo_set.command(folder)) == status
+    said = capfd.readouterr().out
+    assert f"stopped by {number.name}; go on with: lofi-fast train --resume {folder}" in said
+    assert Position(**last(folder)["position"]) == Position(stage, step[0], step[1] + 1)
+    assert not events(folder, "done") and not (folder / "model.safetensors").exists()
+    assert main(demo_set.command(folder, "--resume")) == 0
+    same_results(folder, whole)
+    taken = [(e["stage"], e["epoch"], e["step"]) for e in events(folder, "step")]
+    assert len(taken) == len(set(taken)), "no step was taken twice"
+
+
+def test_a_second_interrupt_stops_at_once(
+    demo_set: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    log = RunLog.event
+
+    def signalled(self: RunLog, event: AnyEvent) -> None:
+        log(self, event)
+        if isinstance(event, Step) and (event.epoch, event.step) == (1, 0):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("it went on")
+
+    monkeypatch.setattr(RunLog, "event", signalled)
+    assert main(demo_set.command(folder, "--stages", "pretrain")) == 130
+    assert "Traceback" not in capfd.readouterr().err
+    assert Position(**last(folder)["position"]) == Position("pretrain", 1)
+
+
 READINGS_OF_A_STEP = ("peak", "predicted", "base", "limit", "room", "free", "reason")
 EPOCHS = ["--pretrain-epochs", "2", "--joint-epochs", "2", "--head-epochs", "2"]
 

@@ -37,7 +37,10 @@ def feature_path(run: Run, sample: Sample) -> Path:
 
 
 def extract(run: Run) -> None:
-    """Write the features of all training and validation windows; those already there from the same encoder stay."""
+    """Write the features of all training and validation windows; those already there from the same encoder stay.
+
+    It ends early, after a window, when the run is told to stop.
+    """
     folder = run.folder / "features"
     stamp, digest = folder / "encoder.txt", encoder_digest(run)
     stale = not stamp.exists() or stamp.read_text() != digest
@@ -64,6 +67,9 @@ def extract(run: Run) -> None:
             with files.replacing(feature_path(run, sample)) as file:
                 np.save(file, features)
             advance(done, sample.window.video)
+            if run.stop():
+                run.stopped = True
+                return
     run.log.event(events.Features(windows=len(missing), chunk=chunk, encoder=digest))
 
 

@@ -211,7 +211,7 @@ def patiently(run: Run, decide: Callable[[], Decision]) -> Decision:
         try:
             return decide()
         except NothingFits as error:
-            if run.machine.meter.available() >= run.machine.budget or time.monotonic() > deadline:
+            if run.machine.meter.available() >= run.machine.budget or time.monotonic() > deadline or run.stop():
                 raise
             if not waited:
                 run.log.say(f"{error}; waiting up to {PATIENCE_SECONDS:.0f} s for it")
