@@ -21,6 +21,7 @@ import pytest
 import torch
 from av.video.frame import VideoFrame
 
+from lofi_fast.run.folder import locked
 from lofi_fast.train import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -683,6 +684,19 @@ def test_resume_with_both_checkpoints_gone_overwrites_nothing(train: Train, run:
     before = contents(run)
     train("--resume").refused("last.pt", "no checkpoint", "--out")
     assert contents(run) == before
+
+
+def test_two_processes_do_not_train_in_one_folder(train: Train, run: Path, tmp_path: Path) -> None:
+    before = contents(run)
+    with locked(run):
+        train("--resume").refused(str(run), "another process", "--out")
+    assert contents(run) == before
+    empty = tmp_path / "new"
+    empty.mkdir()
+    with locked(empty):
+        train(out=empty).refused(str(empty), "another process", "--out")
+    assert list(empty.iterdir()) == []
+    assert train("--resume", "--stages", "eval").status == 0, "the lock goes with the one who holds it"
 
 
 def test_resume_does_not_start_again_where_checkpoints_were_deleted(train: Train, run: Path) -> None:

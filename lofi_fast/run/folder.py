@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +17,8 @@ from lofi_fast.config import MAY_CHANGE, Config
 from lofi_fast.errors import InputError
 from lofi_fast.files import DISK_FULL
 from lofi_fast.run import checkpoint, events
+
+NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)  # the last: NFS, which locks no folder
 
 
 def cache_folder(config: Config) -> Path:
@@ -37,19 +41,22 @@ def choose_folder(config: Config, resume: bool) -> Path:
     return next(folder for folder in numbered if not (folder / "config.json").exists())
 
 
-def has_checkpoint(config: Config) -> bool:
-    """Whether the run in --out has a checkpoint to go on from; one that ended before its first may start again.
-
-    Raises InputError when there is no run, when it is not the run of this command, or its checkpoint is unusable, or
-    gone.
-    """
-    folder = Path(config.out)
+def require_run(folder: Path) -> None:
+    """Raises InputError when there is no run in the folder."""
     try:
         before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = None
     if not isinstance(before, dict):
         raise InputError(f"{folder}: no run to resume (no readable config.json); name the run's --out")
+
+
+def has_checkpoint(config: Config) -> bool:
+    """Whether the run in --out has a checkpoint to go on from; one that ended before its first may start again.
+
+    Raises InputError when it is not the run of this command, or its checkpoint is unusable, or gone.
+    """
+    folder = Path(config.out)
     left = ("checkpoints/last.pt", "checkpoints/previous.pt", "checkpoints/best.pt", "metrics.json")
     if not any((folder / name).exists() for name in left):
         if logged(folder, events.Saved):
@@ -82,16 +89,60 @@ def first_change(before: Mapping[str, Any], now: Mapping[str, Any], section: str
 
 
 @contextmanager
-def run_folder(config: Config, resume: bool, going_on: bool) -> Iterator[Path]:
-    """Make the run folder, mark it as taken with the config, and see that it can be written to.
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process alone; the lock goes when the process ends, however it ends.
+
+    Raises InputError when another process holds it. On a file system that has no locks nothing is held.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: another process is training there; wait until it has ended, or name another --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def run_folder(config: Config, resume: bool) -> Iterator[tuple[Path, bool]]:
+    """(the run folder, whether there is a checkpoint to go on from): made, locked, marked as taken with the config, and
+    seen to be writable.
 
     When a new run is refused before it has trained anything, what it wrote is removed: the next may want the name.
+    Raises InputError as `require_run`, `locked` and `has_checkpoint` do, and when the folder cannot be written.
     """
     folder = Path(config.out)
     made = not os.path.exists(folder)
-    content = config.to_json().encode() + b"\n"
+    if resume:
+        require_run(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+    with locked(folder):
+        going_on = resume and has_checkpoint(config)
+        _take(folder, config, going_on, made)
+        try:
+            yield folder, going_on
+        except Exception as error:
+            if isinstance(error, OSError):
+                error.filename = error.filename or str(folder)  # a failed write does not say where
+            if not resume and not has_trained(folder):
+                discard(folder, ["plan.json", "environment.json", "log.jsonl", "config.json"], made)
+            raise
+
+
+def _take(folder: Path, config: Config, going_on: bool, made: bool) -> None:
+    """Write the config, or, where the run's own stays until all is restored, see that it could be written."""
+    content = config.to_json().encode() + b"\n"
+    try:
         if going_on:
             files.sweep(folder)
             with TemporaryFile(dir=folder) as probe:  # whether there is room and permission to write
@@ -102,16 +153,12 @@ def run_folder(config: Config, resume: bool, going_on: bool) -> Iterator[Path]:
         discard(folder, [], made)
         if isinstance(error, InputError):
             raise
-        mend = "free some space or change --out" if error.errno in DISK_FULL else "change --out"
-        raise InputError(f"{folder}: cannot write there ({error.strerror}); {mend}") from None
-    try:
-        yield folder
-    except Exception as error:
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(folder)  # a failed write does not say where
-        if not resume and not has_trained(folder):
-            discard(folder, ["plan.json", "environment.json", "log.jsonl", "config.json"], made)
-        raise
+        raise _cannot_write(folder, error) from None
+
+
+def _cannot_write(folder: Path, error: OSError) -> InputError:
+    mend = "free some space or change --out" if error.errno in DISK_FULL else "change --out"
+    return InputError(f"{folder}: cannot write there ({error.strerror}); {mend}")
 
 
 def has_trained(folder: Path) -> bool:

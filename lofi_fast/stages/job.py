@@ -33,7 +33,7 @@ from lofi_fast.model import MODEL, Detector
 from lofi_fast.optim import Implementation, choose_implementation
 from lofi_fast.precision import Precision, choose_device, choose_precision
 from lofi_fast.run import events
-from lofi_fast.run.folder import cache_folder, choose_folder, has_checkpoint, run_folder
+from lofi_fast.run.folder import cache_folder, choose_folder, run_folder
 from lofi_fast.run.log import RunLog
 from lofi_fast.run.networks import Networks
 from lofi_fast.run.state import Machine, Run, environment, open_run
@@ -79,8 +79,7 @@ def run_job(
     optimizers = choose_implementation(config.optimizer_impl, device)
     meter = open_meter(device)
     budget = resolve_budget(config.budget, meter.total(), meter.available())
-    going_on = resume and has_checkpoint(config)
-    with run_folder(config, resume, going_on) as folder, closing(RunLog(folder / "log.jsonl")) as log:
+    with run_folder(config, resume) as (folder, going_on), closing(RunLog(folder / "log.jsonl")) as log:
         stop.folder = folder
         introduce(log, config, meter, precision, optimizers, budget, argv)
         for note in notes:
