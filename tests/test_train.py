@@ -181,7 +181,8 @@ def test_a_run_writes_all_its_files_and_leaves_nothing_else(whole: Path) -> None
         *(f"features/{video}.npy" for video in videos),
     }
     assert expected <= names
-    assert {name for name in names - expected if not name.startswith("report.")} == {"features/encoder.txt"}
+    beside = {"features/encoder.txt", *(f"features/{video}.key" for video in videos)}
+    assert {name for name in names - expected if not name.startswith("report.")} == beside
     assert not list(whole.parent.rglob("*.partial*"))
     assert not [name for name in names if (whole / name).stat().st_size == 0]
     assert "<html" in (whole / "report.html").read_text()[:500]
@@ -397,6 +398,66 @@ def test_a_finished_run_can_be_evaluated_again(whole: Path, demo_set: Demo, tmp_
     assert main(demo_set.command(folder, "--stages", stages, "--resume")) == 0
     same_results(folder, whole)
     assert not [event for event in events(folder)[known:] if event["event"] in ("step", "features", "measured")]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def of_another_shape(path: Path) -> None:
+    np.save(path, np.load(path)[:, :4])
+
+
+SPOILT: dict[str, Callable[[Path], None]] = {
+    "gone": Path.unlink,
+    "empty": lambda path: path.write_bytes(b"") and None,
+    "cut": cut,
+    "no features": lambda path: path.write_text("hello\n") and None,
+    "a flipped bit": flip,
+    "another shape": of_another_shape,
+    "not finite": lambda path: np.save(path, np.load(path) * np.float32("nan")),
+    "key gone": lambda path: path.with_suffix(".key").unlink(),
+    "key of other pictures": lambda path: path.with_suffix(".key").write_text("v-0123456789 0\n") and None,
+}
+
+
+def test_features_that_are_damaged_or_of_other_pictures_are_made_anew(
+    whole: Path, demo_set: Demo, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    (folder / "metrics.json").unlink()
+    paths = sorted((folder / "features").glob("*.npy"))
+    for resumes in range(0, len(SPOILT), len(paths)):
+        spoilt = list(SPOILT.values())[resumes : resumes + len(paths)]
+        for path, spoil in zip(paths, spoilt, strict=False):
+            spoil(path)
+        known = len(events(folder))
+        assert main(demo_set.command(folder, "--stages", "eval", "--resume")) == 0
+        (made,) = [event for event in events(folder)[known:] if event["event"] == "features"]
+        assert made["windows"] == len(spoilt)
+        same_results(folder, whole)
+        for path in paths:
+            assert path.read_bytes() == (whole / "features" / path.name).read_bytes()
+
+
+def test_features_of_a_video_that_was_replaced_are_made_anew(demo_set: Demo, tmp_path: Path) -> None:
+    videos = Path(shutil.copytree(demo_set.videos, tmp_path / "videos"))
+    folder, flags = tmp_path / "run", ["--videos", str(videos), "--cache", str(tmp_path / "cache")]
+    flags += ["--stages", "head,eval", "--head-epochs", "1"]
+    assert main(demo_set.command(folder, *flags)) == 0
+    before = {path.name: path.read_bytes() for path in (folder / "features").glob("*.npy")}
+    (replaced,), (other,) = videos.glob("demo_validation_000.*"), videos.glob("demo_validation_001.*")
+    shutil.copyfile(other, replaced)
+    assert main(demo_set.command(folder, *flags, "--stages", "eval", "--resume")) == 0
+    after = {path.name: path.read_bytes() for path in (folder / "features").glob("*.npy")}
+    assert [name for name in before if before[name] != after[name]] == ["demo_validation_000.npy"]
+    assert after["demo_validation_000.npy"] == after["demo_validation_001.npy"]
 
 
 # Kill and resume
