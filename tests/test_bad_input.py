@@ -593,10 +593,13 @@ def test_out_holds_a_run(train: Train, run: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--width", "16"], ["encoder.width 8, not 16"]),
-        (["--fidelity", "16x32"], ["full.num_snippets 8, not 16"]),
-        (["--seed", "3"], ["seed 0, not 3"]),
-        (["--annotations", "/elsewhere.json"], ["data.annotations", "not /elsewhere.json"]),
+        (["--width", "16"], ["--width 8, not 16"]),
+        (["--fidelity", "16x32"], ["--fidelity 8x32, not 16x32"]),
+        (["--seed", "3"], ["--seed 0, not 3"]),
+        (["--annotations", "/elsewhere.json"], ["--annotations", "not /elsewhere.json"]),
+        (["--width", "16", "--no-flip"], ["--flip true, not false; --width 8, not 16"]),
+        (["--preset", "demo"], ["--preset small, not demo"]),
+        (["--joint-epochs", "2"], ["--joint-epochs 1, not 2", "rests on it"]),
     ],
     ids=lambda value: value[0] if value[0].startswith("--") else "",
 )

@@ -542,6 +542,36 @@ def test_a_second_interrupt_stops_at_once(
     assert Position(**last(folder)["position"]) == Position("pretrain", 1)
 
 
+@pytest.mark.parametrize("way", ["--resume DIR", "--out DIR --resume"])
+def test_a_run_goes_on_with_its_own_settings(whole: Path, demo_set: Demo, tmp_path: Path, way: str) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    (folder / "metrics.json").unlink()
+    assert main([*way.replace("DIR", str(folder)).split(" "), "--tiou", "0.5"]) == 0
+    before, after = (Config.read(path / "config.json") for path in (whole, folder))
+    assert after == replace(before, out=str(folder), detect=replace(before.detect, tious="0.5"))
+    metrics = read(whole / "metrics.json")["map_by_tiou"]
+    assert read(folder / "metrics.json")["map_by_tiou"] == {"0.5": metrics["0.5"]}
+
+
+def test_a_head_is_trained_longer_to_the_result_of_an_unbroken_training(demo_set: Demo, tmp_path: Path) -> None:
+    flags = ["--stages", "head,eval", "--head-stage.schedule", "step", "--head-epochs"]
+    assert main(demo_set.command(tmp_path / "long", *flags, "4")) == 0
+    assert main(demo_set.command(tmp_path / "run", *flags, "2")) == 0
+    assert main(["--resume", str(tmp_path / "run"), "--head-epochs", "4"]) == 0
+    same_results(tmp_path / "run", tmp_path / "long")
+    steps = [(e["epoch"], e["step"]) for e in events(tmp_path / "run", "step")]
+    assert len(steps) == len(set(steps)), "no epoch was taken twice"
+
+
+def test_a_stage_without_epochs_is_not_planned(demo_set: Demo, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    flags = ["--pretrain-epochs", "0", "--joint-epochs", "0", "--head-epochs", "1"]
+    assert main(demo_set.command(folder, *flags)) == 0
+    assert read(folder / "plan.json")["plans"] == {}
+    assert [m["plan"] for m in events(folder, "measured") if "features" not in m["plan"]] == []
+    assert (folder / "report.html").exists()
+
+
 READINGS_OF_A_STEP = ("peak", "predicted", "base", "limit", "room", "free", "reason")
 EPOCHS = ["--pretrain-epochs", "2", "--joint-epochs", "2", "--head-epochs", "2"]
 

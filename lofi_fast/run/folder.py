@@ -6,17 +6,17 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 from lofi_fast import files
-from lofi_fast.config import MAY_CHANGE, Config
+from lofi_fast.config import STAGES, Config
 from lofi_fast.errors import InputError
 from lofi_fast.files import DISK_FULL
 from lofi_fast.run import checkpoint, events
+from lofi_fast.settings import leaves
 
 NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)  # the last: NFS, which locks no folder
 
@@ -65,27 +65,33 @@ def has_checkpoint(config: Config) -> bool:
                 f"{folder / 'checkpoints'}, or train anew with another --out"
             )
         return False
-    started_with = Config.read(folder / "config.json")
-    if change := first_change(json.loads(started_with.to_json()), json.loads(config.to_json())):
+    before = Config.read(folder / "config.json")
+    if changes := differences(before, config):
         raise InputError(
-            f"{folder}: this run was started with {change}; give --resume the flags that it was started with"
+            f"{folder}: this run was started with {'; '.join(changes)}; give --resume the flags that it was started "
+            "with, or none, or train another run in another --out"
         )
-    checkpoint.load_newest(folder / "checkpoints")
+    content, _, _ = checkpoint.load_newest(folder / "checkpoints")
+    done = STAGES.index(content["position"].get("stage", STAGES[0]))
+    for stage, section in (("pretrain", "pretrain"), ("joint", "joint"), ("head", "head_stage")):
+        # The stages after it rest on what it has learned; only on the head's nothing is built.
+        rested_on = STAGES.index(stage) < (done if stage != "head" else 0)
+        then, now = getattr(before, section).epochs, getattr(config, section).epochs
+        if rested_on and stage in before.stages and then != now:
+            raise InputError(
+                f"{folder}: --{stage}-epochs {then}, not {now}: this stage is done, and what came after rests on it; "
+                "leave that flag out at --resume, or train another run in another --out"
+            )
     return True
 
 
-def first_change(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> str:
-    """The first setting that differs and must not, like "encoder.width 8, not 16"; empty when there is none."""
-    for key, value in now.items():
-        name, old = section + key, before.get(key)
-        if name in MAY_CHANGE:
-            continue
-        if isinstance(value, dict) and isinstance(old, dict):
-            if change := first_change(old, value, f"{name}."):
-                return change
-        elif old != value:
-            return f"{name} {old}, not {value}"
-    return ""
+def differences(before: Config, now: Config) -> list[str]:
+    """The settings that differ and must not, like "--width 8, not 16"."""
+    return [
+        f"{leaf.flag} {leaf.text(leaf.of(before))}, not {leaf.text(leaf.of(now))}"
+        for leaf in leaves(Config)
+        if not leaf.may_change and leaf.of(before) != leaf.of(now)
+    ]
 
 
 @contextmanager

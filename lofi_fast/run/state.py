@@ -169,11 +169,11 @@ class Run:
             self._resumed_optimizer = None  # it belongs to the stage that was under way
         return self.position
 
-    def finish(self, stage: str) -> None:
-        """Move on to the next stage asked for and save."""
+    def finish(self, stage: str, optimizer: torch.optim.Optimizer) -> None:
+        """Move on to the next stage asked for and save; with the optimiser where a resumed run may train longer."""
         later = [name for name in self.config.stages if STAGES.index(name) > STAGES.index(stage)]
         if later:
-            self.save(Position(later[0]), None)
+            self.save(Position(later[0]), optimizer if (stage, later[0]) == ("head", "eval") else None)
 
     def planner_state(self) -> dict[str, Any]:
         """The resumed state of the joint stage's planner; empty when it has to begin anew."""
@@ -268,6 +268,14 @@ class Run:
         except RuntimeError:
             raise InputError(f"{path}: another model; resume with the run's own flags") from None
         self.position = Position(**content["position"])
+        before = Config.from_json(content["config"], str(path))
+        if (
+            self.position == Position("eval")
+            and content["optimizer"] is not None
+            and "head" in self.config.stages
+            and self.config.head_stage.epochs > before.head_stage.epochs
+        ):  # the head is to be trained longer
+            self.position = Position("head", before.head_stage.epochs)
         self.plans, self.best = content["plans"], content["best"]
         self._resumed_planner = content.get("planner", {})
         self._resumed_optimizer = content["optimizer"]

@@ -116,7 +116,7 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
                 run.save_when_due(after, stage.optimizer, **stage.modules)
         stage.end(epoch)
         run.save(Position(stage.name, epoch + 1), stage.optimizer, **stage.modules)
-    run.finish(stage.name)
+    run.finish(stage.name, stage.optimizer)
 
 
 def _diverged(run: Run, stage: TrainingStage, done: Outcome) -> str:

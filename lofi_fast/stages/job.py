@@ -115,7 +115,7 @@ def run_job(
 def plan(run: Run) -> None:
     """Plan the stages to come before any of them trains: a refusal must not come hours late."""
     for stage, planner in (("pretrain", plan_pretrain), ("joint", plan_joint)):
-        if run.ahead(stage) and stage not in run.plans:
+        if run.ahead(stage) and stage not in run.plans and getattr(run.config, stage).epochs > 0:
             run.plans[stage] = planner(run)
     run.write_plans()
 
