@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Annotated, Any, TypeVar
 
-from lofi_fast.errors import InputError
+from lofi_fast.errors import InputError, printable
 from lofi_fast.files import DISK_FULL
 from lofi_fast.settings import Leaf, applied, leaves, made, negated, read
 
@@ -200,7 +200,7 @@ def run(main: Callable[[], int | None]) -> int:
 
 
 def _end(sentence: str, status: int) -> int:
-    print(sentence, file=sys.stderr)
+    print(printable(sentence), file=sys.stderr)
     return status
 
 

@@ -172,7 +172,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    epochs: Annotated[int, Setting("passes over the training videos", zero=True)]
+    epochs: Annotated[int, Setting("passes over the training videos", zero=True, may_change=True)]
     batch: Annotated[int, Setting("samples of one step: clips in pretrain, windows of videos elsewhere")]
     optimizer: Annotated[Literal["sgd", "adam", "adamw"], Setting("what updates the weights")]
     lr: Annotated[float, Setting("learning rate at the start", "LR")]
@@ -189,8 +189,11 @@ class StageConfig:
 @dataclass(frozen=True)
 class DetectConfig:
     tious: Annotated[
-        str, Setting("tIoUs of the mAP: activitynet, thumos, or like 0.3:0.1:0.7", "SPEC", flag="--tiou")
-    ] = "activitynet"
+        str,
+        Setting(
+            "tIoUs of the mAP: activitynet, thumos, or like 0.3:0.1:0.7", "SPEC", flag="--tiou", may_change=True
+        ),
+    ] = "activitynet"  # fmt: skip
     sigma: Annotated[float, Setting("width of soft-NMS, in tIoU")] = 0.84
     top_k: Annotated[int, Setting("most detections of a video")] = 100
     labels_per_proposal: Annotated[int, Setting("labels that one proposal is given, the likeliest")] = 2

@@ -21,19 +21,21 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write to, which takes the place of `path` when the block ends without an error.
+def replacing(path: Path, before: Path | None = None) -> Iterator[IO[bytes]]:
+    """A binary file to write and read, which takes the place of `path` when the block ends without an error.
 
-    The folder is made where it is not there. Raises InputError, naming the file and the reason, when it cannot be
-    written; the old file stays.
+    The old file is kept under the name `before`, in the same folder, where one is given. The folder is made where it is
+    not there. Raises InputError, naming the file and the reason, when it cannot be written; the old file stays.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with partial.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if before is not None and path.exists():
+            _keep(path, before)
         partial.replace(path)
     except OSError as error:
         reason = error.strerror or error  # NumPy's own OSError has no strerror
@@ -41,6 +43,19 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _keep(path: Path, before: Path) -> None:
+    """Give the file the name `before` as well, in place of what has it now. Raises OSError."""
+    second = before.with_name(f"{before.name}.{os.getpid()}.partial")
+    try:
+        second.unlink(missing_ok=True)
+        os.link(path, second)
+    except OSError:  # a file system without hard links: until the new file is there, the old one has only this name
+        path.replace(before)
+        return
+    second.replace(before)
+    second.unlink(missing_ok=True)  # it is still there where both names belonged to one file already
 
 
 def write_bytes(path: Path, content: bytes) -> Path:

@@ -8,15 +8,17 @@ Importing this file imports no torch: help, and a sentence about a mistyped flag
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lofi_fast.command import CallableModule, given, run
+from lofi_fast.command import INTERRUPTED, CallableModule, given, run
 from lofi_fast.config import JOB, Config
-from lofi_fast.presets import FILE, configured, shown_defaults
+from lofi_fast.presets import FILE, configured, file_of_settings, shown_defaults
 from lofi_fast.settings import Section, Setting, leaves, read
 
 if TYPE_CHECKING:
@@ -36,7 +38,13 @@ class TrainFlags:
     """What the command line may say: how to go about it, and every setting of a run."""
 
     settings: Annotated[Config, Section("settings", flat=True)]
-    resume: Annotated[bool, Setting("go on with the run in --out from its last checkpoint", group=JOB)] = False
+    resume: Annotated[
+        bool,
+        Setting(
+            "go on from the last checkpoint of the run in --out, with its own settings; --resume DIR: of that in DIR",
+            group=JOB,
+        ),
+    ] = False
     config: Annotated[Path | None, FILE] = None
 
 
@@ -56,7 +64,7 @@ class Trained:
 
 def train(
     *,
-    resume: bool = False,
+    resume: bool | str | Path = False,
     config: str | Path | Config | None = None,
     encoder: str | Mapping[str, Any] | Callable[..., Any] | None = None,
     head: Mapping[str, Any] | Callable[..., Any] | None = None,
@@ -69,7 +77,8 @@ def train(
     `settings` are the flags' names with underscores (`mem_budget`, `no_flip`), or sections of settings by name, each a
     mapping or the dataclass of config.py. `config` is a file of settings, or a whole `Config`, that they change.
     `encoder` and `head` may be factories of networks of one's own (encoder/protocol.py, head/protocol.py): of the
-    config, and of (config, num_features, num_classes). `resume` goes on with the run in `out`.
+    config, and of (config, num_features, num_classes). `resume` goes on with the run in `out`, or in the folder that
+    `resume` names, with its own settings; others can be given as far as a run may change them.
 
     The memory budget holds from this call on; a note says what of this process it does not cover. Raises InputError,
     with one sentence, for anything that the caller can mend.
@@ -81,11 +90,14 @@ def train(
             factories[name] = network
         elif network is not None:
             words[name] = network
+    if not isinstance(resume, bool):
+        words["out"] = str(resume)
+        resume = True
     asked = read(Config, words)
     if isinstance(config, Config):
         whole = configured(asked, base=config, cuda=_cuda)
     else:
-        whole = configured(asked, file=None if config is None else Path(config), cuda=_cuda)
+        whole = settings_of(asked, None if config is None else Path(config), _cuda, resume)
 
     from lofi_fast.memory.settle import settle_here  # from here on torch is needed
 
@@ -134,20 +146,63 @@ def read_flags(argv: Sequence[str], cuda: Callable[[], bool] | None = None) -> t
 
     Raises as `command.parse` does.
     """
-    words = given(TrainFlags, argv, prog="lofi-fast train", description=DESCRIPTION, shown=_shown)
+    words = given(TrainFlags, spelled_out(argv), prog="lofi-fast train", description=DESCRIPTION, shown=_shown)
     own = read(TrainFlags, {name: words.pop(name) for name in ("resume", "config") if name in words})
-    return configured(words, file=own.get("config"), cuda=cuda or _cuda), own.get("resume", False)
+    resume: bool = own.get("resume", False)
+    return settings_of(words, own.get("config"), cuda or _cuda, resume), resume
 
 
-def _command(argv: list[str], owns_process: bool) -> None:
+def spelled_out(argv: Sequence[str]) -> list[str]:
+    """A command line with `--resume DIR` written as `--resume --out DIR`."""
+    words: list[str] = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        if before == "--resume" and not word.startswith("-"):
+            words.append("--out")
+        words.append(word)
+    return words
+
+
+def settings_of(words: Mapping[str, Any], file: Path | None, cuda: Callable[[], bool], resume: bool) -> Config:
+    """The settings that flags or keywords, a file of settings, and a preset make; with `resume` the run's own stand in
+    the place of the preset's. Raises InputError.
+    """
+    if not resume:
+        return configured(words, file=file, cuda=cuda)
+    from lofi_fast.run.folder import choose_folder, require_run
+
+    asked = {} if file is None else read(Config, file_of_settings(file), f"{file}: ")
+    asked |= read(Config, words)
+    folder = Path(asked["out"]) if asked.get("out") else choose_folder(configured(words, file=file, cuda=cuda), True)
+    if not (folder / "config.json").exists():  # refused with the folder, after what is wrong with the settings
+        return configured(words, file=file, cuda=cuda)
+    require_run(folder)
+    own = replace(Config.read(folder / "config.json"), out=str(folder))
+    # Another preset is another run, which a run that has not trained yet may become.
+    base = own if asked.get("preset", own.preset) == own.preset else None
+    return replace(configured(asked, base=base, cuda=cuda), out=str(folder))
+
+
+def _command(argv: list[str], owns_process: bool) -> int:
     config, resume = read_flags(argv)
     if owns_process:
         from lofi_fast.memory.settle import settle_allocator
 
         settle_allocator("lofi_fast.train", argv)
+    from lofi_fast.run.stop import Stop, Stopped
     from lofi_fast.stages.job import run_job
 
-    _reported(run_job(config, resume=resume, argv=argv))
+    stop = Stop()
+    try:
+        with stop.on_signals():
+            finished = run_job(config, resume=resume, argv=argv, stop=stop)
+    except Stopped as stopped:
+        again = "nothing was begun"
+        if stop.folder is not None:
+            again = f"go on with: lofi-fast train --resume {shlex.quote(str(stop.folder))}"
+        print(f"stopped by {stopped.signal.name}; {again}")
+        return INTERRUPTED if stopped.signal is signal.SIGINT else 0
+    _reported(finished)
+    return 0
 
 
 def _shown(words: Mapping[str, Any]) -> TrainFlags:

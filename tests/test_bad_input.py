@@ -21,6 +21,7 @@ import pytest
 import torch
 from av.video.frame import VideoFrame
 
+from lofi_fast.run.folder import locked
 from lofi_fast.train import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -592,10 +593,13 @@ def test_out_holds_a_run(train: Train, run: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--width", "16"], ["encoder.width 8, not 16"]),
-        (["--fidelity", "16x32"], ["full.num_snippets 8, not 16"]),
-        (["--seed", "3"], ["seed 0, not 3"]),
-        (["--annotations", "/elsewhere.json"], ["data.annotations", "not /elsewhere.json"]),
+        (["--width", "16"], ["--width 8, not 16"]),
+        (["--fidelity", "16x32"], ["--fidelity 8x32, not 16x32"]),
+        (["--seed", "3"], ["--seed 0, not 3"]),
+        (["--annotations", "/elsewhere.json"], ["--annotations", "not /elsewhere.json"]),
+        (["--width", "16", "--no-flip"], ["--flip true, not false; --width 8, not 16"]),
+        (["--preset", "demo"], ["--preset small, not demo"]),
+        (["--joint-epochs", "2"], ["--joint-epochs 1, not 2", "rests on it"]),
     ],
     ids=lambda value: value[0] if value[0].startswith("--") else "",
 )
@@ -647,9 +651,22 @@ def test_resume_of_a_run_of_another_version(
     ],
     ids=["garbage", "empty", "half", "zeros"],
 )
-def test_resume_with_a_spoilt_checkpoint(train: Train, run: Path, spoil: Callable[[bytes], bytes]) -> None:
+def test_resume_with_a_spoilt_checkpoint_goes_on_from_the_one_before(
+    train: Train, run: Path, finished: Path, spoil: Callable[[bytes], bytes]
+) -> None:
     last = run / "checkpoints" / "last.pt"
     last.write_bytes(spoil(last.read_bytes()))
+    (run / "metrics.json").unlink()
+    metrics = (finished / "metrics.json").read_bytes()
+    done = train("--resume")
+    assert (done.status, done.err) == (0, "")
+    assert (
+        str(last) in done.out and f"going on from the checkpoint before it, {last.parent / 'previous.pt'}" in done.out
+    )
+    assert (run / "metrics.json").read_bytes() == metrics
+
+    for path in last.parent.glob("*.pt"):
+        path.write_bytes(spoil(path.read_bytes()))
     before = contents(run)
     train("--resume").refused(str(last), "checkpoint", "--out")
     assert contents(run) == before
@@ -658,15 +675,39 @@ def test_resume_with_a_spoilt_checkpoint(train: Train, run: Path, spoil: Callabl
 def test_resume_with_a_file_of_something_else(train: Train, run: Path) -> None:
     last = run / "checkpoints" / "last.pt"
     torch.save([1, 2, 3], last)
+    last.with_name("previous.pt").unlink()
     before = contents(run)
     train("--resume").refused(str(last), "not a checkpoint of a lofi_fast run")
     assert contents(run) == before
 
 
-def test_resume_with_the_last_checkpoint_gone_overwrites_nothing(train: Train, run: Path) -> None:
-    (run / "checkpoints" / "last.pt").unlink()
+def test_resume_with_both_checkpoints_gone_overwrites_nothing(train: Train, run: Path) -> None:
+    for name in ("last.pt", "previous.pt"):
+        (run / "checkpoints" / name).unlink()
     before = contents(run)
     train("--resume").refused("last.pt", "no checkpoint", "--out")
+    assert contents(run) == before
+
+
+def test_two_processes_do_not_train_in_one_folder(train: Train, run: Path, tmp_path: Path) -> None:
+    before = contents(run)
+    with locked(run):
+        train("--resume").refused(str(run), "another process", "--out")
+    assert contents(run) == before
+    empty = tmp_path / "new"
+    empty.mkdir()
+    with locked(empty):
+        train(out=empty).refused(str(empty), "another process", "--out")
+    assert list(empty.iterdir()) == []
+    assert train("--resume", "--stages", "eval").status == 0, "the lock goes with the one who holds it"
+
+
+def test_resume_does_not_start_again_where_checkpoints_were_deleted(train: Train, run: Path) -> None:
+    for path in run.iterdir():
+        if path.name not in ("config.json", "log.jsonl"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = contents(run)
+    train("--resume").refused(str(run), "log.jsonl", "checkpoints", "--out")
     assert contents(run) == before
 
 
@@ -674,6 +715,9 @@ def test_a_run_that_ended_before_its_first_checkpoint_can_be_resumed_with_any_fl
     for path in run.iterdir():
         if path.name not in ("config.json", "log.jsonl"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    log = run / "log.jsonl"
+    log.write_text(log.read_text().partition('{"event":"saved"')[0])
+    assert events(run, "step")
     done = train("--resume", "--stages", "eval", "--seed", "3")
     assert (done.status, done.err) == (0, "")
     assert "starting again" in done.out

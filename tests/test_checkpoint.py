@@ -18,7 +18,7 @@ import torch
 
 from lofi_fast import files
 from lofi_fast.errors import InputError
-from lofi_fast.run.checkpoint import Position, load, restore_rng, rng_state, save_atomic
+from lofi_fast.run.checkpoint import Position, load, load_newest, restore_rng, rng_state, save_atomic
 
 
 def checkpoint(value: float) -> dict[str, Any]:
@@ -180,6 +180,98 @@ def test_a_checkpoint_never_runs_code(tmp_path: Path) -> None:
     torch.save({"position": {}, "hook": Path("p")}, path)
     with pytest.raises(InputError):
         load(path)
+
+
+# Damage that a disk does, and the checkpoint before the last
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path, count: int) -> None:
+    path, damaged = tmp_path / "last.pt", tmp_path / "damaged.pt"
+    save_atomic({"position": {}, "w": torch.arange(3000.0), "names": ["a", "b"]}, path)
+    whole = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    generator = np.random.default_rng(count)
+    for _ in range(150):
+        content = whole.copy()
+        content[generator.integers(0, len(whole), count)] ^= np.uint8(1 << generator.integers(0, 8))
+        damaged.write_bytes(content.tobytes())
+        if np.array_equal(content, whole):
+            continue
+        with pytest.raises(InputError) as error:
+            load(damaged)
+        assert str(damaged) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_follows_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_atomic(checkpoint(1.0), path)
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(InputError):
+        load(path)
+
+
+def test_any_reader_of_pytorch_files_reads_a_checkpoint(tmp_path: Path) -> None:
+    save_atomic(checkpoint(3.0), tmp_path / "last.pt")
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert torch.equal(content["encoder"]["w"], torch.full((50_000,), 3.0))
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_the_checkpoint_before_the_last_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    if not links:
+
+        def refuse(*of: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    last, before = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for value in (1.0, 2.0, 3.0):
+        save_atomic(checkpoint(value), last, before)
+    assert (load(last)["encoder"]["w"][0], load(before)["encoder"]["w"][0]) == (3.0, 2.0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+
+
+def test_a_save_that_was_killed_between_its_two_names_is_followed_by_a_whole_one(tmp_path: Path) -> None:
+    last, before = tmp_path / "last.pt", tmp_path / "previous.pt"
+    save_atomic(checkpoint(1.0), last)
+    os.link(last, before)
+    save_atomic(checkpoint(2.0), last, before)
+    assert (load(last)["encoder"]["w"][0], load(before)["encoder"]["w"][0]) == (2.0, 1.0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+
+
+def test_a_save_that_fails_keeps_both(tmp_path: Path) -> None:
+    last, before = tmp_path / "last.pt", tmp_path / "previous.pt"
+    save_atomic(checkpoint(1.0), last, before)
+    save_atomic(checkpoint(2.0), last, before)
+    with pytest.raises(InputError), largest_file(100_000):
+        save_atomic(checkpoint(3.0), last, before)
+    assert (load(last)["encoder"]["w"][0], load(before)["encoder"]["w"][0]) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize("spoil", ["flip", "cut", "gone"])
+def test_the_one_before_stands_in_for_the_last_and_the_reason_is_told(tmp_path: Path, spoil: str) -> None:
+    last, before = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for value in (1.0, 2.0):
+        save_atomic(checkpoint(value), last, before)
+    content, path, reason = load_newest(tmp_path)
+    assert (content["encoder"]["w"][0], path, reason) == (2.0, last, "")
+
+    def damage(path: Path) -> None:
+        whole = path.read_bytes()
+        if spoil == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(whole[: len(whole) // 2] if spoil == "cut" else whole[:9000] + b"\xff" + whole[9001:])
+
+    damage(last)
+    content, path, reason = load_newest(tmp_path)
+    assert (content["encoder"]["w"][0], path) == (1.0, before)
+    assert str(last) in reason
+    damage(before)
+    with pytest.raises(InputError) as error:
+        load_newest(tmp_path)
+    assert str(last) in str(error.value) and "--out" in str(error.value) and "\n" not in str(error.value)
 
 
 def draws() -> list[Any]:

@@ -21,6 +21,7 @@ from bench.tools.synthetic import NoisePipeline, setting, synthetic_run
 from lofi_fast.config import Config, StageConfig
 from lofi_fast.errors import InputError
 from lofi_fast.head.gtad_head import GTADHead
+from lofi_fast.memory.governor import NothingFits
 from lofi_fast.memory.settle import open_meter
 from lofi_fast.optim import make_optimizer
 from lofi_fast.run import checkpoint, events
@@ -179,6 +180,46 @@ def test_a_run_that_is_told_to_stop_saves_after_the_step_and_goes_on_from_there(
         run.planner = None
         joint(run)
         assert different(expected, weights(run)) == []
+
+
+def test_a_step_that_is_refused_leaves_all_before_it_saved_and_the_run_goes_on_from_there(tmp_path: Path) -> None:
+    def refused(call: int) -> str:
+        if call == STEPS + 1:
+            raise NothingFits("nothing fits: raise --mem-budget")
+        return ""
+
+    with small_run(tmp_path / "whole", 2) as run:
+        joint(run)
+        expected = weights(run)
+    with small_run(tmp_path / "refused", 2, refused) as run:
+        with pytest.raises(InputError) as error:
+            joint(run)
+        assert "nothing fits" in str(error.value) and f"--resume {run.folder}" in str(error.value)
+        assert Position(**checkpoint.load(run.last_checkpoint)["position"]) == Position("joint", 1, 1)
+        saved = run.last_checkpoint
+    with small_run(tmp_path / "on", 2) as run:
+        checkpoint.save_atomic(checkpoint.load(saved), run.last_checkpoint)
+        run.resume()
+        run.planner = None
+        joint(run)
+        assert different(expected, weights(run)) == []
+
+
+def test_a_step_that_is_refused_in_the_middle_of_its_update_is_not_saved(tmp_path: Path) -> None:
+    with small_run(tmp_path / "run", 2) as run:
+
+        def half_updated(call: int) -> str:
+            if call == STEPS + 1:
+                with torch.no_grad():
+                    next(run.encoder.parameters()).add_(1.0)
+                raise InputError("memory ran out in the middle of an update")
+            return ""
+
+        assert isinstance(run.head, Breaking)
+        run.head.broken = half_updated
+        with pytest.raises(InputError, match=r"^memory ran out in the middle of an update$"):
+            joint(run)
+        assert Position(**checkpoint.load(run.last_checkpoint)["position"]) == Position("joint", 1)
 
 
 def test_statistics_of_batchnorm_are_as_before_when_a_step_of_pretraining_breaks(tmp_path: Path) -> None:

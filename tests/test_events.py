@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from lofi_fast import command
+from lofi_fast.errors import InputError
 from lofi_fast.files import write_json
 from lofi_fast.run import events
-from lofi_fast.run.log import RunLog
+from lofi_fast.run.log import RunLog, Terminal
 
 EVENTS = (
     events.Start(
@@ -37,6 +41,7 @@ EVENTS = (
         limit=9,
     ),
     events.NotFinite(stage="head", epoch=1, step=2, what="gradient", videos=["a"], in_a_row=2),
+    events.Saved(stage="head", epoch=2, step=0),
     events.Epoch(stage="pretrain", epoch=3, accuracy=0.75),
     events.Validation(stage="head", epoch=3, average=0.5, map=[0.6, 0.4]),
     events.Features(windows=12, chunk=32, encoder="0f3a"),
@@ -164,3 +169,18 @@ def test_a_log_goes_on_behind_a_torn_line(tmp_path: Path) -> None:
     log.close()
     with path.open(encoding="utf-8") as lines:
         assert [type(event) for event in events.read(lines)] == [events.Start, events.Done]
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal() -> None:
+    text = io.StringIO()
+    terminal = Terminal(Console(file=text, highlight=False, soft_wrap=True))
+    terminal.say("skipped: \x1b[31mred\x07\x9b2J\r é 跳: no video\n\tand [b]more[/b]")
+    assert text.getvalue() == "skipped: \\x1b[31mred\\x07\\x9b2J\\x0d é 跳: no video\n        and [b]more[/b]\n"
+
+
+def test_control_characters_do_not_reach_the_terminal_in_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> None:
+        raise InputError("\x1b]0;title\x07.mp4: no video")
+
+    assert command.run(refuse) == 2
+    assert capsys.readouterr().err == "error: \\x1b]0;title\\x07.mp4: no video\n"

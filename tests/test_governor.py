@@ -1202,3 +1202,47 @@ def test_the_first_step_of_a_process_is_the_smallest_and_teaches_nothing() -> No
     warm = gov.warm_up()
     assert ledger(warm.plan) == min(ledger(plan) for plans in PLANS.values() for plan in plans)
     assert all(row["measured"] is None for pattern in CYCLE for row in gov.table(pattern, FULL))
+
+
+def test_before_a_refusal_the_smallest_plan_is_offered_inside_the_margin_once() -> None:
+    machine = Machine(noise=0.0)
+    made = governor(machine, plans={S: PLANS[S][-1:]})
+    made.calibrate(lambda trial: machine.run(trial.plan))
+    for _ in range(12):
+        taken = take(made, machine)
+    machine.left = taken.predicted + MB
+    with pytest.raises(NothingFits) as refused:
+        made.choose(S, 3, 4)
+    last = refused.value.last
+    assert last is not None and (last.plan, last.epoch, last.step) == (taken.plan, 3, 4)
+    assert last.room < last.predicted <= last.limit == machine.left
+    with pytest.raises(NothingFits) as refused:
+        made.recheck(last)
+    assert refused.value.last is not None and refused.value.last.plan == last.plan
+    with pytest.raises(NothingFits) as refused:  # it took more than the limit after all
+        made.failed(last)
+    assert refused.value.last is None
+    with pytest.raises(NothingFits) as refused:
+        made.choose(S)
+    assert refused.value.last is None
+
+    machine.left = taken.predicted + 2 * MB
+    with pytest.raises(NothingFits) as refused:
+        made.choose(S)
+    assert refused.value.last is not None, "there is more than it failed with"
+
+
+def test_nothing_is_offered_that_is_over_the_limit_or_has_never_run() -> None:
+    machine = Machine(noise=0.0)
+    made = governor(machine, plans={S: PLANS[S][-1:]})
+    machine.left = made.predict(PLANS[S][-1]) + machine.base + MB
+    with pytest.raises(NothingFits) as refused:
+        made.choose(S)
+    assert refused.value.last is None
+    machine.left = 24 * GB
+    made.calibrate(lambda trial: machine.run(trial.plan))
+    taken = take(made, machine)
+    machine.left = taken.predicted - MB
+    with pytest.raises(NothingFits) as refused:
+        made.choose(S)
+    assert refused.value.last is None

@@ -176,11 +176,13 @@ def test_a_run_writes_all_its_files_and_leaves_nothing_else(whole: Path) -> None
     videos = [*(f"demo_training_00{i}" for i in range(4)), "demo_validation_000", "demo_validation_001"]
     expected = {
         *("config.json", "environment.json", "plan.json", "log.jsonl", "metrics.json", "predictions.json"),
-        *("ground_truth.json", "report.html", "model.safetensors", "checkpoints/last.pt", "checkpoints/best.pt"),
+        *("ground_truth.json", "report.html", "model.safetensors"),
+        *(f"checkpoints/{name}.pt" for name in ("last", "previous", "best")),
         *(f"features/{video}.npy" for video in videos),
     }
     assert expected <= names
-    assert {name for name in names - expected if not name.startswith("report.")} == {"features/encoder.txt"}
+    beside = {"features/encoder.txt", *(f"features/{video}.key" for video in videos)}
+    assert {name for name in names - expected if not name.startswith("report.")} == beside
     assert not list(whole.parent.rglob("*.partial*"))
     assert not [name for name in names if (whole / name).stat().st_size == 0]
     assert "<html" in (whole / "report.html").read_text()[:500]
@@ -398,6 +400,66 @@ def test_a_finished_run_can_be_evaluated_again(whole: Path, demo_set: Demo, tmp_
     assert not [event for event in events(folder)[known:] if event["event"] in ("step", "features", "measured")]
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def of_another_shape(path: Path) -> None:
+    np.save(path, np.load(path)[:, :4])
+
+
+SPOILT: dict[str, Callable[[Path], None]] = {
+    "gone": Path.unlink,
+    "empty": lambda path: path.write_bytes(b"") and None,
+    "cut": cut,
+    "no features": lambda path: path.write_text("hello\n") and None,
+    "a flipped bit": flip,
+    "another shape": of_another_shape,
+    "not finite": lambda path: np.save(path, np.load(path) * np.float32("nan")),
+    "key gone": lambda path: path.with_suffix(".key").unlink(),
+    "key of other pictures": lambda path: path.with_suffix(".key").write_text("v-0123456789 0\n") and None,
+}
+
+
+def test_features_that_are_damaged_or_of_other_pictures_are_made_anew(
+    whole: Path, demo_set: Demo, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    (folder / "metrics.json").unlink()
+    paths = sorted((folder / "features").glob("*.npy"))
+    for resumes in range(0, len(SPOILT), len(paths)):
+        spoilt = list(SPOILT.values())[resumes : resumes + len(paths)]
+        for path, spoil in zip(paths, spoilt, strict=False):
+            spoil(path)
+        known = len(events(folder))
+        assert main(demo_set.command(folder, "--stages", "eval", "--resume")) == 0
+        (made,) = [event for event in events(folder)[known:] if event["event"] == "features"]
+        assert made["windows"] == len(spoilt)
+        same_results(folder, whole)
+        for path in paths:
+            assert path.read_bytes() == (whole / "features" / path.name).read_bytes()
+
+
+def test_features_of_a_video_that_was_replaced_are_made_anew(demo_set: Demo, tmp_path: Path) -> None:
+    videos = Path(shutil.copytree(demo_set.videos, tmp_path / "videos"))
+    folder, flags = tmp_path / "run", ["--videos", str(videos), "--cache", str(tmp_path / "cache")]
+    flags += ["--stages", "head,eval", "--head-epochs", "1"]
+    assert main(demo_set.command(folder, *flags)) == 0
+    before = {path.name: path.read_bytes() for path in (folder / "features").glob("*.npy")}
+    (replaced,), (other,) = videos.glob("demo_validation_000.*"), videos.glob("demo_validation_001.*")
+    shutil.copyfile(other, replaced)
+    assert main(demo_set.command(folder, *flags, "--stages", "eval", "--resume")) == 0
+    after = {path.name: path.read_bytes() for path in (folder / "features").glob("*.npy")}
+    assert [name for name in before if before[name] != after[name]] == ["demo_validation_000.npy"]
+    assert after["demo_validation_000.npy"] == after["demo_validation_001.npy"]
+
+
 # Kill and resume
 
 
@@ -425,6 +487,89 @@ def test_a_run_that_is_killed_twice_ends_like_one_that_is_not(whole: Path, demo_
     same_results(folder, whole)
     assert not list(folder.rglob("*.partial*"))
     assert not events(folder, "step", stage="pretrain")[4:], "a stage that was done is not done again"
+
+
+@pytest.mark.parametrize(
+    ("number", "stage", "step", "status"),
+    [
+        (signal.SIGTERM, "pretrain", (0, 1), 0),
+        (signal.SIGHUP, "joint", (1, 1), 0),  # the last step of its epoch
+        (signal.SIGINT, "head", (2, 0), 130),
+    ],
+    ids=["terminated", "hung up", "interrupted"],
+)
+def test_a_signal_saves_after_the_step_and_the_run_goes_on_to_the_same_result(
+    whole: Path, demo_set: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    number: signal.Signals, stage: str, step: tuple[int, int], status: int,
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    log = RunLog.event
+
+    def signalled(self: RunLog, event: AnyEvent) -> None:
+        log(self, event)
+        if isinstance(event, Step) and (event.stage, event.epoch, event.step) == (stage, *step):
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "event", signalled)
+        assert main(demo_set.command(folder)) == status
+    said = capfd.readouterr().out
+    assert f"stopped by {number.name}; go on with: lofi-fast train --resume {folder}" in said
+    assert Position(**last(folder)["position"]) == Position(stage, step[0], step[1] + 1)
+    assert not events(folder, "done") and not (folder / "model.safetensors").exists()
+    assert main(demo_set.command(folder, "--resume")) == 0
+    same_results(folder, whole)
+    taken = [(e["stage"], e["epoch"], e["step"]) for e in events(folder, "step")]
+    assert len(taken) == len(set(taken)), "no step was taken twice"
+
+
+def test_a_second_interrupt_stops_at_once(
+    demo_set: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    log = RunLog.event
+
+    def signalled(self: RunLog, event: AnyEvent) -> None:
+        log(self, event)
+        if isinstance(event, Step) and (event.epoch, event.step) == (1, 0):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("it went on")
+
+    monkeypatch.setattr(RunLog, "event", signalled)
+    assert main(demo_set.command(folder, "--stages", "pretrain")) == 130
+    assert "Traceback" not in capfd.readouterr().err
+    assert Position(**last(folder)["position"]) == Position("pretrain", 1)
+
+
+@pytest.mark.parametrize("way", ["--resume DIR", "--out DIR --resume"])
+def test_a_run_goes_on_with_its_own_settings(whole: Path, demo_set: Demo, tmp_path: Path, way: str) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    (folder / "metrics.json").unlink()
+    assert main([*way.replace("DIR", str(folder)).split(" "), "--tiou", "0.5"]) == 0
+    before, after = (Config.read(path / "config.json") for path in (whole, folder))
+    assert after == replace(before, out=str(folder), detect=replace(before.detect, tious="0.5"))
+    metrics = read(whole / "metrics.json")["map_by_tiou"]
+    assert read(folder / "metrics.json")["map_by_tiou"] == {"0.5": metrics["0.5"]}
+
+
+def test_a_head_is_trained_longer_to_the_result_of_an_unbroken_training(demo_set: Demo, tmp_path: Path) -> None:
+    flags = ["--stages", "head,eval", "--head-stage.schedule", "step", "--head-epochs"]
+    assert main(demo_set.command(tmp_path / "long", *flags, "4")) == 0
+    assert main(demo_set.command(tmp_path / "run", *flags, "2")) == 0
+    assert main(["--resume", str(tmp_path / "run"), "--head-epochs", "4"]) == 0
+    same_results(tmp_path / "run", tmp_path / "long")
+    steps = [(e["epoch"], e["step"]) for e in events(tmp_path / "run", "step")]
+    assert len(steps) == len(set(steps)), "no epoch was taken twice"
+
+
+def test_a_stage_without_epochs_is_not_planned(demo_set: Demo, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    flags = ["--pretrain-epochs", "0", "--joint-epochs", "0", "--head-epochs", "1"]
+    assert main(demo_set.command(folder, *flags)) == 0
+    assert read(folder / "plan.json")["plans"] == {}
+    assert [m["plan"] for m in events(folder, "measured") if "features" not in m["plan"]] == []
+    assert (folder / "report.html").exists()
 
 
 READINGS_OF_A_STEP = ("peak", "predicted", "base", "limit", "room", "free", "reason")

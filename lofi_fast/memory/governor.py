@@ -54,7 +54,15 @@ VERSION = 2  # of the file of readings
 
 
 class NothingFits(InputError):
-    """No plan fits the memory available now. Other processes may free some: a caller may wait and ask again."""
+    """No plan fits the memory available now. Other processes may free some: a caller may wait and ask again.
+
+    `last` is a decision to try before giving up: the smallest plan inside the margin, where it has run before and never
+    took more than the limit. The step's cap holds it to the limit, should it take more this time.
+    """
+
+    def __init__(self, sentence: str, last: Decision | None = None) -> None:
+        super().__init__(sentence)
+        self.last = last
 
 
 class Gauge(Protocol):
@@ -205,7 +213,7 @@ class Governor:
             index = len(plans)
         index = agree(index, lambda i: self.need(plans[i]) <= room, len(plans))
         if index == len(plans):
-            raise self._nothing_fits(pattern)
+            raise NothingFits(self._refusal(pattern), self._inside_margin(plans, pattern, epoch, step))
         best = self._first_fitting(pattern, room) == index
         reason = "the best that fits" if best else "up when memory stays"
         return self._decide(pattern, epoch, step, plans[index], reason)
@@ -271,7 +279,10 @@ class Governor:
         if agreeing:
             chosen = agree(chosen, lambda i: self.need(options[i]) <= room, len(options))
         if chosen == len(options):
-            raise self._nothing_fits(decision.pattern, options)
+            last = self._inside_margin(options, decision.pattern, decision.epoch, decision.step)
+            if last is not None:
+                last = replace(last, requested=decision.requested)
+            raise NothingFits(self._refusal(decision.pattern, options), last)
         reason = decision.reason if options[chosen] == decision.plan else reason
         made = self._decide(decision.pattern, decision.epoch, decision.step, options[chosen], reason)
         return replace(made, requested=decision.requested)
@@ -299,10 +310,20 @@ class Governor:
             self._base, not self._verified(plan), plan != self._last,
         )  # fmt: skip
 
-    def _nothing_fits(self, pattern: Pattern, plans: Sequence[Plan] = ()) -> NothingFits:
+    def _inside_margin(self, plans: Sequence[Plan], pattern: Pattern, epoch: int, step: int) -> Decision | None:
+        """See `NothingFits`."""
+        plan = min(plans, key=self.need, default=None)
+        if plan is None or not self._verified(plan):
+            return None
+        limit, (failed_at, _) = min(self.budget, self._free), self._off.get(plan, (0, 0))
+        if self.predict(plan) > limit or failed_at >= limit:
+            return None
+        return self._decide(pattern, epoch, step, plan, "the last that fits, inside the margin")
+
+    def _refusal(self, pattern: Pattern, plans: Sequence[Plan] = ()) -> str:
         plans, changes = plans or self._plans[pattern], self._changes.get(pattern, ())
         limit, room = min(self.budget, self._free), self._room(self._free)
-        return NothingFits(refusal(plans, self.need, limit, room, self.budget, changes))
+        return refusal(plans, self.need, limit, room, self.budget, changes)
 
     # Predicting
 
@@ -444,7 +465,7 @@ class Governor:
         untried = (i for i, plan in enumerate(alike) if self._least(plan) <= room and not self._verified(plan))
         index = highest_of_all(next(untried, len(alike)))
         if index == len(alike):
-            raise self._nothing_fits(pattern)
+            raise NothingFits(self._refusal(pattern))
         return alike[index]
 
     def _smallest(self, pattern: Pattern) -> tuple[Plan, ...]:

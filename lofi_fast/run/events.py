@@ -139,6 +139,14 @@ class NotFinite(Event, frozen=True, kw_only=True, tag="not_finite"):
     in_a_row: int
 
 
+class Saved(Event, frozen=True, kw_only=True, tag="saved"):
+    """A checkpoint was written, from which the run can go on at this step."""
+
+    stage: str
+    epoch: int
+    step: int
+
+
 class Epoch(Event, frozen=True, kw_only=True, tag="epoch"):
     """An epoch of pretraining is done; `accuracy` is the share of its clips that were named right."""
 
@@ -182,8 +190,8 @@ class Done(Event, frozen=True, kw_only=True, tag="done"):
 
 
 AnyEvent = (
-    Start | SkippedVideo | Data | Measured | Planned | Step | OutOfMemory | NotFinite | Epoch | Validation | Features
-    | Metrics | Done
+    Start | SkippedVideo | Data | Measured | Planned | Step | OutOfMemory | NotFinite | Saved | Epoch | Validation
+    | Features | Metrics | Done
 )  # fmt: skip
 
 _decoder = msgspec.json.Decoder(AnyEvent)

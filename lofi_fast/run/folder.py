@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 from lofi_fast import files
-from lofi_fast.config import MAY_CHANGE, Config
+from lofi_fast.config import STAGES, Config
 from lofi_fast.errors import InputError
 from lofi_fast.files import DISK_FULL
 from lofi_fast.run import checkpoint, events
+from lofi_fast.settings import leaves
+
+NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)  # the last: NFS, which locks no folder
 
 
 def cache_folder(config: Config) -> Path:
@@ -37,54 +41,114 @@ def choose_folder(config: Config, resume: bool) -> Path:
     return next(folder for folder in numbered if not (folder / "config.json").exists())
 
 
-def has_checkpoint(config: Config) -> bool:
-    """Whether the run in --out has a checkpoint to go on from; one that ended before its first may start again.
-
-    Raises InputError when there is no run, when it is not the run of this command, or its checkpoint is unusable.
-    """
-    folder = Path(config.out)
+def require_run(folder: Path) -> None:
+    """Raises InputError when there is no run in the folder."""
     try:
         before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = None
     if not isinstance(before, dict):
         raise InputError(f"{folder}: no run to resume (no readable config.json); name the run's --out")
-    if not any((folder / name).exists() for name in ("checkpoints/last.pt", "checkpoints/best.pt", "metrics.json")):
+
+
+def has_checkpoint(config: Config) -> bool:
+    """Whether the run in --out has a checkpoint to go on from; one that ended before its first may start again.
+
+    Raises InputError when it is not the run of this command, or its checkpoint is unusable, or gone.
+    """
+    folder = Path(config.out)
+    left = ("checkpoints/last.pt", "checkpoints/previous.pt", "checkpoints/best.pt", "metrics.json")
+    if not any((folder / name).exists() for name in left):
+        if logged(folder, events.Saved):
+            raise InputError(
+                f"{folder}: its log.jsonl tells of checkpoints, and none is there: put them back in "
+                f"{folder / 'checkpoints'}, or train anew with another --out"
+            )
         return False
-    started_with = Config.read(folder / "config.json")
-    if change := first_change(json.loads(started_with.to_json()), json.loads(config.to_json())):
+    before = Config.read(folder / "config.json")
+    if changes := differences(before, config):
         raise InputError(
-            f"{folder}: this run was started with {change}; give --resume the flags that it was started with"
+            f"{folder}: this run was started with {'; '.join(changes)}; give --resume the flags that it was started "
+            "with, or none, or train another run in another --out"
         )
-    checkpoint.load(folder / "checkpoints" / "last.pt")
+    content, _, _ = checkpoint.load_newest(folder / "checkpoints")
+    done = STAGES.index(content["position"].get("stage", STAGES[0]))
+    for stage, section in (("pretrain", "pretrain"), ("joint", "joint"), ("head", "head_stage")):
+        # The stages after it rest on what it has learned; only on the head's nothing is built.
+        rested_on = STAGES.index(stage) < (done if stage != "head" else 0)
+        then, now = getattr(before, section).epochs, getattr(config, section).epochs
+        if rested_on and stage in before.stages and then != now:
+            raise InputError(
+                f"{folder}: --{stage}-epochs {then}, not {now}: this stage is done, and what came after rests on it; "
+                "leave that flag out at --resume, or train another run in another --out"
+            )
     return True
 
 
-def first_change(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> str:
-    """The first setting that differs and must not, like "encoder.width 8, not 16"; empty when there is none."""
-    for key, value in now.items():
-        name, old = section + key, before.get(key)
-        if name in MAY_CHANGE:
-            continue
-        if isinstance(value, dict) and isinstance(old, dict):
-            if change := first_change(old, value, f"{name}."):
-                return change
-        elif old != value:
-            return f"{name} {old}, not {value}"
-    return ""
+def differences(before: Config, now: Config) -> list[str]:
+    """The settings that differ and must not, like "--width 8, not 16"."""
+    return [
+        f"{leaf.flag} {leaf.text(leaf.of(before))}, not {leaf.text(leaf.of(now))}"
+        for leaf in leaves(Config)
+        if not leaf.may_change and leaf.of(before) != leaf.of(now)
+    ]
 
 
 @contextmanager
-def run_folder(config: Config, resume: bool, going_on: bool) -> Iterator[Path]:
-    """Make the run folder, mark it as taken with the config, and see that it can be written to.
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process alone; the lock goes when the process ends, however it ends.
+
+    Raises InputError when another process holds it. On a file system that has no locks nothing is held.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: another process is training there; wait until it has ended, or name another --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def run_folder(config: Config, resume: bool) -> Iterator[tuple[Path, bool]]:
+    """(the run folder, whether there is a checkpoint to go on from): made, locked, marked as taken with the config, and
+    seen to be writable.
 
     When a new run is refused before it has trained anything, what it wrote is removed: the next may want the name.
+    Raises InputError as `require_run`, `locked` and `has_checkpoint` do, and when the folder cannot be written.
     """
     folder = Path(config.out)
     made = not os.path.exists(folder)
-    content = config.to_json().encode() + b"\n"
+    if resume:
+        require_run(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+    with locked(folder):
+        going_on = resume and has_checkpoint(config)
+        _take(folder, config, going_on, made)
+        try:
+            yield folder, going_on
+        except Exception as error:
+            if isinstance(error, OSError):
+                error.filename = error.filename or str(folder)  # a failed write does not say where
+            if not resume and not has_trained(folder):
+                discard(folder, ["plan.json", "environment.json", "log.jsonl", "config.json"], made)
+            raise
+
+
+def _take(folder: Path, config: Config, going_on: bool, made: bool) -> None:
+    """Write the config, or, where the run's own stays until all is restored, see that it could be written."""
+    content = config.to_json().encode() + b"\n"
+    try:
         if going_on:
             files.sweep(folder)
             with TemporaryFile(dir=folder) as probe:  # whether there is room and permission to write
@@ -95,27 +159,26 @@ def run_folder(config: Config, resume: bool, going_on: bool) -> Iterator[Path]:
         discard(folder, [], made)
         if isinstance(error, InputError):
             raise
-        mend = "free some space or change --out" if error.errno in DISK_FULL else "change --out"
-        raise InputError(f"{folder}: cannot write there ({error.strerror}); {mend}") from None
-    try:
-        yield folder
-    except Exception as error:
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(folder)  # a failed write does not say where
-        if not resume and not has_trained(folder):
-            discard(folder, ["plan.json", "environment.json", "log.jsonl", "config.json"], made)
-        raise
+        raise _cannot_write(folder, error) from None
+
+
+def _cannot_write(folder: Path, error: OSError) -> InputError:
+    mend = "free some space or change --out" if error.errno in DISK_FULL else "change --out"
+    return InputError(f"{folder}: cannot write there ({error.strerror}); {mend}")
 
 
 def has_trained(folder: Path) -> bool:
     """Whether a run has done anything that would have to be done again."""
+    return any((folder / "checkpoints").glob("*.pt")) or logged(folder, events.Step)
+
+
+def logged(folder: Path, kind: type[events.Event]) -> bool:
+    """Whether a run's log has an event of a kind."""
     log = folder / "log.jsonl"
-    if any((folder / "checkpoints").glob("*.pt")):
-        return True
     if not log.exists():
         return False
     with log.open(encoding="utf-8", errors="replace") as lines:
-        return any(isinstance(event, events.Step) for event in events.read(lines))
+        return any(isinstance(event, kind) for event in events.read(lines))
 
 
 def discard(folder: Path, names: Sequence[str], made: bool) -> None:

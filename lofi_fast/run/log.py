@@ -12,6 +12,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lofi_fast.errors import printable
 from lofi_fast.run.events import Event, encode
 
 NOTE_SECONDS = 30.0  # how often a long task is reported where no live bar can be drawn
@@ -29,7 +30,7 @@ class Terminal:
         self.console = console or Console(highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(printable(text), markup=False)
 
     @contextmanager
     def progress(self, title: str, total: int, start: int = 0) -> Iterator[Advance]:
@@ -45,7 +46,7 @@ class Terminal:
             task = bars.add_task(title, total=total, completed=start, note="")
 
             def advance(done: int, note: str, total: int | None = None) -> None:
-                bars.update(task, completed=done, note=note, total=total)
+                bars.update(task, completed=done, note=printable(note), total=total)
 
             yield advance
 

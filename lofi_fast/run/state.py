@@ -169,11 +169,11 @@ class Run:
             self._resumed_optimizer = None  # it belongs to the stage that was under way
         return self.position
 
-    def finish(self, stage: str) -> None:
-        """Move on to the next stage asked for and save."""
+    def finish(self, stage: str, optimizer: torch.optim.Optimizer) -> None:
+        """Move on to the next stage asked for and save; with the optimiser where a resumed run may train longer."""
         later = [name for name in self.config.stages if STAGES.index(name) > STAGES.index(stage)]
         if later:
-            self.save(Position(later[0]), None)
+            self.save(Position(later[0]), optimizer if (stage, later[0]) == ("head", "eval") else None)
 
     def planner_state(self) -> dict[str, Any]:
         """The resumed state of the joint stage's planner; empty when it has to begin anew."""
@@ -188,10 +188,11 @@ class Run:
 
     @property
     def last_checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / "last.pt"
+        return self.folder / "checkpoints" / checkpoint.LAST
 
     def save(self, position: Position, optimizer: torch.optim.Optimizer | None, **modules: nn.Module) -> None:
-        """Write checkpoints/last.pt; `position` is the next step to do, `modules` are those of one stage alone.
+        """Write checkpoints/last.pt, and keep the one before; `position` is the next step to do, `modules` are those of
+        one stage alone.
 
         Raises InputError when the weights are not finite: the checkpoint before stays.
         """
@@ -214,7 +215,8 @@ class Run:
                 f"training has diverged; {self.last_good()}; start again with a lower --pretrain-lr, --joint-lr or "
                 "--head-lr and another --out"
             )
-        checkpoint.save_atomic(content, self.last_checkpoint)
+        checkpoint.save_atomic(content, self.last_checkpoint, self.last_checkpoint.with_name(checkpoint.BEFORE))
+        self.log.event(events.Saved(stage=position.stage, epoch=position.epoch, step=position.step))
         self._last_saved = time.monotonic()
 
     def save_when_due(self, position: Position, optimizer: torch.optim.Optimizer, **modules: nn.Module) -> None:
@@ -226,11 +228,9 @@ class Run:
         """In words: the checkpoint that a run which has diverged left, and where it stands."""
         if not self.last_checkpoint.exists():
             return "no checkpoint was saved before"
-        at = Position(**checkpoint.load(self.last_checkpoint)["position"])
-        return (
-            f"the last good checkpoint is {self.last_checkpoint} (before stage {at.stage}, epoch {at.epoch + 1}, step "
-            f"{at.step + 1})"
-        )
+        content, path, _ = checkpoint.load_newest(self.last_checkpoint.parent)
+        at = Position(**content["position"])
+        return f"the last good checkpoint is {path} (before stage {at.stage}, epoch {at.epoch + 1}, step {at.step + 1})"
 
     def save_best(self, epoch: int, average: float) -> None:
         """Keep the weights as checkpoints/best.pt when `average` beats what was seen so far."""
@@ -250,9 +250,10 @@ class Run:
         }
 
     def resume(self) -> dict[str, Any]:
-        """Restore checkpoints/last.pt; returns the state of modules that only one stage has."""
-        path = self.last_checkpoint
-        content = checkpoint.load(path)
+        """Restore the last checkpoint that can be read; returns the state of modules that only one stage has."""
+        content, path, reason = checkpoint.load_newest(self.last_checkpoint.parent)
+        if reason:
+            self.log.say(f"note: {reason}: going on from the checkpoint before it, {path}")
         if missing := {"classes", "head", "plans", "best", "optimizer", "scaler", "rng", "extra"} - content.keys():
             raise InputError(
                 f"{path}: not a checkpoint that a run can go on from (no {min(missing)}); name another --out"
@@ -267,11 +268,21 @@ class Run:
         except RuntimeError:
             raise InputError(f"{path}: another model; resume with the run's own flags") from None
         self.position = Position(**content["position"])
+        before = Config.from_json(content["config"], str(path))
+        if (
+            self.position == Position("eval")
+            and content["optimizer"] is not None
+            and "head" in self.config.stages
+            and self.config.head_stage.epochs > before.head_stage.epochs
+        ):  # the head is to be trained longer
+            self.position = Position("head", before.head_stage.epochs)
         self.plans, self.best = content["plans"], content["best"]
         self._resumed_planner = content.get("planner", {})
         self._resumed_optimizer = content["optimizer"]
         self.scaler.load_state_dict(content["scaler"])
         checkpoint.restore_rng(content["rng"])
+        if reason:  # what cannot be read must not be kept as the one before
+            path.replace(self.last_checkpoint)
         extra: dict[str, Any] = content["extra"]
         return extra
 

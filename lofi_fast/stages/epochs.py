@@ -6,6 +6,7 @@ Pretrain, joint and head are each a `TrainingStage`: they say what a step is, an
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -72,9 +73,12 @@ def optimizer_of(run: Run, config: StageConfig, *modules: nn.Module) -> Optimize
 def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
     """Run a stage from the run's position to its end, or until the run is told to stop.
 
-    Raises InputError when loss or gradients were not finite for `NOT_FINITE_STEPS` steps in a row.
+    Raises InputError when loss or gradients were not finite for `NOT_FINITE_STEPS` steps in a row, and when a step
+    cannot be taken, by lack of memory for one: the run is saved as it was before that step, if it still is.
     """
     start, in_a_row = run.position, 0
+    learning = [run.encoder, run.head, *stage.modules.values()]
+    values = [value for module in learning for value in (*module.parameters(), *module.buffers())]
     for epoch in range(start.epoch, config.epochs):
         first = start.step if epoch == start.epoch else 0
         count = stage.begin(epoch, first)
@@ -82,7 +86,19 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
             for step in range(first, count):
                 lr = learning_rate(config, epoch, step, count)
                 set_learning_rate(stage.optimizer, lr)
-                done = stage.step(epoch, step)
+                versions = [value._version for value in values]  # torch counts what changes a tensor in place
+                try:
+                    done = stage.step(epoch, step)
+                except InputError as error:
+                    if versions != [value._version for value in values]:
+                        raise
+                    run.save(Position(stage.name, epoch, step), stage.optimizer, **stage.modules)
+                    if run.stop():
+                        run.stopped = True
+                        return
+                    raise InputError(
+                        f"{error}; all up to here is saved: go on with --resume {shlex.quote(str(run.folder))}"
+                    ) from error
                 at: dict[str, Any] = {"stage": stage.name, "epoch": epoch, "step": step}
                 run.log.event(events.Step(**at, loss=done.loss, lr=lr, **done.logged))
                 in_a_row = in_a_row + 1 if done.not_finite else 0
@@ -100,7 +116,7 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
                 run.save_when_due(after, stage.optimizer, **stage.modules)
         stage.end(epoch)
         run.save(Position(stage.name, epoch + 1), stage.optimizer, **stage.modules)
-    run.finish(stage.name)
+    run.finish(stage.name, stage.optimizer)
 
 
 def _diverged(run: Run, stage: TrainingStage, done: Outcome) -> str:

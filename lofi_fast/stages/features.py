@@ -1,8 +1,13 @@
-"""Full-fidelity features of every window, by the frozen encoder, once: what the head stage and other heads train on."""
+"""Full-fidelity features of every window, by the frozen encoder, once: what the head stage and other heads train on.
+
+Beside each file of features lies a `.key`: the frame cache's name for the pictures that they were made of, which
+changes with the video's file, and a checksum of the features. A file whose key does not hold is made anew.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,20 +41,44 @@ def feature_path(run: Run, sample: Sample) -> Path:
     return run.folder / "features" / f"{name}.npy"
 
 
+def key_path(features: Path) -> Path:
+    return features.with_suffix(".key")
+
+
+def key_of(sample: Sample, features: bytes) -> bytes:
+    """The content of the .key beside a file of features."""
+    return f"{sample.cached.path.stem} {hashlib.blake2b(features, digest_size=16).hexdigest()}\n".encode()
+
+
+def holds(run: Run, sample: Sample) -> bool:
+    """Whether the features of a window are there, as they were written, and of the pictures that the cache has now."""
+    path = feature_path(run, sample)
+    try:
+        return key_path(path).read_bytes() == key_of(sample, path.read_bytes())
+    except OSError:
+        return False
+
+
 def extract(run: Run) -> None:
-    """Write the features of all training and validation windows; those already there from the same encoder stay."""
+    """Write the features of all training and validation windows; those already there from the same encoder and the
+    same pictures stay.
+
+    It ends early, after a window, when the run is told to stop.
+    """
     folder = run.folder / "features"
     stamp, digest = folder / "encoder.txt", encoder_digest(run)
-    stale = not stamp.exists() or stamp.read_text() != digest
+    stale = not stamp.exists() or stamp.read_bytes() != digest.encode()
     samples = [sample for subset in SUBSETS for sample in run.dataset.samples[subset]]
-    missing = [sample for sample in samples if stale or not feature_path(run, sample).exists()]
+    missing = [sample for sample in samples if stale or not holds(run, sample)]
     if not missing:
         return
+    if not stale and (unusable := sum(feature_path(run, sample).exists() for sample in missing)):
+        run.log.say(f"features of {unusable} windows are damaged, or their videos have changed: making them anew")
     run.encoder.eval()
     chunk = _chunk(run, missing)  # before the folder is touched: a refusal leaves nothing behind
     files.sweep(folder)
     if stale:
-        for path in folder.glob("*.npy"):
+        for path in (*folder.glob("*.npy"), *folder.glob("*.key")):
             path.unlink()
         files.write_bytes(stamp, digest.encode())
     with run.log.progress("features", len(missing)) as advance:
@@ -61,10 +90,21 @@ def extract(run: Run) -> None:
                     f"the encoder's features of {sample.window.video} are not finite, its training has diverged: "
                     "start again with a lower --pretrain-lr or --joint-lr, and another --out"
                 )
-            with files.replacing(feature_path(run, sample)) as file:
-                np.save(file, features)
+            content = npy_bytes(features)
+            path = files.write_bytes(feature_path(run, sample), content)
+            files.write_bytes(key_path(path), key_of(sample, content))
             advance(done, sample.window.video)
+            if run.stop():
+                run.stopped = True
+                return
     run.log.event(events.Features(windows=len(missing), chunk=chunk, encoder=digest))
+
+
+def npy_bytes(array: NDArray[np.float32]) -> bytes:
+    """The content of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 @torch.no_grad()
@@ -95,6 +135,16 @@ def _chunk(run: Run, samples: Sequence[Sample]) -> int:
 
 
 def load_features(run: Run, samples: Sequence[Sample]) -> torch.Tensor:
-    """Features (B, C, L) of windows, on the device."""
-    features = [torch.from_numpy(np.load(feature_path(run, sample))) for sample in samples]
+    """Features (B, C, L) of windows, on the device. Raises InputError when a file of them has changed meanwhile."""
+    features = [torch.from_numpy(_load(feature_path(run, sample))) for sample in samples]
     return torch.stack(features).to(run.machine.device)
+
+
+def _load(path: Path) -> NDArray[np.float32]:
+    try:
+        features: NDArray[np.float32] = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{path}: these features cannot be read any more ({type(error).__name__}); --resume makes them anew"
+        ) from None
+    return features

@@ -28,6 +28,8 @@ def train_head(run: Run) -> None:
     run.encoder.eval().requires_grad_(False)
     before = encoder_digest(run)
     extract(run)
+    if run.stopped:
+        return
     if start == Position("head"):
         run.head = run.new_head("head")
         run.best = {}

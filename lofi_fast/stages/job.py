@@ -33,10 +33,11 @@ from lofi_fast.model import MODEL, Detector
 from lofi_fast.optim import Implementation, choose_implementation
 from lofi_fast.precision import Precision, choose_device, choose_precision
 from lofi_fast.run import events
-from lofi_fast.run.folder import cache_folder, choose_folder, has_checkpoint, run_folder
+from lofi_fast.run.folder import cache_folder, choose_folder, run_folder
 from lofi_fast.run.log import RunLog
 from lofi_fast.run.networks import Networks
 from lofi_fast.run.state import Machine, Run, environment, open_run
+from lofi_fast.run.stop import Stop
 from lofi_fast.settings import leaves
 from lofi_fast.stages.evaluation import evaluate
 from lofi_fast.stages.head import train_head
@@ -60,12 +61,15 @@ def run_job(
     networks: Networks | None = None,
     argv: Sequence[str] = (),
     notes: Sequence[str] = (),
+    stop: Stop | None = None,
 ) -> Finished:
     """Train as `config` says, from the start or from the run's last checkpoint. `networks` None: the config's.
 
-    `argv` (the flags that say the same) and `notes` (sentences about this process) are logged. Raises InputError, with
-    a sentence for the user, for anything that is theirs to mend.
+    `argv` (the flags that say the same) and `notes` (sentences about this process) are logged. `stop` says whether
+    signals have asked the run to end. Raises InputError, with a sentence for the user, for anything that is theirs to
+    mend, and Stopped when the run has ended early.
     """
+    stop = stop or Stop()
     check_values(config)
     config = dataclasses.replace(config, out=str(choose_folder(config, resume)))
     device = choose_device(config.device)
@@ -75,13 +79,14 @@ def run_job(
     optimizers = choose_implementation(config.optimizer_impl, device)
     meter = open_meter(device)
     budget = resolve_budget(config.budget, meter.total(), meter.available())
-    going_on = resume and has_checkpoint(config)
-    with run_folder(config, resume, going_on) as folder, closing(RunLog(folder / "log.jsonl")) as log:
+    with run_folder(config, resume) as (folder, going_on), closing(RunLog(folder / "log.jsonl")) as log:
+        stop.folder = folder
         introduce(log, config, meter, precision, optimizers, budget, argv)
         for note in notes:
             log.say(f"note: {note}")
         dataset = prepare(config, log)
         run = open_run(config, dataset, Machine(device, precision, meter, budget), log, networks)
+        run.stop = stop
         extra = run.resume() if going_on else {}
         if going_on:
             log.say(f"resuming at {run.position.stage}, epoch {run.position.epoch + 1}, step {run.position.step + 1}")
@@ -95,9 +100,10 @@ def run_job(
 
         began = time.monotonic()
         plan(run)
-        pretrain(run, extra)
-        joint(run)
-        train_head(run)
+        with stop.between_steps():
+            pretrain(run, extra)
+            joint(run)
+            train_head(run)
         result = evaluate(run)
         if set(config.stages) != {"pretrain"}:  # which trains no head
             Detector(run.encoder, run.head, dataset.classes, config).save(folder / MODEL)
@@ -109,7 +115,7 @@ def run_job(
 def plan(run: Run) -> None:
     """Plan the stages to come before any of them trains: a refusal must not come hours late."""
     for stage, planner in (("pretrain", plan_pretrain), ("joint", plan_joint)):
-        if run.ahead(stage) and stage not in run.plans:
+        if run.ahead(stage) and stage not in run.plans and getattr(run.config, stage).epochs > 0:
             run.plans[stage] = planner(run)
     run.write_plans()
 

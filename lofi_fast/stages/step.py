@@ -204,14 +204,18 @@ def dropout(run: Run, features_BCL: Tensor, samples: Sequence[Sample], stage: st
 
 
 def patiently(run: Run, decide: Callable[[], Decision]) -> Decision:
-    """The decision; when nothing fits beside what others hold, wait for them a while. Raises NothingFits."""
+    """The decision; when nothing fits beside what others hold, wait for them a while, and then take what fits inside
+    the margin. Raises NothingFits when that does not help either.
+    """
     deadline = time.monotonic() + PATIENCE_SECONDS
     waited = False
     while True:
         try:
             return decide()
         except NothingFits as error:
-            if run.machine.meter.available() >= run.machine.budget or time.monotonic() > deadline:
+            if run.machine.meter.available() >= run.machine.budget or time.monotonic() > deadline or run.stop():
+                if error.last is not None:
+                    return error.last
                 raise
             if not waited:
                 run.log.say(f"{error}; waiting up to {PATIENCE_SECONDS:.0f} s for it")
