@@ -15,8 +15,9 @@ values, so results are equal to the last bit, only without a Python loop over pr
 - thresholds are those of ``np.linspace``, so 0.9 is really 0.8999999999999999;
 - classes are ordered by first appearance in the ground truth, which fixes the order of the mean.
 
-Two things differ, where the official script stops with a KeyError or returns NaN: predictions of labels that the ground
-truth does not have are ignored and counted, and an evaluation in which nothing can match is an InputError.
+Three things differ. Where the official script stops with a KeyError or returns NaN, predictions of labels that the
+ground truth does not have are ignored and counted, and an evaluation in which nothing can match is an InputError. And a
+prediction that ends before it starts hits nothing; officially its tIoU with a segment of the same length is 0/0.
 
 Letters of array shapes: P predictions, G ground-truth segments, V videos, C classes, K tIoU thresholds.
 """
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,6 @@ GroundTruth = Mapping[str, Sequence[tuple[float, float, str]]]
 Predictions = Mapping[str, Sequence[tuple[float, float, str, float]]]
 
 _RANGES = {"activitynet": (0.5, 0.05, 0.95), "thumos": (0.3, 0.1, 0.7)}
-_SUBSETS = {"train": "training", "val": "validation", "test": "testing"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +204,7 @@ def _match(
     gt_order = np.argsort(gt_key, kind="stable")
     keys, first_gt, sizes = np.unique(gt_key[gt_order], return_index=True, return_counts=True)
     group = np.searchsorted(keys, key).clip(max=len(keys) - 1)
-    known = np.flatnonzero(keys[group] == key)
+    known = np.flatnonzero((keys[group] == key) & ~(end < start))
     for size in np.unique(sizes[group[known]]):
         rows = known[sizes[group[known]] == size]
         members = gt_order[first_gt[group[rows], None] + np.arange(size)]
@@ -316,10 +316,14 @@ def average_recall(
     )
 
 
-def _read_json(path: Path, flag: str, key: str) -> dict[str, Any]:
-    """The mapping under ``key`` of a JSON file."""
+def read_object(
+    path: Path, flag: str, key: str, pairs: Callable[[list[tuple[str, Any]]], Any] = dict
+) -> dict[str, Any]:
+    """The mapping under ``key`` of a JSON file, with or without a byte order mark. `pairs` makes an object of its keys
+    and values. Raises InputError for a file without one.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=None if pairs is dict else pairs)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give {flag} an existing JSON file.") from None
     except OSError as error:
@@ -344,8 +348,11 @@ def _number(value: object, where: str) -> float:
     return number
 
 
-def _entries(items: object, where: str) -> list[tuple[float, float, str, dict[str, Any]]]:
-    """(start, end, label, the whole entry) of a list of {"segment": [start, end], "label": ...}."""
+def segments_of(items: object, where: str) -> list[tuple[float, float, str, dict[str, Any]]]:
+    """(start, end, label, the whole entry) of a list of {"segment": [start, end], "label": ...}.
+
+    White space around a label is no part of it. Raises InputError, which begins with `where`, for any other list.
+    """
     if not isinstance(items, list):
         raise InputError(f"{where}: expected a list of segments.")
     entries = []
@@ -359,74 +366,22 @@ def _entries(items: object, where: str) -> list[tuple[float, float, str, dict[st
         if not isinstance(label, str):
             raise InputError(f'{place}: "label" is missing or is not a text.')
         start, end = (_number(value, f"{place}: {name}") for value, name in zip(segment, ("start", "end"), strict=True))
-        entries.append((start, end, label, item))
+        entries.append((start, end, label.strip(), item))
     return entries
-
-
-def _choose_subset(path: Path, database: Mapping[str, Any], wanted: str | None) -> tuple[str, list[str]]:
-    """(subset, its videos): the wanted one, or validation, or the only one, or testing."""
-    members: dict[str, list[str]] = {}
-    for name, entry in database.items():
-        subset = entry.get("subset") if isinstance(entry, dict) else None
-        if not isinstance(subset, str):
-            raise InputError(f'{path}, video {name}: "subset" is missing or is not a text.')
-        members.setdefault(_SUBSETS.get(subset, subset), []).append(name)
-    found = ", ".join(sorted(members)) or "none"
-    if wanted is not None:
-        subset = _SUBSETS.get(wanted, wanted)
-        if subset not in members:
-            raise InputError(f"{path} has no subset {wanted!r} (it has: {found}); change --subset.")
-    elif "validation" in members:
-        subset = "validation"
-    elif len(members) == 1:
-        subset = next(iter(members))
-    elif "testing" in members:
-        subset = "testing"
-    else:
-        raise InputError(f"{path} has neither a validation nor a testing subset (it has: {found}); give --subset.")
-    return subset, members[subset]
-
-
-def load_subset(path: Path, wanted: str | None) -> tuple[str, dict[str, list[tuple[float, float, str]]]]:
-    """(name of the subset, its ground truth); see `load_ground_truth`."""
-    database = _read_json(path, "--ground-truth", "database")
-    subset, names = _choose_subset(path, database, wanted)
-    ground_truth: dict[str, list[tuple[float, float, str]]] = {}
-    for name in names:
-        where = f"{path}, video {name}"
-        if "annotations" not in database[name]:
-            raise InputError(f'{where}: "annotations" is missing.')
-        entries = _entries(database[name]["annotations"], where)
-        for i, (start, end, _, _) in enumerate(entries):
-            if start > end:
-                raise InputError(f"{where}, segment {i}: starts at {start} s, after its end at {end} s.")
-        ground_truth[name] = [(start, end, label) for start, end, label, _ in entries]
-    if not any(ground_truth.values()):
-        raise InputError(f"{path} has no segment in the subset {subset!r}; choose another with --subset.")
-    return subset, ground_truth
-
-
-def load_ground_truth(path: Path, subset: str | None = None) -> dict[str, list[tuple[float, float, str]]]:
-    """One subset of an ActivityNet, HACS or THUMOS JSON file: video -> [(start, end, label)], seconds.
-
-    Nothing is clipped or dropped, duplicates and zero lengths stay, as the official evaluator has it. subset None means
-    validation, else the only one, else testing; train, val and test are understood. Raises InputError for unreadable
-    files, missing keys, values that are no finite numbers, reversed segments and subsets without a segment.
-    """
-    return load_subset(path, subset)[1]
 
 
 def load_predictions(path: Path) -> dict[str, list[tuple[float, float, str, float]]]:
     """Detections of an ActivityNet JSON file: video -> [(start, end, label, score)], seconds.
 
     The file's form is {"results": {video: [{"segment": [start, end], "label": ..., "score": ...}]}}. Raises
-    InputError for unreadable files, missing keys and values that are no finite numbers.
+    InputError for unreadable files, missing keys and values that are no finite numbers. A prediction that ends before
+    it starts stays, and counts as a false positive.
     """
     predictions: dict[str, list[tuple[float, float, str, float]]] = {}
-    for name, items in _read_json(path, "--predictions", "results").items():
+    for name, items in read_object(path, "--predictions", "results").items():
         where = f"{path}, video {name}"
         rows = []
-        for i, (start, end, label, item) in enumerate(_entries(items, where)):
+        for i, (start, end, label, item) in enumerate(segments_of(items, where)):
             if "score" not in item:
                 raise InputError(f'{where}, segment {i}: "score" is missing.')
             rows.append((start, end, label, _number(item["score"], f"{where}, segment {i}: score")))
