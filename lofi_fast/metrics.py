@@ -38,6 +38,7 @@ from lofi_fast.errors import InputError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+MOST_PAIRS = 1 << 20  # of a prediction and a segment whose tIoUs are in memory at once; for each some 50 bytes
 GroundTruth = Mapping[str, Sequence[tuple[float, float, str]]]
 Predictions = Mapping[str, Sequence[tuple[float, float, str, float]]]
 
@@ -198,7 +199,8 @@ def _match(
 
     Predictions of one key depend on each other through the segments already taken, those of different keys do not: so
     round r settles the r-th prediction of every key at once. Keys are taken together by their number of ground-truth
-    segments, because tied tIoUs are ranked as the official sort ranks them only on arrays of the same length.
+    segments, because tied tIoUs are ranked as the official sort ranks them only on arrays of the same length, and in
+    parts, so that memory does not grow with the product of predictions and segments.
     """
     matched = np.zeros((len(key), len(tious)), dtype=np.bool_)
     gt_order = np.argsort(gt_key, kind="stable")
@@ -207,14 +209,16 @@ def _match(
     known = np.flatnonzero((keys[group] == key) & ~(end < start))
     for size in np.unique(sizes[group[known]]):
         rows = known[sizes[group[known]] == size]
-        members = gt_order[first_gt[group[rows], None] + np.arange(size)]
-        overlap = _tiou(start[rows, None], end[rows, None], gt_start[members], gt_end[members])
-        # A prediction below every threshold takes nothing: it can leave without changing the others.
-        useful = ~(overlap < tious.min()).all(axis=1)
-        rows, overlap = rows[useful], overlap[useful]
-        best_first = overlap.argsort(axis=1)[:, ::-1]
-        overlap = np.take_along_axis(overlap, best_first, axis=1)
+        most = max(MOST_PAIRS // int(size), 1)
 
+        def overlaps(rows: Ints, size: int = size) -> Floats:
+            members = gt_order[first_gt[group[rows], None] + np.arange(size)]
+            return _tiou(start[rows, None], end[rows, None], gt_start[members], gt_end[members])
+
+        # A prediction below every threshold takes nothing: it can leave without changing the others.
+        rows = np.concatenate([part[~(overlaps(part) < tious.min()).all(axis=1)] for part in _parts(rows, most)])
+        if not len(rows):
+            continue
         _, local = np.unique(group[rows], return_inverse=True)
         by_group = np.argsort(local, kind="stable")
         counts = np.bincount(local)
@@ -222,14 +226,26 @@ def _match(
         turn[by_group] = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
         by_turn = np.argsort(turn, kind="stable")
         taken = np.zeros((len(counts), int(size), len(tious)), dtype=np.bool_)
-        for now in np.split(by_turn, np.cumsum(np.bincount(turn))[:-1]):
-            owner, order = local[now], best_first[now]
-            free = ~(overlap[now, :, None] < tious) & ~taken[owner[:, None], order]
-            hit = free.any(axis=1)
-            matched[rows[now]] = hit
-            i, k = np.nonzero(hit)
-            taken[owner[i], order[i, free.argmax(axis=1)[i, k]], k] = True
+        for part in _parts(by_turn, most):
+            overlap = overlaps(rows[part])
+            best_first = overlap.argsort(axis=1)[:, ::-1]
+            # Best first, and 0/0 before all: columns in which no row reaches a threshold are not needed.
+            reaching = int((~(overlap < tious.min())).sum(axis=1).max(initial=0))
+            best_first = best_first[:, :reaching]
+            overlap = np.take_along_axis(overlap, best_first, axis=1)
+            for now in np.split(np.arange(len(part)), np.flatnonzero(np.diff(turn[part])) + 1):
+                owner, order = local[part[now]], best_first[now]
+                free = ~(overlap[now, :, None] < tious) & ~taken[owner[:, None], order]
+                hit = free.any(axis=1)
+                matched[rows[part[now]]] = hit
+                i, k = np.nonzero(hit)
+                taken[owner[i], order[i, free.argmax(axis=1)[i, k]], k] = True
     return matched
+
+
+def _parts(rows: Ints, most: int) -> list[Ints]:
+    """`rows` in their order, in parts of `most` at most; one empty part where there is none."""
+    return np.split(rows, range(most, len(rows), most))
 
 
 def _interpolated_precision(true_positive: npt.NDArray[np.bool_], num_gt: float) -> Floats:
@@ -291,9 +307,11 @@ def average_recall(
             continue
         bounds = np.array([item[:2] for item in items], dtype=np.float64)[best[:kept]]
         gt = np.array([segment[:2] for segment in segments], dtype=np.float64)
-        overlap = _tiou(bounds[:, 0], bounds[:, 1], gt[:, 0, None], gt[:, 1, None])
-        reached = overlap[:, :, None] >= tious
-        never[reached.any(axis=1)] = reached.argmax(axis=1)[reached.any(axis=1)]
+        for part in _parts(np.arange(len(gt)), max(MOST_PAIRS // kept, 1)):
+            overlap = _tiou(bounds[:, 0], bounds[:, 1], gt[part, 0, None], gt[part, 1, None])
+            reached = overlap[:, :, None] >= tious
+            first = reached.argmax(axis=1)
+            never[part] = np.where(reached.any(axis=1), first, never[part])
     if total == 0:
         raise InputError(f"No proposal is left at an average of {max_avg:g} per video; raise the average number.")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench.peers import official_map
+from lofi_fast import metrics
 from lofi_fast.data.ground_truth import load_ground_truth
 from lofi_fast.errors import InputError
 from lofi_fast.evaluate import main
@@ -203,6 +205,35 @@ def test_equals_the_port_with_long_lists_of_segments(tied):
     ground_truth, predictions = random_set(11, videos=3, classes=1, per_video=700, tied=tied)
     assert max(len(segments) for segments in ground_truth.values()) > 256
     assert 0 < assert_same_map(ground_truth, predictions, parse_tiou("0.3,0.5,0.9")).average < 1
+
+
+@pytest.mark.parametrize("pairs", [1, 50, 1000])
+def test_matching_in_parts_changes_nothing(monkeypatch, pairs):
+    monkeypatch.setattr(metrics, "MOST_PAIRS", pairs)
+    for seed, tied in ((7, False), (8, True)):
+        ground_truth, predictions = random_set(seed, videos=8, classes=2, per_video=60, tied=tied)
+        assert_same_map(ground_truth, predictions, ANET)
+        recall, port = (
+            recall_of(ground_truth, predictions, ANET, 30)
+            for recall_of in (average_recall, official_map.average_recall)
+        )
+        assert np.array_equal(recall.recall, port[1]) and recall.auc == port[3]
+
+
+@pytest.mark.parametrize("measure", [mean_average_precision, average_recall])
+def test_memory_does_not_grow_with_predictions_times_segments(monkeypatch, measure):
+    monkeypatch.setattr(metrics, "MOST_PAIRS", 1 << 16)
+    count = 2500
+    rng = np.random.default_rng(0)
+    starts = rng.uniform(0, 3600, (2, count))
+    (s, e), (ps, pe) = ((start.tolist(), (start + rng.uniform(1, 60, count)).tolist()) for start in starts)
+    ground_truth = {"v": [(*bounds, "a") for bounds in zip(s, e, strict=True)]}
+    predictions = {"v": [(*row[:2], "a", row[2]) for row in zip(ps, pe, rng.random(count).tolist(), strict=True)]}
+    tracemalloc.start()
+    measure(ground_truth, predictions, parse_tiou("0.3,0.5,0.7"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * count * count / 4  # a quarter of one matrix of their tIoUs
 
 
 def test_equals_the_port_with_many_classes():

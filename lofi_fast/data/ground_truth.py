@@ -34,7 +34,7 @@ def load_ground_truth(path: Path, subset: str | None = None) -> Truth:
 
 def load_subset(path: Path, wanted: str | None) -> tuple[str, Truth]:
     """(name of the subset, its ground truth); see `load_ground_truth`."""
-    subset, truth = (_as_trained if path.suffix.lower() == ".csv" else _as_given)(path, wanted)
+    subset, truth = (_as_trained if path.suffix.lower() in (".csv", ".tsv", ".txt") else _as_given)(path, wanted)
     if not any(truth.values()):
         raise InputError(f"{path} has no segment in the subset {subset!r}; choose another with --subset.")
     return subset, truth
