@@ -331,7 +331,7 @@ class Config:
         """
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not readable as JSON ({error})") from None
         if not isinstance(content, dict):
             raise InputError(f"{where}: not the settings of a run")

@@ -383,6 +383,8 @@ def segments_of(items: object, where: str) -> list[tuple[float, float, str, dict
             raise InputError(f'{place}: "segment" must be [start, end] in seconds.')
         if not isinstance(label, str):
             raise InputError(f'{place}: "label" is missing or is not a text.')
+        if any("\ud800" <= character <= "\udfff" for character in label):
+            raise InputError(f"{place}: the label {label!r} holds half a character.")
         start, end = (_number(value, f"{place}: {name}") for value, name in zip(segment, ("start", "end"), strict=True))
         entries.append((start, end, label.strip(), item))
     return entries

@@ -180,7 +180,7 @@ def file_of_settings(path: Path) -> Mapping[str, Any]:
         content = msgspec.toml.decode(text) if kind == ".toml" else msgspec.json.decode(text)
     except OSError as error:
         raise InputError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--config {path}: not readable as {kind[1:].upper()} ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: not settings by name")
