@@ -177,6 +177,7 @@ class StageConfig:
     optimizer: Annotated[Literal["sgd", "adam", "adamw"], Setting("what updates the weights")]
     lr: Annotated[float, Setting("learning rate at the start", "LR")]
     weight_decay: Annotated[float, Setting("weight decay", zero=True)] = 1e-4
+    momentum: Annotated[float, Setting("momentum of SGD; Adam has its own", zero=True, below=1)] = 0.0
     schedule: Annotated[
         Literal["step", "cosine"],
         Setting("learning rate over time: step by step down, or up for a tenth of the time and down along a cosine"),
@@ -228,7 +229,7 @@ class Config:
         StageConfig,
         Section(
             "joint stage", flags={"epochs": "--joint-epochs", "lr": "--joint-lr", "batch": "--batch"},
-            memory=frozenset({"batch", "optimizer"}),
+            memory=frozenset({"batch", "optimizer", "momentum"}),
         ),
     ]  # fmt: skip
     head_stage: Annotated[StageConfig, Section("head stage", flags={"epochs": "--head-epochs", "lr": "--head-lr"})]

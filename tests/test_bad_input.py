@@ -622,7 +622,7 @@ def test_resume_with_a_spoilt_config(train: Train, run: Path, content: str) -> N
     ("change", "parts"),
     [
         (lambda config: config.pop("lofi_fast"), ["config.json", "before", "train again"]),
-        (lambda config: config["joint"].update(momentum=0.9), ['"joint.momentum" is no setting']),
+        (lambda config: config["joint"].update(nesterov=True), ['"joint.nesterov" is no setting']),
     ],
     ids=["of the version before", "with an unknown setting"],
 )

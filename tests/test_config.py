@@ -15,7 +15,7 @@ import torch
 from lofi_fast import __main__ as program
 from lofi_fast import plan
 from lofi_fast.budget import Budget, parse_bytes
-from lofi_fast.config import MAY_CHANGE, PLANNED_FOR, STAGES, Config, memory_settings
+from lofi_fast.config import MAY_CHANGE, PLANNED_FOR, STAGES, Config, PresetName, memory_settings
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern
@@ -275,6 +275,13 @@ def test_activitynet_is_the_papers_setting() -> None:
     assert dataclasses.replace(PRESETS["hacs"](), preset="activitynet") == config
 
 
+@pytest.mark.parametrize("name", ["activitynet", "hacs", "thumos"])
+def test_the_papers_presets_pretrain_with_momentum_and_learn_jointly_without(name: PresetName) -> None:
+    config = PRESETS[name]()
+    assert (config.pretrain.optimizer, config.pretrain.momentum) == ("sgd", 0.9)
+    assert (config.joint.optimizer, config.joint.momentum) == ("sgd", 0.0)
+
+
 def test_thumos_is_gtads_setting() -> None:
     config = PRESETS["thumos"]()
     gtad = config.head
@@ -414,7 +421,7 @@ def test_a_bad_file_of_settings_is_one_sentence(tmp_path: Path, name: str, text:
     ("change", "part"),
     [
         (lambda content: content.pop("lofi_fast"), "before 0.2.0"),
-        (lambda content: content["joint"].update(momentum=0.9), '"joint.momentum" is no setting'),
+        (lambda content: content["joint"].update(nesterov=True), '"joint.nesterov" is no setting'),
         (lambda content: content["joint"].pop("lr"), "--joint-lr is missing"),
         (lambda content: content["joint"].update(lr="much"), "--joint-lr 'much': must be a number"),
         (lambda content: content.update(budget={"text": "11 apples"}), "11 apples"),

@@ -63,7 +63,7 @@ LOADERS: dict[str, tuple[Callable[[Path], Any], str, bytes]] = {
 # What stands where something else was expected: numbers that no float holds, half a character, kinds of nothing.
 HOSTILE = (
     b"9" * 5000, b"1" + b"0" * 400, b"-1e999", b"NaN", b'"\\ud800"', b'"\\udcff"', b'"\xff"', b'""', b"null", b"true",
-    b"[]", b"{}", b"[" * 3000, b'{"a":' * 3000, b'"a\\u0000b"', b"\x00", b'"', 
+    b"[]", b"{}", b"[" * 3000, b'{"a":' * 3000, b'"a\\u0000b"', b"\x00", b'"',
     b"\xef\xbb\xbf", b"-0", b"\r", b",", b"1_000",
 )  # fmt: skip
 
