@@ -100,6 +100,20 @@ PRESETS: dict[PresetName, Callable[[], Config]] = {
 }
 
 
+OF_PRETRAINED = ("activitynet", "hacs", "thumos")  # presets whose rates and epochs are for a pre-trained encoder
+
+
+def weights_warning(config: Config) -> str | None:
+    """What there is to warn of where a preset meant for a pre-trained encoder starts from random weights."""
+    if config.preset not in OF_PRETRAINED or config.encoder.weights:
+        return None
+    return (
+        f"WARNING: --preset {config.preset} is the paper's recipe for an encoder pre-trained on a large set of videos, "
+        "such as Kinetics-400, and this run starts from random weights: expect a far lower mAP. Give "
+        "--encoder-weights FILE, or use --preset small, whose recipe learns from scratch"
+    )
+
+
 FILE = Setting(  # --config of every command that takes the settings of a run
     "settings in TOML or JSON, by the flags' names; flags go before them", "FILE", group=JOB, unset="none"
 )

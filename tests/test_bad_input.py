@@ -350,6 +350,11 @@ def test_a_missing_videos_folder(train: Train, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_paper_preset_from_random_weights_is_warned_of_before_all_else(train: Train, tmp_path: Path) -> None:
+    assert "WARNING: --preset thumos" in train("--preset", "thumos", videos=tmp_path / "none").out
+    assert "WARNING" not in train(videos=tmp_path / "none").out
+
+
 def test_segments_that_no_snippet_meets(train: Train, data: Data, tmp_path: Path) -> None:
     path = tmp_path / "labels.json"
     path.write_text(labelled_as([1.0, 1.01], "a", "b", "c", "d")(data.database))

@@ -20,7 +20,7 @@ from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern
 from lofi_fast.head.gtad import GTAD
-from lofi_fast.presets import PRESETS, configured
+from lofi_fast.presets import PRESETS, configured, weights_warning
 from lofi_fast.settings import Leaf, leaves, negated, read
 from lofi_fast.train import main, read_flags
 
@@ -280,6 +280,14 @@ def test_the_papers_presets_pretrain_with_momentum_and_learn_jointly_without(nam
     config = PRESETS[name]()
     assert (config.pretrain.optimizer, config.pretrain.momentum) == ("sgd", 0.9)
     assert (config.joint.optimizer, config.joint.momentum) == ("sgd", 0.0)
+
+
+def test_a_paper_preset_without_weights_is_warned_of() -> None:
+    for name in PRESETS:
+        warning = weights_warning(config_of(*([] if name == "demo" else OWN), "--preset", name))
+        assert (warning is None) == (name in ("demo", "small"))
+        assert warning is None or ("random weights" in warning and "--encoder-weights" in warning)
+    assert weights_warning(config_of(*OWN, "--preset", "thumos", "--encoder-weights", "w.pth")) is None
 
 
 def test_thumos_is_gtads_setting() -> None:

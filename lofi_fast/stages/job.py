@@ -32,6 +32,7 @@ from lofi_fast.metrics import MapResult, parse_tiou
 from lofi_fast.model import MODEL, Detector
 from lofi_fast.optim import Implementation, choose_implementation
 from lofi_fast.precision import Precision, choose_device, choose_precision
+from lofi_fast.presets import weights_warning
 from lofi_fast.run import events
 from lofi_fast.run.folder import cache_folder, choose_folder, has_checkpoint, run_folder
 from lofi_fast.run.log import RunLog
@@ -78,6 +79,8 @@ def run_job(
     going_on = resume and has_checkpoint(config)
     with run_folder(config, resume, going_on) as folder, closing(RunLog(folder / "log.jsonl")) as log:
         introduce(log, config, meter, precision, optimizers, budget, argv)
+        if networks is None and (warning := weights_warning(config)):
+            log.say(warning)
         for note in notes:
             log.say(f"note: {note}")
         dataset = prepare(config, log)
