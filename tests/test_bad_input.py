@@ -21,6 +21,7 @@ import pytest
 import torch
 from av.video.frame import VideoFrame
 
+import lofi_fast
 from lofi_fast.train import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -410,6 +411,20 @@ def test_bad_videos_are_skipped_counted_and_reported(train: Train, data: Data, t
     assert [event["skipped"] for event in events(run, "data")] == [6]
     assert (run / "metrics.json").exists()
     assert {path.stem for path in (run / "features").glob("*.npy")} == set("abcd")
+
+
+def test_a_video_that_cannot_be_read_is_missed_in_the_official_map(train: Train, data: Data, tmp_path: Path) -> None:
+    database = data.database | {"gone": {"subset": "validation", "duration": SECONDS, "annotations": LABELLED * 2}}
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps({"database": database}))
+    done = train(annotations=path)
+    assert (done.status, done.err) == (0, "")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    official = lofi_fast.evaluate(path, tmp_path / "run" / "predictions.json", tiou="thumos")
+    assert metrics["average_map_as_given"] == official.average
+    assert (official.num_videos, official.num_segments) == (metrics["videos"] + 1, metrics["segments"] + 4)
+    assert "weights of the last epoch (1)" in done.out
+    assert f"({metrics['videos'] + 1} videos, of which 1 were not read, {metrics['segments'] + 4} segments)" in done.out
 
 
 def test_all_videos_bad(train: Train, data: Data, tmp_path: Path) -> None:
