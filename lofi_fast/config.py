@@ -192,8 +192,13 @@ class DetectConfig:
     tious: Annotated[
         str, Setting("tIoUs of the mAP: activitynet, thumos, or like 0.3:0.1:0.7", "SPEC", flag="--tiou")
     ] = "activitynet"
-    sigma: Annotated[float, Setting("width of soft-NMS, in tIoU")] = 0.84
-    top_k: Annotated[int, Setting("most detections of a video")] = 100
+    sigma: Annotated[float, Setting("width of soft-NMS, in tIoU", flag="--sigma")] = 0.84
+    top_k: Annotated[
+        int | None,
+        Setting(
+            "most detections of a video", "N", flag="--top-k", unset="200, and 20 more for each window after the first"
+        ),
+    ] = 100  # fmt: skip
     labels_per_proposal: Annotated[int, Setting("labels that one proposal is given, the likeliest")] = 2
 
 

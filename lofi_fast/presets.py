@@ -53,7 +53,7 @@ def thumos() -> Config:
         full=Fidelity(256, 112),
         data=DataConfig(window=256 * 5 / 30, frame_stride=1),
         head=HeadConfig(inner_bins=16, context_bins=16, max_duration=64, middle_kernel=3),
-        detect=DetectConfig(tious="thumos", top_k=200),
+        detect=DetectConfig(tious="thumos", top_k=None),
     )
 
 
@@ -70,7 +70,7 @@ def small() -> Config:
         pretrain=StageConfig(epochs=12, batch=16, optimizer="adamw", lr=2e-3, weight_decay=0.02, schedule="cosine"),
         joint=StageConfig(epochs=6, batch=2, optimizer="adamw", lr=5e-4, weight_decay=0.02, schedule="cosine"),
         head_stage=StageConfig(epochs=40, batch=8, optimizer="adamw", lr=1e-3, weight_decay=0.02, schedule="cosine"),
-        detect=DetectConfig(tious="thumos", top_k=200),
+        detect=DetectConfig(tious="thumos", top_k=None),
         min_cut=4.0,
     )
 

@@ -115,6 +115,7 @@ def test_every_flag_reaches_its_setting() -> None:
          "--frame-stride", "4", "--resize", "squash", "--no-flip", "--cache", "c", "--video-scores", "s.json",
          "--pretrain-epochs", "0", "--pretrain-lr", "0.2", "--joint-epochs", "3", "--joint-lr", "0.3",
          "--head-epochs", "5", "--head-lr", "0.4", "--batch", "6", "--tiou", "0.3:0.1:0.7", "--seed", "0",
+         "--sigma", "0.4", "--top-k", "500",
          "--device", "cpu", "--optimizer-impl", "torch", "--threads", "1"],
         cuda=lambda: True,
     )  # fmt: skip
@@ -131,7 +132,7 @@ def test_every_flag_reaches_its_setting() -> None:
         pretrain=dataclasses.replace(base.pretrain, epochs=0, lr=0.2),
         joint=dataclasses.replace(base.joint, epochs=3, lr=0.3, batch=6),
         head_stage=dataclasses.replace(base.head_stage, epochs=5, lr=0.4),
-        detect=dataclasses.replace(base.detect, tious="0.3:0.1:0.7"),
+        detect=dataclasses.replace(base.detect, tious="0.3:0.1:0.7", sigma=0.4, top_k=500),
         stages=("joint", "head"),
         pattern=Pattern.CYCLIC,
         short_cycle=16,
