@@ -423,7 +423,7 @@ def test_a_video_that_cannot_be_read_is_missed_in_the_official_map(train: Train,
     official = lofi_fast.evaluate(path, tmp_path / "run" / "predictions.json", tiou="thumos")
     assert metrics["average_map_as_given"] == official.average
     assert (official.num_videos, official.num_segments) == (metrics["videos"] + 1, metrics["segments"] + 4)
-    assert "weights of the last epoch (1)" in done.out
+    assert "weights of the last epoch (1)" in done.out and "have the same rung, 8 snippets x 32 px" in done.out
     assert f"({metrics['videos'] + 1} videos, of which 1 were not read, {metrics['segments'] + 4} segments)" in done.out
 
 
