@@ -177,6 +177,7 @@ class StageConfig:
     optimizer: Annotated[Literal["sgd", "adam", "adamw"], Setting("what updates the weights")]
     lr: Annotated[float, Setting("learning rate at the start", "LR")]
     weight_decay: Annotated[float, Setting("weight decay", zero=True)] = 1e-4
+    momentum: Annotated[float, Setting("momentum of SGD; Adam has its own", zero=True, below=1)] = 0.0
     schedule: Annotated[
         Literal["step", "cosine"],
         Setting("learning rate over time: step by step down, or up for a tenth of the time and down along a cosine"),
@@ -194,8 +195,13 @@ class DetectConfig:
             "tIoUs of the mAP: activitynet, thumos, or like 0.3:0.1:0.7", "SPEC", flag="--tiou", may_change=True
         ),
     ] = "activitynet"  # fmt: skip
-    sigma: Annotated[float, Setting("width of soft-NMS, in tIoU")] = 0.84
-    top_k: Annotated[int, Setting("most detections of a video")] = 100
+    sigma: Annotated[float, Setting("width of soft-NMS, in tIoU", flag="--sigma")] = 0.84
+    top_k: Annotated[
+        int | None,
+        Setting(
+            "most detections of a video", "N", flag="--top-k", unset="200, and 20 more for each window after the first"
+        ),
+    ] = 100  # fmt: skip
     labels_per_proposal: Annotated[int, Setting("labels that one proposal is given, the likeliest")] = 2
 
 
@@ -231,7 +237,7 @@ class Config:
         StageConfig,
         Section(
             "joint stage", flags={"epochs": "--joint-epochs", "lr": "--joint-lr", "batch": "--batch"},
-            memory=frozenset({"batch", "optimizer"}),
+            memory=frozenset({"batch", "optimizer", "momentum"}),
         ),
     ]  # fmt: skip
     head_stage: Annotated[StageConfig, Section("head stage", flags={"epochs": "--head-epochs", "lr": "--head-lr"})]
@@ -334,7 +340,7 @@ class Config:
         """
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not readable as JSON ({error})") from None
         if not isinstance(content, dict):
             raise InputError(f"{where}: not the settings of a run")

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lofi_fast.command import CallableModule, parse, run
+from lofi_fast.data.ground_truth import load_subset
 from lofi_fast.errors import InputError
 from lofi_fast.files import write_json
 from lofi_fast.metrics import (
     MapResult,
     load_predictions,
-    load_subset,
     mean_average_precision,
     metrics_table,
     parse_tiou,
@@ -26,7 +26,7 @@ DESCRIPTION = "mAP of detections, equal to the last bit to the official Activity
 
 @dataclass(frozen=True)
 class EvaluateFlags:
-    ground_truth: Annotated[Path, Setting("annotations in ActivityNet's form", "JSON")]
+    ground_truth: Annotated[Path, Setting("annotations as train takes them: ActivityNet's JSON, or CSV", "FILE")]
     predictions: Annotated[Path, Setting("detections in ActivityNet's form", "JSON")]
     tiou: Annotated[str, Setting("activitynet, thumos, start:step:stop or a list", "SPEC")] = "activitynet"
     subset: Annotated[
@@ -39,8 +39,8 @@ class EvaluateFlags:
 def evaluate(
     ground_truth: str | Path, predictions: str | Path, tiou: str = "activitynet", subset: str | None = None
 ) -> MapResult:
-    """mAP of the detections in one ActivityNet-form JSON file against the annotations in another, bit-equal to the
-    official evaluator. `tiou`: "activitynet", "thumos", "start:step:stop" or a list like "0.5,0.75".
+    """mAP of the detections in an ActivityNet-form JSON file against annotations as training takes them, bit-equal to
+    the official evaluator. `tiou`: "activitynet", "thumos", "start:step:stop" or a list like "0.5,0.75".
 
     Raises InputError for files that cannot be read and values that cannot be.
     """

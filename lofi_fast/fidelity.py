@@ -8,6 +8,7 @@ pattern visits the three in turn.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -106,6 +107,19 @@ def phase(pattern: Pattern, epoch: int, step: int, short_cycle: int | None) -> P
     if pattern is not Pattern.CYCLIC:
         return pattern
     return CYCLE[(epoch if short_cycle is None else step // short_cycle) % len(CYCLE)]
+
+
+def coinciding(rungs: Mapping[str, Fidelity]) -> str | None:
+    """A sentence where patterns of a cycle have the same rung, so that nothing changes from one to the other; `rungs`
+    by pattern.
+    """
+    by_rung: dict[Fidelity, list[str]] = {}
+    for pattern, chosen in rungs.items():
+        by_rung.setdefault(chosen, []).append(pattern)
+    same = [f"{' and '.join(patterns)} have the same rung, {of}" for of, patterns in by_rung.items() if patterns[1:]]
+    if not same:
+        return None
+    return f"{'; '.join(same)}: nothing changes between them. --min-cut 4 trains at the paper's cut, where they differ"
 
 
 def select_snippets(full: int, num_snippets: int) -> NDArray[np.int64]:

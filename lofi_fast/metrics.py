@@ -15,8 +15,9 @@ values, so results are equal to the last bit, only without a Python loop over pr
 - thresholds are those of ``np.linspace``, so 0.9 is really 0.8999999999999999;
 - classes are ordered by first appearance in the ground truth, which fixes the order of the mean.
 
-Two things differ, where the official script stops with a KeyError or returns NaN: predictions of labels that the ground
-truth does not have are ignored and counted, and an evaluation in which nothing can match is an InputError.
+Three things differ. Where the official script stops with a KeyError or returns NaN, predictions of labels that the
+ground truth does not have are ignored and counted, and an evaluation in which nothing can match is an InputError. And a
+prediction that ends before it starts hits nothing; officially its tIoU with a segment of the same length is 0/0.
 
 Letters of array shapes: P predictions, G ground-truth segments, V videos, C classes, K tIoU thresholds.
 """
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,11 @@ from lofi_fast.errors import InputError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+MOST_PAIRS = 1 << 20  # of a prediction and a segment whose tIoUs are in memory at once; for each some 50 bytes
 GroundTruth = Mapping[str, Sequence[tuple[float, float, str]]]
 Predictions = Mapping[str, Sequence[tuple[float, float, str, float]]]
 
 _RANGES = {"activitynet": (0.5, 0.05, 0.95), "thumos": (0.3, 0.1, 0.7)}
-_SUBSETS = {"train": "training", "val": "validation", "test": "testing"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,23 +199,26 @@ def _match(
 
     Predictions of one key depend on each other through the segments already taken, those of different keys do not: so
     round r settles the r-th prediction of every key at once. Keys are taken together by their number of ground-truth
-    segments, because tied tIoUs are ranked as the official sort ranks them only on arrays of the same length.
+    segments, because tied tIoUs are ranked as the official sort ranks them only on arrays of the same length, and in
+    parts, so that memory does not grow with the product of predictions and segments.
     """
     matched = np.zeros((len(key), len(tious)), dtype=np.bool_)
     gt_order = np.argsort(gt_key, kind="stable")
     keys, first_gt, sizes = np.unique(gt_key[gt_order], return_index=True, return_counts=True)
     group = np.searchsorted(keys, key).clip(max=len(keys) - 1)
-    known = np.flatnonzero(keys[group] == key)
+    known = np.flatnonzero((keys[group] == key) & ~(end < start))
     for size in np.unique(sizes[group[known]]):
         rows = known[sizes[group[known]] == size]
-        members = gt_order[first_gt[group[rows], None] + np.arange(size)]
-        overlap = _tiou(start[rows, None], end[rows, None], gt_start[members], gt_end[members])
-        # A prediction below every threshold takes nothing: it can leave without changing the others.
-        useful = ~(overlap < tious.min()).all(axis=1)
-        rows, overlap = rows[useful], overlap[useful]
-        best_first = overlap.argsort(axis=1)[:, ::-1]
-        overlap = np.take_along_axis(overlap, best_first, axis=1)
+        most = max(MOST_PAIRS // int(size), 1)
 
+        def overlaps(rows: Ints, size: int = size) -> Floats:
+            members = gt_order[first_gt[group[rows], None] + np.arange(size)]
+            return _tiou(start[rows, None], end[rows, None], gt_start[members], gt_end[members])
+
+        # A prediction below every threshold takes nothing: it can leave without changing the others.
+        rows = np.concatenate([part[~(overlaps(part) < tious.min()).all(axis=1)] for part in _parts(rows, most)])
+        if not len(rows):
+            continue
         _, local = np.unique(group[rows], return_inverse=True)
         by_group = np.argsort(local, kind="stable")
         counts = np.bincount(local)
@@ -222,14 +226,26 @@ def _match(
         turn[by_group] = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
         by_turn = np.argsort(turn, kind="stable")
         taken = np.zeros((len(counts), int(size), len(tious)), dtype=np.bool_)
-        for now in np.split(by_turn, np.cumsum(np.bincount(turn))[:-1]):
-            owner, order = local[now], best_first[now]
-            free = ~(overlap[now, :, None] < tious) & ~taken[owner[:, None], order]
-            hit = free.any(axis=1)
-            matched[rows[now]] = hit
-            i, k = np.nonzero(hit)
-            taken[owner[i], order[i, free.argmax(axis=1)[i, k]], k] = True
+        for part in _parts(by_turn, most):
+            overlap = overlaps(rows[part])
+            best_first = overlap.argsort(axis=1)[:, ::-1]
+            # Best first, and 0/0 before all: columns in which no row reaches a threshold are not needed.
+            reaching = int((~(overlap < tious.min())).sum(axis=1).max(initial=0))
+            best_first = best_first[:, :reaching]
+            overlap = np.take_along_axis(overlap, best_first, axis=1)
+            for now in np.split(np.arange(len(part)), np.flatnonzero(np.diff(turn[part])) + 1):
+                owner, order = local[part[now]], best_first[now]
+                free = ~(overlap[now, :, None] < tious) & ~taken[owner[:, None], order]
+                hit = free.any(axis=1)
+                matched[rows[part[now]]] = hit
+                i, k = np.nonzero(hit)
+                taken[owner[i], order[i, free.argmax(axis=1)[i, k]], k] = True
     return matched
+
+
+def _parts(rows: Ints, most: int) -> list[Ints]:
+    """`rows` in their order, in parts of `most` at most; one empty part where there is none."""
+    return np.split(rows, range(most, len(rows), most))
 
 
 def _interpolated_precision(true_positive: npt.NDArray[np.bool_], num_gt: float) -> Floats:
@@ -291,9 +307,11 @@ def average_recall(
             continue
         bounds = np.array([item[:2] for item in items], dtype=np.float64)[best[:kept]]
         gt = np.array([segment[:2] for segment in segments], dtype=np.float64)
-        overlap = _tiou(bounds[:, 0], bounds[:, 1], gt[:, 0, None], gt[:, 1, None])
-        reached = overlap[:, :, None] >= tious
-        never[reached.any(axis=1)] = reached.argmax(axis=1)[reached.any(axis=1)]
+        for part in _parts(np.arange(len(gt)), max(MOST_PAIRS // kept, 1)):
+            overlap = _tiou(bounds[:, 0], bounds[:, 1], gt[part, 0, None], gt[part, 1, None])
+            reached = overlap[:, :, None] >= tious
+            first = reached.argmax(axis=1)
+            never[part] = np.where(reached.any(axis=1), first, never[part])
     if total == 0:
         raise InputError(f"No proposal is left at an average of {max_avg:g} per video; raise the average number.")
 
@@ -316,10 +334,14 @@ def average_recall(
     )
 
 
-def _read_json(path: Path, flag: str, key: str) -> dict[str, Any]:
-    """The mapping under ``key`` of a JSON file."""
+def read_object(
+    path: Path, flag: str, key: str, pairs: Callable[[list[tuple[str, Any]]], Any] = dict
+) -> dict[str, Any]:
+    """The mapping under ``key`` of a JSON file, with or without a byte order mark. `pairs` makes an object of its keys
+    and values. Raises InputError for a file without one.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=None if pairs is dict else pairs)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give {flag} an existing JSON file.") from None
     except OSError as error:
@@ -344,8 +366,11 @@ def _number(value: object, where: str) -> float:
     return number
 
 
-def _entries(items: object, where: str) -> list[tuple[float, float, str, dict[str, Any]]]:
-    """(start, end, label, the whole entry) of a list of {"segment": [start, end], "label": ...}."""
+def segments_of(items: object, where: str) -> list[tuple[float, float, str, dict[str, Any]]]:
+    """(start, end, label, the whole entry) of a list of {"segment": [start, end], "label": ...}.
+
+    White space around a label is no part of it. Raises InputError, which begins with `where`, for any other list.
+    """
     if not isinstance(items, list):
         raise InputError(f"{where}: expected a list of segments.")
     entries = []
@@ -358,75 +383,25 @@ def _entries(items: object, where: str) -> list[tuple[float, float, str, dict[st
             raise InputError(f'{place}: "segment" must be [start, end] in seconds.')
         if not isinstance(label, str):
             raise InputError(f'{place}: "label" is missing or is not a text.')
+        if any("\ud800" <= character <= "\udfff" for character in label):
+            raise InputError(f"{place}: the label {label!r} holds half a character.")
         start, end = (_number(value, f"{place}: {name}") for value, name in zip(segment, ("start", "end"), strict=True))
-        entries.append((start, end, label, item))
+        entries.append((start, end, label.strip(), item))
     return entries
-
-
-def _choose_subset(path: Path, database: Mapping[str, Any], wanted: str | None) -> tuple[str, list[str]]:
-    """(subset, its videos): the wanted one, or validation, or the only one, or testing."""
-    members: dict[str, list[str]] = {}
-    for name, entry in database.items():
-        subset = entry.get("subset") if isinstance(entry, dict) else None
-        if not isinstance(subset, str):
-            raise InputError(f'{path}, video {name}: "subset" is missing or is not a text.')
-        members.setdefault(_SUBSETS.get(subset, subset), []).append(name)
-    found = ", ".join(sorted(members)) or "none"
-    if wanted is not None:
-        subset = _SUBSETS.get(wanted, wanted)
-        if subset not in members:
-            raise InputError(f"{path} has no subset {wanted!r} (it has: {found}); change --subset.")
-    elif "validation" in members:
-        subset = "validation"
-    elif len(members) == 1:
-        subset = next(iter(members))
-    elif "testing" in members:
-        subset = "testing"
-    else:
-        raise InputError(f"{path} has neither a validation nor a testing subset (it has: {found}); give --subset.")
-    return subset, members[subset]
-
-
-def load_subset(path: Path, wanted: str | None) -> tuple[str, dict[str, list[tuple[float, float, str]]]]:
-    """(name of the subset, its ground truth); see `load_ground_truth`."""
-    database = _read_json(path, "--ground-truth", "database")
-    subset, names = _choose_subset(path, database, wanted)
-    ground_truth: dict[str, list[tuple[float, float, str]]] = {}
-    for name in names:
-        where = f"{path}, video {name}"
-        if "annotations" not in database[name]:
-            raise InputError(f'{where}: "annotations" is missing.')
-        entries = _entries(database[name]["annotations"], where)
-        for i, (start, end, _, _) in enumerate(entries):
-            if start > end:
-                raise InputError(f"{where}, segment {i}: starts at {start} s, after its end at {end} s.")
-        ground_truth[name] = [(start, end, label) for start, end, label, _ in entries]
-    if not any(ground_truth.values()):
-        raise InputError(f"{path} has no segment in the subset {subset!r}; choose another with --subset.")
-    return subset, ground_truth
-
-
-def load_ground_truth(path: Path, subset: str | None = None) -> dict[str, list[tuple[float, float, str]]]:
-    """One subset of an ActivityNet, HACS or THUMOS JSON file: video -> [(start, end, label)], seconds.
-
-    Nothing is clipped or dropped, duplicates and zero lengths stay, as the official evaluator has it. subset None means
-    validation, else the only one, else testing; train, val and test are understood. Raises InputError for unreadable
-    files, missing keys, values that are no finite numbers, reversed segments and subsets without a segment.
-    """
-    return load_subset(path, subset)[1]
 
 
 def load_predictions(path: Path) -> dict[str, list[tuple[float, float, str, float]]]:
     """Detections of an ActivityNet JSON file: video -> [(start, end, label, score)], seconds.
 
     The file's form is {"results": {video: [{"segment": [start, end], "label": ..., "score": ...}]}}. Raises
-    InputError for unreadable files, missing keys and values that are no finite numbers.
+    InputError for unreadable files, missing keys and values that are no finite numbers. A prediction that ends before
+    it starts stays, and counts as a false positive.
     """
     predictions: dict[str, list[tuple[float, float, str, float]]] = {}
-    for name, items in _read_json(path, "--predictions", "results").items():
+    for name, items in read_object(path, "--predictions", "results").items():
         where = f"{path}, video {name}"
         rows = []
-        for i, (start, end, label, item) in enumerate(_entries(items, where)):
+        for i, (start, end, label, item) in enumerate(segments_of(items, where)):
             if "score" not in item:
                 raise InputError(f'{where}, segment {i}: "score" is missing.')
             rows.append((start, end, label, _number(item["score"], f"{where}, segment {i}: score")))

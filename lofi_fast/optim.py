@@ -24,6 +24,7 @@ from lofi_fast.errors import InputError
 
 WARM_UP = 0.1  # share of a cosine schedule that rises from zero
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, of a parameter's shape, named alike by apex and torch
+MOMENTUM = "momentum_buffer"  # SGD's, likewise
 FORM = ("fused", "foreach", "capturable", "differentiable")  # settings that choose a form of torch's, not an update
 
 
@@ -75,15 +76,18 @@ def apex_problem() -> str | None:
 
 
 def make_optimizer(config: StageConfig, parameters: Iterable[nn.Parameter], asked: OptimizerImpl = "auto") -> Optimizer:
-    """SGD without momentum (the paper's joint stage), Adam or AdamW, over the parameters that learn.
+    """SGD (the paper's joint stage: without momentum), Adam or AdamW, over the parameters that learn.
 
-    Adam's state is allocated now: it is part of what a step needs, and a first update that runs out of memory halfway
+    Its state is allocated now: it is part of what a step needs, and a first update that runs out of memory halfway
     could not be taken again. State dicts are in torch's form whichever implementation `asked` comes to.
     """
     learning = [p for p in parameters if p.requires_grad]
     apex = choose_implementation(asked, learning[0].device).name == "apex"
     optimizer = _apex_optimizer(config, learning) if apex else _torch_optimizer(config, learning)
-    if config.optimizer != "sgd":
+    if config.optimizer == "sgd" and config.momentum:
+        for parameter in learning:  # zeros, by which the first update is that of a buffer which begins with a gradient
+            optimizer.state[parameter] = {MOMENTUM: torch.zeros_like(parameter)}
+    elif config.optimizer != "sgd":
         for parameter in learning:
             moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
             step = torch.zeros((), device="cpu" if apex else parameter.device)  # where each implementation counts
@@ -96,7 +100,9 @@ def make_optimizer(config: StageConfig, parameters: Iterable[nn.Parameter], aske
 
 def _torch_optimizer(config: StageConfig, learning: Sequence[nn.Parameter]) -> Optimizer:
     if config.optimizer == "sgd":
-        return torch.optim.SGD(learning, lr=config.lr, momentum=0.0, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.SGD(
+            learning, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        )
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(learning, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
@@ -108,10 +114,12 @@ class _ApexForm(Optimizer):
         Optimizer.zero_grad(self, set_to_none)  # apex's takes no argument
 
     def get_momentums(self, parameters: list[Tensor]) -> tuple[list[Tensor], bool]:
-        """The buffers that FusedSGD hands to its kernel, which leaves them alone at momentum 0: the parameters stand
-        in for them, since apex would allocate as much again.
+        """The buffers that FusedSGD hands to its kernel, and whether they are new. The kernel leaves them alone at
+        momentum 0: the parameters stand in for them, since apex would allocate as much again.
         """
-        return parameters, True
+        if not self.param_groups[0]["momentum"]:
+            return parameters, True
+        return [self.state[p][MOMENTUM] for p in parameters], False
 
 
 def _apex_optimizer(config: StageConfig, learning: Sequence[nn.Parameter]) -> Optimizer:
@@ -120,7 +128,8 @@ def _apex_optimizer(config: StageConfig, learning: Sequence[nn.Parameter]) -> Op
     apex = import_module("apex.optimizers")
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
-        return cast(Optimizer, type("FusedSGD", (_ApexForm, apex.FusedSGD), {})(learning, momentum=0.0, **settings))
+        fused_sgd = type("FusedSGD", (_ApexForm, apex.FusedSGD), {})
+        return cast(Optimizer, fused_sgd(learning, momentum=config.momentum, **settings))
     fused_adam = type("FusedAdam", (_ApexForm, apex.FusedAdam), {})
     optimizer = cast(Optimizer, fused_adam(learning, adam_w_mode=config.optimizer == "adamw", **settings))
     optimizer.register_step_pre_hook(_count_steps)
@@ -167,7 +176,7 @@ def _lay_out_gradients(optimizer: Optimizer, *_: object) -> None:
 
 def _lay_out_moments(optimizer: Optimizer) -> None:
     for parameter, state in optimizer.state.items():
-        state.update({name: _laid_out_as(parameter, state[name]) for name in MOMENTS if name in state})
+        state.update({name: _laid_out_as(parameter, state[name]) for name in (*MOMENTS, MOMENTUM) if name in state})
 
 
 def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:

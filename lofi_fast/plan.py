@@ -18,7 +18,7 @@ from lofi_fast.budget import gigabytes
 from lofi_fast.command import CallableModule, given, run
 from lofi_fast.config import Config
 from lofi_fast.errors import InputError
-from lofi_fast.fidelity import CYCLE, PAPER_CUT, Fidelity, Pattern, ladder
+from lofi_fast.fidelity import CYCLE, PAPER_CUT, Fidelity, Pattern, coinciding, ladder
 from lofi_fast.memory.cards import Profile, profile_for, profile_named
 from lofi_fast.memory.plans import (
     PRIOR,
@@ -167,6 +167,9 @@ class Forecast:
         ]
         for pattern in self.patterns():
             lines += ["", *self._table(pattern, everything)]
+        chosen = {pattern.value: self.chosen(pattern) for pattern in self.patterns()}
+        if note := coinciding({pattern: plan.fidelity for pattern, plan in chosen.items() if plan is not None}):
+            lines += ["", f"note: {note}"]
         return "\n".join(lines)
 
     def _table(self, pattern: Pattern, everything: bool) -> list[str]:

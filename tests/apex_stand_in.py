@@ -65,7 +65,6 @@ class FusedSGD(torch.optim.Optimizer):
         self, params: Any, lr: float, momentum: float = 0, dampening: float = 0, weight_decay: float = 0,
         nesterov: bool = False,
     ) -> None:  # fmt: skip
-        assert momentum == 0, "the stand-in knows no momentum"
         super().__init__(params, {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
                                   "nesterov": nesterov})  # fmt: skip
 
@@ -73,15 +72,21 @@ class FusedSGD(torch.optim.Optimizer):
         super().zero_grad()
 
     def get_momentums(self, params: list[Tensor]) -> tuple[list[Tensor], bool]:
+        new = any("momentum_buffer" not in self.state[p] for p in params)
         for p in params:
             self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.data))
-        return [self.state[p]["momentum_buffer"] for p in params], True
+        return [self.state[p]["momentum_buffer"] for p in params], new
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             learning = [p for p in group["params"] if p.grad is not None]
-            momentums, _ = self.get_momentums(learning)
+            momentums, new = self.get_momentums(learning)
             assert [m.numel() for m in momentums] == [p.numel() for p in learning]  # the kernel looks at these
-            for parameter in learning:
+            for parameter, buffer in zip(learning, momentums, strict=True):
                 p, g = flat(parameter), flat(parameter.grad)
-                p.add_(-fp32(group["lr"]) * (g + fp32(group["weight_decay"]) * p))
+                g = g + fp32(group["weight_decay"]) * p
+                if group["momentum"]:
+                    m = flat(buffer)
+                    m.copy_(g if new else fp32(group["momentum"]) * m + (1 - fp32(group["dampening"])) * g)
+                    g = m
+                p.add_(-fp32(group["lr"]) * g)

@@ -21,6 +21,7 @@ import pytest
 import torch
 from av.video.frame import VideoFrame
 
+import lofi_fast
 from lofi_fast.run.folder import locked
 from lofi_fast.train import main
 
@@ -351,6 +352,11 @@ def test_a_missing_videos_folder(train: Train, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_paper_preset_from_random_weights_is_warned_of_before_all_else(train: Train, tmp_path: Path) -> None:
+    assert "WARNING: --preset thumos" in train("--preset", "thumos", videos=tmp_path / "none").out
+    assert "WARNING" not in train(videos=tmp_path / "none").out
+
+
 def test_segments_that_no_snippet_meets(train: Train, data: Data, tmp_path: Path) -> None:
     path = tmp_path / "labels.json"
     path.write_text(labelled_as([1.0, 1.01], "a", "b", "c", "d")(data.database))
@@ -406,6 +412,20 @@ def test_bad_videos_are_skipped_counted_and_reported(train: Train, data: Data, t
     assert [event["skipped"] for event in events(run, "data")] == [6]
     assert (run / "metrics.json").exists()
     assert {path.stem for path in (run / "features").glob("*.npy")} == set("abcd")
+
+
+def test_a_video_that_cannot_be_read_is_missed_in_the_official_map(train: Train, data: Data, tmp_path: Path) -> None:
+    database = data.database | {"gone": {"subset": "validation", "duration": SECONDS, "annotations": LABELLED * 2}}
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps({"database": database}))
+    done = train(annotations=path)
+    assert (done.status, done.err) == (0, "")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    official = lofi_fast.evaluate(path, tmp_path / "run" / "predictions.json", tiou="thumos")
+    assert metrics["average_map_as_given"] == official.average
+    assert (official.num_videos, official.num_segments) == (metrics["videos"] + 1, metrics["segments"] + 4)
+    assert "weights of the last epoch (1)" in done.out and "have the same rung, 8 snippets x 32 px" in done.out
+    assert f"({metrics['videos'] + 1} videos, of which 1 were not read, {metrics['segments'] + 4} segments)" in done.out
 
 
 def test_all_videos_bad(train: Train, data: Data, tmp_path: Path) -> None:
@@ -626,7 +646,7 @@ def test_resume_with_a_spoilt_config(train: Train, run: Path, content: str) -> N
     ("change", "parts"),
     [
         (lambda config: config.pop("lofi_fast"), ["config.json", "before", "train again"]),
-        (lambda config: config["joint"].update(momentum=0.9), ['"joint.momentum" is no setting']),
+        (lambda config: config["joint"].update(nesterov=True), ['"joint.nesterov" is no setting']),
     ],
     ids=["of the version before", "with an unknown setting"],
 )

@@ -15,12 +15,12 @@ import torch
 from lofi_fast import __main__ as program
 from lofi_fast import plan
 from lofi_fast.budget import Budget, parse_bytes
-from lofi_fast.config import MAY_CHANGE, PLANNED_FOR, STAGES, Config, memory_settings
+from lofi_fast.config import MAY_CHANGE, PLANNED_FOR, STAGES, Config, PresetName, memory_settings
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern
 from lofi_fast.head.gtad import GTAD
-from lofi_fast.presets import PRESETS, configured
+from lofi_fast.presets import PRESETS, configured, weights_warning
 from lofi_fast.settings import Leaf, leaves, negated, read
 from lofi_fast.train import main, read_flags
 
@@ -115,6 +115,7 @@ def test_every_flag_reaches_its_setting() -> None:
          "--frame-stride", "4", "--resize", "squash", "--no-flip", "--cache", "c", "--video-scores", "s.json",
          "--pretrain-epochs", "0", "--pretrain-lr", "0.2", "--joint-epochs", "3", "--joint-lr", "0.3",
          "--head-epochs", "5", "--head-lr", "0.4", "--batch", "6", "--tiou", "0.3:0.1:0.7", "--seed", "0",
+         "--sigma", "0.4", "--top-k", "500",
          "--device", "cpu", "--optimizer-impl", "torch", "--threads", "1"],
         cuda=lambda: True,
     )  # fmt: skip
@@ -131,7 +132,7 @@ def test_every_flag_reaches_its_setting() -> None:
         pretrain=dataclasses.replace(base.pretrain, epochs=0, lr=0.2),
         joint=dataclasses.replace(base.joint, epochs=3, lr=0.3, batch=6),
         head_stage=dataclasses.replace(base.head_stage, epochs=5, lr=0.4),
-        detect=dataclasses.replace(base.detect, tious="0.3:0.1:0.7"),
+        detect=dataclasses.replace(base.detect, tious="0.3:0.1:0.7", sigma=0.4, top_k=500),
         stages=("joint", "head"),
         pattern=Pattern.CYCLIC,
         short_cycle=16,
@@ -275,6 +276,21 @@ def test_activitynet_is_the_papers_setting() -> None:
     assert dataclasses.replace(PRESETS["hacs"](), preset="activitynet") == config
 
 
+@pytest.mark.parametrize("name", ["activitynet", "hacs", "thumos"])
+def test_the_papers_presets_pretrain_with_momentum_and_learn_jointly_without(name: PresetName) -> None:
+    config = PRESETS[name]()
+    assert (config.pretrain.optimizer, config.pretrain.momentum) == ("sgd", 0.9)
+    assert (config.joint.optimizer, config.joint.momentum) == ("sgd", 0.0)
+
+
+def test_a_paper_preset_without_weights_is_warned_of() -> None:
+    for name in PRESETS:
+        warning = weights_warning(config_of(*([] if name == "demo" else OWN), "--preset", name))
+        assert (warning is None) == (name in ("demo", "small"))
+        assert warning is None or ("random weights" in warning and "--encoder-weights" in warning)
+    assert weights_warning(config_of(*OWN, "--preset", "thumos", "--encoder-weights", "w.pth")) is None
+
+
 def test_thumos_is_gtads_setting() -> None:
     config = PRESETS["thumos"]()
     gtad = config.head
@@ -414,7 +430,7 @@ def test_a_bad_file_of_settings_is_one_sentence(tmp_path: Path, name: str, text:
     ("change", "part"),
     [
         (lambda content: content.pop("lofi_fast"), "before 0.2.0"),
-        (lambda content: content["joint"].update(momentum=0.9), '"joint.momentum" is no setting'),
+        (lambda content: content["joint"].update(nesterov=True), '"joint.nesterov" is no setting'),
         (lambda content: content["joint"].pop("lr"), "--joint-lr is missing"),
         (lambda content: content["joint"].update(lr="much"), "--joint-lr 'much': must be a number"),
         (lambda content: content.update(budget={"text": "11 apples"}), "11 apples"),

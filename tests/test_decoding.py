@@ -12,8 +12,9 @@ import pytest
 from lofi_fast.data.video_scores import load_video_scores
 from lofi_fast.detections import Detection, write_predictions
 from lofi_fast.errors import InputError
-from lofi_fast.head.decoding import detections
+from lofi_fast.head.decoding import detections, most_detections
 from lofi_fast.head.gtad_decoding import WindowMaps, proposals, window_proposals
+from lofi_fast.head.protocol import Proposals
 from lofi_fast.metrics import load_predictions
 
 ANNOTATIONS = Path(__file__).parents[2] / "shared" / "data" / "annotations"
@@ -153,6 +154,22 @@ def test_best_labels_of_each_proposal():
         "a",
     ]
     assert all(type(value) is float for d in found for value in (d.start, d.end, d.score))
+
+
+def placed(count):
+    """The proposals of `count` actions of one class that are apart from each other, all found."""
+    starts = np.arange(count) * 2.0
+    return Proposals(np.stack([starts, starts + 1], axis=1), np.linspace(0.9, 0.5, count), None)
+
+
+def test_a_long_video_may_have_more_detections():
+    assert [most_detections(n) for n in (0, 1, 2, 11)] == [200, 200, 220, 400]
+    whole = placed(1000)
+    windows = [Proposals(whole.segments_P2[k::50], whole.scores_P[k::50], None) for k in range(50)]
+    one, many = [whole], windows
+    assert len(detections(many, "a", duration=1e4, top_k=None)) == 1000
+    assert len(detections(many, "a", duration=1e4, top_k=200)) == 200
+    assert detections(one, "a", duration=1e4, top_k=None) == detections(one, "a", duration=1e4, top_k=200)
 
 
 def test_video_scores_take_the_place_of_class_probs():

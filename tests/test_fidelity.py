@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lofi_fast.fidelity import CYCLE, MIN_SIDE, Fidelity, Pattern, ladder, phase, rung, select_snippets
+from lofi_fast.fidelity import CYCLE, MIN_SIDE, Fidelity, Pattern, coinciding, ladder, phase, rung, select_snippets
 from lofi_fast.presets import PRESETS
 
 PAPER = Fidelity(100, 224)
@@ -154,3 +154,15 @@ def test_selected_snippets_are_distinct_and_nearest_to_equal_spacing(sizes: tupl
 
 def test_the_largest_gap_between_selected_snippets_is_the_ratio_rounded_up() -> None:
     assert np.diff(select_snippets(100, 30)).max() == math.ceil(100 / 30)
+
+
+def test_patterns_of_a_cycle_that_coincide_are_named() -> None:
+    full = Fidelity(100, 224)
+    assert coinciding({str(pattern): rung(pattern, full, 4) for pattern in CYCLE}) is None
+    same = coinciding({str(pattern): rung(pattern, full, 1) for pattern in CYCLE})
+    assert same is not None
+    assert same.startswith("spatial and temporal and spatio_temporal have the same rung, 100 snippets x 224 px: ")
+    assert "--min-cut 4" in same
+    two = coinciding({"spatial": full, "temporal": full, "spatio_temporal": Fidelity(50, 158)})
+    assert two is not None and two.startswith("spatial and temporal have the same rung")
+    assert coinciding({"spatial": full}) is None

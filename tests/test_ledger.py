@@ -402,6 +402,11 @@ def test_parameters_gradients_and_optimizer_state(
     assert bytes_.parameters == sum(t.nbytes for t in tensors)
     without = [] if class_loss else list(head.classifier.parameters())
     assert bytes_.gradients == sum(p.nbytes for p in learning) - sum(p.nbytes for p in without)
+    if optimizer == "sgd":
+        with_momentum = StageConfig(epochs=1, batch=1, optimizer="sgd", lr=0.1, momentum=0.9)
+        buffers = make_optimizer(with_momentum, learning, "torch").state.values()
+        held = step_bytes(replace(setting, momentum=True), Fidelity(10, 64), 1).optimizer
+        assert held == sum(t.nbytes for of in buffers for t in of.values()) > 0
     made = make_optimizer(StageConfig(epochs=1, batch=1, optimizer=optimizer, lr=0.1), learning, "torch")
     state = [t for of in made.state.values() for t in of.values() if isinstance(t, Tensor)]
     assert bytes_.optimizer == sum(t.nbytes for t in state)

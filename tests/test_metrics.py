@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench.peers import official_map
+from lofi_fast import metrics
+from lofi_fast.data.ground_truth import load_ground_truth
 from lofi_fast.errors import InputError
 from lofi_fast.evaluate import main
 from lofi_fast.metrics import (
     average_recall,
-    load_ground_truth,
     load_predictions,
     mean_average_precision,
     metrics_table,
@@ -108,6 +110,14 @@ def test_zero_length_ground_truth_matches_through_nan():
     assert ap(gt, {"v": [(4.0, 6.0, "a", 1.0)]}) == [[0.0, 0.0]]
 
 
+def test_a_prediction_that_ends_before_it_starts_hits_nothing():
+    # Its tIoU with a segment of the same length is 0/0, which the official evaluator counts as a hit.
+    gt = {"v": [(1.0, 3.0, "a"), (5.0, 5.0, "a")]}
+    assert ap(gt, {"v": [(3.0, 1.0, "a", 0.9)]}) == [[0.0, 0.0]]
+    behind = {"v": [(3.0, 1.0, "a", 0.9), (1.0, 3.0, "a", 0.8), (5.0, 5.0, "a", 0.7)]}
+    assert ap(gt, behind, "0.5") == [[2 / 3]]
+
+
 def test_unknown_labels_are_ignored_and_unknown_videos_are_false_positives():
     gt = {"v": [(0.0, 10.0, "a")]}
     predictions = {
@@ -195,6 +205,35 @@ def test_equals_the_port_with_long_lists_of_segments(tied):
     ground_truth, predictions = random_set(11, videos=3, classes=1, per_video=700, tied=tied)
     assert max(len(segments) for segments in ground_truth.values()) > 256
     assert 0 < assert_same_map(ground_truth, predictions, parse_tiou("0.3,0.5,0.9")).average < 1
+
+
+@pytest.mark.parametrize("pairs", [1, 50, 1000])
+def test_matching_in_parts_changes_nothing(monkeypatch, pairs):
+    monkeypatch.setattr(metrics, "MOST_PAIRS", pairs)
+    for seed, tied in ((7, False), (8, True)):
+        ground_truth, predictions = random_set(seed, videos=8, classes=2, per_video=60, tied=tied)
+        assert_same_map(ground_truth, predictions, ANET)
+        recall, port = (
+            recall_of(ground_truth, predictions, ANET, 30)
+            for recall_of in (average_recall, official_map.average_recall)
+        )
+        assert np.array_equal(recall.recall, port[1]) and recall.auc == port[3]
+
+
+@pytest.mark.parametrize("measure", [mean_average_precision, average_recall])
+def test_memory_does_not_grow_with_predictions_times_segments(monkeypatch, measure):
+    monkeypatch.setattr(metrics, "MOST_PAIRS", 1 << 16)
+    count = 2500
+    rng = np.random.default_rng(0)
+    starts = rng.uniform(0, 3600, (2, count))
+    (s, e), (ps, pe) = ((start.tolist(), (start + rng.uniform(1, 60, count)).tolist()) for start in starts)
+    ground_truth = {"v": [(*bounds, "a") for bounds in zip(s, e, strict=True)]}
+    predictions = {"v": [(*row[:2], "a", row[2]) for row in zip(ps, pe, rng.random(count).tolist(), strict=True)]}
+    tracemalloc.start()
+    measure(ground_truth, predictions, parse_tiou("0.3,0.5,0.7"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * count * count / 4  # a quarter of one matrix of their tIoUs
 
 
 def test_equals_the_port_with_many_classes():
@@ -300,6 +339,50 @@ def test_subset_by_default(tmp_path):
         load_ground_truth(path, "validation")
 
 
+def test_a_subset_is_named_in_any_case(tmp_path):
+    path = write(
+        tmp_path / "gt.json", {"database": {"a": video("Train", (0, 1, "a")), "b": video(" Val", (0, 2, "b"))}}
+    )
+    assert load_ground_truth(path, "TRAINING") == load_ground_truth(path, "train") == {"a": [(0.0, 1.0, "a")]}
+    assert load_ground_truth(path) == load_ground_truth(path, "Validation") == {"b": [(0.0, 2.0, "b")]}
+    write(path, {"database": {"a": video("Extra", (0, 1, "a")), "b": video("extra", (0, 2, "b"))}})
+    assert list(load_ground_truth(path, "EXTRA")) == ["a", "b"]
+
+
+def test_ground_truth_is_what_training_reads(tmp_path):
+    segments = [("v", (1.0, 3.0, "run")), ("w", (0.5, 2.0, "jump"))]
+    rows = "".join(f"{name},{s[0]},{s[1]}, {s[2]} ,Validation\n" for name, s in segments)
+    table = tmp_path / "gt.csv"
+    table.write_text(f"video,start,end,label,subset\n{rows}t,0,1,run,training\n", encoding="utf-8-sig")
+    content = {name: video("validation", (s[0], s[1], f"{s[2]} ")) for name, s in segments}
+    marked = tmp_path / "gt.json"
+    marked.write_text(json.dumps({"database": content}), encoding="utf-8-sig")
+    expected = {name: [s] for name, s in segments}
+    assert load_ground_truth(table) == load_ground_truth(marked) == expected
+    assert load_ground_truth(table, "Train") == {"t": [(0.0, 1.0, "run")]}
+    with pytest.raises(InputError, match="--subset"):
+        load_ground_truth(table, "testing")
+
+    predictions = tmp_path / "p.json"
+    found = {name: [{"segment": list(s[:2]), "label": f" {s[2]}", "score": 1}] for name, s in segments}
+    predictions.write_text(json.dumps({"results": found}), encoding="utf-8-sig")
+    for truth in (table, marked):
+        result = mean_average_precision(load_ground_truth(truth), load_predictions(predictions), ANET)
+        assert result.average == 1.0 and result.classes == ("run", "jump")
+
+
+def test_a_video_named_twice_is_refused_as_training_does(tmp_path):
+    entry = json.dumps(video("validation", (0, 1, "a")))
+    path = write(tmp_path / "gt.json", f'{{"database": {{"v": {entry}, "v": {entry}}}}}')
+    with pytest.raises(InputError, match="'v' appears twice"):
+        load_ground_truth(path)
+
+
+def test_test_videos_may_have_no_annotations(tmp_path):
+    path = write(tmp_path / "gt.json", {"database": {"a": {"subset": "testing"}, "b": video("test", (0, 1, "a"))}})
+    assert load_ground_truth(path) == {"a": [], "b": [(0.0, 1.0, "a")]}
+
+
 def one(segment=(0, 1), label="a", subset="validation"):
     return {"database": {"v": {"subset": subset, "annotations": [{"segment": list(segment), "label": label}]}}}
 
@@ -316,6 +399,7 @@ def one(segment=(0, 1), label="a", subset="validation"):
         ({"database": {"v": video("validation")}}, "no segment"),
         ({"database": {"v": {"subset": "validation", "annotations": [{"label": "a"}]}}}, "segment 0"),
         (one(label=3), "label"),
+        (one(label=" "), "label"),
         (one((0, 1, 2)), r"\[start, end\]"),
         (one((2, 1)), "after its end"),
         (one(("x", 1)), "segment 0: start is 'x'"),

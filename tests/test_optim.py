@@ -132,6 +132,29 @@ def test_the_update_is_torchs_own_to_rounding(form: Form, name: str) -> None:
             assert difference.abs().max() <= off * theirs[moment].abs().max(), moment
 
 
+def test_the_momentum_is_torchs_own_and_there_before_the_first_step(form: Form, tmp_path: Path) -> None:
+    learning = parameters(form.device)
+    optimizer = form.make(stage("sgd", momentum=0.9), learning)
+    before = [t.data_ptr() for state in optimizer.state.values() for t in state.values()]
+    assert len(before) == len(learning)
+    train(optimizer, learning, range(10))
+    resumed = form.make(stage("sgd", momentum=0.9), learning)
+    resumed.load_state_dict(through_a_file(optimizer, tmp_path))
+    assert before == [t.data_ptr() for state in optimizer.state.values() for t in state.values()]
+    train(resumed, learning, range(10, 20))
+
+    plainly = {}
+    for dtype in (torch.float64, torch.float32):
+        plainly[dtype] = parameters(dtype=dtype)
+        own = torch.optim.SGD(plainly[dtype], lr=0.05, momentum=0.9, weight_decay=0.02, foreach=False, fused=False)
+        train(own, plainly[dtype], range(20))
+    exact, rounded = plainly[torch.float64], plainly[torch.float32]
+    assert error(learning, exact) <= 2 * error(rounded, exact)
+    buffers = [(state["momentum_buffer"].cpu(), own.state[p]["momentum_buffer"])
+               for p, state in zip(rounded, resumed.state.values(), strict=True)]  # fmt: skip
+    assert all((ours - theirs).abs().max() <= 1e-6 * theirs.abs().max() for ours, theirs in buffers)
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_frozen_parameters_are_left_alone(form: Form, name: str) -> None:
     learning = parameters(form.device)

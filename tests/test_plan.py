@@ -100,3 +100,11 @@ def test_maps_in_8_bits_leave_room_for_more(capsys: pytest.CaptureFixture[str]) 
                 assert less["peak"] < peak["peak"] or (peak["recompute"] and less["peak"] == peak["peak"])
     assert main(["--mem-budget", "11GB", "--kept-maps", "8bit"]) == 0
     assert "policy batch, activations kept in 8 bits; " in capsys.readouterr().out
+
+
+def test_a_cycle_without_a_change_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--mem-budget", "80GB", "--card", "A100 80GB", "--batch", "1"]) == 0
+    assert "note: spatial and temporal and spatio_temporal have the same rung" in capsys.readouterr().out
+    for flags in (["--min-cut", "4"], ["--pattern", "spatial"]):
+        assert main(["--mem-budget", "80GB", "--card", "A100 80GB", "--batch", "1", *flags]) == 0
+        assert "have the same rung" not in capsys.readouterr().out

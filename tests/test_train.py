@@ -218,6 +218,13 @@ def test_the_evaluator_reads_the_predictions_and_finds_the_same_map(whole: Path,
     assert again["num_predictions"] > 0 and again["num_unknown_label"] == again["num_unknown_video"] == 0
 
 
+def test_the_official_map_on_the_file_as_given_stands_beside(whole: Path, demo_set: Demo) -> None:
+    metrics = read(whole / "metrics.json")
+    official = evaluator.evaluate(demo_set.annotations, whole / "predictions.json", tiou="thumos")
+    assert metrics["average_map_as_given"] == official.average
+    assert metrics["epoch"] == read(whole / "config.json")["head_stage"]["epochs"] - 1
+
+
 def test_predictions_lie_in_their_videos_and_are_in_the_form_of_activitynet(whole: Path, demo_set: Demo) -> None:
     predictions, truth = read(whole / "predictions.json"), read(whole / "ground_truth.json")["database"]
     annotated = read(demo_set.annotations)["database"]

@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -181,6 +182,8 @@ def _videos_of_json(path: Path, text: str, repairs: _Repairs) -> list[Video]:
         content = json.loads(text, object_pairs_hook=without_duplicates)
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}") from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise InputError(f"{path} is not an annotation file: {error}") from error
     except RecursionError as error:
         raise InputError(f"{path} is not an annotation file: it is nested too deeply") from error
     database = content.get("database") if isinstance(content, dict) else None
@@ -192,6 +195,12 @@ def _videos_of_json(path: Path, text: str, repairs: _Repairs) -> list[Video]:
         where = f"{path}: video {name}"
         if not name.strip():
             raise InputError(f"{path}: a video has an empty name")
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{path}: no file can have the name {name!r} of a video: it holds half a character"
+            ) from None
         if not isinstance(entry, dict):
             raise InputError(f"{where} must be an object")
         subset = _subset(entry.get("subset"), where)
@@ -292,6 +301,8 @@ def _segment(start: object, end: object, label: object, where: str) -> Segment:
         raise InputError(f"{where} starts at {start_s} s, after its end at {end_s} s")
     if not isinstance(label, str) or not label.strip():
         raise InputError(f"{where} needs a label, not {label!r}")
+    if any("\ud800" <= character <= "\udfff" for character in label):
+        raise InputError(f"{where} has the label {label!r}, which holds half a character")
     return Segment(start_s, end_s, label.strip())
 
 

@@ -54,6 +54,7 @@ class Dataset:
     videos: dict[str, tuple[Video, ...]]  # by subset, those that can be read
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
+    annotations: Path | None = None  # the file that the labels are from
 
     def durations(self, subset: str) -> dict[str, float]:
         return {sample.window.video: sample.cached.duration for sample in self.samples[subset]}
@@ -169,6 +170,7 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
         {subset: tuple(kept[subset]) for subset in SUBSETS},
         tuple(skipped),
         tuple(notes),
+        annotations_path,
     )
 
 

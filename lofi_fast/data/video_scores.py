@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def load_video_scores(path: Path, names: Sequence[str], classes: Sequence[str]) 
     if path.suffix == ".npy":
         return _thumos_scores(path, names, classes)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give --video-scores an existing file.") from None
     except OSError as error:
@@ -72,8 +73,10 @@ def load_video_scores(path: Path, names: Sequence[str], classes: Sequence[str]) 
     for name in names:
         row = np.zeros(len(classes))
         for label, value in _labelled(rows[name], columns, f"{path}, video {name}"):
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-                raise InputError(f"{path}, video {name}: the score of {label!r} is {value!r}, not a number >= 0.")
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
+                raise InputError(
+                    f"{path}, video {name}: the score of {label!r} is {value!r}, not a finite number >= 0."
+                )
             if isinstance(label, str) and label in index:
                 known = True
                 row[index[label]] = value
@@ -100,11 +103,13 @@ def _labelled(row: object, columns: object, where: str) -> list[tuple[object, ob
 
 def _thumos_scores(path: Path, names: Sequence[str], classes: Sequence[str]) -> dict[str, Floats]:
     try:
-        table = np.load(path, allow_pickle=False)
+        # Mapped, and not read: a damaged header may ask for any amount of memory.
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give --video-scores an existing file.") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} is not a NumPy array file ({error}); check --video-scores.") from None
+    except Exception as error:  # NumPy evaluates the header, and a damaged one can fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} is not a NumPy array file ({reason}); check --video-scores.") from None
     if not isinstance(table, np.ndarray) or table.ndim != 2 or table.shape[1] != 101 or table.dtype.kind != "f":
         raise InputError(
             f"{path} is not the THUMOS14 score table (videos x 101 classes of UCF101); --video-scores takes other "

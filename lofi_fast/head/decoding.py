@@ -21,6 +21,13 @@ Floats = npt.NDArray[np.float64]
 FloatArray = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 
+OF_ONE_WINDOW, OF_EACH_MORE = 200, 20  # detections that a video may have, where the settings name no number
+
+
+def most_detections(num_windows: int) -> int:
+    """How many detections are kept of a video of so many windows: a long video holds more actions than a short one."""
+    return OF_ONE_WINDOW + OF_EACH_MORE * max(num_windows - 1, 0)
+
 
 def _best_classes(probabilities: FloatArray, count: int) -> tuple[Ints, Floats]:
     """The `count` most probable of K classes in each of N columns -> (labels, probabilities), both (count, N).
@@ -83,7 +90,7 @@ def best(
     classes: Sequence[str],
     *,
     sigma: float = 0.84,
-    top_k: int = 100,
+    top_k: int | None = 100,
     min_score: float = MIN_SCORE,
 ) -> list[Detection]:
     """Detections of one video, best first, from the candidates of its windows; see `detections`."""
@@ -95,7 +102,7 @@ def best(
         torch.from_numpy(scores),
         torch.from_numpy(labels),
         sigma=sigma,
-        max_keep=top_k,
+        max_keep=most_detections(len(windows)) if top_k is None else top_k,
         min_score=min_score,
     )
     return [
@@ -110,7 +117,7 @@ def detections(
     *,
     duration: float,
     sigma: float = 0.84,
-    top_k: int = 100,
+    top_k: int | None = 100,
     labels_per_proposal: int = 2,
     video_scores: FloatArray | None = None,
     min_score: float = MIN_SCORE,
@@ -121,7 +128,8 @@ def detections(
     classes are those of video_scores (K,) when given (the paper's fusion: one ranking for the whole video), else of
     each proposal's class_probs; with neither, there must be one class, of probability 1. Segments are clipped to
     [0, duration] seconds and dropped when nothing is left; then soft-NMS within each class over all windows together,
-    and the top_k best are kept. min_score drops candidates and decayed scores below it.
+    and the top_k best are kept (None: `most_detections` of so many windows). min_score drops candidates and decayed
+    scores below it.
     Raises ValueError when the proposals or video_scores do not have len(classes) classes.
     """
     labelled = [

@@ -95,13 +95,13 @@ class Replay:
 
 def _events(text: str) -> Iterable[Mapping[str, Any]]:
     """The objects of a JSON list, or of JSON lines; a line that a killed run left torn is passed over."""
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         whole = json.loads(text)
         if isinstance(whole, list):
             return [event for event in whole if isinstance(event, dict)]
     events = []
     for line in text.splitlines():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             event = json.loads(line)
             if isinstance(event, dict):
                 events.append(event)

@@ -28,6 +28,7 @@ class Setting:
     itemsize: int  # bytes of a number in an activation: 4 in fp32, 2 under bf16 or fp16 autocast
     optimizer: Literal["sgd", "adam", "adamw"]
     eight_bit: bool = False  # activations of the encoder are kept as bytes
+    momentum: bool = False  # SGD keeps a buffer of each parameter
     decoded_ahead: int = 1  # micro-batches of frames beside the one that is worked on: FramePipeline's depth
 
     @staticmethod
@@ -41,7 +42,8 @@ class Setting:
         )
         if head is None:
             return None
-        return Setting(encoder, head, itemsize, config.joint.optimizer, config.kept_maps == "8bit")
+        joint = config.joint
+        return Setting(encoder, head, itemsize, joint.optimizer, config.kept_maps == "8bit", joint.momentum > 0)
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,13 @@ def step_bytes(
     all_gradients = FLOAT * sum(parameters.reached for parameters in networks)
     gradients = all_gradients if accumulates else 0
     peak = max(tally.peak, all_gradients - gradients)  # at the update
-    moments = sum(2 * FLOAT * parameters.numbers + FLOAT * parameters.tensors for parameters in networks)
+    if setting.optimizer == "sgd":
+        moments = sum(FLOAT * parameters.numbers for parameters in networks) if setting.momentum else 0
+    else:
+        moments = sum(2 * FLOAT * parameters.numbers + FLOAT * parameters.tensors for parameters in networks)
     return StepBytes(
         parameters=sum(parameters.held for parameters in networks),
-        optimizer=0 if setting.optimizer == "sgd" else moments,
+        optimizer=moments,
         gradients=gradients,
         frames=(1 + setting.decoded_ahead) * micro_batch * fidelity.num_frames * RGB * fidelity.side**2,
         kept_encoder=kept_encoder,

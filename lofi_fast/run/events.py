@@ -181,6 +181,10 @@ class Metrics(Event, frozen=True, kw_only=True, tag="metrics"):
     best_epoch: dict[str, Number] | None  # "epoch" and "average" of the best validation; checkpoints/best.pt holds it
     videos: int
     segments: int
+    # Against all videos and segments of the annotation file as they stand there, which is the official measure; None
+    # where the file is no ActivityNet JSON.
+    average_map_as_given: Number = None
+    epoch: int | None = None  # of the head stage, whose weights these numbers are of: its last
 
 
 class Done(Event, frozen=True, kw_only=True, tag="done"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from lofi_fast.data.ground_truth import load_ground_truth
 from lofi_fast.data.video_scores import load_video_scores
 from lofi_fast.detections import Detection, write_predictions
 from lofi_fast.errors import InputError
@@ -16,6 +17,20 @@ from lofi_fast.metrics import MapResult, mean_average_precision, metrics_table, 
 from lofi_fast.run import events
 from lofi_fast.run.state import Run
 from lofi_fast.stages.features import extract, load_features
+
+
+def _reported(run: Run, result: MapResult, as_given: MapResult | None) -> str:
+    """What the table is of, and what it is not."""
+    said = f"these are the weights of the last epoch ({run.config.head_stage.epochs}) of the head stage"
+    if run.best:
+        said += f"; the best on these videos was epoch {run.best['epoch'] + 1}, {100 * run.best['average']:.2f}"
+    if as_given is not None:
+        unread = as_given.num_videos - result.num_videos
+        said += (
+            f"; against the annotations as given ({as_given.num_videos} videos, of which {unread} were not read, "
+            f"{as_given.num_segments} segments): average mAP {100 * as_given.average:.2f}"
+        )
+    return said
 
 
 @torch.no_grad()
@@ -59,6 +74,21 @@ def score(run: Run, found: dict[str, list[Detection]]) -> MapResult:
     return mean_average_precision(truth, predictions, parse_tiou(run.config.detect.tious))
 
 
+def score_as_given(run: Run, found: dict[str, list[Detection]]) -> MapResult | None:
+    """The same against all videos and segments of the annotation file: those of videos that could not be read are
+    missed, and none is clipped or left out as a duplicate. None where the file is no ActivityNet JSON.
+    """
+    path = run.dataset.annotations
+    if path is None or path.suffix.lower() != ".json":
+        return None
+    predictions = {name: [(d.start, d.end, d.label, d.score) for d in items] for name, items in found.items()}
+    try:
+        return mean_average_precision(load_ground_truth(path), predictions, parse_tiou(run.config.detect.tious))
+    except InputError as error:
+        run.log.say(f"note: no mAP against the annotations as given: {error}")
+        return None
+
+
 def evaluate(run: Run) -> MapResult | None:
     """Detect on the validation videos, write predictions, ground truth and metrics; None without such videos."""
     if run.due("eval") is None:
@@ -72,6 +102,7 @@ def evaluate(run: Run) -> MapResult | None:
     extract(run)
     found = detect_subset(run, "validation")
     result = score(run, found)
+    as_given = score_as_given(run, found)
     write_predictions(run.folder / "predictions.json", found)
     run.write_json(
         "ground_truth.json",
@@ -96,10 +127,13 @@ def evaluate(run: Run) -> MapResult | None:
         best_epoch=run.best or None,
         videos=len(videos),
         segments=sum(len(video.segments) for video in videos),
+        average_map_as_given=None if as_given is None else as_given.average,
+        epoch=run.config.head_stage.epochs - 1 if run.config.head_stage.epochs else None,
     )
     content = msgspec.structs.asdict(metrics)
     del content["time"]
     run.write_json("metrics.json", content)
     run.log.event(metrics)
     run.log.say(metrics_table(result))
+    run.log.say(_reported(run, result, as_given))
     return result

@@ -32,6 +32,7 @@ from lofi_fast.metrics import MapResult, parse_tiou
 from lofi_fast.model import MODEL, Detector
 from lofi_fast.optim import Implementation, choose_implementation
 from lofi_fast.precision import Precision, choose_device, choose_precision
+from lofi_fast.presets import weights_warning
 from lofi_fast.run import events
 from lofi_fast.run.folder import cache_folder, choose_folder, run_folder
 from lofi_fast.run.log import RunLog
@@ -82,6 +83,8 @@ def run_job(
     with run_folder(config, resume) as (folder, going_on), closing(RunLog(folder / "log.jsonl")) as log:
         stop.folder = folder
         introduce(log, config, meter, precision, optimizers, budget, argv)
+        if networks is None and (warning := weights_warning(config)):
+            log.say(warning)
         for note in notes:
             log.say(f"note: {note}")
         dataset = prepare(config, log)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lofi_fast.budget import gigabytes
 from lofi_fast.data.dataset import Sample
-from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder, phase
+from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, coinciding, ladder, phase
 from lofi_fast.memory.governor import Decision, Governor, Planner
 from lofi_fast.memory.plans import Device, Plan, candidates, remedies
 from lofi_fast.memory.replay import Replay
@@ -236,4 +236,6 @@ def plan_joint(run: Run) -> dict[str, PatternPlan]:
             "measured": [[*of, peak] for of, peak in measured.items()],
             "ladder": table,
         }
+    if note := coinciding({pattern: Fidelity(*of["rung"]) for pattern, of in chosen.items()}):
+        run.log.say(f"note: {note}")
     return chosen

@@ -1,0 +1,111 @@
+"""Ground truth for an evaluation: of the files that training reads, and of ActivityNet JSON just as it is given.
+
+The official evaluator clips nothing and drops nothing: of a video's annotations all count, also those past its end and
+those that stand there twice. `annotations.load_annotations`, which training reads with, repairs both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lofi_fast.data.annotations import load_annotations
+from lofi_fast.errors import InputError
+from lofi_fast.metrics import read_object, segments_of
+
+Truth = dict[str, list[tuple[float, float, str]]]
+
+_SUBSETS = {"train": "training", "val": "validation", "valid": "validation", "test": "testing"}
+
+
+def load_ground_truth(path: Path, subset: str | None = None) -> Truth:
+    """One subset of an annotation file: video -> [(start, end, label)], seconds.
+
+    ActivityNet, HACS and THUMOS JSON is taken as it is given: nothing is clipped or dropped, duplicates and zero
+    lengths stay, as the official evaluator has it. Any other file is what training reads of it. subset None means
+    validation, else the only one, else testing; train, val and test are understood, in any case. Raises InputError for
+    unreadable files, missing keys, values that are no finite numbers, reversed segments, a key that stands twice in one
+    object, and subsets without a segment.
+    """
+    return load_subset(path, subset)[1]
+
+
+def load_subset(path: Path, wanted: str | None) -> tuple[str, Truth]:
+    """(name of the subset, its ground truth); see `load_ground_truth`."""
+    subset, truth = (_as_trained if path.suffix.lower() in (".csv", ".tsv", ".txt") else _as_given)(path, wanted)
+    if not any(truth.values()):
+        raise InputError(f"{path} has no segment in the subset {subset!r}; choose another with --subset.")
+    return subset, truth
+
+
+def _as_trained(path: Path, wanted: str | None) -> tuple[str, Truth]:
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give --ground-truth an existing file.")
+    videos = load_annotations(path).videos
+    subset = _choose_subset(path, {video.subset for video in videos}, wanted)
+    return subset, {
+        video.name: [(s.start, s.end, s.label) for s in video.segments] for video in videos if video.subset == subset
+    }
+
+
+def _as_given(path: Path, wanted: str | None) -> tuple[str, Truth]:
+    """Of ActivityNet JSON; videos of other subsets may hold anything."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # json keeps the last of two equal keys, which would lose a video without a word
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise InputError(f"{path}: the key {twice!r} appears twice in one object; mend --ground-truth.")
+        return found
+
+    database = read_object(path, "--ground-truth", "database", once)
+    subsets: dict[str, str] = {}
+    for name, entry in database.items():
+        said = entry.get("subset") if isinstance(entry, dict) else None
+        if not isinstance(said, str):
+            raise InputError(f'{path}, video {name}: "subset" is missing or is not a text.')
+        subsets[name] = _subset_named(said)
+    subset = _choose_subset(path, set(subsets.values()), wanted)
+    return subset, {
+        name: _segments(database[name], subset, f"{path}, video {name}") for name, of in subsets.items() if of == subset
+    }
+
+
+def _segments(entry: Mapping[str, Any], subset: str, where: str) -> list[tuple[float, float, str]]:
+    if "annotations" not in entry:
+        if subset == "testing":  # the annotations of a competition's test videos may be unpublished
+            return []
+        raise InputError(f'{where}: "annotations" is missing.')
+    segments = []
+    for i, (start, end, label, _) in enumerate(segments_of(entry["annotations"], where)):
+        if start > end:
+            raise InputError(f"{where}, segment {i}: starts at {start} s, after its end at {end} s.")
+        if not label:
+            raise InputError(f'{where}, segment {i}: "label" is empty.')
+        segments.append((start, end, label))
+    return segments
+
+
+def _subset_named(text: str) -> str:
+    name = text.strip().lower()
+    return _SUBSETS.get(name, name)
+
+
+def _choose_subset(path: Path, members: set[str], wanted: str | None) -> str:
+    """The wanted subset of those there are, or validation, or the only one, or testing."""
+    found = ", ".join(sorted(members)) or "none"
+    if wanted is not None:
+        subset = _subset_named(wanted)
+        if subset not in members:
+            raise InputError(f"{path} has no subset {wanted!r} (it has: {found}); change --subset.")
+        return subset
+    if "validation" in members:
+        return "validation"
+    if len(members) == 1:
+        return next(iter(members))
+    if "testing" in members:
+        return "testing"
+    raise InputError(f"{path} has neither a validation nor a testing subset (it has: {found}); give --subset.")
