@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,48 @@ def test_unreadable_videos_are_skipped_and_counted(files: Files, tmp_path: Path)
 def test_the_cache_keeps_the_margin_of_a_crop() -> None:
     assert cache_side(Fidelity(100, 224)) == 256
     assert cache_side(Fidelity(8, 96)) == 110  # 96 * 8 / 7, to even pixels
+
+
+def delayed(source: Path, path: Path, seconds: int) -> None:
+    """The same packets of video, behind so many seconds of sound alone: what a cut by stream copy leaves."""
+    with av.open(str(source)) as before, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(before.streams.video[0])
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        for i in range(seconds * 8):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1000), np.float32), format="fltp", layout="mono")
+            silence.sample_rate, silence.pts, silence.time_base = 8000, 1000 * i, Fraction(1, 8000)
+            container.mux(sound.encode(silence))
+        container.mux(sound.encode(None))
+        for packet in before.demux(before.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                packet.pts += int(seconds / packet.time_base)
+                packet.dts += int(seconds / packet.time_base)
+                container.mux(packet)
+
+
+@pytest.mark.parametrize("extension", ["mp4", "mkv", "ts"])
+def test_labels_and_pictures_share_the_file_s_clock(extension: str, files: Files, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for name in "abv":
+        delayed(files.folder / "videos" / f"{name}.mp4", tmp_path / "videos" / f"{name}.{extension}", 3)
+    database = {
+        name: {"subset": NAMES[name], "annotations": [{"segment": [4.0, 5.7], "label": "jump"}]} for name in "abv"
+    }
+    (tmp_path / "annotations.json").write_text(json.dumps({"database": database}))
+    dataset, config = Files(tmp_path, tmp_path / "annotations.json").load()
+    plain = files.load()[0].samples["training"][0]
+    late = dataset.samples["training"][0]
+    tolerance = 0.15  # of the encoder's delay of sound and the muxer's first stamps
+    assert late.window.start == pytest.approx(3.0, abs=tolerance)
+    assert late.window.end == pytest.approx(11.0, abs=tolerance)
+    assert late.segments.tolist() == [[4.0, 5.7]]
+    np.testing.assert_array_equal(late.cached.frames[late.grid], plain.cached.frames[plain.grid])
+    np.testing.assert_allclose(late.cached.pts, plain.cached.pts + 3, atol=tolerance)
+    shown = [clip.snippet for clip in Sampler(dataset, config.data, FULL, 0).clips if clip.sample is late]
+    assert shown == [1, 2]  # of the pictures' own seconds 1.0 to 2.7
+    (note,) = dataset.notes
+    assert "3 videos begin after the file's start" in note and "a at" in note
 
 
 # Order

@@ -163,7 +163,10 @@ def test_a_players_clock_begins_with_the_earliest_stream(
 ) -> None:
     info = probe(write_with_sound(tmp_path / "v.mkv", first_frame, first_sound))
     assert info.start == pytest.approx(start, abs=1e-6)
-    np.testing.assert_allclose(info.pts, np.arange(10) * 0.04, atol=1e-9)
+    np.testing.assert_allclose(info.pts, start + np.arange(10) * 0.04, atol=1e-9)
+    assert info.duration == pytest.approx(start + 0.4, abs=1e-3)
+    assert info.fps == pytest.approx(25, rel=0.01)
+    assert all_numbers(info, np.array([0, 5, 9])) == [(0, 0), (5, 5), (9, 9)]
 
 
 def test_one_frame(tmp_path: Path) -> None:
@@ -310,7 +313,7 @@ def test_real_traps(file: str) -> None:
     info = probe(TRAPS / file)
     assert (len(info.pts), info.width, info.height, info.rotation) == (num_frames, width, height, rotation)
     assert info.fps == pytest.approx(fps, abs=0.01) and info.pixel_format == pixel_format
-    assert info.pts[0] == 0 and all(a < b for a, b in pairwise(info.pts))
+    assert info.pts[0] == info.start >= 0 and all(a < b for a, b in pairwise(info.pts))
 
     # the truth: everything in the decoder's order, which is the presentation order
     with av.open(str(info.path)) as container:
@@ -324,7 +327,7 @@ def test_real_traps(file: str) -> None:
         np.testing.assert_array_equal(frame.to_ndarray(format="gray"), truth[index])
         if info.ticks is not None:
             start = float(info.ticks[0] * info.time_base)
-            assert frame.time - start == pytest.approx(info.pts[index], abs=1e-9)
+            assert frame.time - start == pytest.approx(info.pts[index] - info.start, abs=1e-9)
 
 
 @needs_data

@@ -1,5 +1,8 @@
 """Ground truth of temporal action localization, read from the formats people have.
 
+Times are seconds on the file's own clock, the one that players and labelling tools show: 0 is where the container
+starts, also where its sound begins before its pictures (a cut by stream copy does that).
+
 ActivityNet and HACS publish ``{"database": {name: {"subset", "duration", "annotations": [{"segment", "label"}]}}}``;
 THUMOS14 circulates in the same form with its numbers as strings; everyone else has a table. All of them come out as
 `Annotations`, in seconds. What can be repaired without a guess is repaired and said in `Annotations.notes`; anything
@@ -32,7 +35,7 @@ _SUBSETS = {
 
 @dataclass(frozen=True)
 class Segment:
-    """One action: `start` and `end` in seconds from the first frame, start <= end."""
+    """One action: `start` and `end` in seconds on the file's clock, start <= end."""
 
     start: float
     end: float

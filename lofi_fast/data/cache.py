@@ -85,7 +85,8 @@ class CachedVideo:
     """A complete entry: picture p of the .mov at `path` is source frame frames[p], shown at pts[p] seconds.
 
     frames, offsets, sizes (n,) int64, pts (n,) float64: source frame indices (ascending), where each JPEG lies in the
-    file and how many bytes it has. width, height: pixels of the pictures. duration: seconds of the source video.
+    file and how many bytes it has. width, height: pixels of the pictures. duration: seconds that the source video's
+    clock shows at its end.
     """
 
     name: str
@@ -249,12 +250,13 @@ def _load(request: CacheRequest, folder: Path, short_side: int) -> CachedVideo |
                 name=request.name,
                 path=path,
                 frames=index["frames"],
-                pts=index["pts"],
+                # of the probe, not of the index: an entry may be older than what is known of the file's clock
+                pts=request.info.pts[request.frames],
                 offsets=index["offsets"],
                 sizes=index["sizes"],
                 width=int(index["width"]),
                 height=int(index["height"]),
-                duration=float(index["duration"]),
+                duration=request.info.duration,
             )
         length = path.stat().st_size
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
@@ -512,7 +514,7 @@ def _pictures(info: VideoInfo, frames: np.ndarray, short_side: int, threads: int
         picture = _upright(convert(frame), info.rotation, info.mirrored)
         picture.time_base = time_base
         if info.ticks is None:
-            picture.pts = round(info.pts[index] / time_base)
+            picture.pts = round((info.pts[index] - info.start) / time_base)
         else:
             picture.pts = int(info.ticks[index] - info.ticks[0]) * info.time_base.numerator
         yield index, picture

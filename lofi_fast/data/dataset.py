@@ -28,6 +28,7 @@ from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, select_snippets
 
 SUBSETS = ("training", "validation")
+NOTED_START = 0.1  # seconds between a file's start and its first picture, above which it is worth a note
 CROP_OF_CACHED = 7 / 8  # a 224 px crop out of a 256 px frame, and the same share at every size
 JITTER_PIXELS = 64 * 112 * 112  # of the frames that are jittered at once
 SQUASH_LEAST = 0.85  # share of each side that a random crop keeps when the whole frame is squashed
@@ -108,6 +109,18 @@ def _require(readable: Sequence[Video], skipped: Sequence[Skipped], config: Data
         )
 
 
+def _late_pictures(starts: dict[str, float]) -> list[str]:
+    """A note about videos whose first picture comes later than their file's start; by name, in seconds."""
+    late = sorted((name for name, start in starts.items() if start > NOTED_START), key=lambda name: -starts[name])
+    if not late:
+        return []
+    shown = ", ".join(f"{name} at {starts[name]:.2f} s" for name in late[:5]) + (", ..." if len(late) > 5 else "")
+    return [
+        f"the pictures of {len(late)} video{'s' if len(late) > 1 else ''} begin after the file's start ({shown}); "
+        "labels are read on the file's clock, as players show it"
+    ]
+
+
 def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Path, progress: Progress) -> Dataset:
     """Read labels, probe the videos, fill the frame cache, cut windows. Bad videos are skipped and counted.
 
@@ -135,8 +148,11 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
             readable.append(video)
     _require(readable, skipped, config.data)
 
+    notes += _late_pictures({video.name: infos[video.name].start for video in readable})
     windows = {
-        video.name: cut_windows(video.name, infos[video.name].duration, config.data.window, config.data.overlap)
+        video.name: cut_windows(
+            video.name, infos[video.name].duration, config.data.window, config.data.overlap, infos[video.name].start
+        )
         for video in readable
     }
     grid = partial(full_grid, num_snippets=config.full.num_snippets, frame_stride=config.data.frame_stride)

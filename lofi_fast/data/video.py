@@ -1,8 +1,9 @@
 """Where the frames of a video file are in time, and how to get exactly those asked for.
 
 A frame is named by its index in presentation order; its time is `VideoInfo.pts[index]`, taken from the file's own
-time stamps and never from a frame rate. Sources of the traps handled here: FFmpeg's libavformat and libavcodec, read
-through PyAV.
+time stamps and never from a frame rate. All times are on the file's clock, the one that players and labelling tools
+show: 0 is where the container starts, which is its earliest stream, and the pictures may begin later. Sources of the
+traps handled here: FFmpeg's libavformat and libavcodec, read through PyAV.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ class VideoError(InputError):
 class VideoInfo:
     """What `probe` found out about a file's best video stream.
 
-    pts (num_frames,) float64: seconds of each frame in presentation order, ascending, the first is 0.
-    duration: seconds, up to the end of the last frame. width, height: pixels as shown, after rotation.
+    pts (num_frames,) float64: seconds of each frame in presentation order, ascending, on the file's clock.
+    duration: seconds that the file's clock shows at the end of the last frame. width, height: pixels as shown, after
+    rotation.
     rotation: degrees clockwise (0, 90, 180, 270) that turn a decoded frame upright, after it is flipped left-right if
     `mirrored`. size, mtime_ns: of the file.
     ticks (num_frames,) int64: the stamp each decoded frame carries, in units of time_base seconds; None where the
     decoder's stamps are wrong or missing and a frame is found by counting (MPEG-4 with packed B-frames).
     key_ticks: ascending stamps of frames from which decoding may start and still give the same pixels; may be empty.
-    start: what a player's clock shows at the first frame, in seconds: 0 unless another stream begins before it.
     """
 
     path: Path
@@ -74,12 +75,17 @@ class VideoInfo:
     ticks: np.ndarray | None = None
     key_ticks: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     mirrored: bool = False
-    start: float = 0.0
+
+    @property
+    def start(self) -> float:
+        """Seconds that the file's clock shows at the first frame: 0 unless another stream begins before it."""
+        return float(self.pts[0])
 
     @property
     def fps(self) -> float:
         """Mean frames a second; 0.0 for a video without a duration."""
-        return len(self.pts) / self.duration if self.duration > 0 else 0.0
+        shown = self.duration - self.start
+        return len(self.pts) / shown if shown > 0 else 0.0
 
 
 def probe(path: Path) -> VideoInfo:
@@ -106,6 +112,9 @@ def probe(path: Path) -> VideoInfo:
             rate = stream.average_rate or stream.guessed_rate
             codec = stream.codec_context.name
             begins = container.start_time
+            stream_begins = (stream.start_time or 0) * time_base
+            # the stamps that are made up for its frames are late by what a decoder holds back
+            has_times = container.format.name != "avi"
         first = _first_frame(path)
         times: np.ndarray
         if ticks is not None and first.pts == ticks[0]:
@@ -131,6 +140,7 @@ def probe(path: Path) -> VideoInfo:
         length = float(np.median(np.diff(pts)))
     else:
         length = float(1 / rate) if rate else 0.0
+    pts += _start(int(ticks[0]) * time_base if ticks is not None and has_times else stream_begins, begins)
     rotation, mirrored = _orientation(first)
     width, height = (first.height, first.width) if rotation in (90, 270) else (first.width, first.height)
     return VideoInfo(
@@ -148,12 +158,11 @@ def probe(path: Path) -> VideoInfo:
         ticks=ticks,
         key_ticks=key_ticks,
         mirrored=mirrored,
-        start=0.0 if ticks is None else _start(int(ticks[0]) * time_base, begins),
     )
 
 
 def _start(first: Fraction, container: int | None) -> float:
-    """Seconds from where a player's clock begins to the first frame. Players show a container's start time, that of
+    """Seconds from where the file's clock begins to the first frame. Players show a container's start time, that of
     its earliest stream (`container`, microseconds), as 0.
     """
     late = float(first - Fraction(container, 1_000_000)) if container is not None else 0.0
