@@ -335,6 +335,8 @@ class Session:
         config, classes = self.config, self.detector.classes
         with self._blaming(path):
             info = _probed(path)
+            if info.lost:
+                self._say(f"note: {info.lost} frames of {path} could not be decoded and are left out")
             windows = cut_windows(str(path), info.duration, config.data.window, config.data.overlap, info.start)
             kept: list[Candidates] = []
             batch: list[tuple[Window, Features]] = []

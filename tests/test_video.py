@@ -240,6 +240,70 @@ def test_a_truncated_mp4_gives_what_is_left_and_says_so(tmp_path: Path) -> None:
     assert all_numbers(shorter, indices) == [(i, i) for i in indices]
 
 
+# Damaged and joined streams: what decodes is used.
+
+STREAMS = {
+    "h264_ts": ("v.ts", "libx264", X264_B),
+    "h264_m2ts": ("v.m2ts", "libx264", X264_B),
+    "mpeg2_ts": ("v.ts", "mpeg2video", {"bf": "2", "g": "12"}),
+    "mpeg2_program_stream": ("v.mpg", "mpeg2video", {"bf": "2", "g": "12"}),
+}
+
+
+def agreeing(path: Path) -> tuple[VideoInfo, list[int]]:
+    """The probe, and the numbers of all its frames, decoded in two ways."""
+    info = probe(path)
+    assert np.all(np.diff(info.pts) > 0) and info.duration > info.pts[-1]
+    frames = np.arange(len(info.pts))
+    numbers = all_numbers(info, frames)
+    assert [index for index, _ in numbers] == frames.tolist()
+    some = [(index, number_of(frame)) for index, frame in decode(info, frames[::3], threads=2)]
+    assert some == numbers[::3]
+    return info, [number for _, number in numbers]
+
+
+@pytest.mark.parametrize("pieces", [2, 3])
+@pytest.mark.parametrize("case", STREAMS)
+def test_joined_streams_are_one_video_on_one_clock(case: str, pieces: int, tmp_path: Path) -> None:
+    file, codec, options = STREAMS[case]
+    path = write_video(tmp_path / file, 60, codec, options=options)
+    path.write_bytes(path.read_bytes() * pieces)
+    info, numbers = agreeing(path)
+    assert numbers == list(range(60)) * pieces
+    np.testing.assert_allclose(info.pts, np.arange(60 * pieces) / 25, atol=0.0011)
+    assert info.lost == 0
+
+
+@pytest.mark.parametrize("case", STREAMS)
+@pytest.mark.parametrize("damage", ["torn", "headless", "hole", "zeros", "flipped"])
+def test_of_a_damaged_stream_what_decodes_is_used(damage: str, case: str, tmp_path: Path) -> None:
+    file, codec, options = STREAMS[case]
+    path = write_video(tmp_path / file, 60, codec, options=options)
+    whole = path.read_bytes()
+    middle = len(whole) // 188 // 2 * 188
+    flipped = bytearray(whole)
+    rng = np.random.default_rng(0)
+    for place in rng.integers(2000, len(whole), 20):
+        flipped[place] ^= 255
+    damaged = {
+        "torn": whole[: middle + 77],
+        "headless": whole[middle:],
+        "hole": whole[:middle] + whole[middle + 6 * 188 :],
+        "zeros": whole[:middle] + bytes(1000) + whole[middle:],
+        "flipped": bytes(flipped),
+    }
+    path.write_bytes(damaged[damage])
+    info, numbers = agreeing(path)
+    assert len(numbers) >= 20 and info.lost is not None
+    if damage in ("torn", "headless"):
+        assert numbers == sorted(numbers)
+    # what is left of the true times stays where it was
+    if damage == "zeros" and info.lost == 0:
+        np.testing.assert_allclose(info.pts, np.arange(60) / 25, atol=0.0011)
+    if damage == "flipped":
+        assert info.lost > 0 or len(numbers) == 60
+
+
 def test_the_best_of_two_streams_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "v.mkv"
     with av.open(str(path), "w") as container:

@@ -121,6 +121,16 @@ def _late_pictures(starts: dict[str, float]) -> list[str]:
     ]
 
 
+def _lost_frames(infos: dict[str, VideoInfo]) -> list[str]:
+    """A note about each video of which some frames do not decode, and the rest is used."""
+    return [
+        f"{name}: {info.lost} frame{'s' if info.lost > 1 else ''} of {info.path} could not be decoded and "
+        f"{'are' if info.lost > 1 else 'is'} left out; the other {len(info.pts)} are used"
+        for name, info in infos.items()
+        if info.lost
+    ]
+
+
 def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Path, progress: Progress) -> Dataset:
     """Read labels, probe the videos, fill the frame cache, cut windows. Bad videos are skipped and counted.
 
@@ -148,6 +158,7 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
             readable.append(video)
     _require(readable, skipped, config.data)
 
+    notes += _lost_frames({video.name: infos[video.name] for video in readable})
     notes += _late_pictures({video.name: infos[video.name].start for video in readable})
     windows = {
         video.name: cut_windows(
