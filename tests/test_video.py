@@ -5,7 +5,6 @@ Test videos carry their own frame number as a bar code of dark and light squares
 
 from __future__ import annotations
 
-import os
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from av.video.frame import VideoFrame
 
-from lofi_fast.data.video import VideoError, VideoInfo, decode, find_videos, list_videos, probe
+from lofi_fast.data.video import VideoError, VideoInfo, decode, probe
 from lofi_fast.errors import InputError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -319,42 +318,6 @@ def test_the_best_of_two_streams_is_taken(tmp_path: Path) -> None:
     info = probe(path)
     assert (info.codec, info.width, info.height) == ("h264", 128, 48)
     assert all_numbers(info, np.array([2, 9])) == [(2, 2), (9, 9)]
-
-
-def test_find_videos(tmp_path: Path) -> None:
-    for file in ("b/x.mp4", "a/x.mkv", "v_y.MP4", "a/deep/z.1.webm", "x.txt", "w.avi"):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
-    (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    found = find_videos(tmp_path, ["x", "y", "z.1", "w.avi", "absent"])
-    assert found == {
-        "x": tmp_path / "a" / "x.mkv",
-        "y": tmp_path / "v_y.MP4",
-        "z.1": tmp_path / "a" / "deep" / "z.1.webm",
-        "w.avi": tmp_path / "w.avi",
-    }
-    with pytest.raises(InputError, match="--videos"):
-        find_videos(tmp_path / "nowhere", ["x"])
-    with pytest.raises(InputError, match="--videos"):
-        find_videos(tmp_path / "x.txt", ["x"])
-
-
-def test_list_videos(tmp_path: Path) -> None:
-    for file in ("b/x.mp4", "a/x.3GP", "v.ogv", "notes.txt", "mp4"):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
-    (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    assert list_videos(tmp_path) == [tmp_path / "a" / "x.3GP", tmp_path / "b" / "x.mp4", tmp_path / "v.ogv"]
-    with pytest.raises(InputError, match="is not a folder"):
-        list_videos(tmp_path / "mp4")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may list any folder")
-def test_find_videos_in_a_forbidden_folder(tmp_path: Path) -> None:
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0)
-    with pytest.raises(InputError, match="cannot be listed"):
-        find_videos(closed, ["x"])
 
 
 TRAP_FACTS = {

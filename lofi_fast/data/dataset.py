@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from lofi_fast.config import Config, DataConfig
 from lofi_fast.data.annotations import Video, clip_to_duration, load_annotations
 from lofi_fast.data.cache import CachedVideo, CacheRequest, Pictures, Skipped, prepare
+from lofi_fast.data.matching import find_videos
 from lofi_fast.data.pipeline import FrameRequest, View
-from lofi_fast.data.video import VideoError, VideoInfo, find_videos, probe
+from lofi_fast.data.video import VideoError, VideoInfo, probe
 from lofi_fast.data.windows import Window, cut_windows, full_grid
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, select_snippets
@@ -138,18 +139,16 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
     """
     annotations = load_annotations(annotations_path)
     wanted = [video for video in annotations.videos if video.subset in SUBSETS]
-    paths = find_videos(videos, [video.name for video in wanted])
-    skipped = [
-        Skipped(v.name, str(videos / v.name), "no video file of this name") for v in wanted if v.name not in paths
-    ]
-    infos, unreadable = _probe_all(paths)
+    matches = find_videos(videos, [video.name for video in wanted])
+    skipped = [Skipped(name, str(videos / name), reason) for name, reason in matches.absent.items()]
+    infos, unreadable = _probe_all(matches.paths)
     short = {name for name, info in infos.items() if len(info.pts) < FRAMES_PER_SNIPPET}
     unreadable += [
         Skipped(name, str(infos[name].path), f"{len(infos[name].pts)} frames are less than one snippet of 8")
         for name in sorted(short)
     ]
     skipped += unreadable
-    notes = list(annotations.notes)
+    notes = [*annotations.notes, *matches.notes]
     readable = []
     for annotated in wanted:
         if annotated.name in infos and annotated.name not in short:

@@ -9,10 +9,9 @@ traps handled here: FFmpeg's libavformat and libavcodec, read through PyAV.
 from __future__ import annotations
 
 import math
-import os
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -30,10 +29,6 @@ if TYPE_CHECKING:
     from av.sidedata.sidedata import SideDataContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
-
-EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv")
-# Searched for beside these where a whole folder is looked through, and not names that labels give.
-RARE_EXTENSIONS = (".3gp", ".3g2", ".asf", ".dv", ".f4v", ".m2v", ".mpe", ".mxf", ".ogv", ".vob")
 
 # Packets tell every frame's time only where the container stores presentation times and the codec makes one shown
 # frame of one packet. VP8 hides reference frames in packets of their own; AVI stores no times; a transport stream
@@ -199,49 +194,6 @@ def stated_duration(path: Path) -> float:
             return max(container.duration or 0, 0) / 1_000_000
     except (av.FFmpegError, OSError):
         return 0.0
-
-
-def find_videos(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """Files below `folder` whose stem is a name, "v_" + name (ActivityNet's habit), or whose file name is the name.
-
-    Of several candidates the first of the sorted paths is taken; names without a file are absent from the result.
-    Raises InputError when the folder cannot be listed.
-    """
-    by_stem: dict[str, Path] = {}
-    for path in _files_below(Path(folder), EXTENSIONS, "--videos "):
-        by_stem.setdefault(path.stem, path)
-        by_stem.setdefault(path.name, path)
-    found = {}
-    for name in names:
-        path_or_none = by_stem.get(name) or by_stem.get(f"v_{name}")
-        if path_or_none is not None:
-            found[name] = path_or_none
-    return found
-
-
-def list_videos(folder: Path) -> list[Path]:
-    """All files below `folder` that have the name of a video, sorted. InputError when it cannot be listed."""
-    return _files_below(Path(folder), EXTENSIONS + RARE_EXTENSIONS)
-
-
-def _files_below(folder: Path, extensions: tuple[str, ...], flag: str = "") -> list[Path]:
-    if not folder.is_dir():
-        raise InputError(f"{flag}{folder} is not a folder")
-    try:
-        os.listdir(folder)
-    except OSError as error:
-        raise InputError(f"{flag}{folder} cannot be listed: {error.strerror}") from error
-    visited: set[str] = set()
-    found: list[Path] = []
-    # data sets are often assembled from symlinked folders, which may form a loop
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        found += [Path(root, file) for file in files if os.path.splitext(file)[1].lower() in extensions]
-    return sorted(found)
 
 
 def decode(info: VideoInfo, frames: np.ndarray, threads: int = 0) -> Iterator[tuple[int, VideoFrame]]:
