@@ -117,7 +117,7 @@ BAD_VIDEOS = {
     "nan": (entry((math.nan, 2, "a")), "segment 0 runs from nan to 2; both must be finite"),
     "infinite": (entry((0, math.inf, "a")), "both must be finite"),
     "text_nan": (entry((0, "nan", "a")), "both must be finite"),
-    "no_number": (entry((0, "1:30", "a")), "runs from 0 to '1:30'"),
+    "no_number": (entry((0, "1h 30", "a")), "runs from 0 to '1h 30'"),
     "boolean": (entry((0, True, "a")), "both must be finite"),
     "null": (entry((None, 1, "a")), "both must be finite"),
     "huge": (entry((0, 10**400, "a")), "both must be finite"),
@@ -204,6 +204,41 @@ def test_csv(tmp_path: Path) -> None:
         Video("empty", "training", 7.0, ()),
     )
     assert found.classes == ("high, jump", "run")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "video;start;end;label\r\na;1,0;2,5;x, y\r\n",
+        "sep=;\r\nvideo;start;end;label\r\na;1.0;2.5;x, y\r\n",
+        '"sep=;"\nvideo;start;end;label\na;1,0;2,5;"x, y"\n',
+        "sep=\t\nvideo\tstart\tend\tlabel\na\t1\t2.5\tx, y\n",
+        "video\tstart\tend\tlabel\na\t1\t2.5\tx, y\n",
+        "video|start|end|label\na|1|2.5|x, y\n",
+        'sep=,\nvideo,start,end,label\na,"1,0",2.5,"x, y"\n',
+        '\ufeffvideo,start,end,label\na,"1,0","2,5","x, y"\n',
+        'video,start,end,label\na,00:00:01,0:00:02.50,"x, y"\n',
+        "video;start;end;label\na;0:01;00:00:02,5;x, y\n",
+    ],
+)
+def test_csv_as_spreadsheets_write_it(text: str, tmp_path: Path) -> None:
+    (video,) = load_csv(tmp_path, text).videos
+    assert (video.name, video.segments) == ("a", (Segment(1.0, 2.5, "x, y"),))
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("01:02:03.25", 3723.25), ("1:02:03", 3723), ("62:03", 3723), ("0:00", 0), ("100:00:00", 360000), ("12,5", 12.5)],
+)
+def test_times_as_people_write_them(written: str, seconds: float, tmp_path: Path) -> None:
+    found = load_json(tmp_path, {"x": entry(("0", written, "a"), duration="200:00:00")})
+    assert found.videos[0].segments == (Segment(0, seconds, "a"),)
+
+
+@pytest.mark.parametrize("written", ["1:2:3:4", "00:61:00", "00:00:75", "1:-2", ":30", "1,234,5", "1h", "00:00:01:12"])
+def test_times_that_are_none(written: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="both must be finite seconds"):
+        load_json(tmp_path, {"x": entry(("0", written, "a"))})
 
 
 @pytest.mark.parametrize(

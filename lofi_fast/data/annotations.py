@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -96,14 +97,15 @@ class _Repairs:
 def load_annotations(path: Path) -> Annotations:
     """Reads a .json file in ActivityNet form or a .csv file with the header video,start,end,label[,subset][,duration].
 
-    Seconds may be numbers or strings. A .csv row whose start, end and label are all empty names a video without
+    Seconds may be numbers or strings, also with a decimal comma or as hh:mm:ss.ff. Cells of a .csv (.tsv) file are
+    separated by what separates its first line: comma, semicolon, tab, bar, or what "sep=" says. A .csv row whose start, end and label are all empty names a video without
     segments. Without a subset column every fifth video of the sorted names is validation, and a note says so.
 
     Raises InputError for an unreadable or malformed file, start > end, seconds that are not finite numbers,
     a duration that is not positive, missing fields and unknown subsets.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".json", ".csv"):
+    if path.suffix.lower() not in (".json", ".csv", ".tsv"):
         raise InputError(f"--annotations {path} must be a .json file (ActivityNet form) or a .csv file")
     try:
         # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name
@@ -215,7 +217,8 @@ def _videos_of_json(path: Path, text: str, repairs: _Repairs) -> list[Video]:
 
 
 def _videos_of_csv(path: Path, text: str, repairs: _Repairs, notes: list[str]) -> list[Video]:
-    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+    separator, text = _separator(text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator != "\t")
     columns = [column.strip().lower() for column in next(reader, [])]
     missing = [column for column in ("video", "start", "end", "label") if column not in columns]
     if missing:
@@ -271,6 +274,16 @@ def _videos_of_csv(path: Path, text: str, repairs: _Repairs, notes: list[str]) -
     return videos
 
 
+def _separator(text: str) -> tuple[str, str]:
+    """What separates the cells, and the text without a first line "sep=;", by which spreadsheets tell it."""
+    first, _, rest = text.lstrip("\r\n").partition("\n")
+    told = first.strip("\r\"'").lower()
+    if told.startswith("sep=") and len(told) <= 5:
+        return first.strip("\r\"'")[4:] or "\t", rest
+    # the first line holds nothing but names of columns
+    return max(",;\t|", key=first.count), text
+
+
 def _subset(value: object, where: str) -> str:
     subset = _SUBSETS.get(value.strip().lower()) if isinstance(value, str) else None
     if subset is None:
@@ -298,10 +311,26 @@ def _segment(start: object, end: object, label: object, where: str) -> Segment:
     return Segment(start_s, end_s, label.strip())
 
 
+_CLOCK = re.compile(r"(?:(?P<hours>\d{1,4}):)?(?P<minutes>\d{1,4}):(?P<seconds>\d{1,2}(?:[.,]\d*)?)", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
+
+
 def _seconds(value: object) -> float | None:
-    """A finite number of seconds, or None. bool is an int to Python and never a time."""
+    """A finite number of seconds, or None: a number, or its text, also with a decimal comma, or as hh:mm:ss or mm:ss
+    with or without a fraction. bool is an int to Python and never a time.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
+    if isinstance(value, str):
+        value = value.strip()
+        if clock := _CLOCK.fullmatch(value):
+            hours, minutes = int(clock["hours"] or 0), int(clock["minutes"])
+            seconds = float(clock["seconds"].replace(",", "."))
+            # 61 s, or 61 min beside hours, is some other notation
+            sensible = seconds < 60 and (clock["hours"] is None or minutes < 60)
+            return 3600 * hours + 60 * minutes + seconds if sensible else None
+        if _DECIMAL_COMMA.fullmatch(value):
+            value = value.replace(",", ".")
     try:
         seconds = float(value)
     except (ValueError, OverflowError):
