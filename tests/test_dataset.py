@@ -19,6 +19,7 @@ from lofi_fast.config import Config
 from lofi_fast.data.dataset import Dataset, Sample, Sampler, cache_side, centre_requests, load_dataset
 from lofi_fast.data.pipeline import View
 from lofi_fast.data.windows import Window
+from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern, rung
 from lofi_fast.presets import demo
 
@@ -202,6 +203,51 @@ def test_labels_and_pictures_share_the_file_s_clock(extension: str, files: Files
     assert shown == [1, 2]  # of the pictures' own seconds 1.0 to 2.7
     (note,) = dataset.notes
     assert "3 videos begin after the file's start" in note and "a at" in note
+
+
+def labelled(files: Files, folder: Path, subsets: dict[str, str | None]) -> Files:
+    """Labels of some of the videos, in subsets of these names, without where None."""
+    entries = {
+        name: {"annotations": LABELLED} | ({} if subset is None else {"subset": subset})
+        for name, subset in subsets.items()
+    }
+    (folder / "annotations.json").write_text(json.dumps({"database": entries}))
+    (folder / "videos").symlink_to(files.folder / "videos")
+    return Files(folder, folder / "annotations.json")
+
+
+def names_of(dataset: Dataset) -> dict[str, str]:
+    return {subset: "".join(v.name for v in videos) for subset, videos in dataset.videos.items()}
+
+
+def test_without_a_validation_subset_testing_is_evaluated(files: Files, tmp_path: Path) -> None:
+    dataset, _ = labelled(files, tmp_path, {"a": "Train", "b": "train", "v": "Test", "w": "TEST"}).load()
+    assert names_of(dataset) == {"training": "ab", "validation": "vw"}
+    assert len(dataset.notes) == 1 and "testing subset" in dataset.notes[0]
+
+
+def test_with_a_validation_subset_testing_is_left_alone(files: Files, tmp_path: Path) -> None:
+    dataset, _ = labelled(files, tmp_path, {"a": "train", "v": "val", "w": "test"}).load()
+    assert names_of(dataset) == {"training": "a", "validation": "v"} and dataset.notes == ()
+
+
+def test_without_a_training_subset_the_refusal_says_what_to_rename(files: Files, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="calls Validation"):
+        labelled(files, tmp_path, {"a": "Validation", "v": "Test"}).load()
+
+
+def test_labels_without_subsets_are_divided_among_what_can_be_used(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for name in "abcdefg":
+        (tmp_path / "videos" / f"{name}.mp4").symlink_to(files.folder / "videos" / f"{name}.mp4")
+    for name in "hijk":  # by name alone, "j" would be the second of every five
+        (tmp_path / "videos" / f"{name}.mp4").write_bytes(b"damaged" * 100)
+    rows = [f"{name},{start},{end},run" for name in "abcdefghijk" for start, end in ((1, 2.7), (4, 5))]
+    (tmp_path / "labels.csv").write_text("\n".join(["video,start,end,label", *rows, "e,6,7,rare"]))
+    dataset, _ = Files(tmp_path, tmp_path / "labels.csv").load()
+    assert names_of(dataset) == {"training": "abcdef", "validation": "g"}
+    assert len(dataset.skipped) == 4
+    assert any("1 of its 7 usable videos are validation: g" in note for note in dataset.notes)
 
 
 # Order
