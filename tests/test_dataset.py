@@ -250,6 +250,28 @@ def test_labels_without_subsets_are_divided_among_what_can_be_used(files: Files,
     assert any("1 of its 7 usable videos are validation: g" in note for note in dataset.notes)
 
 
+def test_a_wrong_duration_in_the_labels_drops_nothing(files: Files, tmp_path: Path) -> None:
+    one = labelled(files, tmp_path, {"a": "training", "v": "validation"})
+    content = json.loads(one.annotations.read_text())
+    for entry in content["database"].values():
+        entry["duration"] = SECONDS / 60
+    one.annotations.write_text(json.dumps(content))
+    dataset, _ = one.load()
+    assert [len(v.segments) for v in (*dataset.videos["training"], *dataset.videos["validation"])] == [3, 3]
+    assert len(dataset.notes) == 1 and "minutes" in dataset.notes[0]
+
+
+def test_frame_numbers_are_refused_before_anything_is_decoded(files: Files, tmp_path: Path) -> None:
+    one = labelled(files, tmp_path, {"a": "training", "v": "validation"})
+    content = json.loads(one.annotations.read_text())
+    for entry in content["database"].values():
+        entry["annotations"] = [{"segment": [10, 20], "label": "jump"}, {"segment": [40, 60], "label": "run"}]
+    one.annotations.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="frame numbers"):
+        one.load()
+    assert not (tmp_path / "cache").exists()
+
+
 # Order
 
 

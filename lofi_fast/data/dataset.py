@@ -23,6 +23,7 @@ from lofi_fast.data.annotations import UNASSIGNED, Annotations, Video, clip_to_d
 from lofi_fast.data.cache import CachedVideo, CacheRequest, Pictures, Skipped, prepare
 from lofi_fast.data.matching import find_videos
 from lofi_fast.data.pipeline import FrameRequest, View
+from lofi_fast.data.plausibility import check_times
 from lofi_fast.data.split import choose_validation
 from lofi_fast.data.video import VideoError, VideoInfo, probe
 from lofi_fast.data.windows import Window, cut_windows, full_grid
@@ -31,6 +32,7 @@ from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, select_snippets
 
 SUBSETS = ("training", "validation")
 NOTED_START = 0.1  # seconds between a file's start and its first picture, above which it is worth a note
+CLIPS_SHOWN = 10  # notes about segments that pass the ends of their videos
 CROP_OF_CACHED = 7 / 8  # a 224 px crop out of a 256 px frame, and the same share at every size
 JITTER_PIXELS = 64 * 112 * 112  # of the frames that are jittered at once
 SQUASH_LEAST = 0.85  # share of each side that a random crop keeps when the whole frame is squashed
@@ -177,12 +179,17 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
     ]
     skipped += unreadable
     notes = [*annotations.notes, *evaluated, *matches.notes]
+    notes += check_times([v for v in wanted if v.name not in short], infos, str(annotations_path))
+    clipped: list[str] = []
     readable = []
     for annotated in wanted:
         if annotated.name in infos and annotated.name not in short:
-            video, clipped = clip_to_duration(annotated, infos[annotated.name].duration)
-            notes += clipped
+            video, repairs = clip_to_duration(annotated, infos[annotated.name].duration)
+            clipped += repairs
             readable.append(video)
+    notes += clipped[:CLIPS_SHOWN]
+    if clipped[CLIPS_SHOWN:]:
+        notes.append(f"segments of more videos are clipped or dropped in the same way ({len(clipped)} notes in all)")
     _require(readable, skipped, config.data)
 
     notes += _lost_frames({video.name: infos[video.name] for video in readable})
