@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from lofi_fast.budget import Budget
 from lofi_fast.command import INTERRUPTED, parse, run
-from lofi_fast.data.video import VideoError, list_videos, stated_duration
+from lofi_fast.data.cache import file_name
+from lofi_fast.data.matching import list_videos
+from lofi_fast.data.video import VideoError, stated_duration
 from lofi_fast.detections import MIN_SCORE, Detection, draw_timeline, write_csv, write_predictions, write_srt, write_vtt
 from lofi_fast.errors import InputError
 from lofi_fast.settings import Setting
@@ -208,7 +210,7 @@ def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
     names: dict[Path, str] = {}
     rest = list(paths)
     for name_of in (lambda p: p.stem, lambda p: p.name, lambda p: f"{p.resolve().parent.name}-{p.name}"):
-        wanted = {path: _printable(name_of(path)) for path in rest}
+        wanted = {path: file_name(_printable(name_of(path))) for path in rest}
         counts = Counter(name.casefold() for name in (*wanted.values(), *names.values()))
         names |= {path: name for path, name in wanted.items() if counts[name.casefold()] == 1}
         rest = [path for path in rest if path not in names]

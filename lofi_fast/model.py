@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -335,7 +335,9 @@ class Session:
         config, classes = self.config, self.detector.classes
         with self._blaming(path):
             info = _probed(path)
-            windows = cut_windows(str(path), info.duration, config.data.window, config.data.overlap)
+            if info.lost:
+                self._say(f"note: {info.lost} frames of {path} could not be decoded and are left out")
+            windows = cut_windows(str(path), info.duration, config.data.window, config.data.overlap, info.start)
             kept: list[Candidates] = []
             batch: list[tuple[Window, Features]] = []
             with closing(self._encoded(info, windows)) as encoded:
@@ -349,9 +351,7 @@ class Session:
                 kept, classes, sigma=config.detect.sigma, top_k=config.detect.top_k if top_k is None else top_k,
                 min_score=min_score,
             )  # fmt: skip
-        if info.start:
-            found = [replace(d, start=d.start + info.start, end=d.end + info.start) for d in found]
-        return Found(path, info.start + info.duration, found)
+        return Found(path, info.duration, found)
 
     def features(self, video: Anything, *, told: Callable[[float], None] = lambda _: None) -> VideoFeatures:
         """The features of one video; see `Detector.features`. `told` hears up to which second the work is done."""
@@ -361,14 +361,14 @@ class Session:
         times: list[NDArray[np.float64]] = []
         with self._blaming(path):
             info = _probed(path)
-            windows = cut_windows(str(path), info.duration, self.config.data.window, 0.0)
-            covered = 0.0  # seconds: the last window is moved back to end with the video
+            windows = cut_windows(str(path), info.duration, self.config.data.window, 0.0, info.start)
+            covered = info.start  # seconds: the last window is moved back to end with the video
             with closing(self._encoded(info, windows)) as encoded:
                 for window, features in encoded:
                     centres = window.centres(length)
                     new = (centres >= covered) & (centres < info.duration)
                     values.append(features.T[new])
-                    times.append(info.start + centres[new])
+                    times.append(centres[new])
                     covered = window.end
                     told(min(covered, info.duration))
         return VideoFeatures(np.concatenate(values), np.concatenate(times))

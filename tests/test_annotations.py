@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lofi_fast.data.annotations import Annotations, Segment, Video, clip_to_duration, load_annotations
+from lofi_fast.data.annotations import UNASSIGNED, Annotations, Segment, Video, clip_to_duration, load_annotations
+from lofi_fast.data.split import choose_validation
 from lofi_fast.errors import InputError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -64,7 +65,10 @@ def test_thumos_form_has_strings_and_no_durations(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given_name", "subset"),
-    [("train", "training"), ("VAL", "validation"), ("Testing", "testing"), (" validation ", "validation")],
+    [
+        *[("train", "training"), ("VAL", "validation"), ("Testing", "testing"), (" validation ", "validation")],
+        *[("TRAIN_SET", "training"), ("Val-1", "validation"), ("dev", "validation"), ("Test Set", "testing")],
+    ],
 )
 def test_subset_names(given_name: str, subset: str, tmp_path: Path) -> None:
     assert load_json(tmp_path, {"x": entry(subset=given_name)}).videos[0].subset == subset
@@ -117,7 +121,7 @@ BAD_VIDEOS = {
     "nan": (entry((math.nan, 2, "a")), "segment 0 runs from nan to 2; both must be finite"),
     "infinite": (entry((0, math.inf, "a")), "both must be finite"),
     "text_nan": (entry((0, "nan", "a")), "both must be finite"),
-    "no_number": (entry((0, "1:30", "a")), "runs from 0 to '1:30'"),
+    "no_number": (entry((0, "1h 30", "a")), "runs from 0 to '1h 30'"),
     "boolean": (entry((0, True, "a")), "both must be finite"),
     "null": (entry((None, 1, "a")), "both must be finite"),
     "huge": (entry((0, 10**400, "a")), "both must be finite"),
@@ -207,15 +211,87 @@ def test_csv(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "video;start;end;label\r\na;1,0;2,5;x, y\r\n",
+        "sep=;\r\nvideo;start;end;label\r\na;1.0;2.5;x, y\r\n",
+        '"sep=;"\nvideo;start;end;label\na;1,0;2,5;"x, y"\n',
+        "sep=\t\nvideo\tstart\tend\tlabel\na\t1\t2.5\tx, y\n",
+        "video\tstart\tend\tlabel\na\t1\t2.5\tx, y\n",
+        "video|start|end|label\na|1|2.5|x, y\n",
+        'sep=,\nvideo,start,end,label\na,"1,0",2.5,"x, y"\n',
+        '\ufeffvideo,start,end,label\na,"1,0","2,5","x, y"\n',
+        'video,start,end,label\na,00:00:01,0:00:02.50,"x, y"\n',
+        "video;start;end;label\na;0:01;00:00:02,5;x, y\n",
+    ],
+)
+def test_csv_as_spreadsheets_write_it(text: str, tmp_path: Path) -> None:
+    (video,) = load_csv(tmp_path, text).videos
+    assert (video.name, video.segments) == ("a", (Segment(1.0, 2.5, "x, y"),))
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("01:02:03.25", 3723.25), ("1:02:03", 3723), ("62:03", 3723), ("0:00", 0), ("100:00:00", 360000), ("12,5", 12.5)],
+)
+def test_times_as_people_write_them(written: str, seconds: float, tmp_path: Path) -> None:
+    found = load_json(tmp_path, {"x": entry(("0", written, "a"), duration="200:00:00")})
+    assert found.videos[0].segments == (Segment(0, seconds, "a"),)
+
+
+@pytest.mark.parametrize("written", ["1:2:3:4", "00:61:00", "00:00:75", "1:-2", ":30", "1,234,5", "1h", "00:00:01:12"])
+def test_times_that_are_none(written: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="both must be finite seconds"):
+        load_json(tmp_path, {"x": entry(("0", written, "a"))})
+
+
+@pytest.mark.parametrize(
     ("num_videos", "held_out"), [(1, []), (2, [1]), (4, [3]), (5, [4]), (9, [4]), (15, [4, 9, 14])]
 )
 def test_csv_without_subsets_is_split_by_name(num_videos: int, held_out: list[int], tmp_path: Path) -> None:
     names = [f"v{i:02d}" for i in range(num_videos)]
     lines = [f"{name},0,1,a" for name in reversed(names)]
     found = load_csv(tmp_path, "\n".join(["video,start,end,label", *lines]))
-    assert sorted(video.name for video in found.subset("validation")) == [names[i] for i in held_out]
-    assert len(found.subset("training")) == num_videos - len(held_out)
-    assert f"every fifth video by name is validation ({len(held_out)} of {num_videos})" in found.notes[0]
+    assert len(found.subset(UNASSIGNED)) == num_videos
+    assert sorted(choose_validation(found.videos)) == [names[i] for i in held_out]
+
+
+def video_of(name: str, labels: str) -> Video:
+    return Video(name, UNASSIGNED, None, tuple(Segment(i, i + 1, label) for i, label in enumerate(labels)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text("abcdef", max_size=4), max_size=40))
+def test_our_own_split_teaches_every_class_and_is_a_fifth_at_most(labels: list[str]) -> None:
+    videos = [video_of(f"{i}", text) for i, text in enumerate(labels)]
+    chosen = choose_validation(videos)
+    assert chosen == choose_validation(videos[::-1])
+    assert len(chosen) <= max(len(videos) // 5, 1)
+    taught = {s.label for v in videos if v.name not in chosen for s in v.segments}
+    assert taught == {label for text in labels for label in text}
+    assert not chosen or any(v.segments for v in videos if v.name in chosen)
+
+
+def test_our_own_split_holds_every_class_that_can_be_spared() -> None:
+    videos = [video_of(f"{i:03d}", "common") for i in range(50)] + [video_of(f"r{i}", "z") for i in range(6)]
+    videos += [video_of("only", "y")]
+    chosen = choose_validation(videos)
+    assert len(chosen) == 11 and "only" not in chosen
+    assert 1 <= sum(name.startswith("r") for name in chosen) <= 2
+
+
+def test_json_without_any_subset_is_divided_too(tmp_path: Path) -> None:
+    bare = entry((0, 1, "a"))
+    del bare["subset"]
+    assert len(load_json(tmp_path, {"x": bare, "y": bare}).subset(UNASSIGNED)) == 2
+    with pytest.raises(InputError, match="subset None"):
+        load_json(tmp_path, {"x": bare, "y": entry((0, 1, "a"))})
+
+
+def test_segments_are_left_as_they_are_where_files_tell_the_duration(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"database": {"x": entry((8, 12, "a"), (11, 12, "a"), duration=10)}}))
+    found = load_annotations(tmp_path / "a.json", clip=False)
+    assert (len(found.videos[0].segments), found.videos[0].duration, found.notes) == (2, 10.0, ())
 
 
 def test_clip_to_duration() -> None:

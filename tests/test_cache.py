@@ -28,6 +28,7 @@ from lofi_fast.data.cache import (
     Skipped,
     cached_size,
     estimate_bytes,
+    file_name,
     hold_in_turn,
     prepare,
 )
@@ -590,3 +591,31 @@ def test_real_traps(tmp_path: Path) -> None:
             size = {"width": turned.shape[1], "height": turned.shape[0]}
             truth = frame.to_ndarray(format="rgb24", interpolation="AREA", **size)
             assert np.abs(turned.astype(int) - truth).mean() < 6
+
+
+@pytest.mark.parametrize("name", ["a", "v_abc-1.2", "a b", "f\u00fcr", "x" * 180])
+def test_plain_names_stay_names_of_files(name: str) -> None:
+    assert file_name(name) == name
+
+
+def test_other_names_become_short_ones_that_differ(tmp_path: Path) -> None:
+    names = [
+        "cam1/1",
+        "cam2/1",
+        "cam1_1",
+        "../a",
+        "..",
+        ".a",
+        "a\\b",
+        "a\nb",
+        "a\udcff",
+        "x" * 240,
+        "x" * 241,
+        "\u00fc" * 120,
+    ]
+    made = [file_name(name) for name in names]
+    assert len(set(made)) == len(made)
+    for name in made:
+        assert len(name.encode()) <= 180
+        (tmp_path / f"{name}@12345.67s.npy.1234567.partial").touch()
+    assert len(list(tmp_path.iterdir())) == len(names)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lofi_fast.config import Config
 from lofi_fast.data.dataset import Dataset, Sample, Sampler, cache_side, centre_requests, load_dataset
 from lofi_fast.data.pipeline import View
 from lofi_fast.data.windows import Window
+from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern, rung
 from lofi_fast.presets import demo
 
@@ -159,6 +161,115 @@ def test_unreadable_videos_are_skipped_and_counted(files: Files, tmp_path: Path)
 def test_the_cache_keeps_the_margin_of_a_crop() -> None:
     assert cache_side(Fidelity(100, 224)) == 256
     assert cache_side(Fidelity(8, 96)) == 110  # 96 * 8 / 7, to even pixels
+
+
+def delayed(source: Path, path: Path, seconds: int) -> None:
+    """The same packets of video, behind so many seconds of sound alone: what a cut by stream copy leaves."""
+    with av.open(str(source)) as before, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(before.streams.video[0])
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        for i in range(seconds * 8):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1000), np.float32), format="fltp", layout="mono")
+            silence.sample_rate, silence.pts, silence.time_base = 8000, 1000 * i, Fraction(1, 8000)
+            container.mux(sound.encode(silence))
+        container.mux(sound.encode(None))
+        for packet in before.demux(before.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                packet.pts += int(seconds / packet.time_base)
+                packet.dts += int(seconds / packet.time_base)
+                container.mux(packet)
+
+
+@pytest.mark.parametrize("extension", ["mp4", "mkv", "ts"])
+def test_labels_and_pictures_share_the_file_s_clock(extension: str, files: Files, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for name in "abv":
+        delayed(files.folder / "videos" / f"{name}.mp4", tmp_path / "videos" / f"{name}.{extension}", 3)
+    database = {
+        name: {"subset": NAMES[name], "annotations": [{"segment": [4.0, 5.7], "label": "jump"}]} for name in "abv"
+    }
+    (tmp_path / "annotations.json").write_text(json.dumps({"database": database}))
+    dataset, config = Files(tmp_path, tmp_path / "annotations.json").load()
+    plain = files.load()[0].samples["training"][0]
+    late = dataset.samples["training"][0]
+    tolerance = 0.15  # of the encoder's delay of sound and the muxer's first stamps
+    assert late.window.start == pytest.approx(3.0, abs=tolerance)
+    assert late.window.end == pytest.approx(11.0, abs=tolerance)
+    assert late.segments.tolist() == [[4.0, 5.7]]
+    np.testing.assert_array_equal(late.cached.frames[late.grid], plain.cached.frames[plain.grid])
+    np.testing.assert_allclose(late.cached.pts, plain.cached.pts + 3, atol=tolerance)
+    shown = [clip.snippet for clip in Sampler(dataset, config.data, FULL, 0).clips if clip.sample is late]
+    assert shown == [1, 2]  # of the pictures' own seconds 1.0 to 2.7
+    (note,) = dataset.notes
+    assert "3 videos begin after the file's start" in note and "a at" in note
+
+
+def labelled(files: Files, folder: Path, subsets: dict[str, str | None]) -> Files:
+    """Labels of some of the videos, in subsets of these names, without where None."""
+    entries = {
+        name: {"annotations": LABELLED} | ({} if subset is None else {"subset": subset})
+        for name, subset in subsets.items()
+    }
+    (folder / "annotations.json").write_text(json.dumps({"database": entries}))
+    (folder / "videos").symlink_to(files.folder / "videos")
+    return Files(folder, folder / "annotations.json")
+
+
+def names_of(dataset: Dataset) -> dict[str, str]:
+    return {subset: "".join(v.name for v in videos) for subset, videos in dataset.videos.items()}
+
+
+def test_without_a_validation_subset_testing_is_evaluated(files: Files, tmp_path: Path) -> None:
+    dataset, _ = labelled(files, tmp_path, {"a": "Train", "b": "train", "v": "Test", "w": "TEST"}).load()
+    assert names_of(dataset) == {"training": "ab", "validation": "vw"}
+    assert len(dataset.notes) == 1 and "testing subset" in dataset.notes[0]
+
+
+def test_with_a_validation_subset_testing_is_left_alone(files: Files, tmp_path: Path) -> None:
+    dataset, _ = labelled(files, tmp_path, {"a": "train", "v": "val", "w": "test"}).load()
+    assert names_of(dataset) == {"training": "a", "validation": "v"} and dataset.notes == ()
+
+
+def test_without_a_training_subset_the_refusal_says_what_to_rename(files: Files, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="calls Validation"):
+        labelled(files, tmp_path, {"a": "Validation", "v": "Test"}).load()
+
+
+def test_labels_without_subsets_are_divided_among_what_can_be_used(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for name in "abcdefg":
+        (tmp_path / "videos" / f"{name}.mp4").symlink_to(files.folder / "videos" / f"{name}.mp4")
+    for name in "hijk":  # by name alone, "j" would be the second of every five
+        (tmp_path / "videos" / f"{name}.mp4").write_bytes(b"damaged" * 100)
+    rows = [f"{name},{start},{end},run" for name in "abcdefghijk" for start, end in ((1, 2.7), (4, 5))]
+    (tmp_path / "labels.csv").write_text("\n".join(["video,start,end,label", *rows, "e,6,7,rare"]))
+    dataset, _ = Files(tmp_path, tmp_path / "labels.csv").load()
+    assert names_of(dataset) == {"training": "abcdef", "validation": "g"}
+    assert len(dataset.skipped) == 4
+    assert any("1 of its 7 usable videos are validation: g" in note for note in dataset.notes)
+
+
+def test_a_wrong_duration_in_the_labels_drops_nothing(files: Files, tmp_path: Path) -> None:
+    one = labelled(files, tmp_path, {"a": "training", "v": "validation"})
+    content = json.loads(one.annotations.read_text())
+    for entry in content["database"].values():
+        entry["duration"] = SECONDS / 60
+    one.annotations.write_text(json.dumps(content))
+    dataset, _ = one.load()
+    assert [len(v.segments) for v in (*dataset.videos["training"], *dataset.videos["validation"])] == [3, 3]
+    assert len(dataset.notes) == 1 and "minutes" in dataset.notes[0]
+
+
+def test_frame_numbers_are_refused_before_anything_is_decoded(files: Files, tmp_path: Path) -> None:
+    one = labelled(files, tmp_path, {"a": "training", "v": "validation"})
+    content = json.loads(one.annotations.read_text())
+    for entry in content["database"].values():
+        entry["annotations"] = [{"segment": [10, 20], "label": "jump"}, {"segment": [40, 60], "label": "run"}]
+    one.annotations.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="frame numbers"):
+        one.load()
+    assert not (tmp_path / "cache").exists()
 
 
 # Order

@@ -69,6 +69,15 @@ def test_windows_by_hand() -> None:
     assert {w.video for w in cut_windows("v", 21.0, 8.0, 0.5)} == {"v"}
 
 
+def test_windows_begin_with_the_first_picture() -> None:
+    assert spans(cut_windows("v", 26.0, None, 0.5, 6.0)) == [(6.0, 26.0)]
+    assert spans(cut_windows("v", 26.0, 32.0, 0.5, 6.0)) == [(6.0, 38.0)]
+    assert spans(cut_windows("v", 26.0, 8.0, 0.5, 6.0)) == [(6, 14), (10, 18), (14, 22), (18, 26)]
+    late = video(6 + np.arange(100) / 10)
+    grid = full_grid(late, Window("v", 6.0, 16.0), 10, 1)
+    np.testing.assert_allclose(late.pts[grid[:, 4]], 6.5 + np.arange(10), atol=0.051)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.floats(0.1, 5000), st.floats(1, 500), st.floats(0, 0.9))
 def test_windows_cover_the_video_and_overlap_at_least_as_asked(duration: float, length: float, overlap: float) -> None:

@@ -32,8 +32,8 @@ from bench.tools.table import Section, Table, by_place, newest, when
 from lofi_fast.config import Config
 from lofi_fast.data import demo
 from lofi_fast.data.dataset import CROP_OF_CACHED, Sample, Sampler, load_dataset
+from lofi_fast.data.matching import find_videos
 from lofi_fast.data.pipeline import FramePipeline, pictures_of_a_run
-from lofi_fast.data.video import find_videos
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, select_snippets
 from lofi_fast.precision import choose_device
@@ -72,7 +72,7 @@ def measure(device: torch.device, count: int, rounds: int, threads: int, quick: 
         dataset = load_dataset(config, annotations, videos, folder / "frames", lambda *_: None)
         seconds = time.perf_counter() - began
         samples = dataset.samples["training"]
-        paths = find_videos(videos, [sample.window.video for sample in samples])
+        paths = find_videos(videos, [sample.window.video for sample in samples]).paths
         kept = sum(len(sample.cached.frames) for found in dataset.samples.values() for sample in found)
         yield {
             "measured": "cache", "case": "filled once", "form": OURS, "frames": kept, "seconds": round(seconds, 3),

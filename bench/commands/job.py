@@ -27,7 +27,8 @@ from bench.tools.table import MISSING, Section, Table
 from lofi_fast.config import Config
 from lofi_fast.data import demo
 from lofi_fast.data.annotations import load_annotations
-from lofi_fast.data.video import VideoError, find_videos, probe
+from lofi_fast.data.matching import find_videos
+from lofi_fast.data.video import VideoError, probe
 from lofi_fast.errors import InputError
 from lofi_fast.run import events
 from lofi_fast.train import read_flags
@@ -215,7 +216,7 @@ def rolled(config: Config, cache: Path, copy: Path) -> list[str]:
         annotations, videos = demo.generate(cache / "demo")
         flags = ["--preset", "demo"]  # labels given by hand would change the preset
     known = [video for video in load_annotations(annotations).videos if video.subset != "testing"]
-    paths = find_videos(videos, [video.name for video in known])
+    paths = find_videos(videos, [video.name for video in known]).paths
     database: dict[str, Any] = {}
     for video in known:
         duration = video.duration

@@ -1,5 +1,8 @@
 """Ground truth of temporal action localization, read from the formats people have.
 
+Times are seconds on the file's own clock, the one that players and labelling tools show: 0 is where the container
+starts, also where its sound begins before its pictures (a cut by stream copy does that).
+
 ActivityNet and HACS publish ``{"database": {name: {"subset", "duration", "annotations": [{"segment", "label"}]}}}``;
 THUMOS14 circulates in the same form with its numbers as strings; everyone else has a table. All of them come out as
 `Annotations`, in seconds. What can be repaired without a guess is repaired and said in `Annotations.notes`; anything
@@ -13,6 +16,7 @@ import io
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,18 +26,16 @@ from typing import Any
 from lofi_fast.errors import InputError
 
 _SUBSETS = {
-    "training": "training",
-    "train": "training",
-    "validation": "validation",
-    "val": "validation",
-    "testing": "testing",
-    "test": "testing",
+    "training": ("train", "training", "trn", "tr", "learn", "learning"),
+    "validation": ("val", "valid", "validation", "validate", "dev", "development", "eval", "evaluation"),
+    "testing": ("test", "testing", "tst"),
 }
+UNASSIGNED = "unassigned"  # the subset of every video of labels that tell none
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One action: `start` and `end` in seconds from the first frame, start <= end."""
+    """One action: `start` and `end` in seconds on the file's clock, start <= end."""
 
     start: float
     end: float
@@ -42,7 +44,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Video:
-    """One annotated video. `duration` is in seconds, None where the file does not tell it."""
+    """One annotated video. `subset`: training, validation, testing, or UNASSIGNED. `duration` is in seconds, None where
+    the labels do not tell it.
+    """
 
     name: str
     subset: str
@@ -59,8 +63,8 @@ class Annotations:
     notes: tuple[str, ...]
 
     def subset(self, name: str) -> tuple[Video, ...]:
-        """Videos of "training", "validation" or "testing"; ValueError for any other name."""
-        if name not in _SUBSETS.values():
+        """Videos of "training", "validation", "testing", or UNASSIGNED; ValueError for any other name."""
+        if name not in (*_SUBSETS, UNASSIGNED):
             raise ValueError(f"subset must be training, validation or testing, not {name!r}")
         return tuple(video for video in self.videos if video.subset == name)
 
@@ -91,17 +95,19 @@ class _Repairs:
         )
 
 
-def load_annotations(path: Path) -> Annotations:
+def load_annotations(path: Path, *, clip: bool = True) -> Annotations:
     """Reads a .json file in ActivityNet form or a .csv file with the header video,start,end,label[,subset][,duration].
 
-    Seconds may be numbers or strings. A .csv row whose start, end and label are all empty names a video without
-    segments. Without a subset column every fifth video of the sorted names is validation, and a note says so.
+    Seconds may be numbers or strings, also with a decimal comma or as hh:mm:ss.ff. Cells of a .csv (.tsv) file are
+    separated by what separates its first line: comma, semicolon, tab, bar, or what "sep=" says. A .csv row whose start,
+    end and label are all empty names a video without segments. Without any subset all videos are UNASSIGNED.
+    `clip`: segments to the durations that the labels tell; not where the files themselves are there to tell.
 
     Raises InputError for an unreadable or malformed file, start > end, seconds that are not finite numbers,
     a duration that is not positive, missing fields and unknown subsets.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".json", ".csv"):
+    if path.suffix.lower() not in (".json", ".csv", ".tsv"):
         raise InputError(f"--annotations {path} must be a .json file (ActivityNet form) or a .csv file")
     try:
         # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name
@@ -112,15 +118,14 @@ def load_annotations(path: Path) -> Annotations:
         raise InputError(f"--annotations {path} is not UTF-8 text (byte {error.start})") from error
 
     repairs = _Repairs()
-    notes: list[str] = []
     if path.suffix.lower() == ".json":
-        videos = _videos_of_json(path, text, repairs)
+        videos = _videos_of_json(path, text, repairs, clip)
     else:
-        videos = _videos_of_csv(path, text, repairs, notes)
+        videos = _videos_of_csv(path, text, repairs, clip)
     if not videos:
         raise InputError(f"{path} holds no video")
 
-    notes = [*repairs.sentences(str(path)), *notes]
+    notes = list(repairs.sentences(str(path)))
     classes = tuple(sorted(_labels(v for v in videos if v.subset != "testing")))
     annotations = Annotations(tuple(videos), classes, ())
     untrained = annotations.untrained_classes
@@ -169,7 +174,7 @@ def _repaired(segments: Iterable[Segment], duration: float | None, repairs: _Rep
     return tuple(kept)
 
 
-def _videos_of_json(path: Path, text: str, repairs: _Repairs) -> list[Video]:
+def _videos_of_json(path: Path, text: str, repairs: _Repairs, clip: bool) -> list[Video]:
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         # json keeps the last of two equal keys, which would lose a video without a word
         found = dict(pairs)
@@ -190,6 +195,7 @@ def _videos_of_json(path: Path, text: str, repairs: _Repairs) -> list[Video]:
     if not isinstance(database, dict):
         raise InputError(f'{path} is not in ActivityNet form: it needs an object "database" of videos')
 
+    unassigned = not any(isinstance(entry, dict) and "subset" in entry for entry in database.values())
     videos = []
     for name, entry in database.items():
         where = f"{path}: video {name}"
@@ -203,7 +209,7 @@ def _videos_of_json(path: Path, text: str, repairs: _Repairs) -> list[Video]:
             ) from None
         if not isinstance(entry, dict):
             raise InputError(f"{where} must be an object")
-        subset = _subset(entry.get("subset"), where)
+        subset = UNASSIGNED if unassigned else _subset(entry.get("subset"), where)
         duration = _duration(entry.get("duration"), where)
         # unpublished ground truth: the test videos of ActivityNet and HACS may have no annotations at all
         listed = entry.get("annotations", [] if subset == "testing" else None)
@@ -216,12 +222,13 @@ def _videos_of_json(path: Path, text: str, repairs: _Repairs) -> list[Video]:
             if not isinstance(bounds, list) or len(bounds) != 2:
                 raise InputError(f'{at} needs "segment": [start, end]')
             segments.append(_segment(bounds[0], bounds[1], item.get("label"), at))
-        videos.append(Video(name, subset, duration, _repaired(segments, duration, repairs)))
+        videos.append(Video(name, subset, duration, _repaired(segments, duration if clip else None, repairs)))
     return videos
 
 
-def _videos_of_csv(path: Path, text: str, repairs: _Repairs, notes: list[str]) -> list[Video]:
-    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+def _videos_of_csv(path: Path, text: str, repairs: _Repairs, clip: bool) -> list[Video]:
+    separator, text = _separator(text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator != "\t")
     columns = [column.strip().lower() for column in next(reader, [])]
     missing = [column for column in ("video", "start", "end", "label") if column not in columns]
     if missing:
@@ -260,25 +267,37 @@ def _videos_of_csv(path: Path, text: str, repairs: _Repairs, notes: list[str]) -
     except csv.Error as error:
         raise InputError(f"{path} line {reader.line_num} is not valid CSV: {error}") from error
 
-    if "subset" in columns:
-        subsets = {name: str(facts["subset"]) for name, facts in told.items()}
-    else:
-        names = sorted(told)
-        held_out = set(names[4::5]) or set(names[1:][-1:])
-        subsets = {name: "validation" if name in held_out else "training" for name in names}
-        notes.append(
-            f"{path} has no subset column: every fifth video by name is validation ({len(held_out)} of {len(names)})"
-        )
     videos = []
     for name, own in segments.items():
         duration = told[name]["duration"]
         assert duration is None or isinstance(duration, float)
-        videos.append(Video(name, subsets[name], duration, _repaired(own, duration, repairs)))
+        subset = str(told[name].get("subset", UNASSIGNED))
+        videos.append(Video(name, subset, duration, _repaired(own, duration if clip else None, repairs)))
     return videos
 
 
+def _separator(text: str) -> tuple[str, str]:
+    """What separates the cells, and the text without a first line "sep=;", by which spreadsheets tell it."""
+    first, _, rest = text.lstrip("\r\n").partition("\n")
+    told = first.strip("\r\"'").lower()
+    if told.startswith("sep=") and len(told) <= 5:
+        return first.strip("\r\"'")[4:] or "\t", rest
+    # the first line holds nothing but names of columns
+    return max(",;\t|", key=first.count), text
+
+
+def subset_named(text: str) -> str | None:
+    """training, validation or testing, by any of its usual spellings, such as "Val", "test_set" or "train-1"."""
+    plain = re.sub(r"[\W\d_]+", "", text.casefold())
+    for ending in ("", "set", "subset", "split", "data", "videos"):
+        for subset, spellings in _SUBSETS.items():
+            if plain.endswith(ending) and plain.removesuffix(ending) in spellings:
+                return subset
+    return None
+
+
 def _subset(value: object, where: str) -> str:
-    subset = _SUBSETS.get(value.strip().lower()) if isinstance(value, str) else None
+    subset = subset_named(value) if isinstance(value, str) else None
     if subset is None:
         raise InputError(f"{where} has the subset {value!r}; it must be training, validation or testing")
     return subset
@@ -306,10 +325,26 @@ def _segment(start: object, end: object, label: object, where: str) -> Segment:
     return Segment(start_s, end_s, label.strip())
 
 
+_CLOCK = re.compile(r"(?:(?P<hours>\d{1,4}):)?(?P<minutes>\d{1,4}):(?P<seconds>\d{1,2}(?:[.,]\d*)?)", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
+
+
 def _seconds(value: object) -> float | None:
-    """A finite number of seconds, or None. bool is an int to Python and never a time."""
+    """A finite number of seconds, or None: a number, or its text, also with a decimal comma, or as hh:mm:ss or mm:ss
+    with or without a fraction. bool is an int to Python and never a time.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
+    if isinstance(value, str):
+        value = value.strip()
+        if clock := _CLOCK.fullmatch(value):
+            hours, minutes = int(clock["hours"] or 0), int(clock["minutes"])
+            seconds = float(clock["seconds"].replace(",", "."))
+            # 61 s, or 61 min beside hours, is some other notation
+            sensible = seconds < 60 and (clock["hours"] is None or minutes < 60)
+            return 3600 * hours + 60 * minutes + seconds if sensible else None
+        if _DECIMAL_COMMA.fullmatch(value):
+            value = value.replace(",", ".")
     try:
         seconds = float(value)
     except (ValueError, OverflowError):

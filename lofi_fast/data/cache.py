@@ -62,6 +62,8 @@ _MATRICES = {
 
 _READY = b"ready"
 
+LONGEST_NAME = 180  # bytes of a video's name in names of files; systems allow 255, and more is added
+
 
 class Pictures(Protocol):
     """What is decoded from: JPEG pictures of one video, in a cache entry or in memory."""
@@ -85,7 +87,8 @@ class CachedVideo:
     """A complete entry: picture p of the .mov at `path` is source frame frames[p], shown at pts[p] seconds.
 
     frames, offsets, sizes (n,) int64, pts (n,) float64: source frame indices (ascending), where each JPEG lies in the
-    file and how many bytes it has. width, height: pixels of the pictures. duration: seconds of the source video.
+    file and how many bytes it has. width, height: pixels of the pictures. duration: seconds that the source video's
+    clock shows at its end.
     """
 
     name: str
@@ -235,9 +238,25 @@ def _entry_path(request: CacheRequest, folder: Path, short_side: int) -> Path:
     facts = f"{_FORMAT_VERSION}|{info.path.resolve()}|{info.size}|{info.mtime_ns}|{short_side}|"
     digest = hashlib.sha256(facts.encode("utf-8", "surrogateescape"))
     digest.update(np.ascontiguousarray(request.frames, dtype="<i8").tobytes())
-    # names may hold anything; the file system may not
-    readable = re.sub(r"[^A-Za-z0-9._-]", "_", request.name)[:100]
-    return folder / f"{readable}-{digest.hexdigest()[:10]}.mov"
+    return folder / f"{_readable(request.name)}-{digest.hexdigest()[:10]}.mov"
+
+
+def file_name(video: str) -> str:
+    """A name for files made of a video: its own where every file system takes it with something added, else one like
+    those of the cache, its readable part and a hash.
+    """
+    try:
+        plain = len(video.encode()) <= LONGEST_NAME and video[:1] != "." and not re.search(r"[/\\\x00-\x1f\x7f]", video)
+    except UnicodeEncodeError:  # bytes of a file name that are no text
+        plain = False
+    if plain:
+        return video
+    return f"{_readable(video)}-{hashlib.sha256(video.encode('utf-8', 'surrogatepass')).hexdigest()[:10]}"
+
+
+def _readable(name: str) -> str:
+    """Names may hold anything; the file system may not."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
 
 
 def _load(request: CacheRequest, folder: Path, short_side: int) -> CachedVideo | None:
@@ -249,12 +268,13 @@ def _load(request: CacheRequest, folder: Path, short_side: int) -> CachedVideo |
                 name=request.name,
                 path=path,
                 frames=index["frames"],
-                pts=index["pts"],
+                # of the probe, not of the index: an entry may be older than what is known of the file's clock
+                pts=request.info.pts[request.frames],
                 offsets=index["offsets"],
                 sizes=index["sizes"],
                 width=int(index["width"]),
                 height=int(index["height"]),
-                duration=float(index["duration"]),
+                duration=request.info.duration,
             )
         length = path.stat().st_size
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
@@ -512,7 +532,7 @@ def _pictures(info: VideoInfo, frames: np.ndarray, short_side: int, threads: int
         picture = _upright(convert(frame), info.rotation, info.mirrored)
         picture.time_base = time_base
         if info.ticks is None:
-            picture.pts = round(info.pts[index] / time_base)
+            picture.pts = round((info.pts[index] - info.start) / time_base)
         else:
             picture.pts = int(info.ticks[index] - info.ticks[0]) * info.time_base.numerator
         yield index, picture

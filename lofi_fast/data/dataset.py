@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -19,15 +19,20 @@ import torch
 from numpy.typing import NDArray
 
 from lofi_fast.config import Config, DataConfig
-from lofi_fast.data.annotations import Video, clip_to_duration, load_annotations
+from lofi_fast.data.annotations import UNASSIGNED, Annotations, Video, clip_to_duration, load_annotations
 from lofi_fast.data.cache import CachedVideo, CacheRequest, Pictures, Skipped, prepare
+from lofi_fast.data.matching import find_videos
 from lofi_fast.data.pipeline import FrameRequest, View
-from lofi_fast.data.video import VideoError, VideoInfo, find_videos, probe
+from lofi_fast.data.plausibility import check_times
+from lofi_fast.data.split import choose_validation
+from lofi_fast.data.video import VideoError, VideoInfo, probe
 from lofi_fast.data.windows import Window, cut_windows, full_grid
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, select_snippets
 
 SUBSETS = ("training", "validation")
+NOTED_START = 0.1  # seconds between a file's start and its first picture, above which it is worth a note
+CLIPS_SHOWN = 10  # notes about segments that pass the ends of their videos
 CROP_OF_CACHED = 7 / 8  # a 224 px crop out of a 256 px frame, and the same share at every size
 JITTER_PIXELS = 64 * 112 * 112  # of the frames that are jittered at once
 SQUASH_LEAST = 0.85  # share of each side that a random crop keeps when the whole frame is squashed
@@ -93,11 +98,12 @@ def _require(readable: Sequence[Video], skipped: Sequence[Skipped], config: Data
             f"{where}: no annotated video can be used{told}; check --videos (files are matched by name without "
             "extension) and the subsets in --annotations"
         )
-    training = [video for video in readable if video.subset == "training"]
+    training = [video for video in readable if video.subset in ("training", UNASSIGNED)]
     if not any(video.segments for video in training):
         raise InputError(
             f"{where}: no usable training video has a segment within its duration{told}; "
-            "check the subsets in --annotations"
+            "check the subsets in --annotations: videos to train on are of the subset training (in THUMOS14 those are "
+            "the ones that it calls Validation)"
         )
     taught = {segment.label for video in training for segment in video.segments}
     untaught = sorted({s.label for video in readable if video.subset == "validation" for s in video.segments} - taught)
@@ -109,35 +115,90 @@ def _require(readable: Sequence[Video], skipped: Sequence[Skipped], config: Data
         )
 
 
+def _late_pictures(starts: dict[str, float]) -> list[str]:
+    """A note about videos whose first picture comes later than their file's start; by name, in seconds."""
+    late = sorted((name for name, start in starts.items() if start > NOTED_START), key=lambda name: -starts[name])
+    if not late:
+        return []
+    shown = ", ".join(f"{name} at {starts[name]:.2f} s" for name in late[:5]) + (", ..." if len(late) > 5 else "")
+    return [
+        f"the pictures of {len(late)} video{'s' if len(late) > 1 else ''} begin after the file's start ({shown}); "
+        "labels are read on the file's clock, as players show it"
+    ]
+
+
+def _lost_frames(infos: dict[str, VideoInfo]) -> list[str]:
+    """A note about each video of which some frames do not decode, and the rest is used."""
+    return [
+        f"{name}: {info.lost} frame{'s' if info.lost > 1 else ''} of {info.path} could not be decoded and "
+        f"{'are' if info.lost > 1 else 'is'} left out; the other {len(info.pts)} are used"
+        for name, info in infos.items()
+        if info.lost
+    ]
+
+
+def _wanted(annotations: Annotations, path: Path) -> tuple[list[Video], list[str]]:
+    """The videos to train and evaluate on, and a note where those to evaluate on are not of the validation subset."""
+    wanted = [video for video in annotations.videos if video.subset != "testing"]
+    testing = annotations.subset("testing")
+    if any(video.subset != "training" for video in wanted) or not any(video.segments for video in testing):
+        return wanted, []
+    note = f"{path} has no validation subset: what is evaluated are the {len(testing)} videos of its testing subset"
+    return [
+        video if video.subset != "testing" else replace(video, subset="validation") for video in annotations.videos
+    ], [note]
+
+
+def _divided(videos: list[Video], path: Path) -> tuple[list[Video], list[str]]:
+    """The videos, divided into subsets if they have none, and a note that names those to validate on."""
+    if not any(video.subset == UNASSIGNED for video in videos):
+        return videos, []
+    chosen = choose_validation(videos)
+    names = sorted(chosen)
+    if names:
+        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "")
+        note = f"{path} has no subsets: {len(names)} of its {len(videos)} usable videos are validation: {shown}"
+    else:
+        note = f"{path} has no subsets, and no video that training can spare: nothing is evaluated"
+    return [replace(v, subset="validation" if v.name in chosen else "training") for v in videos], [note]
+
+
 def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Path, progress: Progress) -> Dataset:
     """Read labels, probe the videos, fill the frame cache, cut windows. Bad videos are skipped and counted.
 
     Raises InputError when nothing is left to train on, or when a validation class has no training segment.
     """
-    annotations = load_annotations(annotations_path)
-    wanted = [video for video in annotations.videos if video.subset in SUBSETS]
-    paths = find_videos(videos, [video.name for video in wanted])
-    skipped = [
-        Skipped(v.name, str(videos / v.name), "no video file of this name") for v in wanted if v.name not in paths
-    ]
-    infos, unreadable = _probe_all(paths)
+    annotations = load_annotations(annotations_path, clip=False)
+    wanted, evaluated = _wanted(annotations, annotations_path)
+    matches = find_videos(videos, [video.name for video in wanted])
+    skipped = [Skipped(name, str(videos / name), reason) for name, reason in matches.absent.items()]
+    infos, unreadable = _probe_all(matches.paths)
     short = {name for name, info in infos.items() if len(info.pts) < FRAMES_PER_SNIPPET}
     unreadable += [
         Skipped(name, str(infos[name].path), f"{len(infos[name].pts)} frames are less than one snippet of 8")
         for name in sorted(short)
     ]
     skipped += unreadable
-    notes = list(annotations.notes)
+    notes = [*annotations.notes, *evaluated, *matches.notes]
+    notes += check_times([v for v in wanted if v.name not in short], infos, str(annotations_path))
+    clipped: list[str] = []
     readable = []
     for annotated in wanted:
         if annotated.name in infos and annotated.name not in short:
-            video, clipped = clip_to_duration(annotated, infos[annotated.name].duration)
-            notes += clipped
+            video, repairs = clip_to_duration(annotated, infos[annotated.name].duration)
+            clipped += repairs
             readable.append(video)
+    notes += clipped[:CLIPS_SHOWN]
+    if clipped[CLIPS_SHOWN:]:
+        notes.append(f"segments of more videos are clipped or dropped in the same way ({len(clipped)} notes in all)")
     _require(readable, skipped, config.data)
 
+    notes += _lost_frames({video.name: infos[video.name] for video in readable})
+    notes += _late_pictures({video.name: infos[video.name].start for video in readable})
     windows = {
-        video.name: cut_windows(video.name, infos[video.name].duration, config.data.window, config.data.overlap)
+        video.name: cut_windows(
+            video.name, infos[video.name].duration, config.data.window, config.data.overlap, infos[video.name].start
+        )
         for video in readable
     }
     grid = partial(full_grid, num_snippets=config.full.num_snippets, frame_stride=config.data.frame_stride)
@@ -147,7 +208,8 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
     ]
     cached, undecodable = prepare(requests, cache, cache_side(config.full), progress=progress)
     skipped += undecodable
-    readable = [video for video in readable if video.name in cached]
+    readable, divided = _divided([video for video in readable if video.name in cached], annotations_path)
+    notes += divided
     _require(readable, skipped, config.data)
 
     classes = tuple(sorted({s.label for v in readable if v.subset == "training" for s in v.segments}))

@@ -1,16 +1,17 @@
 """Where the frames of a video file are in time, and how to get exactly those asked for.
 
 A frame is named by its index in presentation order; its time is `VideoInfo.pts[index]`, taken from the file's own
-time stamps and never from a frame rate. Sources of the traps handled here: FFmpeg's libavformat and libavcodec, read
-through PyAV.
+time stamps and never from a frame rate. All times are on the file's clock, the one that players and labelling tools
+show: 0 is where the container starts, which is its earliest stream, and the pictures may begin later. Sources of the
+traps handled here: FFmpeg's libavformat and libavcodec, read through PyAV.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from array import array
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -29,16 +30,14 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv")
-# Searched for beside these where a whole folder is looked through, and not names that labels give.
-RARE_EXTENSIONS = (".3gp", ".3g2", ".asf", ".dv", ".f4v", ".m2v", ".mpe", ".mxf", ".ogv", ".vob")
-
 # Packets tell every frame's time only where the container stores presentation times and the codec makes one shown
 # frame of one packet. VP8 hides reference frames in packets of their own; AVI stores no times; a transport stream
 # may begin in the middle of a group of pictures. Those are decoded once to be counted.
 _CONTAINERS_WITH_TIMES = frozenset(("mov", "mp4", "matroska", "webm"))
 _ONE_FRAME_A_PACKET = frozenset(("h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg", "prores", "png"))
 
+MIN_PIECE = 8  # frames of each of several files that were joined; fewer are stamps in disorder
+LEAST_KEPT = 0.9  # share of a file's stamps that ascend; fewer are in disorder, and not in order but for some damage
 LEAST_START = 1e-3  # seconds; below it is the rounding of containers that count milliseconds
 
 
@@ -50,14 +49,17 @@ class VideoError(InputError):
 class VideoInfo:
     """What `probe` found out about a file's best video stream.
 
-    pts (num_frames,) float64: seconds of each frame in presentation order, ascending, the first is 0.
-    duration: seconds, up to the end of the last frame. width, height: pixels as shown, after rotation.
+    pts (num_frames,) float64: seconds of each frame in presentation order, ascending, on the file's clock.
+    duration: seconds that the file's clock shows at the end of the last frame. width, height: pixels as shown, after
+    rotation.
     rotation: degrees clockwise (0, 90, 180, 270) that turn a decoded frame upright, after it is flipped left-right if
     `mirrored`. size, mtime_ns: of the file.
     ticks (num_frames,) int64: the stamp each decoded frame carries, in units of time_base seconds; None where the
     decoder's stamps are wrong or missing and a frame is found by counting (MPEG-4 with packed B-frames).
     key_ticks: ascending stamps of frames from which decoding may start and still give the same pixels; may be empty.
-    start: what a player's clock shows at the first frame, in seconds: 0 unless another stream begins before it.
+    lost: frames that are in the file and do not decode whole; None where the packets alone were read, and any frame
+    that does not decode is an error. pts and ticks leave them out.
+    places: of each frame, in the order of the frames that decode; None where it is that of the frames themselves.
     """
 
     path: Path
@@ -74,18 +76,26 @@ class VideoInfo:
     ticks: np.ndarray | None = None
     key_ticks: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     mirrored: bool = False
-    start: float = 0.0
+    lost: int | None = None
+    places: np.ndarray | None = None
+
+    @property
+    def start(self) -> float:
+        """Seconds that the file's clock shows at the first frame: 0 unless another stream begins before it."""
+        return float(self.pts[0])
 
     @property
     def fps(self) -> float:
         """Mean frames a second; 0.0 for a video without a duration."""
-        return len(self.pts) / self.duration if self.duration > 0 else 0.0
+        shown = self.duration - self.start
+        return len(self.pts) / shown if shown > 0 else 0.0
 
 
 def probe(path: Path) -> VideoInfo:
     """Finds every frame's time by reading the packets, and decodes the first frame to see that it can be done.
 
-    Where packets do not tell (see _CONTAINERS_WITH_TIMES, and any irregular time stamp) the whole video is decoded.
+    Where packets do not tell (see _CONTAINERS_WITH_TIMES, and any irregular time stamp) the whole video is decoded,
+    and its frames are those that decode.
     Raises VideoError for a file that is missing, empty, damaged or without a video stream, InputError without PyAV.
     """
     require_pyav()
@@ -106,18 +116,30 @@ def probe(path: Path) -> VideoInfo:
             rate = stream.average_rate or stream.guessed_rate
             codec = stream.codec_context.name
             begins = container.start_time
+            stream_begins = (stream.start_time or 0) * time_base
+            # the stamps that are made up for its frames are late by what a decoder holds back
+            has_times = container.format.name != "avi"
         first = _first_frame(path)
         times: np.ndarray
+        lost: int | None = None
+        places: np.ndarray | None = None
+        stamped = True
         if ticks is not None and first.pts == ticks[0]:
             times = ticks
         else:
             key_ticks = key_ticks[:0]
-            decoded = _decoded_ticks(path)
+            decoded, lost = _decoded_ticks(path)
             if _ascending(decoded):
                 times = ticks = np.array(decoded, dtype=np.int64)
+            elif (joined := _joined_times(decoded)) is not None:
+                times, ticks = joined, None
+            elif len(places := _longest_ascending(decoded)) >= LEAST_KEPT * len(decoded):
+                times, ticks = np.array([decoded[place] for place in places], dtype=np.int64), None
+                lost += len(decoded) - len(places)
             else:
+                stream_base, places, ticks = time_base, None, None
                 times, time_base = _counted_times(path, len(decoded), time_base, rate)
-                ticks = None
+                stamped = time_base == stream_base
     except av.FFmpegError as error:
         raise VideoError(f"video {path} cannot be decoded: {error.strerror or error}") from error
     except OSError as error:
@@ -131,6 +153,7 @@ def probe(path: Path) -> VideoInfo:
         length = float(np.median(np.diff(pts)))
     else:
         length = float(1 / rate) if rate else 0.0
+    pts += _start(int(times[0]) * time_base if stamped and has_times else stream_begins, begins)
     rotation, mirrored = _orientation(first)
     width, height = (first.height, first.width) if rotation in (90, 270) else (first.width, first.height)
     return VideoInfo(
@@ -148,12 +171,13 @@ def probe(path: Path) -> VideoInfo:
         ticks=ticks,
         key_ticks=key_ticks,
         mirrored=mirrored,
-        start=0.0 if ticks is None else _start(int(ticks[0]) * time_base, begins),
+        lost=lost,
+        places=places,
     )
 
 
 def _start(first: Fraction, container: int | None) -> float:
-    """Seconds from where a player's clock begins to the first frame. Players show a container's start time, that of
+    """Seconds from where the file's clock begins to the first frame. Players show a container's start time, that of
     its earliest stream (`container`, microseconds), as 0.
     """
     late = float(first - Fraction(container, 1_000_000)) if container is not None else 0.0
@@ -170,49 +194,6 @@ def stated_duration(path: Path) -> float:
             return max(container.duration or 0, 0) / 1_000_000
     except (av.FFmpegError, OSError):
         return 0.0
-
-
-def find_videos(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """Files below `folder` whose stem is a name, "v_" + name (ActivityNet's habit), or whose file name is the name.
-
-    Of several candidates the first of the sorted paths is taken; names without a file are absent from the result.
-    Raises InputError when the folder cannot be listed.
-    """
-    by_stem: dict[str, Path] = {}
-    for path in _files_below(Path(folder), EXTENSIONS, "--videos "):
-        by_stem.setdefault(path.stem, path)
-        by_stem.setdefault(path.name, path)
-    found = {}
-    for name in names:
-        path_or_none = by_stem.get(name) or by_stem.get(f"v_{name}")
-        if path_or_none is not None:
-            found[name] = path_or_none
-    return found
-
-
-def list_videos(folder: Path) -> list[Path]:
-    """All files below `folder` that have the name of a video, sorted. InputError when it cannot be listed."""
-    return _files_below(Path(folder), EXTENSIONS + RARE_EXTENSIONS)
-
-
-def _files_below(folder: Path, extensions: tuple[str, ...], flag: str = "") -> list[Path]:
-    if not folder.is_dir():
-        raise InputError(f"{flag}{folder} is not a folder")
-    try:
-        os.listdir(folder)
-    except OSError as error:
-        raise InputError(f"{flag}{folder} cannot be listed: {error.strerror}") from error
-    visited: set[str] = set()
-    found: list[Path] = []
-    # data sets are often assembled from symlinked folders, which may form a loop
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        found += [Path(root, file) for file in files if os.path.splitext(file)[1].lower() in extensions]
-    return sorted(found)
 
 
 def decode(info: VideoInfo, frames: np.ndarray, threads: int = 0) -> Iterator[tuple[int, VideoFrame]]:
@@ -237,8 +218,12 @@ def _decode(info: VideoInfo, frames: np.ndarray, threads: int) -> Iterator[tuple
     if len(frames) == 0:
         return
     # what a decoded frame is found by: its place in the decoder's order, or its stamp
-    keys = frames if info.ticks is None else info.ticks[frames]
+    places = frames if info.places is None else info.places[frames]
+    keys = places if info.ticks is None else info.ticks[frames]
     wanted = dict(zip(keys.tolist(), frames.tolist(), strict=True))
+    if info.lost is not None:
+        yield from _decode_what_can_be(info, wanted, threads)
+        return
     # where decoding may start for each of them
     beginning = np.iinfo(np.int64).min
     entries = np.concatenate(([beginning], info.key_ticks))
@@ -290,6 +275,68 @@ def _decode(info: VideoInfo, frames: np.ndarray, threads: int) -> Iterator[tuple
     except OSError as error:
         raise VideoError(f"video {info.path} cannot be read: {error.strerror or error}") from error
     raise VideoError(f"video {info.path} ends after {done} of {len(frames)} frames (a truncated file?)")
+
+
+def _decode_what_can_be(info: VideoInfo, wanted: dict[int, int], threads: int) -> Iterator[tuple[int, VideoFrame]]:
+    """As `probe` decoded a whole file, so that both see the same frames; `wanted`: key -> index, ascending."""
+    import av
+
+    done = 0
+    try:
+        with av.open(str(info.path)) as container:
+            stream = _best_stream(container, info.path)
+            stream.thread_type, stream.thread_count = "AUTO", 1 if info.lost else threads
+            for position, frame in enumerate(_whole_frames(container, stream, [])):
+                key = position if info.ticks is None else frame.pts
+                if key is None or key not in wanted:
+                    continue
+                yield wanted[key], frame
+                done += 1
+                if done == len(wanted):
+                    return
+    except av.FFmpegError as error:
+        raise VideoError(
+            f"video {info.path} fails after {done} of {len(wanted)} frames: {error.strerror or error}"
+        ) from error
+    except OSError as error:
+        raise VideoError(f"video {info.path} cannot be read: {error.strerror or error}") from error
+    raise VideoError(f"video {info.path} ends after {done} of {len(wanted)} frames (a truncated file?)")
+
+
+def _whole_frames(
+    container: av.container.InputContainer, stream: VideoStream, faults: list[str]
+) -> Iterator[VideoFrame]:
+    """Frames that decode whole, in presentation order. What does not is passed over, one sentence in `faults` each.
+
+    Packets that the container marks as damaged are given to the decoder too: where two transport streams were joined
+    the last one of the first is marked, and is whole.
+    """
+    import av
+
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except IndexError:  # of PyAV, where damage looks like the beginning of one more stream
+            packets = container.demux(stream)
+            continue
+        except av.FFmpegError as error:
+            faults.append(f"reading stopped: {error.strerror or error}")
+            packet = None
+        try:
+            frames = stream.codec_context.decode(packet if packet is not None and packet.size else None)
+        except av.EOFError:
+            return  # the decoder was flushed before
+        except av.FFmpegError as error:
+            faults.append(f"a packet does not decode: {error.strerror or error}")
+            frames = []
+        for frame in frames:
+            if frame.is_corrupt:
+                faults.append("a frame has parts that were not decoded")
+            else:
+                yield frame
+        if packet is None:
+            return
 
 
 def _best_stream(container: av.container.InputContainer, path: Path) -> VideoStream:
@@ -368,7 +415,7 @@ def _first_frame(path: Path) -> VideoFrame:
     import av
 
     with av.open(str(path)) as container:
-        for frame in container.decode(_best_stream(container, path)):
+        for frame in _whole_frames(container, _best_stream(container, path), []):
             return frame
     raise VideoError(f"video {path} has no decodable frame")
 
@@ -391,13 +438,61 @@ def _orientation(frame: VideoFrame) -> tuple[int, bool]:
     return round(math.degrees(math.atan2(b, a)) / 90) % 4 * 90, mirrored
 
 
-def _decoded_ticks(path: Path) -> list[int | None]:
+def _decoded_ticks(path: Path) -> tuple[list[int | None], int]:
+    """Stamps of all frames that decode whole, and how many do not."""
     import av
 
-    with av.open(str(path)) as container:
-        stream = _best_stream(container, path)
-        stream.thread_type = "AUTO"
-        return [frame.pts for frame in container.decode(stream)]
+    # several threads make other frames of damaged data, and report it late
+    for threads in (0, 1):
+        faults: list[str] = []
+        with av.open(str(path)) as container:
+            stream = _best_stream(container, path)
+            stream.thread_type, stream.thread_count = "AUTO", threads
+            ticks = [frame.pts for frame in _whole_frames(container, stream, faults)]
+        if not faults:
+            break
+    if not ticks:
+        raise VideoError(f"video {path} has no decodable frame")
+    return ticks, len(faults)
+
+
+def _longest_ascending(ticks: list[int | None]) -> np.ndarray:
+    """Places (int64) of the longest strictly ascending part of the stamps: what damage, or a lost stamp, leaves."""
+    lowest: list[int] = []  # the lowest stamp that ends an ascending part of each length
+    ends: list[int] = []  # its place
+    before = [-1] * len(ticks)
+    for place, tick in enumerate(ticks):
+        if tick is None:
+            continue
+        length = bisect_left(lowest, tick)
+        before[place] = ends[length - 1] if length else -1
+        lowest[length : length + 1] = [tick]
+        ends[length : length + 1] = [place]
+    chain = []
+    place = ends[-1] if ends else -1
+    while place >= 0:
+        chain.append(place)
+        place = before[place]
+    return np.array(chain[::-1], dtype=np.int64)
+
+
+def _joined_times(ticks: list[int | None]) -> np.ndarray | None:
+    """Ascending times of the frames of files that were joined end to end, each piece of which counts anew: a piece
+    goes on where the one before ends. None where the stamps are no such thing.
+    """
+    if None in ticks or len(ticks) < 2:
+        return None
+    stamps = np.array(ticks, dtype=np.int64)
+    steps = np.diff(stamps)
+    backwards = steps <= 0
+    if not (backwards.any() and backwards.sum() <= len(stamps) / MIN_PIECE):
+        return None
+    # stamps that merely change places, as of B-frames in the wrong order, go on where they were within a few frames
+    length = max(int(np.median(steps[~backwards])), 1)
+    if np.any(steps[backwards] > -MIN_PIECE * length):
+        return None
+    steps[backwards] = length
+    return np.concatenate(([stamps[0]], stamps[0] + np.cumsum(steps)))
 
 
 def _ascending(ticks: list[int | None]) -> bool:

@@ -1,7 +1,7 @@
 """Windows: the stretch of a video that the head sees at once, and the grid of frames that its snippets are made of.
 
 ActivityNet and HACS rescale the whole video to L snippets: one window a video. THUMOS-like sets have long videos with
-short actions: windows of fixed length that overlap. Times are seconds from the first frame, by PTS.
+short actions: windows of fixed length that overlap. Times are seconds on the file's clock (see video.py), by PTS.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ class Window:
         return np.concatenate([[self.start], (centres[1:] + centres[:-1]) / 2, [self.end]])
 
 
-def cut_windows(video: str, duration: float, length: float | None, overlap: float) -> list[Window]:
-    """The windows of one video: all of it when `length` is None, else windows of `length` seconds that start every
-    length * (1 - overlap) seconds, the last one moved back to end with the video.
+def cut_windows(video: str, duration: float, length: float | None, overlap: float, begins: float = 0.0) -> list[Window]:
+    """The windows of one video, whose pictures are shown from `begins` to `duration` seconds: all of it when `length`
+    is None, else windows of `length` seconds that start every length * (1 - overlap) seconds, the last one moved back
+    to end with the video.
     """
-    if length is None or duration <= length:
-        return [Window(video, 0.0, duration if length is None else length)]
+    shown = duration - begins
+    if length is None or shown <= length:
+        return [Window(video, begins, duration if length is None else begins + length)]
     stride = length * (1 - overlap)
-    num_strides = int(np.ceil((duration - length) / stride - 1e-9))
-    starts = [min(i * stride, duration - length) for i in range(num_strides + 1)]
+    num_strides = int(np.ceil((shown - length) / stride - 1e-9))
+    starts = [begins + min(i * stride, shown - length) for i in range(num_strides + 1)]
     return [Window(video, start, start + length) for start in starts]
 
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from lofi_fast import files
+from lofi_fast.data.cache import file_name
 from lofi_fast.data.dataset import SUBSETS, Sample, centre_requests
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
@@ -37,7 +38,8 @@ def encoder_digest(run: Run) -> str:
 def feature_path(run: Run, sample: Sample) -> Path:
     """features/<video>.npy, or <video>@<start>s.npy where a video has several windows; (C, L) float32."""
     whole = run.config.data.window is None
-    name = sample.window.video if whole else f"{sample.window.video}@{sample.window.start:.2f}s"
+    video = file_name(sample.window.video)
+    name = video if whole else f"{video}@{sample.window.start:.2f}s"
     return run.folder / "features" / f"{name}.npy"
 
 
