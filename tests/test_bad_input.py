@@ -323,7 +323,7 @@ def labelled_as(segment: list[float], *names: str) -> Callable[[Database], str]:
         pytest.param(
             "json",
             labelled_as([50, 60], "a", "b", "c"),
-            ["no usable training video has a segment within its duration"],
+            ["3 of 5 segments lie outside their videos", "must be in seconds"],
             id="training segments after the end",
         ),
         pytest.param(

@@ -53,7 +53,7 @@ def test_another_unit_is_refused_by_its_name(factor: float, fps: float, unit: st
 
 def test_frame_numbers_of_early_actions_are_seen_in_part() -> None:
     spans = {"a": [(25.0, 62.0), (5.0, 10.0), (1.0, 4.0), (75.0, 125.0)], "b": [(25.0, 75.0), (3.0, 8.0)]}
-    with pytest.raises(InputError, match="3 of 6 segments lie outside their videos.*frame numbers"):
+    with pytest.raises(InputError, match=r"3 of 6 segments lie outside their videos.*frame numbers"):
         check(spans, 12.0)
 
 
@@ -78,7 +78,7 @@ def test_a_file_that_is_cut_off_is_noted_and_used() -> None:
     spans = {"a": [(1.0, 2.0), (2.0, 3.0), (4.0, 5.0), (9.0, 11.0)]}
     notes = check(spans, 5.4, duration=12.0)
     assert "cut off" in notes[0] and "1 of 4 segments lie outside" in notes[1] and "look like" not in notes[1]
-    with pytest.raises(InputError, match="3 of 4 segments lie outside.*cut off"):
+    with pytest.raises(InputError, match=r"3 of 4 segments lie outside.*cut off"):
         check({"a": [(1.0, 2.0), (7.0, 8.0), (8.0, 9.0), (9.0, 11.0)]}, 5.4, duration=12.0)
 
 

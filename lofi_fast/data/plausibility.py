@@ -80,8 +80,8 @@ def _segments(videos: Sequence[Video], infos: Mapping[str, VideoInfo], where: st
         if found
     ]
     sentence = (
-        f"{where}: {' and '.join(parts)}, such as {segment.start:g} to {segment.end:g} of {video.name}, whose file ends "
-        f"at {infos[video.name].duration:.2f} s"
+        f"{where}: {' and '.join(parts)}, such as {segment.start:g} to {segment.end:g} of {video.name}, whose file "
+        f"ends at {infos[video.name].duration:.2f} s"
     )
     # a file that is shorter than its labels say explains them without another unit
     explained = all(v.duration is not None and s.end <= v.duration + _slack(v.duration) for v, s in outside + cut)
@@ -91,10 +91,8 @@ def _segments(videos: Sequence[Video], infos: Mapping[str, VideoInfo], where: st
         looks = f"; the times look like {units[0]}" if units else ""
     lost, beyond = len(outside) / len(pairs), (len(outside) + len(cut)) / len(pairs)
     if beyond >= BEYOND_SHARE or (lost >= LOST_SHARE and not explained):
-        cause = "; the files seem to be cut off" if explained else ""
-        raise InputError(
-            f"{sentence}{looks}{cause}; segments must be in seconds, on the clock of the files in --videos"
-        )
+        cause = "; the files seem to be cut off" if explained else looks
+        raise InputError(f"{sentence}{cause}; segments must be in seconds, on the clock of the files in --videos")
     return [f"{sentence}{looks}"]
 
 
