@@ -11,13 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lofi_fast.data.annotations import load_annotations
+from lofi_fast.data.annotations import load_annotations, subset_named
 from lofi_fast.errors import InputError
 from lofi_fast.metrics import read_object, segments_of
 
 Truth = dict[str, list[tuple[float, float, str]]]
-
-_SUBSETS = {"train": "training", "val": "validation", "valid": "validation", "test": "testing"}
 
 
 def load_ground_truth(path: Path, subset: str | None = None) -> Truth:
@@ -90,8 +88,8 @@ def _segments(entry: Mapping[str, Any], subset: str, where: str) -> list[tuple[f
 
 
 def _subset_named(text: str) -> str:
-    name = text.strip().lower()
-    return _SUBSETS.get(name, name)
+    """By its usual name; a subset of the file's own keeps its name."""
+    return subset_named(text) or text.strip().lower()
 
 
 def _choose_subset(path: Path, members: set[str], wanted: str | None) -> str:
