@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -209,14 +210,33 @@ def decode(info: VideoInfo, frames: np.ndarray, threads: int = 0) -> Iterator[tu
         raise ValueError("frames must be sorted and unique")
     if len(frames) and not (frames[0] >= 0 and frames[-1] < len(info.pts)):
         raise ValueError(f"frames must be within 0..{len(info.pts) - 1} of {info.path}")
-    return _decode(info, frames, threads)
+    return _complete(info, len(frames), _decode(info, frames, threads))
 
 
-def _decode(info: VideoInfo, frames: np.ndarray, threads: int) -> Iterator[tuple[int, VideoFrame]]:
+def _complete(
+    info: VideoInfo, count: int, found: Generator[tuple[int, VideoFrame], None, None]
+) -> Iterator[tuple[int, VideoFrame]]:
+    """The first `count` of what is found. Whatever ends it before is a VideoError that says how far it came."""
     import av
 
-    if len(frames) == 0:
-        return
+    done = 0
+    with closing(found):
+        try:
+            while done < count:
+                yield next(found)
+                done += 1
+        except StopIteration:
+            raise VideoError(f"video {info.path} ends after {done} of {count} frames (a truncated file?)") from None
+        except av.FFmpegError as error:
+            what = error.strerror or error
+            raise VideoError(f"video {info.path} fails after {done} of {count} frames: {what}") from error
+        except OSError as error:
+            raise VideoError(f"video {info.path} cannot be read: {error.strerror or error}") from error
+
+
+def _decode(info: VideoInfo, frames: np.ndarray, threads: int) -> Generator[tuple[int, VideoFrame], None, None]:
+    import av
+
     # what a decoded frame is found by: its place in the decoder's order, or its stamp
     places = frames if info.places is None else info.places[frames]
     keys = places if info.ticks is None else info.ticks[frames]
@@ -230,77 +250,57 @@ def _decode(info: VideoInfo, frames: np.ndarray, threads: int) -> Iterator[tuple
     starts = entries[np.searchsorted(entries, keys, side="right") - 1]
     entry_ticks = set(info.key_ticks.tolist())
     done, position = 0, 0
-    try:
-        with av.open(str(info.path)) as container:
-            stream = _best_stream(container, info.path)
-            stream.thread_type = "AUTO"
-            stream.thread_count = threads
-            context = stream.codec_context
-            # the last entry point that the decoder, which runs ahead of its output, has been given
-            entered, skipped = beginning, False
-            for packet in container.demux(stream):
-                if packet.size and packet.is_corrupt:
+    with av.open(str(info.path)) as container:
+        stream = _best_stream(container, info.path)
+        stream.thread_type = "AUTO"
+        stream.thread_count = threads
+        context = stream.codec_context
+        # the last entry point that the decoder, which runs ahead of its output, has been given
+        entered, skipped = beginning, False
+        for packet in container.demux(stream):
+            if packet.size and packet.is_corrupt:
+                continue
+            if packet.size and len(info.key_ticks):
+                start = int(starts[done])
+                if packet.pts != start and start > entered:
+                    # nothing is wanted before a key frame that is still to come
+                    skipped = True
                     continue
-                if packet.size and len(info.key_ticks):
-                    start = int(starts[done])
-                    if packet.pts != start and start > entered:
-                        # nothing is wanted before a key frame that is still to come
-                        skipped = True
-                        continue
-                    if skipped:
-                        context.flush_buffers()
-                        skipped = False
-                    if packet.pts is not None and packet.pts in entry_ticks:
-                        entered = packet.pts
-                    # frames that nobody refers to and nobody asked for need no decoding: a third of the time
-                    context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
-                for frame in context.decode(packet if packet.size else None):
-                    key = position if info.ticks is None else frame.pts
-                    position += 1
-                    if key is None or key not in wanted:
-                        continue
-                    index = wanted[key]
-                    if index != frames[done]:
-                        raise VideoError(f"video {info.path} gives frames out of order at {info.pts[index]:.3f} s")
-                    if frame.is_corrupt:
-                        raise VideoError(f"video {info.path} is damaged at {info.pts[index]:.3f} s")
-                    yield index, frame
-                    done += 1
-                    if done == len(frames):
-                        return
-    except av.FFmpegError as error:
-        raise VideoError(
-            f"video {info.path} fails after {done} of {len(frames)} frames: {error.strerror or error}"
-        ) from error
-    except OSError as error:
-        raise VideoError(f"video {info.path} cannot be read: {error.strerror or error}") from error
-    raise VideoError(f"video {info.path} ends after {done} of {len(frames)} frames (a truncated file?)")
+                if skipped:
+                    context.flush_buffers()
+                    skipped = False
+                if packet.pts is not None and packet.pts in entry_ticks:
+                    entered = packet.pts
+                # frames that nobody refers to and nobody asked for need no decoding: a third of the time
+                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            for frame in context.decode(packet if packet.size else None):
+                key = position if info.ticks is None else frame.pts
+                position += 1
+                if key is None or key not in wanted:
+                    continue
+                index = wanted[key]
+                if index != frames[done]:
+                    raise VideoError(f"video {info.path} gives frames out of order at {info.pts[index]:.3f} s")
+                if frame.is_corrupt:
+                    raise VideoError(f"video {info.path} is damaged at {info.pts[index]:.3f} s")
+                yield index, frame
+                done += 1
 
 
-def _decode_what_can_be(info: VideoInfo, wanted: dict[int, int], threads: int) -> Iterator[tuple[int, VideoFrame]]:
+def _decode_what_can_be(
+    info: VideoInfo, wanted: dict[int, int], threads: int
+) -> Generator[tuple[int, VideoFrame], None, None]:
     """As `probe` decoded a whole file, so that both see the same frames; `wanted`: key -> index, ascending."""
     import av
 
-    done = 0
-    try:
-        with av.open(str(info.path)) as container:
-            stream = _best_stream(container, info.path)
-            stream.thread_type, stream.thread_count = "AUTO", 1 if info.lost else threads
-            for position, frame in enumerate(_whole_frames(container, stream, [])):
-                key = position if info.ticks is None else frame.pts
-                if key is None or key not in wanted:
-                    continue
-                yield wanted[key], frame
-                done += 1
-                if done == len(wanted):
-                    return
-    except av.FFmpegError as error:
-        raise VideoError(
-            f"video {info.path} fails after {done} of {len(wanted)} frames: {error.strerror or error}"
-        ) from error
-    except OSError as error:
-        raise VideoError(f"video {info.path} cannot be read: {error.strerror or error}") from error
-    raise VideoError(f"video {info.path} ends after {done} of {len(wanted)} frames (a truncated file?)")
+    with av.open(str(info.path)) as container:
+        stream = _best_stream(container, info.path)
+        stream.thread_type, stream.thread_count = "AUTO", 1 if info.lost else threads
+        for position, frame in enumerate(_whole_frames(container, stream, [])):
+            key = position if info.ticks is None else frame.pts
+            if key is None or key not in wanted:
+                continue
+            yield wanted[key], frame
 
 
 def _whole_frames(
