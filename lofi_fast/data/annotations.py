@@ -18,7 +18,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,17 +174,24 @@ def _repaired(segments: Iterable[Segment], duration: float | None, repairs: _Rep
     return tuple(kept)
 
 
-def _videos_of_json(path: Path, text: str, repairs: _Repairs, clip: bool) -> list[Video]:
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # json keeps the last of two equal keys, which would lose a video without a word
+def once_each(path: Path, ending: str = "") -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """json's `object_pairs_hook` that refuses a key which stands twice: json keeps the last, and a video would be lost
+    without a word. `ending`: of the sentence.
+    """
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise InputError(f"{path}: the key {twice!r} appears twice in one object")
+            raise InputError(f"{path}: the key {twice!r} appears twice in one object{ending}")
         return found
 
+    return checked
+
+
+def _videos_of_json(path: Path, text: str, repairs: _Repairs, clip: bool) -> list[Video]:
     try:
-        content = json.loads(text, object_pairs_hook=without_duplicates)
+        content = json.loads(text, object_pairs_hook=once_each(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}") from error
     except ValueError as error:  # a whole number of thousands of digits

@@ -6,12 +6,11 @@ those that stand there twice. `annotations.load_annotations`, which training rea
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lofi_fast.data.annotations import load_annotations, subset_named
+from lofi_fast.data.annotations import load_annotations, once_each, subset_named
 from lofi_fast.errors import InputError
 from lofi_fast.metrics import read_object, segments_of
 
@@ -50,16 +49,7 @@ def _as_trained(path: Path, wanted: str | None) -> tuple[str, Truth]:
 
 def _as_given(path: Path, wanted: str | None) -> tuple[str, Truth]:
     """Of ActivityNet JSON; videos of other subsets may hold anything."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # json keeps the last of two equal keys, which would lose a video without a word
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise InputError(f"{path}: the key {twice!r} appears twice in one object; mend --ground-truth.")
-        return found
-
-    database = read_object(path, "--ground-truth", "database", once)
+    database = read_object(path, "--ground-truth", "database", once_each(path, "; mend --ground-truth."))
     subsets: dict[str, str] = {}
     for name, entry in database.items():
         said = entry.get("subset") if isinstance(entry, dict) else None
