@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 
 from lofi_fast.errors import InputError, printable
 from lofi_fast.files import DISK_FULL
-from lofi_fast.settings import Leaf, applied, leaves, made, negated, read
+from lofi_fast.settings import GONE, Leaf, applied, leaves, made, negated, read
 
 T = TypeVar("T")
 INTERRUPTED = 130  # the shell's status of a process that Ctrl-C ended
@@ -153,6 +153,8 @@ def _unknown(table: Sequence[Leaf], word: str) -> str:
     flag = word.partition("=")[0]
     if not flag.startswith("-"):
         return f"{word!r} is no flag of this command; --help lists the flags"
+    if (name := flag[2:].replace("-", "_")) in GONE:
+        return f"{flag} is gone: {GONE[name]}"
     near = get_close_matches(flag.replace("_", "-"), sorted({f for leaf in table for f in _spellings(leaf)}), n=1)
     meant = f"; perhaps you meant {near[0]}" if near else ""
     return f"{flag} is no flag of this command{meant}; --help lists the flags"

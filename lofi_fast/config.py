@@ -10,7 +10,6 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -29,13 +28,6 @@ OptimizerImpl = Literal["auto", "apex", "torch"]
 Recompute = Literal["auto", "always", "never"]
 VERSION = "lofi_fast"  # the key of config.json that holds the version which wrote it
 JOB, FIDELITY, MEMORY, TRAINING = "job", "model and fidelity", "memory", "training"  # headings of --help
-
-
-class Policy(StrEnum):
-    """What gives way when memory is short."""
-
-    BATCH = "batch"  # the paper's: all videos of a step at once, the cut takes the slack
-    FIDELITY = "fidelity"  # fewer videos at once, down to one, before the cut grows
 
 
 KeptMaps = Literal["exact", "8bit"]
@@ -73,6 +65,24 @@ def parse_window(text: str) -> float | None:
     if not 0 < seconds < math.inf:
         raise InputError(f'--window "{text}": give a positive number of seconds, or "video" for whole videos')
     return seconds
+
+
+UNITS = {"h": 3600.0, "min": 60.0, "s": 1.0}  # of a time
+
+
+def parse_time(text: str) -> float:
+    """Seconds of "30min", "90s", "1h30min", "0.5h". Raises InputError."""
+    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)min)?(?:(\d+(?:\.\d+)?)s)?", text.replace(" ", ""))
+    parts = found.groups() if found is not None else ()
+    seconds = sum(float(part) * unit for part, unit in zip(parts, UNITS.values(), strict=True) if part) if parts else 0
+    if not 0 < seconds < math.inf:
+        raise InputError(f'--epoch-time "{text}": write a time like 30min, 90s or 1h30min')
+    return seconds
+
+
+def show_time(seconds: float) -> str:
+    """The text of which `parse_time` makes so many seconds."""
+    return f"{seconds!r}s"
 
 
 @dataclass(frozen=True)
@@ -265,26 +275,32 @@ class Config:
         float,
         Setting("never train below 1/K of it", "K", group=FIDELITY, planned_for=True, show="{:g}".format),
     ] = MAX_CUT
+    cut: Annotated[
+        float | None,
+        Setting(
+            "train at 1/K of it: short for --min-cut K --max-cut K", "K", group=FIDELITY, planned_for=True,
+            unset="between those two", show="{:g}".format,
+        ),
+    ] = None  # fmt: skip
+    epoch_time: Annotated[
+        float | None,
+        Setting(
+            "how long an epoch of the joint stage may take, like 30min: lowers the fidelity as a short budget does",
+            "TIME", group=FIDELITY, parse=parse_time, show=show_time, unset="as long as it takes", planned_for=True,
+        ),
+    ] = None  # fmt: skip
     micro_batch: Annotated[
         int | None,
         Setting(
             "videos of a joint step in memory at once; the loss is the same", "B", group=MEMORY,
-            unset="the policy decides", planned_for=True,
+            unset="all, or fewer where a higher fidelity fits by it", planned_for=True,
         ),
     ] = None  # fmt: skip
-    policy: Annotated[
-        Policy,
-        Setting(
-            "what gives way when memory is short. batch: all videos of a step are in memory at once, and the cut "
-            "grows; fidelity: fewer at once, at more time, before the cut grows",
-            group=MEMORY, planned_for=True,
-        ),
-    ] = Policy.BATCH  # fmt: skip
     recompute: Annotated[
         Recompute,
         Setting(
-            "run the encoder forward a second time instead of keeping its activations; auto: where nothing fits "
-            "without",
+            "run the encoder forward a second time instead of keeping its activations; auto: where a higher fidelity "
+            "fits by it",
             group=MEMORY, planned_for=True,
         ),
     ] = "auto"  # fmt: skip

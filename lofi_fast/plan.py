@@ -105,12 +105,12 @@ class Forecast:
 
     def chosen(self, pattern: Pattern) -> Plan | None:
         c = self.config
-        plans = candidates(self.rungs(pattern), c.joint.batch, c.policy, c.micro_batch, c.recompute, self.kind)
+        plans = candidates(self.rungs(pattern), c.joint.batch, c.micro_batch, c.recompute, self.kind)
         return first_fitting(worthwhile(plans, self.peak), self.peak, self.room)
 
     def refusal(self, pattern: Pattern) -> str:
         c = self.config
-        levers = (self.rungs(pattern), c.joint.batch, c.policy, c.micro_batch, c.recompute, self.kind)
+        levers = (self.rungs(pattern), c.joint.batch, c.micro_batch, c.recompute, self.kind)
         return refusal(candidates(*levers), self.peak, self.budget, self.room, self.budget, remedies(*levers))
 
     def levers(self) -> tuple[tuple[int, bool], ...]:
@@ -143,7 +143,6 @@ class Forecast:
             "device": self.device,
             "budget": self.budget,
             "room": self.room,
-            "policy": self.config.policy.value,
             "kept_maps": self.config.kept_maps,
             "assumed": {
                 "beside_tensors": self.assumed,
@@ -158,7 +157,7 @@ class Forecast:
         config = self.config
         lines = [
             f"{config.encoder.name} of width {config.encoder.width}, full fidelity {config.full}, "
-            f"{config.joint.batch} videos a step, policy {config.policy}"
+            f"{config.joint.batch} videos a step"
             f"{', activations kept in 8 bits' if config.kept_maps == '8bit' else ''}; {self.device}",
             f"budget {gigabytes(self.budget)}, of which {gigabytes(self.room)} can be planned with",
             f"computed: the bytes of every tensor. assumed: {gigabytes(self.assumed)} beside them, and "

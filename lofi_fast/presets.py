@@ -138,7 +138,11 @@ def configured(
     if base is not None and asked.get("preset", base.preset) != base.preset:
         raise InputError(f"--preset {asked['preset']}: the settings given are a whole config, of {base.preset}")
     config = applied(base or PRESETS[chosen_preset(asked, cuda, with_data)](), asked)
-    if "max_cut" not in asked:
+    if config.cut is not None:
+        if clash := [flag for name, flag in (("min_cut", "--min-cut"), ("max_cut", "--max-cut")) if name in asked]:
+            raise InputError(f"--cut {config.cut:g} goes without {clash[0]}: it sets both bounds")
+        config = replace(config, min_cut=config.cut, max_cut=config.cut, cut=None)
+    elif "max_cut" not in asked:
         config = replace(config, max_cut=max(config.max_cut, config.min_cut))
     cores = os.cpu_count() or 1
     if config.threads is not None and config.threads > cores:

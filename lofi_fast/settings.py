@@ -33,6 +33,10 @@ from lofi_fast.errors import InputError
 
 T = TypeVar("T")
 NONE = "none"  # how a flag says None where a setting can be None
+GONE = {  # settings that were there once, and what to do without them
+    "policy": "every step takes the highest fidelity that fits, with as many videos at once as fit then; "
+    "--micro-batch fixes their number",
+}
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,8 @@ def read(settings: type, words: Mapping[str, Any], where: str = "") -> dict[str,
                 found[leaf.name] = False
             elif word in sections:
                 raise InputError(f'{where}"{prefix}{key}" is a section of settings, not a setting of its own')
+            elif word in GONE:
+                raise InputError(f'{where}"{prefix}{key}" is gone: {GONE[word]}')
             else:
                 near = get_close_matches(word, [*table, *sections], n=1)
                 meant = f'; perhaps you meant "{near[0]}"' if near else "; --help lists the settings"

@@ -15,7 +15,7 @@ import torch
 from lofi_fast import __main__ as program
 from lofi_fast import plan
 from lofi_fast.budget import Budget, parse_bytes
-from lofi_fast.config import MAY_CHANGE, PLANNED_FOR, STAGES, Config, PresetName, memory_settings
+from lofi_fast.config import MAY_CHANGE, PLANNED_FOR, STAGES, Config, PresetName, memory_settings, show_time
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern
@@ -316,7 +316,7 @@ def test_every_preset_builds_its_models(name: str, encoder: str) -> None:
 LEAVES = leaves(Config)
 OTHER: dict[str, Any] = {  # values unlike the small preset's, where the type alone does not give one
     "preset": "thumos", "full": "16x32", "data.window": 12.5, "stages": "joint,eval", "budget": "3GB", "threads": 1,
-    "short_cycle": 3, "min_cut": 2.5, "max_cut": 9.5, "head.hidden": 64, "head.map_channels": 64,
+    "short_cycle": 3, "epoch_time": "90s", "min_cut": 2.5, "max_cut": 9.5, "head.hidden": 64, "head.map_channels": 64,
 }  # fmt: skip
 
 
@@ -367,7 +367,7 @@ WAYS = ("flags", "short flags", "toml", "json", "keywords")
         pytest.param(way, leaf, id=f"{leaf.name}, {way}")
         for leaf in LEAVES
         for way in WAYS
-        if leaf.short or way != "short flags"
+        if (leaf.short or way != "short flags") and leaf.name != "cut"  # which sets two others; see below
     ],
 )
 def test_every_setting_can_be_given_in_every_way(way: str, leaf: Leaf, tmp_path: Path) -> None:
@@ -380,6 +380,45 @@ def test_every_setting_can_be_given_in_every_way(way: str, leaf: Leaf, tmp_path:
         for one in LEAVES:
             assert one is leaf or one.of(config) == one.of(small), "no other setting is changed"
     assert Config.from_json(config.to_json(), "config.json") == config
+
+
+def test_a_cut_is_both_bounds_at_once() -> None:
+    config = config_of("--cut", "4")
+    assert (config.min_cut, config.max_cut, config.cut) == (4, 4, None)
+    assert config == config_of("--min-cut", "4", "--max-cut", "4")
+    assert configured({"cut": 4, "mem_budget": "1GB"}, cuda=lambda: False).max_cut == 4
+    assert config_of("--cut", "none") == config_of()
+    with pytest.raises(InputError, match="--cut 4 goes without --max-cut"):
+        config_of("--cut", "4", "--max-cut", "8")
+    with pytest.raises(InputError, match=r"--min-cut 0\.5"):
+        config_of("--cut", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30min", 1800), ("90s", 90), ("1h30min", 5400), ("0.5h", 1800), ("1h 2min 3s", 3723), ("1.5min", 90)],
+)
+def test_times_of_an_epoch(text: str, seconds: float) -> None:
+    assert config_of("--epoch-time", text).epoch_time == seconds
+    assert config_of(f"--epoch-time={show_time(seconds)}").epoch_time == seconds
+
+
+@pytest.mark.parametrize("text", ["30", "", "-3min", "min", "30 apples", "0s", "5min3h", "nan s", "1e3s"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(InputError, match="write a time like 30min"):
+        config_of(f"--epoch-time={text}")
+
+
+def test_a_setting_that_is_gone_says_what_to_do_without(tmp_path: Path) -> None:
+    for words in (["--policy", "fidelity"], ["--policy=batch"]):
+        with pytest.raises(InputError, match="--policy is gone: every step takes the highest fidelity that fits"):
+            config_of(*words)
+    with pytest.raises(InputError, match='"policy" is gone'):
+        configured({"policy": "batch"}, cuda=lambda: False)
+    path = tmp_path / "mine.toml"
+    path.write_text('policy = "batch"\n')
+    with pytest.raises(InputError, match=r'mine.toml: "policy" is gone'):
+        config_of("--config", str(path))
 
 
 def test_a_file_goes_before_the_preset_and_flags_before_the_file(tmp_path: Path) -> None:
@@ -448,7 +487,7 @@ def test_a_config_that_this_version_did_not_write_is_refused(tmp_path: Path, cha
 
 
 def test_what_a_resumed_run_may_change_and_what_readings_of_memory_depend_on() -> None:
-    planned = {"budget", "min_cut", "max_cut", "micro_batch", "policy", "recompute", "replay"}
+    planned = {"budget", "min_cut", "max_cut", "cut", "epoch_time", "micro_batch", "recompute", "replay"}
     assert set(PLANNED_FOR) == planned
     longer = {"pretrain.epochs", "joint.epochs", "head_stage.epochs", "detect.tious"}
     assert set(MAY_CHANGE) == planned | longer | {

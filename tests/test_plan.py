@@ -23,23 +23,18 @@ def test_the_module_is_a_command() -> None:
     command = [sys.executable, "-m", "lofi_fast.plan", "--mem-budget", "11GB"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "100 snippets x 224 px" in done.stdout and done.stdout.count("<- 16 at once") == 3
+    assert "100 snippets x 224 px" in done.stdout and done.stdout.count("<- 2 at once") == 3
     assert "assumed" in done.stdout and "GeForce RTX 2080 Ti" in done.stdout
 
 
-@pytest.mark.parametrize("policy", ["batch", "fidelity"])
-def test_what_is_chosen_is_the_highest_rung_that_fits(capsys: pytest.CaptureFixture[str], policy: str) -> None:
-    found = forecast(capsys, "--mem-budget", "6GB", "--policy", policy)
+def test_what_is_chosen_is_the_highest_rung_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    found = forecast(capsys, "--mem-budget", "3GB", "--recompute", "never")
     for pattern, rows in found["ladders"].items():
-        length, side, micro_batch, recompute, _ = found["chosen"][pattern]
+        length, side, _, recompute, _ = found["chosen"][pattern]
         at = next(i for i, row in enumerate(rows) if (row["num_snippets"], row["side"]) == (length, side))
-        assert not recompute and (micro_batch == 16 or policy == "fidelity")
-        for row in rows[:at]:  # none above fits with as few videos at once as the policy allows
-            least = min(
-                p["peak"]
-                for p in row["peaks"]
-                if not p["recompute"] and (policy == "fidelity" or p["micro_batch"] == 16)
-            )
+        assert at > 0 and not recompute
+        for row in rows[:at]:  # none above fits, one video at once and in the fastest chunks at least
+            least = min(p["peak"] for p in row["peaks"] if not p["recompute"])
             assert least > found["room"]
         assert [row["cut"] for row in rows] == sorted(row["cut"] for row in rows)
 
@@ -47,7 +42,8 @@ def test_what_is_chosen_is_the_highest_rung_that_fits(capsys: pytest.CaptureFixt
 def test_more_memory_never_plans_lower(capsys: pytest.CaptureFixture[str]) -> None:
     cuts = []
     for profile in PROFILES:
-        found = forecast(capsys, "--mem-budget", "100%", "--card", profile.name, "--pattern", "spatial")
+        flags = ("--pattern", "spatial", "--micro-batch", "16", "--recompute", "never")
+        found = forecast(capsys, "--mem-budget", "100%", "--card", profile.name, *flags)
         side = found["chosen"]["spatial"][1]
         cuts.append((found["budget"] - found["assumed"]["beside_tensors"], side))
     assert [side for _, side in sorted(cuts)] == sorted(side for _, side in cuts)
@@ -69,9 +65,9 @@ def test_a_cpu_and_other_presets(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_nothing_fits_says_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--mem-budget", "2GB", "--recompute", "never", "--max-cut", "2"]) == 1
+    assert main(["--mem-budget", "2GB", "--recompute", "never", "--max-cut", "2", "--micro-batch", "8"]) == 1
     out = capsys.readouterr().out
-    assert "nothing fits: of a budget of 2.00 GB" in out and "--policy fidelity --recompute auto" in out
+    assert "nothing fits: of a budget of 2.00 GB" in out and "--micro-batch none --recompute auto" in out
 
 
 @pytest.mark.parametrize(
@@ -99,7 +95,7 @@ def test_maps_in_8_bits_leave_room_for_more(capsys: pytest.CaptureFixture[str]) 
                 # Recompute keeps frames alone, and its peak may be anywhere.
                 assert less["peak"] < peak["peak"] or (peak["recompute"] and less["peak"] == peak["peak"])
     assert main(["--mem-budget", "11GB", "--kept-maps", "8bit"]) == 0
-    assert "policy batch, activations kept in 8 bits; " in capsys.readouterr().out
+    assert "16 videos a step, activations kept in 8 bits; " in capsys.readouterr().out
 
 
 def test_a_cycle_without_a_change_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lofi_fast.budget import Budget, gigabytes, resolve_budget
-from lofi_fast.config import Policy, Recompute
+from lofi_fast.config import Recompute
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern, ladder
 from lofi_fast.ledger import default_chunk
@@ -172,7 +172,7 @@ def test_budget_in_bytes() -> None:
 # What may be chosen
 
 HIGH, LOW = Fidelity(32, 64), Fidelity(32, 32)
-POLICIES, RECOMPUTES = st.sampled_from(Policy), st.sampled_from(["auto", "always", "never"])
+RECOMPUTES = st.sampled_from(["auto", "always", "never"])
 
 
 def told(plans: Sequence[Plan]) -> list[str]:
@@ -183,35 +183,30 @@ def told(plans: Sequence[Plan]) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((4, Policy.BATCH), "H4 L4 H4r L4r"),
-        ((4, Policy.BATCH, None, "never"), "H4 L4"),
-        ((4, Policy.BATCH, None, "always"), "H4r L4r"),
-        ((4, Policy.BATCH, 2, "never"), "H2 L2"),
-        ((4, Policy.FIDELITY), "H4 H2 H1 L4 L2 L1 H4r H2r H1r L4r L2r L1r"),
-        ((5, Policy.FIDELITY, None, "never"), "H5 H3 H2 H1 L5 L3 L2 L1"),
-        ((4, Policy.FIDELITY, 2, "never"), "H2 L2"),
-        ((4, Policy.BATCH, 9, "never"), "H4 L4"),
+        ((4,), "H4 H2 H1 H4r H2r H1r L4 L2 L1 L4r L2r L1r"),
+        ((4, None, "never"), "H4 H2 H1 L4 L2 L1"),
+        ((4, None, "always"), "H4r H2r H1r L4r L2r L1r"),
+        ((4, 2), "H2 H2r L2 L2r"),
+        ((5, None, "never"), "H5 H3 H2 H1 L5 L3 L2 L1"),
+        ((4, 9, "never"), "H4 L4"),
     ],
     ids=str,
 )
-def test_candidates_by_hand(arguments: tuple[int, Policy, int | None, Recompute], expected: str) -> None:
+def test_candidates_by_hand(arguments: tuple[int, int | None, Recompute], expected: str) -> None:
     assert told(candidates([HIGH, LOW], *arguments)) == expected.split()
 
 
-@given(st.integers(1, 64), POLICIES, st.none() | st.integers(1, 64), RECOMPUTES)
-def test_candidates_are_best_first(batch: int, policy: Policy, micro: int | None, recompute: Recompute) -> None:
+@given(st.integers(1, 64), st.none() | st.integers(1, 64), RECOMPUTES, st.sampled_from([None, "cpu", "cuda"]))
+def test_candidates_are_best_first(batch: int, micro: int | None, recompute: Recompute, device: Device | None) -> None:
     rungs = ladder(Pattern.SPATIO_TEMPORAL, Fidelity(32, 64))
-    plans = candidates(rungs, batch, policy, micro, recompute)
+    plans = candidates(rungs, batch, micro, recompute, device)
     assert len(set(plans)) == len(plans)
-    assert plans == tuple(sorted(plans, key=lambda p: (p.recompute, -p.omega, -p.micro_batch)))
+    assert plans == tuple(sorted(plans, key=lambda p: (-p.omega, relative_cost(p, rungs[0], device))))
     assert {p.fidelity for p in plans} == set(rungs)
-    assert {p.recompute for p in plans} == {"auto": {False, True}, "always": {True}, "never": {False}}[recompute]
-    sizes = {p.micro_batch for p in plans}
-    if micro is not None:
-        assert sizes == {min(micro, batch)}
-    else:
-        assert max(sizes) == batch
-        assert (min(sizes) == 1) == (policy is Policy.FIDELITY or batch == 1)
+    for rung in rungs:
+        alike = [p for p in plans if p.fidelity == rung]
+        assert {p.recompute for p in alike} == {"auto": {False, True}, "always": {True}, "never": {False}}[recompute]
+        assert {p.micro_batch for p in alike} == set(micro_batches(batch) if micro is None else [min(micro, batch)])
 
 
 @given(st.integers(1, 1000))
@@ -305,16 +300,17 @@ def test_without_readings_the_prior_is_careful() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((4, Policy.BATCH, None, "auto"), "--policy fidelity: L1r"),
-        ((4, Policy.BATCH, None, "never"), "--recompute auto: L4r; --policy fidelity: L1; "
-                                           "--policy fidelity --recompute auto: L1r"),
-        ((4, Policy.BATCH, 2, "always"), "--micro-batch 1: L1r"),
-        ((4, Policy.FIDELITY, None, "never"), "--recompute auto: L1r"),
-        ((1, Policy.BATCH, None, "auto"), ""),
+        ((4, None, "auto"), ""),
+        ((4, None, "never"), "--recompute auto: L1r"),
+        ((4, 4, "auto"), "--micro-batch none: L1r"),
+        ((4, 4, "never"), "--recompute auto: L4r; --micro-batch none: L1; --micro-batch none --recompute auto: L1r"),
+        ((4, 2, "always"), "--micro-batch none: L1r"),
+        ((4, 1, "auto"), ""),
+        ((1, None, "auto"), ""),
     ],
     ids=str,
-)  # fmt: skip
-def test_remedies_by_hand(arguments: tuple[int, Policy, int | None, Recompute], expected: str) -> None:
+)
+def test_remedies_by_hand(arguments: tuple[int, int | None, Recompute], expected: str) -> None:
     offers = remedies([HIGH, LOW], *arguments)
     assert "; ".join(f"{flag}: {told([plan])[0]}" for flag, plan in offers) == expected
 
@@ -327,9 +323,9 @@ def test_a_lower_rung_is_a_remedy() -> None:
 
 
 def test_the_refusal_names_the_flags_that_would_do_and_no_other() -> None:
-    plans = candidates([HIGH, LOW], 4, recompute="never")
+    plans = candidates([HIGH, LOW], 4, 4, recompute="never")
     need = {"H4": 9, "L4": 5, "L1": 2, "L4r": 4, "L1r": 1}
-    offers = remedies([HIGH, LOW], 4, recompute="never")
+    offers = remedies([HIGH, LOW], 4, 4, recompute="never")
 
     def say(limit: int, room: int, budget: int) -> str:
         return refusal(plans, lambda p: need[told([p])[0]] * 10**9, limit * 10**9, room * 10**8, budget * 10**9, offers)
@@ -339,14 +335,15 @@ def test_the_refusal_names_the_flags_that_would_do_and_no_other() -> None:
         assert part in sentence
     # 5 GB planned with as 3.5 of 4 are takes 5.72.
     assert sentence.endswith(
-        "; --policy fidelity (2.00 GB) or --policy fidelity --recompute auto (1.00 GB) or --mem-budget 5.72GB would do"
+        "; --micro-batch none (2.00 GB) or --micro-batch none --recompute auto (1.00 GB) "
+        "or --mem-budget 5.72GB would do"
     )
     assert "--recompute auto (4.00 GB)" not in sentence
     others = say(3, 15, 8)
     assert "the 3.00 GB that others leave" in others
     assert "free some memory (a step needs 10.00 GB to be left)" in others and "--mem-budget" not in others
     hopeless = say(1, 5, 1)
-    assert "--policy" not in hopeless and "a smaller --batch, --encoder or --width" in hopeless
+    assert "--micro-batch" not in hopeless and "a smaller --batch, --encoder or --width" in hopeless
     assert "--mem-budget 10.00GB" in hopeless
     assert "0.00 GB can be planned" in say(1, -3, 1)
 
@@ -360,20 +357,20 @@ def graphs(plans: Sequence[Plan]) -> list[str]:
 
 def test_of_one_rung_the_fastest_chunk_comes_first_and_then_smaller_ones_before_a_lower_rung() -> None:
     large, small = Fidelity(16, 112), Fidelity(2, 224)
-    assert [p.chunk for p in candidates([large], 1, device="cpu")] == [8, 4, 2, 1] * 2
+    assert [p.chunk for p in candidates([large], 1, device="cpu")] == [8, 4, 2, 1] * 2  # then again, recomputing
     assert [p.chunk for p in candidates([large], 1, recompute="never", device="cuda")] == [16, 8, 4, 2, 1]
     assert [p.chunk for p in candidates([Fidelity(100, 224)], 1, recompute="never", device="cuda")] == [
         62, 31, 15, 7, 3, 1
     ]  # fmt: skip
     plans = candidates([large, small], 1, device="cpu")
     assert [(p.fidelity, p.recompute) for p in plans] == [
-        *[(large, False)] * 4, *[(small, False)] * 2, *[(large, True)] * 4, *[(small, True)] * 2
+        *[(large, False)] * 4, *[(large, True)] * 4, *[(small, False)] * 2, *[(small, True)] * 2
     ]  # fmt: skip
 
 
 def test_more_videos_at_once_and_larger_chunks_go_by_what_they_cost_on_the_device() -> None:
     rungs = [Fidelity(32, 112)]
-    on_cpu = candidates(rungs, 2, Policy.FIDELITY, recompute="never", device="cpu")
+    on_cpu = candidates(rungs, 2, recompute="never", device="cpu")
     assert [(p.micro_batch, p.chunk) for p in on_cpu] == [
         (2, 8),
         (2, 4),
@@ -384,7 +381,7 @@ def test_more_videos_at_once_and_larger_chunks_go_by_what_they_cost_on_the_devic
         (1, 2),
         (1, 1),
     ]
-    on_gpu = candidates(rungs, 2, Policy.FIDELITY, recompute="never", device="cuda")
+    on_gpu = candidates(rungs, 2, recompute="never", device="cuda")
     assert [(p.micro_batch, p.chunk) for p in on_gpu][:3] == [(2, 64), (2, 32), (1, 32)]
     costs = [relative_cost(plan, rungs[0], "cuda") for plan in on_gpu]
     assert costs == sorted(costs)
@@ -392,16 +389,16 @@ def test_more_videos_at_once_and_larger_chunks_go_by_what_they_cost_on_the_devic
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 64), POLICIES, st.none() | st.integers(1, 64), RECOMPUTES, st.sampled_from(["cpu", "cuda"]))
+@given(st.integers(1, 64), st.none() | st.integers(1, 64), RECOMPUTES, st.sampled_from(["cpu", "cuda"]))
 def test_the_lever_only_adds_plans_and_a_cpu_begins_with_the_encoders_own_chunk(
-    batch: int, policy: Policy, micro: int | None, recompute: Recompute, device: Device
+    batch: int, micro: int | None, recompute: Recompute, device: Device
 ) -> None:
     rungs = ladder(Pattern.SPATIO_TEMPORAL, Fidelity(32, 64))
-    plain = candidates(rungs, batch, policy, micro, recompute)
-    plans = candidates(rungs, batch, policy, micro, recompute, device)
+    plain = candidates(rungs, batch, micro, recompute)
+    plans = candidates(rungs, batch, micro, recompute, device)
     assert len(set(plans)) == len(plans)
     assert {dataclasses.replace(plan, chunk=0) for plan in plans} == set(plain)
-    keys = [(plan.recompute, -plan.omega) for plan in plans]
+    keys = [(-plan.omega, relative_cost(plan, rungs[0], device)) for plan in plans]
     assert keys == sorted(keys)
     firsts = {dataclasses.replace(plan, chunk=0): plan.chunk for plan in reversed(plans)}
     for plan, chunk in firsts.items():
@@ -414,14 +411,31 @@ def test_the_lever_only_adds_plans_and_a_cpu_begins_with_the_encoders_own_chunk(
 
 
 def test_a_smaller_chunk_that_saves_next_to_nothing_is_no_plan() -> None:
-    plans = candidates([HIGH, LOW], 4, recompute="auto", device="cpu")
+    plans = candidates([HIGH, LOW], 4, 4, device="cpu")
     assert graphs(plans)[:4] == ["H4/24", "H4/12", "H4/6", "H4/3"]
     needs = {24: 1000, 12: 995, 6: 989, 3: 985, 1: 900}
-    kept = list(worthwhile(plans, lambda plan: needs.get(plan.chunk, 500)))
-    assert graphs(kept)[:3] == ["H4/24", "H4/6", "H4/1"]
+    kept = list(worthwhile(plans, lambda plan: 0 if plan.recompute else needs.get(plan.chunk, 500)))
+    assert graphs(kept)[:4] == ["H4/24", "H4/6", "H4/1", "H4r/24"]
     assert {told([plan])[0] for plan in kept} == {told([plan])[0] for plan in plans}
     alike = list(worthwhile(plans, lambda plan: 7))
-    assert graphs(alike) == [graphs([plans[0]])[0], *dict.fromkeys(graphs(alike)[1:])] and len(alike) == 4
+    assert graphs(alike) == [graphs([plans[0]])[0], graphs([p for p in plans if p.fidelity == LOW])[0]]
+
+
+def test_a_slower_way_that_needs_more_than_a_faster_one_is_no_plan() -> None:
+    setting = Setting.of(activitynet(), 200, 2)
+    assert setting is not None
+
+    def needs(plan: Plan) -> int:
+        return step_bytes(setting, plan.fidelity, plan.micro_batch, recompute=plan.recompute, chunk=plan.chunk).added
+
+    plans = candidates(ladder(Pattern.SPATIAL, Fidelity(100, 224)), 16, device="cuda")
+    kept = list(worthwhile(plans, needs))
+    assert 4 * len(kept) < len(plans)
+    for rung in {plan.fidelity for plan in plans}:
+        ways = [needs(plan) for plan in kept if plan.fidelity == rung]
+        assert ways == sorted(ways, reverse=True) and len(set(ways)) == len(ways)
+        least = min(needs(plan) for plan in plans if plan.fidelity == rung)
+        assert ways[-1] <= least / 0.99
 
 
 def test_the_ledger_counts_the_chunk_so_that_recompute_needs_in_proportion_to_it() -> None:
@@ -450,5 +464,5 @@ def test_the_plan_of_a_log_from_before_chunks_were_recorded() -> None:
 
 
 def test_remedies_take_the_smallest_chunk() -> None:
-    offers = remedies([HIGH, LOW], 4, device="cuda")
-    assert offers == (("--policy fidelity", Plan(LOW, 1, True, 1)),)
+    offers = remedies([HIGH, LOW], 4, 4, device="cuda")
+    assert offers == (("--micro-batch none", Plan(LOW, 1, True, 1)),)

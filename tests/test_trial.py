@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_governor import BUDGET, FULL, GB, MB, Machine
 
-from lofi_fast.config import Policy
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder, phase
 from lofi_fast.memory.governor import SMALLEST_MARGIN, Governor
@@ -102,7 +101,7 @@ def test_with_and_without_recompute_are_two_lines() -> None:
 
 
 def test_of_plans_that_differ_in_their_chunk_the_first_is_run_and_stands_for_all() -> None:
-    plans = list(candidates(ladder(Pattern.SPATIAL, FULL), 4, recompute="never", device="cuda"))
+    plans = list(candidates(ladder(Pattern.SPATIAL, FULL), 4, 4, recompute="never", device="cuda"))
     ledger, ran = learned(lambda plan: 100 * MB + 300 * pixels(plan), plans)
     assert len(ran) == 3
     for plan in ran:
@@ -129,7 +128,7 @@ class Unknown(Machine):
 @pytest.mark.parametrize(("seed", "budget", "bump"), [(1, 6 * GB, 0.02), (2, 9 * GB, 0.04), (3, 12 * GB, 0.06)])
 def test_a_governor_plans_with_what_was_learned(seed: int, budget: int, bump: float) -> None:
     machine, neighbour = Unknown(seed, bump=bump), random.Random(seed)
-    plans = {p: candidates(ladder(p, FULL), 4, Policy.FIDELITY, recompute="never") for p in CYCLE}
+    plans = {p: candidates(ladder(p, FULL), 4, recompute="never") for p in CYCLE}
     over = 0
 
     def run(plan: Plan, limit: int) -> int | None:

@@ -15,6 +15,9 @@ All amounts are bytes. The words:
 The governor goes down at once when memory shrinks. It goes up after `CLEAN` steps if the higher plan leaves a tenth of
 the room free, and after `STEADY` steps otherwise; so a neighbour whose memory comes and goes by less than the distance
 of two rungs changes nothing.
+
+Where a step has a time limit (`--epoch-time`), plans that are expected to take longer are passed over in the same way
+(times.py). Time is soft: where no plan that fits is fast enough, the fastest is run.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from lofi_fast.fidelity import LARGEST_STEP, Fidelity, Pattern
 from lofi_fast.memory.meter import Memory
 from lofi_fast.memory.plans import PRIOR, Device, Plan, Prior, fit, refusal, relative_cost, worthwhile
 from lofi_fast.memory.ranks import agree, highest_of_all
+from lofi_fast.memory.times import Times
 
 T = TypeVar("T", int, float)
 CLEAN = 4  # readings in a row that must allow a higher plan, if it leaves the distance of a rung free
@@ -50,6 +54,7 @@ RECENT = 8  # the largest of the last 8 readings counts, of the base and of what
 UNSEEN = 0.02  # an untried plan is expected to add at least this share more than predicted
 FEW = 0.12  # and this share more, divided by the number of plans that have been run
 TRIALS = 3  # plans to run before training
+LATE = 1.05  # of a step's time limit, up to which the plan that is running stays
 VERSION = 2  # of the file of readings
 
 
@@ -147,7 +152,6 @@ class _Record:
     recent: deque[int]  # what it added, the last `RECENT` times
     peak: int = 0  # the largest
     runs: int = 0  # 0: known only from an earlier run's file of readings, and not verified yet
-    seconds: float | None = None  # of a step, a running mean
 
     @property
     def added(self) -> int:
@@ -166,16 +170,18 @@ class Governor:
         pending: bytes of the frames that are decoded ahead now. They are held between steps, and the ledger counts
             them as the step's.
         device: whose time the costs of plans are estimated for.
+        step_seconds: the time limit of a step; None: there is none.
+        expected: seconds that a step at full fidelity is expected to take, before any has been timed.
     """
 
     def __init__(
         self, meter: Gauge, budget: int, ledger: Callable[[Plan], int], candidates: Mapping[Pattern, Sequence[Plan]],
         say: Callable[[str], None], *, prior: Prior = PRIOR,
         changes: Mapping[Pattern, Sequence[tuple[str, Plan]]] | None = None, pending: Callable[[], int] = lambda: 0,
-        device: Device | None = None,
+        device: Device | None = None, step_seconds: float | None = None, expected: float | None = None,
     ) -> None:  # fmt: skip
-        self.budget = budget
-        self._meter, self._say, self._prior, self._pending, self._device = meter, say, prior, pending, device
+        self.budget, self.step_seconds = budget, step_seconds
+        self._meter, self._say, self._prior, self._pending = meter, say, prior, pending
         self._plans = {pattern: tuple(worthwhile(plans, ledger)) for pattern, plans in candidates.items()}
         self._index = {p: {plan: i for i, plan in enumerate(plans)} for p, plans in self._plans.items()}
         self._changes = dict(changes or {})
@@ -183,6 +189,10 @@ class Governor:
         self._ledger = {plan: ledger(plan) for plans in asked for plan in plans}
         self._ledgers = {p: np.array([self._ledger[plan] for plan in plans]) for p, plans in self._plans.items()}
         self._needs: dict[Pattern, NDArray[np.float64]] = {}  # of all plans, beyond the base; see `_first_fitting`
+        full = max((plan.fidelity for plans in self._plans.values() for plan in plans), key=lambda of: of.omega)
+        self._costs = {plan: relative_cost(plan, full, device) for plans in self._plans.values() for plan in plans}
+        self._times = Times(self._costs.__getitem__, expected)
+        self._seconds: dict[Pattern, NDArray[np.float64] | None] = {}  # of all plans; see `_quick`
         self._options: dict[tuple[Pattern, Plan], tuple[Plan, ...]] = {}  # see `_lower`
         self._records: dict[Plan, _Record] = {}
         self._off: dict[Plan, tuple[int, int]] = {}  # (limit, base) at which a plan ran out of memory: it needs more
@@ -216,13 +226,14 @@ class Governor:
             raise NothingFits(self._refusal(pattern), self._inside_margin(plans, pattern, epoch, step))
         best = self._first_fitting(pattern, room) == index
         reason = "the best that fits" if best else "up when memory stays"
+        if best and self._first_fitting(pattern, room, timed=False) != index:
+            reason = "the best in the time of an epoch"
         return self._decide(pattern, epoch, step, plans[index], reason)
 
     def recheck(self, decision: Decision) -> Decision:
         """At the start of the step: the plan as decided, or a lower one if memory has shrunk since. Raises NothingFits.
 
-        The frames of a lower plan can be cut out of those that were decoded. It has as many videos at once where such a
-        plan fits. The plan is never raised here.
+        The frames of a lower plan can be cut out of those that were decoded. The plan is never raised here.
         """
         self._read(between_steps=True)
         if self._available:
@@ -267,15 +278,20 @@ class Governor:
         record.peak = max(record.peak, peak)
         record.runs += 1
         if seconds is not None:
-            old = seconds if record.seconds is None else record.seconds
-            record.seconds = old + (seconds - old) / min(record.runs, 8)
+            self.learn_time(decision.plan, seconds)
         if record.added != before:
             self._refit()
+
+    def learn_time(self, plan: Plan, seconds: float, warm: bool = False) -> None:
+        """Learn the seconds of a step of a plan; `warm`: even if it is the plan's first."""
+        if self._times.learn(plan, seconds, warm):
+            self._seconds.clear()
 
     def _lower(self, decision: Decision, options: Sequence[Plan], reason: str, *, agreeing: bool) -> Decision:
         """The decision with the first of `options` that fits."""
         room = self._room(self._free)
-        chosen = next((i for i, plan in enumerate(options) if self.need(plan) <= room), len(options))
+        fitting = [i for i, plan in enumerate(options) if self.need(plan) <= room]
+        chosen = next((i for i in fitting if self._in_time(decision.pattern, options[i])), (*fitting, len(options))[0])
         if agreeing:
             chosen = agree(chosen, lambda i: self.need(options[i]) <= room, len(options))
         if chosen == len(options):
@@ -288,18 +304,18 @@ class Governor:
         return replace(made, requested=decision.requested)
 
     def _lower_plans(self, pattern: Pattern, plan: Plan) -> tuple[Plan, ...]:
-        """The plan itself and those below it whose frames can be cut out of its own, as many videos at once first."""
+        """The plan itself and those below it whose frames can be cut out of its own, best first."""
         if (pattern, plan) not in self._options:
             whole, size = plan.fidelity, plan.micro_batch
-            below = [
-                lower
-                for lower in self._plans[pattern][self._index[pattern][plan] + 1 :]
-                if lower.fidelity.num_snippets <= whole.num_snippets and lower.fidelity.side <= whole.side
-            ]
             self._options[pattern, plan] = (
                 plan,
-                *(lower for lower in below if lower.micro_batch == size),
-                *(lower for lower in below if lower.micro_batch < size),
+                *(
+                    lower
+                    for lower in self._plans[pattern][self._index[pattern][plan] + 1 :]
+                    if lower.fidelity.num_snippets <= whole.num_snippets
+                    and lower.fidelity.side <= whole.side
+                    and lower.micro_batch <= size
+                ),
             )
         return self._options[pattern, plan]
 
@@ -341,8 +357,9 @@ class Governor:
             return predicted
         return predicted + math.ceil(self._allowance * (predicted - self._base))
 
-    def _first_fitting(self, pattern: Pattern, room: int) -> int:
-        """The index of the first plan of a pattern whose `need` is within `room`; their number where none is.
+    def _first_fitting(self, pattern: Pattern, room: int, timed: bool = True) -> int:
+        """The index of the first plan of a pattern whose `need` is within `room`, and which is in time, or else of the
+        fastest within `room`; their number where none is. Not `timed`: as if there were no time limit.
 
         There may be thousands of plans, so all needs beyond the base are kept until something is learned.
         """
@@ -360,7 +377,35 @@ class Governor:
         for plan in self._off:
             if plan in index:
                 fitting[index[plan]] = self.need(plan) <= room
-        return int(fitting.argmax()) if fitting.any() else len(index)
+        if not fitting.any():
+            return len(index)
+        seconds = self._seconds_of(pattern) if timed else None
+        if seconds is None:
+            return int(fitting.argmax())
+        if (quick := fitting & (seconds <= self._allowed(pattern))).any():
+            return int(quick.argmax())
+        return int(np.where(fitting, seconds, np.inf).argmin())
+
+    def _seconds_of(self, pattern: Pattern) -> NDArray[np.float64] | None:
+        """Seconds of a step of each plan, where they matter and are known."""
+        if self.step_seconds is None:
+            return None
+        if pattern not in self._seconds:
+            self._seconds[pattern] = self._times.estimates(self._plans[pattern])
+        return self._seconds[pattern]
+
+    def _allowed(self, pattern: Pattern) -> NDArray[np.float64]:
+        """Seconds that a step of each plan may take; a little more for the one that is running."""
+        assert self.step_seconds is not None
+        allowed = np.full(len(self._plans[pattern]), self.step_seconds)
+        if self._last in self._index[pattern]:
+            allowed[self._index[pattern][self._last]] *= LATE
+        return allowed
+
+    def _in_time(self, pattern: Pattern, plan: Plan) -> bool:
+        seconds = self._seconds_of(pattern)
+        index = self._index[pattern][plan]
+        return seconds is None or bool(seconds[index] <= self._allowed(pattern)[index])
 
     def _refit(self) -> None:
         """Fit the two scalars to all readings, and the allowance by which an untried plan may exceed the fit."""
@@ -383,18 +428,15 @@ class Governor:
         margin = max(math.ceil(SMALLEST_MARGIN * limit), self._learned)
         return margin + (math.ceil(FAULT_MARGIN * limit) if self._faulty else 0)
 
-    def seconds(self, plan: Plan, full: Fidelity) -> float | None:
-        """Seconds of a step: measured, or estimated from costs; None before any plan was timed."""
-        record = self._records.get(plan)
-        if record is not None and record.seconds is not None:
-            return record.seconds
-        known = {p: r.seconds for p, r in self._records.items() if r.seconds is not None}
-        if not known:
-            return None
-        costs = sum(relative_cost(p, full, self._device) for p in known)
-        return sum(known.values()) * relative_cost(plan, full, self._device) / costs
+    def seconds(self, plan: Plan) -> float | None:
+        """Seconds of a step: measured, or estimated; None before any plan was timed."""
+        return self._times(plan)
 
-    def table(self, pattern: Pattern, full: Fidelity) -> list[dict[str, Any]]:
+    def timed(self, plan: Plan) -> bool:
+        """Whether a step of the plan has been timed."""
+        return self._times.measured(plan) is not None
+
+    def table(self, pattern: Pattern) -> list[dict[str, Any]]:
         """A row for each plan of a pattern, best first: predictions and readings, for plan.json and the report."""
         rows = []
         for plan in self._plans[pattern]:
@@ -404,8 +446,8 @@ class Governor:
                     "plan": plan.to_json(),
                     "predicted": self.predict(plan),
                     "measured": record.peak if record is not None and record.runs else None,
-                    "cost": round(relative_cost(plan, full, self._device), 4),
-                    "seconds": self.seconds(plan, full),
+                    "cost": round(self._costs[plan], 4),
+                    "seconds": self.seconds(plan),
                     "failed_at": self._off[plan][0] if plan in self._off else None,
                 }
             )
@@ -590,7 +632,8 @@ class Governor:
     def state_dict(self) -> dict[str, Any]:
         """All that decisions depend on, as numbers and lists that JSON can hold."""
         return {
-            "records": [[p.to_json(), list(r.recent), r.peak, r.runs, r.seconds] for p, r in self._records.items()],
+            "records": [[p.to_json(), list(r.recent), r.peak, r.runs] for p, r in self._records.items()],
+            "times": self._times.state_dict(),
             "off": [[plan.to_json(), limit, base] for plan, (limit, base) in self._off.items()],
             "available": list(self._available),
             "bases": list(self._bases),
@@ -607,6 +650,8 @@ class Governor:
             for key, recent, *numbers in state["records"]
             if (plan := Plan.from_json(key)) in self._ledger
         }  # fmt: skip
+        self._times.load_state_dict(state["times"], self._ledger)
+        self._seconds.clear()
         self._off = {
             plan: (limit, base) for key, limit, base in state["off"] if (plan := Plan.from_json(key)) in self._ledger
         }

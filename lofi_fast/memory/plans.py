@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from lofi_fast.budget import gigabytes
-from lofi_fast.config import Policy, Recompute
+from lofi_fast.config import Recompute
 from lofi_fast.fidelity import Fidelity
 from lofi_fast.ledger import CHUNK_PIXELS, default_chunk
 
@@ -28,7 +28,7 @@ SMALL_BATCH = 0.1  # more for one video at a time than for many, of what a video
 # 32, 64 and 100 snippets take 563, 119, 63, 40, 34 and 33 ms in all. A CPU computes for longer than it launches.
 SATURATING_PIXELS: dict[Device, int] = {"cpu": CHUNK_PIXELS, "cuda": 25_000_000}
 LAUNCH_BOUND = 0.5  # of the saturating chunk, below which the time of a step on a GPU is in proportion to its graphs
-WORTH = 0.01  # of a step's bytes, that a smaller chunk must save to be a plan of its own
+WORTH = 0.01  # of a step's bytes, that a slower way to run a rung must save to be a plan of its own
 
 
 @dataclass(frozen=True, order=True)
@@ -83,41 +83,39 @@ def chunks(fidelity: Fidelity, micro_batch: int, device: Device) -> tuple[int, .
 def candidates(
     rungs: Sequence[Fidelity],
     batch: int,
-    policy: Policy = Policy.BATCH,
     micro_batch: int | None = None,
     recompute: Recompute = "auto",
     device: Device | None = None,
 ) -> tuple[Plan, ...]:
     """All plans of a ladder's `rungs` (highest first), best first.
 
-    Higher rungs come first, and the plans of a rung in the order of their time on `device`: larger chunks, and for the
-    policy `fidelity` more videos at once (`micro_batch` fixes their number). Without a `device` the encoder chooses its
-    chunk. With "auto" the same again with recomputation comes last: it is used where nothing fits without.
+    Higher rungs come first, whatever it takes to run them; the plans of one rung stand in the order of their time on
+    `device`, fastest first. So the first that fits is the highest rung that fits at all, run in the fastest way that
+    fits, and more memory never buys less. `micro_batch` fixes the videos at once, `recompute` "always" or "never" that
+    lever. Without a `device` the encoder chooses its chunk.
     """
-    if micro_batch is not None:
-        sizes: tuple[int, ...] = (min(micro_batch, batch),)
-    else:
-        sizes = (batch,) if policy is Policy.BATCH else micro_batches(batch)
+    sizes = micro_batches(batch) if micro_batch is None else (min(micro_batch, batch),)
     again = {"auto": (False, True), "always": (True,), "never": (False,)}[recompute]
 
-    def plans(rung: Fidelity, twice: bool) -> list[Plan]:
+    def plans(rung: Fidelity) -> list[Plan]:
         found = [
             Plan(rung, size, twice, chunk)
+            for twice in again
             for size in sizes
             for chunk in ((0,) if device is None else chunks(rung, size, device))
         ]
         return sorted(found, key=lambda plan: relative_cost(plan, rung, device))  # alike stay in their order
 
-    return tuple(plan for twice in again for rung in rungs for plan in plans(rung, twice))
+    return tuple(plan for rung in rungs for plan in plans(rung))
 
 
 def worthwhile(plans: Iterable[Plan], ledger: Callable[[Plan], int]) -> Iterator[Plan]:
-    """`plans` without those that differ from an earlier one in a smaller chunk alone and save next to nothing by it."""
-    least: dict[Plan, int] = {}  # bytes of the last plan that was taken, by what it shares with those like it
+    """`plans` without those that save next to nothing beside a faster plan of the same rung."""
+    least: dict[Fidelity, int] = {}  # bytes of the last plan of a rung that was taken
     for plan in plans:
-        alike, needs = replace(plan, chunk=0), ledger(plan)
-        if alike not in least or needs <= (1 - WORTH) * least[alike]:
-            least[alike] = needs
+        needs = ledger(plan)
+        if plan.fidelity not in least or needs <= (1 - WORTH) * least[plan.fidelity]:
+            least[plan.fidelity] = needs
             yield plan
 
 
@@ -144,7 +142,6 @@ def first_fitting(plans: Iterable[Plan], predict: Callable[[Plan], int], room: i
 def remedies(
     rungs: Sequence[Fidelity],
     batch: int,
-    policy: Policy = Policy.BATCH,
     micro_batch: int | None = None,
     recompute: Recompute = "auto",
     device: Device | None = None,
@@ -154,17 +151,14 @@ def remedies(
 
     `lower`: rungs below the ladder's end, each with its flag, like ("--max-cut 32", rung).
     """
-    lowest, twice, chunk = rungs[-1], recompute == "always", 0 if device is None else 1
-    size = min(plan.micro_batch for plan in candidates(rungs[-1:], batch, policy, micro_batch, recompute))
-    changes = []
-    if recompute == "never":
-        changes.append(("--recompute auto", Plan(lowest, size, True, chunk)))
-    changes += [(flag, Plan(rung, size, recompute != "never", chunk)) for flag, rung in lower]
+    lowest, never, chunk = rungs[-1], recompute == "never", 0 if device is None else 1
+    size = 1 if micro_batch is None else min(micro_batch, batch)
+    changes = [("--recompute auto", Plan(lowest, size, True, chunk))] if never else []
+    changes += [(flag, Plan(rung, size, not never, chunk)) for flag, rung in lower]
     if size > 1:
-        flag = "--policy fidelity" if micro_batch is None else "--micro-batch 1"
-        changes.append((flag, Plan(lowest, 1, twice or recompute == "auto", chunk)))
-        if recompute == "never":
-            changes.append((f"{flag} --recompute auto", Plan(lowest, 1, True, chunk)))
+        changes.append(("--micro-batch none", Plan(lowest, 1, not never, chunk)))
+        if never:
+            changes.append(("--micro-batch none --recompute auto", Plan(lowest, 1, True, chunk)))
     return tuple(changes)
 
 

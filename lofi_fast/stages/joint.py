@@ -111,7 +111,7 @@ def new_planner(run: Run) -> Planner:
     device: Device = "cuda" if machine.device.type == "cuda" else "cpu"
     plans, changes = {}, {}
     for pattern, rungs in ladders(run).items():
-        levers = (rungs, config.joint.batch, config.policy, config.micro_batch, config.recompute, device)
+        levers = (rungs, config.joint.batch, config.micro_batch, config.recompute, device)
         plans[pattern], changes[pattern] = candidates(*levers), remedies(*levers)
     every = [plan for pattern in plans for plan in (*plans[pattern], *(plan for _, plan in changes[pattern]))]
     return Governor(
@@ -222,7 +222,7 @@ def plan_joint(run: Run) -> dict[str, PatternPlan]:
             f"plan joint, {pattern}: {decision.plan} (cut {cut:.1f}), {gigabytes(decision.predicted)} predicted of "
             f"{gigabytes(decision.limit)}{', readings of an earlier run' if known else ''}"
         )
-        table = planner.table(pattern, config.full)
+        table = planner.table(pattern)
         measured = {tuple(row["plan"][:2]): row["measured"] for row in table if row["measured"] is not None}
         chosen[pattern.value] = {
             "rung": [rung.num_snippets, rung.side],
