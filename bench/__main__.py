@@ -22,6 +22,7 @@ COMMANDS = {
     "step": ("[options]", "time of the encoder, the head and the whole step: ours against plain PyTorch"),
     "optim": ("[options]", "time of one update: apex's and torch's optimisers"),
     "planner": ("[options]", "predicted and measured peaks over many budgets, alone or beside a neighbour"),
+    "truth": ("[options]", "whether a budget is kept to, read from outside every 10 ms over whole trainings"),
     "tuners": ("[options]", "the planner beside the searches of Lightning, accelerate and DeepSpeed"),
     "overhead": ("[options]", "what planning costs: the governor's time in a step, the allocators"),
     "data": ("[options]", "decoding: the frame cache against decoding the video itself; share of a training step"),

@@ -56,8 +56,9 @@ SETTINGS = (
     "--preset demo --fidelity 8x32 --width 8 --batch 2 --min-cut 1 --pretrain-epochs 2 --joint-epochs 3 "
     f"--head-epochs 5 --device cpu --threads {min(2, os.cpu_count() or 1)} --mem-budget 4GB"
 ).split()
-# Large enough for memory to depend on the rung.
+# Large enough for memory to depend on the rung, and only one way to run each rung.
 LARGER = ["--fidelity", "16x96", "--width", "32", "--batch", "4", "--stages", "joint", "--joint-epochs", "1"]
+ONE_WAY = ["--micro-batch", "4", "--recompute", "never"]
 FEATURES = 64  # channels of the encoder's last stage at width 8
 PATIENCE = 120  # seconds after which a process that logs nothing more is given up
 
@@ -676,7 +677,7 @@ def test_a_checkpoint_brings_back_all_that_a_stage_needs(demo_set: Demo, tmp_pat
 def unbound(demo_set: Demo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """plan.json's joint part of a run at a larger fidelity that is given more memory than it can use."""
     folder = tmp_path_factory.mktemp("unbound") / "run"
-    done = launch(demo_set.command(folder, *LARGER), folder)
+    done = launch(demo_set.command(folder, *LARGER, *ONE_WAY), folder)
     assert (done.status, done.err) == (0, ""), done.out + done.err
     plans: dict[str, Any] = read(folder / "plan.json")["plans"]["joint"]
     assert plans.keys() == {pattern.value for pattern in CYCLE}
@@ -704,7 +705,7 @@ def test_a_budget_that_binds_takes_lower_rungs_and_is_kept_to(
     folder = tmp_path / "run"
     # Readings of its own: those of the run without a bound would plan it without a trial.
     cache = shutil.copytree(demo_set.cache, tmp_path / "cache", ignore=shutil.ignore_patterns("*readings*"))
-    flags = [*LARGER, "--mem-budget", str(budget), "--cache", str(cache), "--joint-epochs", "3"]
+    flags = [*LARGER, *ONE_WAY, "--mem-budget", str(budget), "--cache", str(cache), "--joint-epochs", "3"]
     done = launch(demo_set.command(folder, *flags), folder)
     assert (done.status, done.err) == (0, ""), f"status {done.status}: {done.out}{done.err}"
     written = read(folder / "plan.json")
@@ -733,7 +734,7 @@ def test_recompute_or_8_bits_come_before_a_refusal_and_a_refusal_says_what_is_ne
 ) -> None:
     # Large enough for the maps to be most of what a step holds.
     flags = ["--fidelity", "16x96", "--width", "32", "--batch", "4", "--stages", "joint", "--joint-epochs", "1"]
-    flags += ["--pattern", "spatial", "--max-cut", "1.3"]
+    flags += ["--pattern", "spatial", "--max-cut", "1.3", "--micro-batch", "4"]
     kept = [*flags, "--recompute", "never"]
     done = launch(demo_set.command(tmp_path / "kept", *kept), tmp_path / "kept")
     assert (done.status, done.err) == (0, ""), done.out + done.err
@@ -760,6 +761,45 @@ def test_recompute_or_8_bits_come_before_a_refusal_and_a_refusal_says_what_is_ne
     steps, exact = (events(tmp_path / name, "step") for name in ("eight", "kept"))
     assert all(step["side"] == 96 and not step["recompute"] and step["peak"] <= budget for step in steps)
     assert steps[0]["loss"] == pytest.approx(exact[0]["loss"], rel=1e-6) and exact[0]["peak"] > budget
+
+
+def test_a_budget_below_the_highest_rung_is_met_by_levers_before_the_rung_falls(
+    unbound: dict[str, Any], demo_set: Demo, tmp_path: Path
+) -> None:
+    low, high = needs(unbound)
+    budget, folder = (low + high) // 2, tmp_path / "run"
+    cache = shutil.copytree(demo_set.cache, tmp_path / "cache", ignore=shutil.ignore_patterns("*readings*"))
+    flags = [*LARGER, "--mem-budget", str(budget), "--cache", str(cache), "--joint-epochs", "3"]
+    done = launch(demo_set.command(folder, *flags), folder)
+    assert (done.status, done.err) == (0, ""), f"status {done.status}: {done.out}{done.err}"
+    for chosen in read(folder / "plan.json")["plans"]["joint"].values():
+        assert chosen["rung"] == [16, 96] and (chosen["micro_batch"] < 4 or chosen["recompute"])
+    for step in events(folder, "step", stage="joint"):
+        assert (step["num_snippets"], step["side"]) == (16, 96)
+        assert step["peak"] <= budget
+
+
+def test_a_time_for_an_epoch_lowers_the_fidelity_and_is_asked_for_again_at_a_resume(
+    demo_set: Demo, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    flags = [*LARGER, "--pattern", "spatial", "--joint-epochs", "2"]
+    done = launch(demo_set.command(folder, *flags, "--epoch-time", "1s"), folder)
+    assert (done.status, done.err) == (0, ""), done.out + done.err
+    (chosen,) = read(folder / "plan.json")["plans"]["joint"].values()
+    assert chosen["epoch_seconds"] > 0
+    lowest = ladder(Pattern.SPATIAL, Fidelity(16, 96))[-1]
+    if chosen["epoch_seconds"] > 1:  # on a slow machine nothing is in time: the lowest rung then, and it is said
+        assert "no plan of spatial that fits is so fast" in done.out and chosen["rung"][1] <= lowest.side + 8
+    else:
+        assert chosen["rung"][1] < 96
+    assert all(step["side"] < 96 for step in events(folder, "step", stage="joint"))
+
+    again = launch(
+        ["--resume", str(folder), "--joint-epochs", "3", "--epoch-time", "none", "--stages", "joint"], folder
+    )
+    assert (again.status, again.err) == (0, ""), again.out + again.err
+    assert [step["side"] for step in events(folder, "step", stage="joint", epoch=2)] == [96]
 
 
 class Scarce:
@@ -807,7 +847,7 @@ class Scarce:
 def test_a_step_that_runs_out_of_memory_is_taken_again_lower_and_a_replay_gives_the_same_weights(
     demo_set: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
-    flags = ["--stages", "joint", "--joint-epochs", "3", "--pattern", "spatial", "--fidelity", "8x64"]
+    flags = ["--stages", "joint", "--joint-epochs", "3", "--pattern", "spatial", "--fidelity", "8x64", *ONE_WAY]
     config, _ = read_flags(demo_set.command(tmp_path / "run", *flags), cuda=lambda: False)
     with opened(config) as run:
         plan(run)
@@ -865,6 +905,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 def test_a_wrong_prediction_costs_a_retry_and_never_more_than_the_budget(demo_set: Demo, tmp_path: Path) -> None:
     flags = ["--fidelity", "16x96", "--width", "32", "--batch", "4", "--stages", "joint", "--joint-epochs", "2"]
+    flags += ONE_WAY
     done = launch(demo_set.command(tmp_path / "unbound", *flags), tmp_path / "unbound")
     assert done.status == 0, done.out + done.err
     low, high = needs(read(tmp_path / "unbound" / "plan.json")["plans"]["joint"])
@@ -891,7 +932,7 @@ def test_a_wrong_prediction_costs_a_retry_and_never_more_than_the_budget(demo_se
 def test_frames_that_were_asked_for_at_more_memory_are_reduced_and_replayed(
     demo_set: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--stages", "joint", "--joint-epochs", "2", "--pattern", "spatio_temporal", "--fidelity", "8x64"]
+    flags = ["--stages", "joint", "--joint-epochs", "2", "--pattern", "spatio_temporal", "--fidelity", "8x64", *ONE_WAY]
     config, _ = read_flags(demo_set.command(tmp_path / "run", *flags), cuda=lambda: False)
     with opened(config) as run:
         plan(run)
@@ -902,7 +943,7 @@ def test_frames_that_were_asked_for_at_more_memory_are_reduced_and_replayed(
             if (decision.epoch, decision.step) != (0, 1):
                 return recheck(self, decision)
             with monkeypatch.context() as patched:  # a neighbour takes what all but the lowest rungs would need
-                needed = self.table(decision.pattern, config.full)[-1]["predicted"]
+                needed = self.table(decision.pattern)[-1]["predicted"]
                 now = reading()
                 patched.setattr(run.machine.meter, "reading", lambda: replace(now, free=int(1.03 * needed) - now.own))
                 return recheck(self, decision)

@@ -54,6 +54,7 @@ RECENT = 8  # the largest of the last 8 readings counts, of the base and of what
 UNSEEN = 0.02  # an untried plan is expected to add at least this share more than predicted
 FEW = 0.12  # and this share more, divided by the number of plans that have been run
 TRIALS = 3  # plans to run before training
+CREEP = 0.02  # of the limit, by which what a process holds between steps may grow in the course of a training
 LATE = 1.05  # of a step's time limit, up to which the plan that is running stays
 VERSION = 2  # of the file of readings
 
@@ -61,8 +62,8 @@ VERSION = 2  # of the file of readings
 class NothingFits(InputError):
     """No plan fits the memory available now. Other processes may free some: a caller may wait and ask again.
 
-    `last` is a decision to try before giving up: the smallest plan inside the margin, where it has run before and never
-    took more than the limit. The step's cap holds it to the limit, should it take more this time.
+    `last` is a decision to try before giving up: the smallest plan inside the margin, one that has run before where
+    there is such a plan. The step's cap holds it to the limit, should it take more this time.
     """
 
     def __init__(self, sentence: str, last: Decision | None = None) -> None:
@@ -328,17 +329,16 @@ class Governor:
 
     def _inside_margin(self, plans: Sequence[Plan], pattern: Pattern, epoch: int, step: int) -> Decision | None:
         """See `NothingFits`."""
-        plan = min(plans, key=self.need, default=None)
-        if plan is None or not self._verified(plan):
-            return None
-        limit, (failed_at, _) = min(self.budget, self._free), self._off.get(plan, (0, 0))
-        if self.predict(plan) > limit or failed_at >= limit:
-            return None
-        return self._decide(pattern, epoch, step, plan, "the last that fits, inside the margin")
+        limit = min(self.budget, self._free)
+        for plan in sorted(plans, key=lambda plan: (not self._verified(plan), self.predict(plan))):
+            failed_at, _ = self._off.get(plan, (0, 0))
+            if self.predict(plan) <= limit and failed_at < limit:
+                return self._decide(pattern, epoch, step, plan, "the last that fits, inside the margin")
+        return None
 
-    def _refusal(self, pattern: Pattern, plans: Sequence[Plan] = ()) -> str:
+    def _refusal(self, pattern: Pattern, plans: Sequence[Plan] = (), spare: int = 0) -> str:
         plans, changes = plans or self._plans[pattern], self._changes.get(pattern, ())
-        limit, room = min(self.budget, self._free), self._room(self._free)
+        limit, room = min(self.budget, self._free), self._room(self._free) - spare
         return refusal(plans, self.need, limit, room, self.budget, changes)
 
     # Predicting
@@ -480,6 +480,15 @@ class Governor:
                     self.failed(trial)
             else:
                 self.learn(trial, peak)
+
+    def accept(self, patterns: Iterable[Pattern]) -> None:
+        """Raises NothingFits for a pattern whose smallest plan fits now, but would not when the process has grown in
+        the course of a training: a refusal must not come hours late.
+        """
+        limit = min(self.budget, self._free)
+        for pattern in patterns:
+            if min(map(self.need, self._plans[pattern])) > self._room(self._free) - math.ceil(CREEP * limit):
+                raise NothingFits(self._refusal(pattern, spare=math.ceil(CREEP * limit)))
 
     def probe(self) -> Decision | None:
         """The next plan to run as a trial, or None when there have been enough. Raises NothingFits.

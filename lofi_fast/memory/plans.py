@@ -27,6 +27,9 @@ SMALL_BATCH = 0.1  # more for one video at a time than for many, of what a video
 # needs some 10 ms to launch the kernels of a graph: on an H200 (R18, bf16, 100 snippets of 224 px) graphs of 2, 8, 16,
 # 32, 64 and 100 snippets take 563, 119, 63, 40, 34 and 33 ms in all. A CPU computes for longer than it launches.
 SATURATING_PIXELS: dict[Device, int] = {"cpu": CHUNK_PIXELS, "cuda": 25_000_000}
+# Of it, the smallest graph that is planned. Blocks of less than 1 MiB, of which small graphs are made on a CPU, are cut
+# out of the C library's heap, which then keeps more than the smaller graph saves.
+SMALLEST_SHARE: dict[Device, float] = {"cpu": 1 / 8, "cuda": 0.0}
 LAUNCH_BOUND = 0.5  # of the saturating chunk, below which the time of a step on a GPU is in proportion to its graphs
 WORTH = 0.01  # of a step's bytes, that a slower way to run a rung must save to be a plan of its own
 
@@ -73,9 +76,12 @@ def micro_batches(batch: int) -> tuple[int, ...]:
 
 
 def chunks(fidelity: Fidelity, micro_batch: int, device: Device) -> tuple[int, ...]:
-    """Snippets in one graph of the encoder: as many as `device` gains from, or all there are, halved down to 1."""
-    sizes = [min(default_chunk(fidelity.side, SATURATING_PIXELS[device]), micro_batch * fidelity.num_snippets)]
-    while sizes[-1] > 1:
+    """Snippets in one graph of the encoder: as many as `device` gains from, or all there are, halved down to 1 or to
+    the smallest that pays.
+    """
+    most = default_chunk(fidelity.side, SATURATING_PIXELS[device])
+    sizes = [min(most, micro_batch * fidelity.num_snippets)]
+    while sizes[-1] // 2 >= max(1, int(SMALLEST_SHARE[device] * most)):
         sizes.append(sizes[-1] // 2)
     return tuple(sizes)
 

@@ -240,6 +240,7 @@ def plan_joint(run: Run) -> dict[str, PatternPlan]:
     known = planner.load_readings(readings, key)
     planner.calibrate(measure)
     planner.save_readings(readings, key)
+    planner.accept(patterns_of(run))
     chosen: dict[str, PatternPlan] = {}
     for pattern in patterns_of(run):
         decision = planner.choose(pattern)
