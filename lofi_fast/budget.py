@@ -1,4 +1,4 @@
-"""The memory budget: what a user writes, and what it means in bytes."""
+"""The two budgets, memory and time: what a user writes, and what it means in bytes and in seconds."""
 
 from __future__ import annotations
 
@@ -59,3 +59,36 @@ def resolve_budget(budget: Budget, total: int, available: int) -> int:
 
 def gigabytes(amount: int) -> str:
     return f"{amount / 1e9:.2f} GB"
+
+
+# Time
+
+_TIME_UNITS = {"h": 3600.0, "min": 60.0, "s": 1.0}
+_TIME = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in _TIME_UNITS), re.ASCII)
+
+
+def parse_time(text: str) -> float:
+    """Seconds of "30min", "90s", "1h30min", "0.5h". Raises InputError."""
+    found = _TIME.fullmatch(text.replace(" ", ""))
+    parts = found.groups() if found is not None else ()
+    seconds = sum(float(part) * unit for part, unit in zip(parts, _TIME_UNITS.values(), strict=False) if part)
+    if not 0 < seconds < math.inf:
+        raise InputError(f'--epoch-time "{text}": write a time like 30min, 90s or 1h30min')
+    return seconds
+
+
+def show_time(seconds: float) -> str:
+    """The text of which `parse_time` makes so many seconds."""
+    return f"{seconds!r}s"
+
+
+def duration(seconds: float) -> str:
+    """For a sentence: 0.25 s, 45 s, 7 min 31 s, 2 h 05 min."""
+    if seconds < 9.5:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

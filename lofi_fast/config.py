@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 
 from lofi_fast import __version__
-from lofi_fast.budget import Budget
+from lofi_fast.budget import Budget, parse_time, show_time
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import MAX_CUT, MIN_SIDE, Fidelity, Pattern
 from lofi_fast.settings import Section, Setting, leaves, made, read
@@ -65,24 +65,6 @@ def parse_window(text: str) -> float | None:
     if not 0 < seconds < math.inf:
         raise InputError(f'--window "{text}": give a positive number of seconds, or "video" for whole videos')
     return seconds
-
-
-UNITS = {"h": 3600.0, "min": 60.0, "s": 1.0}  # of a time
-
-
-def parse_time(text: str) -> float:
-    """Seconds of "30min", "90s", "1h30min", "0.5h". Raises InputError."""
-    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)min)?(?:(\d+(?:\.\d+)?)s)?", text.replace(" ", ""))
-    parts = found.groups() if found is not None else ()
-    seconds = sum(float(part) * unit for part, unit in zip(parts, UNITS.values(), strict=True) if part) if parts else 0
-    if not 0 < seconds < math.inf:
-        raise InputError(f'--epoch-time "{text}": write a time like 30min, 90s or 1h30min')
-    return seconds
-
-
-def show_time(seconds: float) -> str:
-    """The text of which `parse_time` makes so many seconds."""
-    return f"{seconds!r}s"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 
 from lofi_fast import __main__ as program
 from lofi_fast import plan
-from lofi_fast.budget import Budget, parse_bytes
-from lofi_fast.config import MAY_CHANGE, PLANNED_FOR, STAGES, Config, PresetName, memory_settings, show_time
+from lofi_fast.budget import Budget, parse_bytes, show_time
+from lofi_fast.config import MAY_CHANGE, PLANNED_FOR, STAGES, Config, PresetName, memory_settings
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern

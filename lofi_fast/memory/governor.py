@@ -181,7 +181,7 @@ class Governor:
         device: Device | None = None, step_seconds: float | None = None, expected: float | None = None,
     ) -> None:  # fmt: skip
         self.budget, self.step_seconds = budget, step_seconds
-        self._meter, self._say, self._prior, self._pending = meter, say, prior, pending
+        self._meter, self._say, self._prior, self._pending, self.device = meter, say, prior, pending, device
         self._plans = {pattern: tuple(worthwhile(plans, ledger)) for pattern, plans in candidates.items()}
         self._index = {p: {plan: i for i, plan in enumerate(plans)} for p, plans in self._plans.items()}
         self._changes = dict(changes or {})
@@ -356,6 +356,11 @@ class Governor:
         if record is not None and record.runs:
             return predicted
         return predicted + math.ceil(self._allowance * (predicted - self._base))
+
+    def would_fit(self, ledger: int) -> bool:
+        """Whether an untried step of so many bytes by the ledger would be chosen, by what is known now."""
+        added = self.fit.added(ledger)
+        return self._base + added + math.ceil(self._allowance * added) <= self._room(self._free)
 
     def _first_fitting(self, pattern: Pattern, room: int, timed: bool = True) -> int:
         """The index of the first plan of a pattern whose `need` is within `room`, and which is in time, or else of the

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup, escape
 
 from lofi_fast import __version__
+from lofi_fast.budget import duration
 from lofi_fast.errors import InputError
 from lofi_fast.files import write_bytes
 from lofi_fast.report import rows
@@ -100,7 +101,7 @@ def _environment(best: float) -> Environment:
     )
     environment.filters |= {
         "clock": rows.clock,
-        "duration": rows.duration,
+        "duration": duration,
         "flags": _flags,
         "flat": rows.flat,
         "labels": _labels,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lofi_fast.budget import gigabytes
+from lofi_fast.budget import duration, gigabytes
 from lofi_fast.report.read import (
     Floats,
     GroundTruthFile,
@@ -43,16 +43,6 @@ def percent(value: float, digits: int = 2) -> str:
 def memory(value: float | None) -> str:
     """Bytes as "0.77 GB"; None stands for a step that ran out of memory."""
     return "out of memory" if value is None else "unknown" if math.isnan(value) else gigabytes(round(value))
-
-
-def duration(seconds: float) -> str:
-    """45 s, 7 min 31 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def clock(seconds: float, whole: float) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
-from lofi_fast.budget import gigabytes
+from lofi_fast.budget import duration, gigabytes
 from lofi_fast.data.dataset import Sample
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, coinciding, ladder, phase
-from lofi_fast.memory.governor import Decision, Governor, Planner
+from lofi_fast.memory.governor import LATE, Decision, Governor, Planner
 from lofi_fast.memory.plans import Device, Plan, candidates, remedies
 from lofi_fast.memory.replay import Replay
 from lofi_fast.memory.step_bytes import Setting, step_bytes
@@ -25,6 +26,7 @@ from lofi_fast.stages.epochs import Outcome, new_optimizer, optimizer_of
 from lofi_fast.stages.step import batches, forward_backward, lofi_step, patiently
 
 READINGS = "memory-readings.json"  # beside the frame cache
+TIMED = 6  # plans of a pattern that are timed, at most, before the first epoch under a time limit
 
 
 def joint(run: Run) -> None:
@@ -117,7 +119,12 @@ def new_planner(run: Run) -> Planner:
     return Governor(
         machine.meter, machine.budget, ledger_of(run, every), plans, run.log.say,
         changes=changes, pending=lambda: run.pipeline.pending, device=device,
+        step_seconds=None if config.epoch_time is None else config.epoch_time / steps_of_an_epoch(run),
     )  # fmt: skip
+
+
+def steps_of_an_epoch(run: Run) -> int:
+    return -(-len(run.dataset.samples["training"]) // run.config.joint.batch)
 
 
 def ledger_of(run: Run, plans: Sequence[Plan]) -> Callable[[Plan], int]:
@@ -155,17 +162,29 @@ def learn(run: Run, plans: Sequence[Plan]) -> LearnedLedger:
     return learn_ledger(plans, measure, meter.held, limit, refusal)
 
 
-def trial(run: Run, samples: Sequence[Sample], decision: Decision) -> int | None:
-    """Peak bytes of a step on real frames that updates nothing; None when memory ran out."""
+def trial(
+    run: Run, samples: Sequence[Sample], decision: Decision, seconds: Callable[[float], None] | None = None
+) -> int | None:
+    """Peak bytes of a step on real frames that updates nothing; None when memory ran out.
+
+    `seconds` is given the time of a step, of two that follow the first one, which loads code.
+    """
 
     def forget_gradients() -> None:
         run.encoder.zero_grad(set_to_none=True)
         run.head.zero_grad(set_to_none=True)
 
     def step() -> None:
-        # The second batch is there to be decoded ahead, as in training.
-        forward_backward(run, next(batches(run, 0, [samples, samples], lambda _: decision)), decision)
-        forget_gradients()
+        # The last batch is there to be decoded ahead, as in training.
+        count = 1 if seconds is None else 3
+        stream, taken = batches(run, 0, [samples] * (count + 1), lambda _: decision), []
+        for _ in range(count):
+            batch, began = next(stream), time.monotonic()
+            forward_backward(run, batch, decision)
+            forget_gradients()
+            taken.append(time.monotonic() - began)
+        if seconds is not None:
+            seconds(sum(taken[1:]) / (count - 1))
 
     peak = run.trials.measure(step, decision.limit)
     forget_gradients()
@@ -181,6 +200,7 @@ class PatternPlan(TypedDict):
     micro_batch: int  # of them at once
     recompute: bool
     chunk: int  # snippets in one graph of the encoder
+    epoch_seconds: float | None  # expected, where a time limit made steps be timed
     predicted: int  # peak
     peak: int | None  # measured, where the rung was tried
     measured: list[list[int]]  # [num_snippets, side, peak] of all that were tried
@@ -209,19 +229,37 @@ def plan_joint(run: Run) -> dict[str, PatternPlan]:
         return peak
 
     readings, key = run.cache / READINGS, run.memory_key()
-    measure(planner.warm_up())
+
+    def take_time(decision: Decision) -> int | None:
+        return trial(run, samples, decision, lambda seconds: planner.learn_time(decision.plan, seconds, warm=True))
+
+    first = planner.warm_up()
+    measure(first)
+    if config.epoch_time is not None:
+        take_time(first)
     known = planner.load_readings(readings, key)
     planner.calibrate(measure)
     planner.save_readings(readings, key)
     chosen: dict[str, PatternPlan] = {}
     for pattern in patterns_of(run):
         decision = planner.choose(pattern)
+        if config.epoch_time is not None:
+            decision = chosen_in_time(planner, pattern, take_time)
         rung = decision.plan.fidelity
         cut = config.full.omega / rung.omega
+        epoch = None
+        if config.epoch_time is not None and (seconds := planner.seconds(decision.plan)) is not None:
+            epoch = seconds * steps_of_an_epoch(run)
         run.log.say(
             f"plan joint, {pattern}: {decision.plan} (cut {cut:.1f}), {gigabytes(decision.predicted)} predicted of "
-            f"{gigabytes(decision.limit)}{', readings of an earlier run' if known else ''}"
+            f"{gigabytes(decision.limit)}{f', {duration(epoch)} an epoch' if epoch is not None else ''}"
+            f"{', readings of an earlier run' if known else ''}"
         )
+        if epoch is not None and config.epoch_time is not None and epoch > LATE * config.epoch_time:
+            run.log.say(
+                f"note: --epoch-time {duration(config.epoch_time)}: no plan of {pattern} that fits is so fast; an "
+                f"epoch of the fastest takes about {duration(epoch)}"
+            )
         table = planner.table(pattern)
         measured = {tuple(row["plan"][:2]): row["measured"] for row in table if row["measured"] is not None}
         chosen[pattern.value] = {
@@ -231,11 +269,49 @@ def plan_joint(run: Run) -> dict[str, PatternPlan]:
             "micro_batch": decision.plan.micro_batch,
             "recompute": decision.plan.recompute,
             "chunk": decision.plan.chunk,
+            "epoch_seconds": epoch,
             "predicted": decision.predicted,
             "peak": measured.get((rung.num_snippets, rung.side)),
             "measured": [[*of, peak] for of, peak in measured.items()],
             "ladder": table,
         }
+    if note := kept_down(run, planner, chosen):
+        run.log.say(f"note: {note}")
     if note := coinciding({pattern: Fidelity(*of["rung"]) for pattern, of in chosen.items()}):
         run.log.say(f"note: {note}")
     return chosen
+
+
+def chosen_in_time(planner: Governor, pattern: Pattern, take_time: Callable[[Decision], int | None]) -> Decision:
+    """The plan that is chosen when the times of all that were in question are known: each choice is timed, until it
+    stays.
+    """
+    for _ in range(TIMED):
+        decision = planner.choose(pattern)
+        if planner.timed(decision.plan):
+            return decision
+        if take_time(decision) is None:
+            planner.failed(decision)
+    return planner.choose(pattern)
+
+
+def kept_down(run: Run, planner: Governor, chosen: Mapping[str, PatternPlan]) -> str | None:
+    """A sentence where --min-cut keeps the fidelity below what fits the budget, and no time limit does."""
+    config = run.config
+    ledger = ledger_of(run, [])
+    for pattern in patterns_of(run):
+        top = ladder(pattern, config.full, config.min_cut, config.max_cut)[0]
+        rung = Fidelity(*chosen[pattern.value]["rung"])
+        higher = [of for of in ladder(pattern, config.full, 1.0, config.min_cut) if of.omega > rung.omega]
+        if rung != top or not higher or config.epoch_time is not None:
+            continue
+        plans = candidates(higher, config.joint.batch, config.micro_batch, config.recompute, planner.device)
+        plan = next((plan for plan in plans if planner.would_fit(ledger(plan))), None)
+        if plan is not None:
+            cut = config.full.omega / plan.omega
+            return (
+                f"--min-cut {config.min_cut:g} holds the fidelity of {pattern} at {rung}; the budget would hold "
+                f"{plan.fidelity}, at some {plan.omega / rung.omega:.1f} times the time, with "
+                f"--min-cut {max(cut, 1):.3g}"
+            )
+    return None
