@@ -55,9 +55,9 @@ def assumed_context(capability: tuple[int, int]) -> int:
     """Bytes that a CUDA context is assumed to hold where it cannot be measured.
 
     This rests on one published reading: 426 MiB on a card of capability 8.9 (142 multiprocessors, torch 2.10, CUDA 13,
-    code loaded when first used). A context grows with the number of multiprocessors; what is assumed of other
-    architectures are guesses around that reading: 300 MB for older ones, 600 MB for the large ones of data centres since
-    Hopper, 500 MB for the GeForce cards since Blackwell, of 36 to 170 multiprocessors.
+    code loaded when first used). A context grows with the number of multiprocessors; the others
+    are guesses around that reading: 300 MB for older architectures, 600 MB for those of data centres since Hopper, 500
+    MB for the GeForce cards since Blackwell, which have 36 to 170 multiprocessors.
     """
     if capability < (8, 0):
         return 300_000_000

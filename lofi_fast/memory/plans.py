@@ -105,7 +105,9 @@ def candidates(
             for size in sizes
             for chunk in ((0,) if device is None else chunks(rung, size, device))
         ]
-        return sorted(found, key=lambda plan: relative_cost(plan, rung, device, launch_bound))  # alike stay in their order
+        return sorted(
+            found, key=lambda plan: relative_cost(plan, rung, device, launch_bound)
+        )  # alike stay in their order
 
     return tuple(plan for rung in rungs for plan in plans(rung))
 
@@ -120,9 +122,7 @@ def worthwhile(plans: Iterable[Plan], ledger: Callable[[Plan], int]) -> Iterator
             yield plan
 
 
-def relative_cost(
-    plan: Plan, full: Fidelity, device: Device | None = None, launch_bound: float | None = None
-) -> float:
+def relative_cost(plan: Plan, full: Fidelity, device: Device | None = None, launch_bound: float | None = None) -> float:
     """Time of a step, of that at full fidelity with many videos at once: in proportion to Omega, which is what the
     convolutions cost, with a little more for few videos at once, whose kernels are small. On a GPU small chunks cost
     more, because the host cannot launch their kernels as fast as they run.
