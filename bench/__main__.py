@@ -28,6 +28,7 @@ COMMANDS = {
     "data": ("[options]", "decoding: the frame cache against decoding the video itself; share of a training step"),
     "eval": ("[options]", "the evaluator against the official procedure, equal to the last bit"),
     "fits": ("[options]", "what fits: the highest fidelity against the budget, by arithmetic"),
+    "plan": ("[options]", "what a budget buys, and the time of an epoch: the plans of every encoder, by arithmetic"),
     "gpu": ("[options]", "all that matters on a GPU, in 5 minutes; --dry-run goes through it without one"),
     "tests": ("[options]", "the tests that say something of a GPU, the operators' first"),
     "launches": ("[options]", "on a GPU: what the host pays for a call, and device operations of a step"),

@@ -62,7 +62,7 @@ class Parameters(NamedTuple):
 
 
 class EncoderLedger(Protocol):
-    """The bytes of an encoder, which gives a feature vector of each snippet. Hashable."""
+    """The bytes and the work of an encoder, which gives a feature vector of each snippet. Hashable."""
 
     @property
     def num_features(self) -> int: ...
@@ -77,6 +77,14 @@ class EncoderLedger(Protocol):
 
     def backward(self, tally: Tally, work: Pass) -> None:
         """Play backward: the gradient of the features comes in, the gradients of the parameters are left."""
+
+    def multiply_adds(self, side: int) -> int:
+        """Multiplications, each with its addition, of the forward pass over one frame of `side` x `side` pixels."""
+
+    def moved(self, side: int) -> int:
+        """Numbers that forward and backward over one such frame read from and write to memory, activations not kept in
+        a cache.
+        """
 
 
 class HeadLedger(Protocol):

@@ -172,7 +172,7 @@ def chosen_preset(asked: Mapping[str, Any], cuda: Callable[[], bool], with_data:
     annotations, videos = asked.get("data.annotations"), asked.get("data.videos")
     if videos and not annotations:
         raise InputError("--videos is given without --annotations: name the file of labels too")
-    if annotations and not videos:
+    if annotations and not videos and with_data:
         raise InputError("--annotations is given without --videos: name the folder of the videos too")
     preset: PresetName | None = asked.get("preset")
     if preset is None and annotations:

@@ -307,6 +307,20 @@ class ResNetLedger:
         held = FLOAT * (net.weights + 4 * net.channels + 2 * RGB) + LONG * len(net.convs)
         return Parameters(held, net.weights, len(net.convs), net.weights)
 
+    def multiply_adds(self, side: int) -> int:
+        net = network(self.name, self.width, side)
+        return sum(conv.weight * conv.result.side**2 for conv in net.convs)
+
+    def moved(self, side: int) -> int:
+        """Three convolutions (forward, and backward for the input and for the weight) each touch what lies on both
+        sides; what follows a convolution reads and writes its output, and its gradient again; and a block's input is
+        shifted forward, once more in backward, and its gradient is shifted back.
+        """
+        net = network(self.name, self.width, side)
+        convolutions = sum(3 * (conv.source.numel + conv.result.numel) for conv in net.convs)
+        pointwise = sum(4 * conv.result.numel for conv in net.convs)
+        return convolutions + pointwise + sum(3 * 2 * block.x.numel for block in net.blocks)
+
     @property
     def _network(self) -> Network:
         """At any side: weights and channels do not depend on it."""

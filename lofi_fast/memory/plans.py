@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from lofi_fast.budget import gigabytes
 from lofi_fast.config import Recompute
-from lofi_fast.fidelity import Fidelity
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
 from lofi_fast.ledger import CHUNK_PIXELS, default_chunk
 
 T = TypeVar("T")
@@ -92,13 +92,14 @@ def candidates(
     micro_batch: int | None = None,
     recompute: Recompute = "auto",
     device: Device | None = None,
+    launch_bound: float | None = None,
 ) -> tuple[Plan, ...]:
     """All plans of a ladder's `rungs` (highest first), best first.
 
     Higher rungs come first, whatever it takes to run them; the plans of one rung stand in the order of their time on
     `device`, fastest first. So the first that fits is the highest rung that fits at all, run in the fastest way that
     fits, and more memory never buys less. `micro_batch` fixes the videos at once, `recompute` "always" or "never" that
-    lever. Without a `device` the encoder chooses its chunk.
+    lever. Without a `device` the encoder chooses its chunk. `launch_bound`: see `relative_cost`.
     """
     sizes = micro_batches(batch) if micro_batch is None else (min(micro_batch, batch),)
     again = {"auto": (False, True), "always": (True,), "never": (False,)}[recompute]
@@ -110,7 +111,9 @@ def candidates(
             for size in sizes
             for chunk in ((0,) if device is None else chunks(rung, size, device))
         ]
-        return sorted(found, key=lambda plan: relative_cost(plan, rung, device))  # alike stay in their order
+        return sorted(
+            found, key=lambda plan: relative_cost(plan, rung, device, launch_bound)
+        )  # alike stay in their order
 
     return tuple(plan for rung in rungs for plan in plans(rung))
 
@@ -125,15 +128,22 @@ def worthwhile(plans: Iterable[Plan], ledger: Callable[[Plan], int]) -> Iterator
             yield plan
 
 
-def relative_cost(plan: Plan, full: Fidelity, device: Device | None = None) -> float:
+def relative_cost(plan: Plan, full: Fidelity, device: Device | None = None, launch_bound: float | None = None) -> float:
     """Time of a step, of that at full fidelity with many videos at once: in proportion to Omega, which is what the
     convolutions cost, with a little more for few videos at once, whose kernels are small. On a GPU small chunks cost
     more, because the host cannot launch their kernels as fast as they run.
+
+    `launch_bound`: frame pixels of the chunk below which that is so, where more is known of the GPU than that it is one
+    (`estimates.launch_bound`); the slower the GPU, the fewer.
     """
     cost = plan.omega / full.omega * (RECOMPUTE_COST if plan.recompute else 1.0) * (1 + SMALL_BATCH / plan.micro_batch)
     if device == "cuda" and plan.chunk:
-        saturating = default_chunk(plan.fidelity.side, SATURATING_PIXELS[device])
-        cost *= max(LAUNCH_BOUND * saturating / plan.chunk, 1.0)
+        side = plan.fidelity.side
+        if launch_bound is None:
+            fewest = LAUNCH_BOUND * default_chunk(side, SATURATING_PIXELS[device])
+        else:
+            fewest = launch_bound / (FRAMES_PER_SNIPPET * side**2)
+        cost *= max(fewest / plan.chunk, 1.0)
     return cost
 
 
