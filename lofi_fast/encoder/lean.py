@@ -12,8 +12,8 @@ gradient comes from an activation rounded to 1/255 of its largest value (some 1e
 frames, is exact).
 
 Snippets do not see each other under frozen batch norm, so the graph is built in chunks of whole snippets: what backward
-needs for itself exists for one chunk at a time. With `recompute` a chunk keeps only its frames and runs forward once
-more when its gradient arrives.
+needs for itself exists for one chunk at a time. A weight's gradient is the sum of its chunks' (`GradientSum`). With
+`recompute` a chunk keeps only its frames and runs forward once more when its gradient arrives.
 
 Shapes: N snippets, T frames a snippet, H x W pixels, C channels. Activations are channels-last.
 """
@@ -21,7 +21,7 @@ Shapes: N snippets, T frames a snippet, H x W pixels, C channels. Activations ar
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,49 @@ def default_chunk(num_frames: int, side: int) -> int:
     return max(CHUNK_PIXELS // (num_frames * side * side), 1)
 
 
+class GradientSum:
+    """The gradient of one folded weight, summed over the chunks of a step in float32 (float64 in float64).
+
+    Autograd would add the chunks' gradients in the dtype of the weight that they used. In bfloat16 such a sum stops
+    growing after some hundred chunks, when a chunk's gradient is less than half a unit in its last place.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def add(self, grad: Tensor | None) -> None:
+        """The gradient of one more chunk, which the caller gives away."""
+        if grad is None:
+            return
+        if self._sum is None:
+            self._sum = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        else:
+            self._sum += grad
+
+    def take(self) -> Tensor | None:
+        """The sum, which is not held any longer; None where nothing was added."""
+        total, self._sum = self._sum, None
+        return total
+
+
+class _Summed(torch.autograd.Function):
+    """(folded weight, sum of its gradients) -> an empty tensor that ties the chunks' graphs to the weight.
+
+    A chunk adds to the sum and passes no gradient to the tie, but autograd runs this backward when all chunks are done.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, folded: Tensor, total: GradientSum) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.total = total
+        return folded.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: None) -> tuple[Tensor | None, None]:
+        return ctx.total.take(), None
+
+
 @dataclass(frozen=True)
 class Convolution:
     """How one convolution is applied; its bias is the frozen batch norm's shift (C,), without gradient."""
@@ -59,6 +102,7 @@ class Convolution:
     stride: int
     padding: int
     bias: Tensor
+    total: GradientSum  # of its folded weight
     rounded_bias: Tensor | None = None  # in the activations' dtype, where cuDNN is to add it (`_cudnn_adds_bias`)
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -85,8 +129,17 @@ class Convolution:
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool], relu: bool = False
+    ) -> Tensor | None:
+        """Gradients of (x, weight), each where `mask` asks for it: that of x is returned, before x's ReLU where `relu`;
+        that of the weight is added to its sum.
+        """
+        grad_x, grad_weight = self._gradients(grad, x, weight, mask, relu)
+        self.total.add(grad_weight)
+        return grad_x
+
+    def _gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool], relu: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of (x, weight), each where `mask` asks for it; of x before its ReLU, where `relu`."""
         if self._takes_conv3x3(x, weight):
             return conv3x3_backward(grad, x, weight, relu, mask)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
@@ -150,7 +203,7 @@ def fold_batchnorm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]
 
 
 class _Block(torch.autograd.Function):
-    """(x, shift of x by `fold`, x as stored, weights) -> (out, shift of out by `next_fold`, *out as stored).
+    """(x, shift of x by `fold`, x as stored, weights and ties) -> (out, shift of out by `next_fold`, *out as stored).
 
     Keeps x, the activations between the convolutions and out, as stored, and the weights. Where nothing but themselves
     is stored, x's place is empty and nothing follows out.
@@ -158,7 +211,13 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, block: Block, x: Tensor, shifted: Tensor | None, stored_x: Stored, *weights: Tensor
+        ctx: Any,
+        block: Block,
+        x: Tensor,
+        shifted: Tensor | None,
+        stored_x: Stored,
+        weights: tuple[Tensor, ...],
+        *ties: Tensor,
     ) -> tuple[Tensor | None, ...]:
         eight_bit = len(stored_x) == 2
         hidden = x if shifted is None else shifted
@@ -189,7 +248,7 @@ class _Block(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         block: Block = ctx.block
         count = len(block.branch)
-        _, need_x, need_shifted, _, *need_weights = ctx.needs_input_grad
+        _, need_x, need_shifted, _, _, *need_weights = ctx.needs_input_grad
         size = 2 if ctx.eight_bit else 1
         saved = ctx.saved_tensors
         kept, weights = [saved[k : k + size] for k in range(0, size * (count + 1), size)], saved[size * (count + 1) :]
@@ -198,34 +257,29 @@ class _Block(torch.autograd.Function):
         grad: Tensor | None = _through_relu(grad_out, grad_shifted_out, out, block.num_frames, block.next_fold)
         del grad_out, grad_shifted_out, out
         grad_identity: Tensor | None = grad
-        grad_weights: list[Tensor | None] = [None] * len(weights)
         for i in reversed(range(count)):
             hidden = _restore(kept[i], ctx.dtype)
             if i == 0 and block.fold:
                 hidden = temporal_shift(hidden, block.num_frames, block.fold)
             need_hidden = i > 0 or need_x or need_shifted
             assert grad is not None
-            grad, grad_weights[i] = block.branch[i].backward(
-                grad, hidden, weights[i], (need_hidden, need_weights[i]), relu=i > 0
-            )
+            grad = block.branch[i].backward(grad, hidden, weights[i], (need_hidden, need_weights[i]), relu=i > 0)
             del hidden
         grad_shifted = None
         if block.downsample is not None:
             assert grad_identity is not None
             x = _restore(kept[0], ctx.dtype)
-            grad_identity, grad_weights[-1] = block.downsample.backward(
-                grad_identity, x, weights[-1], (need_x, need_weights[-1])
-            )
+            grad_identity = block.downsample.backward(grad_identity, x, weights[-1], (need_x, need_weights[-1]))
         if block.fold:
             grad_shifted = grad
         elif need_x:
             assert grad_identity is not None and grad is not None
             grad_identity = grad_identity + grad
-        return None, grad_identity if need_x else None, grad_shifted, None, *grad_weights
+        return None, grad_identity if need_x else None, grad_shifted, None, None, *(None for _ in weights)
 
 
 class _Stem(torch.autograd.Function):
-    """uint8 frames (N*T, H, W, 3), weight -> (pooled, its shift, *pooled as stored, where that is not itself).
+    """uint8 frames (N*T, H, W, 3), weight, its tie -> (pooled, its shift, *pooled as stored, where that is not itself).
 
     Keeps the frames, pooled as stored and its int8 argmax.
     """
@@ -237,6 +291,7 @@ class _Stem(torch.autograd.Function):
         frames: Tensor,
         mean: Tensor,
         weight: Tensor,
+        tie: Tensor,
         num_frames: int,
         fold: int,
         eight_bit: bool,
@@ -262,8 +317,8 @@ class _Stem(torch.autograd.Function):
         grad = _through_relu(grad_pooled, grad_shifted, pooled, ctx.num_frames, ctx.fold)
         grad = stem_backward(grad, pooled, argmax, None, *ctx.size)
         del pooled
-        _, grad_weight = ctx.convolution.backward(grad, stem_input(frames, mean, weight.dtype), weight, (False, True))
-        return None, None, None, grad_weight, None, None, None
+        ctx.convolution.backward(grad, stem_input(frames, mean, weight.dtype), weight, (False, True))
+        return (None,) * 8
 
 
 def _through_relu(
@@ -274,15 +329,28 @@ def _through_relu(
     return grad
 
 
+class Weight(NamedTuple):
+    """A convolution's weight with the frozen batch norm folded in."""
+
+    folded: Tensor  # in the activations' dtype, without gradient
+    tie: Tensor  # (0,) ties a graph to the weight that learns
+
+    @staticmethod
+    def of(folded: Tensor, dtype: torch.dtype, total: GradientSum) -> Weight:
+        """`folded`, in the parameters' dtype, passes the gradient on that was added to `total`."""
+        tie = _Summed.apply(folded, total)  # type: ignore[no-untyped-call]
+        return Weight(folded.detach().to(dtype, memory_format=torch.channels_last), tie)
+
+
 @dataclass(frozen=True)
 class LeanEncoder:
     """A `TSMResNet` with its frozen batch norm folded in, for one optimiser step: weights in the activations' dtype."""
 
     stem: Convolution
     mean: Tensor
-    stem_weight: Tensor
+    stem_weight: Weight
     blocks: tuple[Block, ...]
-    weights: tuple[tuple[Tensor, ...], ...]
+    weights: tuple[tuple[Weight, ...], ...]
 
     @staticmethod
     def of(encoder: TSMResNet, num_frames: int) -> LeanEncoder:
@@ -292,13 +360,14 @@ class LeanEncoder:
         if torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
 
-        def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Convolution, Tensor]:
+        def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Convolution, Weight]:
             weight, bias = fold_batchnorm(conv, bn)
-            return Convolution(conv.stride[0], int(conv.padding[0]), bias), _placed(weight, dtype)
+            convolution = Convolution(conv.stride[0], int(conv.padding[0]), bias, GradientSum())
+            return convolution, Weight.of(weight, dtype, convolution.total)
 
         weight, bias = fold_batchnorm(encoder.conv1, encoder.bn1)
-        stem = Convolution(2, 3, bias)
-        stem_weight = _placed(fold_normalization(weight, encoder.std.flatten()), dtype)
+        stem = Convolution(2, 3, bias, GradientSum())
+        stem_weight = Weight.of(fold_normalization(weight, encoder.std.flatten()), dtype, stem.total)
         modules = [block for stage in encoder.stages for block in stage]
         blocks, weights = [], []
         for index, module in enumerate(modules):
@@ -330,7 +399,7 @@ class LeanEncoder:
         """Features (N, C) of uint8 frames (N*T, H, W, 3), `chunk` snippets to a graph of their own."""
         parts = frames.split(chunk * self.blocks[0].num_frames)
         if recompute and torch.is_grad_enabled():
-            # Weights are captured, not passed: the non-reentrant form follows them through the graph.
+            # Weights and ties are captured, not passed: the non-reentrant form follows them through the graph.
             return torch.cat(
                 [
                     checkpoint(self._chunk, part, eight_bit, use_reentrant=False, preserve_rng_state=False)
@@ -344,10 +413,12 @@ class LeanEncoder:
         eight_bit = eight_bit and torch.is_grad_enabled()  # else nothing is kept
         with torch.autocast(frames.device.type, enabled=False):
             x, shifted, *stored = _Stem.apply(  # type: ignore[no-untyped-call]
-                self.stem, frames, self.mean, self.stem_weight, num_frames, self.blocks[0].fold, eight_bit
+                self.stem, frames, self.mean, *self.stem_weight, num_frames, self.blocks[0].fold, eight_bit
             )
             for block, weights in zip(self.blocks, self.weights, strict=True):
-                x, shifted, *stored = _Block.apply(block, x, shifted, tuple(stored), *weights)  # type: ignore[no-untyped-call]
+                x, shifted, *stored = _Block.apply(  # type: ignore[no-untyped-call]
+                    block, x, shifted, tuple(stored), tuple(w.folded for w in weights), *(w.tie for w in weights)
+                )
             sums = torch.promote_types(x.dtype, torch.float32)
             x_NTC: Tensor = x.mean(dim=(2, 3), dtype=sums).unflatten(0, (-1, num_frames))
             return x_NTC.mean(dim=1)
@@ -356,10 +427,6 @@ class LeanEncoder:
 def _fold(block: nn.Module | None) -> int:
     """Channels that a block's shift moves each way; 0 for none."""
     return block.conv1.in_channels // 8 if isinstance(block, BasicBlock | Bottleneck) and block.shifted else 0
-
-
-def _placed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype, memory_format=torch.channels_last)
 
 
 def encode(
