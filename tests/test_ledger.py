@@ -316,6 +316,9 @@ STEPS = {
     "bf16": StepCase("tsm_r18", 16, 50, 5, 2, THREE, BF16, chunk=3),
     "bf16_one_chunk": StepCase("tsm_r18", 16, 32, 4, 1, THREE, BF16, chunk=4),
     "bf16_many_chunks": StepCase("tsm_r18", 32, 24, 6, 1, SMALL, BF16, chunk=1),  # its weights are most of its bytes
+    "many_chunks_again": StepCase("tsm_r18", 32, 24, 6, 1, SMALL, recompute=True, chunk=1),
+    "r50_many_chunks_again": StepCase("tsm_r50", 16, 24, 6, 1, SMALL, recompute=True, chunk=1, accumulates=True),
+    "8bit_many_chunks_again": StepCase("tsm_r18", 32, 24, 6, 1, SMALL, BF16, True, chunk=1, eight_bit=True),
     "bf16_many_chunks_again": StepCase("tsm_r34", 16, 24, 6, 1, SMALL, BF16, recompute=True, chunk=1),
     "bf16_r50_many_chunks": StepCase("tsm_r50", 16, 32, 5, 1, THREE, BF16, chunk=1, accumulates=True),
     "again": StepCase("tsm_r18", 8, 64, 8, 2, SMALL, recompute=True, chunk=3),
@@ -577,7 +580,7 @@ def test_what_is_kept_grows_by_the_video(setting: Setting, length: int, side: in
 
 @settings(max_examples=200, deadline=None)
 @given(SETTINGS, LENGTHS, SIDES, BATCHES, CHUNKS)
-def test_recomputing_keeps_the_weights_alone_and_never_needs_more_than_all_maps(
+def test_recomputing_keeps_the_batch_norms_alone_and_never_needs_more_than_all_activations(
     setting: Setting, length: int, side: int, batch: int, chunk: int
 ) -> None:
     kept = step_bytes(setting, Fidelity(length, side), batch, chunk=chunk)
@@ -585,10 +588,22 @@ def test_recomputing_keeps_the_weights_alone_and_never_needs_more_than_all_maps(
     encoder = setting.encoder
     assert isinstance(encoder, ResNetLedger)
     net = resnet_ledger.network(encoder.name, encoder.width, side)
-    assert again.kept_encoder == setting.itemsize * net.weights + 8 * net.channels <= kept.kept_encoder
+    assert again.kept_encoder == setting.itemsize * net.stem.weight + 8 * net.channels <= kept.kept_encoder
     assert again.kept_head == kept.kept_head
     if length * batch >= 3 * chunk:  # else most maps are there at once in any case
         assert again.total <= kept.total
+
+
+@settings(max_examples=100, deadline=None)
+@given(SETTINGS, LENGTHS, st.integers(96, 224), BATCHES)
+def test_recomputing_snippet_by_snippet_needs_no_more_than_any_chunk_without(
+    setting: Setting, length: int, side: int, batch: int
+) -> None:
+    """Of frames so small that weights are more than activations, a few snippets in one graph can need 3% less."""
+    fidelity = Fidelity(length, side)
+    again = step_bytes(setting, fidelity, batch, chunk=1, recompute=True)
+    for chunk in {1, 2, 3, 8, length * batch}:
+        assert again.total <= step_bytes(setting, fidelity, batch, chunk=chunk).total
 
 
 # Networks that step_bytes has never seen

@@ -13,14 +13,17 @@ frames, is exact).
 
 Snippets do not see each other under frozen batch norm, so the graph is built in chunks of whole snippets: what backward
 needs for itself exists for one chunk at a time. A weight's gradient is the sum of its chunks' (`GradientSum`). With
-`recompute` a chunk keeps only its frames and runs forward once more when its gradient arrives.
+`recompute` a chunk keeps only its frames and runs forward once more when its gradient arrives; folded weights, too, are
+made once more where they are read, since all of them may be more than a small chunk's activations.
 
 Shapes: N snippets, T frames a snippet, H x W pixels, C channels. Activations are channels-last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -166,6 +169,19 @@ def _cudnn_adds_bias(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
+class Unfolded(NamedTuple):
+    """A weight, and the scale of the frozen batch norm that is to be folded in."""
+
+    weight: Tensor
+    scale: Tensor
+    dtype: torch.dtype  # of activations
+
+    def folded(self) -> Tensor:
+        """Rounded once to `dtype`, channels-last, without gradient."""
+        made = torch.empty_like(self.weight, dtype=self.dtype, memory_format=torch.channels_last)
+        return torch.mul(self.weight, self.scale, out=made)
+
+
 @dataclass(frozen=True)
 class Block:
     """What a lean block needs besides tensors with gradients."""
@@ -175,6 +191,11 @@ class Block:
     num_frames: int
     fold: int  # channels its own shift moved each way; 0: not shifted
     next_fold: int  # the same of the block that follows; 0: no shifted copy wanted
+    unfolded: tuple[Unfolded, ...]  # weights of the branch, then of the downsampling
+
+    def weight(self, i: int, kept: Sequence[Tensor]) -> Tensor:
+        """The i-th folded weight: as it was kept, or, where none was, made once more."""
+        return kept[i] if kept else self.unfolded[i].folded()
 
 
 Stored = tuple[Tensor, ...]  # a map that backward needs: itself, or its codes and their scale
@@ -191,22 +212,20 @@ def _restore(stored: Stored, dtype: torch.dtype) -> Tensor:
     return dequantize(codes, scale, dtype)
 
 
-def fold_batchnorm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of one convolution that equals `bn(conv(x))` with bn's running statistics.
-
-    The weight is differentiable with respect to the convolution's.
+def frozen_affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(scale (C, 1, 1, 1), bias (C,)) for which a convolution with `weight * scale` and `bias` is batch norm with its
+    running statistics after a convolution with `weight`.
     """
     assert bn.running_mean is not None and bn.running_var is not None
     scale = bn.weight.detach() * torch.rsqrt(bn.running_var + bn.eps)
-    bias = bn.bias.detach() - bn.running_mean * scale
-    return conv.weight * scale.view(-1, 1, 1, 1), bias
+    return scale.view(-1, 1, 1, 1), bn.bias.detach() - bn.running_mean * scale
 
 
 class _Block(torch.autograd.Function):
     """(x, shift of x by `fold`, x as stored, weights and ties) -> (out, shift of out by `next_fold`, *out as stored).
 
-    Keeps x, the activations between the convolutions and out, as stored, and the weights. Where nothing but themselves
-    is stored, x's place is empty and nothing follows out.
+    Keeps x, the activations between the convolutions and out, as stored, and the folded weights, if any are given.
+    Where nothing but themselves is stored, x's place is empty and nothing follows out.
     """
 
     @staticmethod
@@ -223,12 +242,12 @@ class _Block(torch.autograd.Function):
         hidden = x if shifted is None else shifted
         del shifted
         kept = list(stored_x) if eight_bit else [x]
-        for convolution, weight in zip(block.branch[:-1], weights, strict=False):
-            hidden = convolution.forward_relu(hidden, weight)
+        for i, convolution in enumerate(block.branch[:-1]):
+            hidden = convolution.forward_relu(hidden, block.weight(i, weights))
             kept += _store(hidden, eight_bit)
         last = block.branch[-1]
-        identity = x if block.downsample is None else block.downsample.forward(x, weights[-1])
-        hidden = last.forward(hidden, weights[len(block.branch) - 1])
+        identity = x if block.downsample is None else block.downsample.forward(x, block.weight(-1, weights))
+        hidden = last.forward(hidden, block.weight(len(block.branch) - 1, weights))
         out, shifted_out = residual_shift(
             hidden, None, last.bias, identity, num_frames=block.num_frames, fold=block.next_fold
         )
@@ -263,19 +282,23 @@ class _Block(torch.autograd.Function):
                 hidden = temporal_shift(hidden, block.num_frames, block.fold)
             need_hidden = i > 0 or need_x or need_shifted
             assert grad is not None
-            grad = block.branch[i].backward(grad, hidden, weights[i], (need_hidden, need_weights[i]), relu=i > 0)
+            grad = block.branch[i].backward(
+                grad, hidden, block.weight(i, weights), (need_hidden, need_weights[i]), relu=i > 0
+            )
             del hidden
         grad_shifted = None
         if block.downsample is not None:
             assert grad_identity is not None
             x = _restore(kept[0], ctx.dtype)
-            grad_identity = block.downsample.backward(grad_identity, x, weights[-1], (need_x, need_weights[-1]))
+            grad_identity = block.downsample.backward(
+                grad_identity, x, block.weight(-1, weights), (need_x, need_weights[-1])
+            )
         if block.fold:
             grad_shifted = grad
         elif need_x:
             assert grad_identity is not None and grad is not None
             grad_identity = grad_identity + grad
-        return None, grad_identity if need_x else None, grad_shifted, None, None, *(None for _ in weights)
+        return None, grad_identity if need_x else None, grad_shifted, None, None, *(None for _ in need_weights)
 
 
 class _Stem(torch.autograd.Function):
@@ -329,17 +352,11 @@ def _through_relu(
     return grad
 
 
-class Weight(NamedTuple):
-    """A convolution's weight with the frozen batch norm folded in."""
+class Tied(NamedTuple):
+    """The weights of a block, or of the stem, folded: in the activations' dtype, without gradient."""
 
-    folded: Tensor  # in the activations' dtype, without gradient
-    tie: Tensor  # (0,) ties a graph to the weight that learns
-
-    @staticmethod
-    def of(folded: Tensor, dtype: torch.dtype, total: GradientSum) -> Weight:
-        """`folded`, in the parameters' dtype, passes the gradient on that was added to `total`."""
-        tie = _Summed.apply(folded, total)  # type: ignore[no-untyped-call]
-        return Weight(folded.detach().to(dtype, memory_format=torch.channels_last), tie)
+    folded: tuple[Tensor, ...]  # none where they are made once more wherever they are read
+    ties: tuple[Tensor, ...]  # (0,) each: they tie a graph to the weights that learn
 
 
 @dataclass(frozen=True)
@@ -348,26 +365,32 @@ class LeanEncoder:
 
     stem: Convolution
     mean: Tensor
-    stem_weight: Weight
+    stem_weight: Tied
     blocks: tuple[Block, ...]
-    weights: tuple[tuple[Weight, ...], ...]
+    weights: tuple[Tied, ...]
+    recompute: bool
 
     @staticmethod
-    def of(encoder: TSMResNet, num_frames: int) -> LeanEncoder:
+    def of(encoder: TSMResNet, num_frames: int, recompute: bool) -> LeanEncoder:
         """Fold. The dtype is autocast's where that is on, else the parameters'."""
+        recompute = recompute and torch.is_grad_enabled()
         device = encoder.conv1.weight.device
         dtype = encoder.conv1.weight.dtype
         if torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
 
-        def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Convolution, Weight]:
-            weight, bias = fold_batchnorm(conv, bn)
+        def part(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Convolution, Unfolded, Tensor, tuple[Tensor, ...]]:
+            """With the tie, and the folded weight where it is kept."""
+            scale, bias = frozen_affine(bn)
             convolution = Convolution(conv.stride[0], int(conv.padding[0]), bias, GradientSum())
-            return convolution, Weight.of(weight, dtype, convolution.total)
+            weight = conv.weight * scale
+            kept = () if recompute else (_placed(weight, dtype),)
+            return convolution, Unfolded(conv.weight.detach(), scale, dtype), _tie(weight, convolution.total), kept
 
-        weight, bias = fold_batchnorm(encoder.conv1, encoder.bn1)
+        scale, bias = frozen_affine(encoder.bn1)
         stem = Convolution(2, 3, bias, GradientSum())
-        stem_weight = Weight.of(fold_normalization(weight, encoder.std.flatten()), dtype, stem.total)
+        weight = fold_normalization(encoder.conv1.weight * scale, encoder.std.flatten())
+        stem_weight = Tied((_placed(weight, dtype),), (_tie(weight, stem.total),))
         modules = [block for stage in encoder.stages for block in stage]
         blocks, weights = [], []
         for index, module in enumerate(modules):
@@ -375,30 +398,27 @@ class LeanEncoder:
             pairs = [(module.conv1, module.bn1), (module.conv2, module.bn2)]
             if isinstance(module, Bottleneck):
                 pairs.append((module.conv3, module.bn3))
-            branch = [folded(*pair) for pair in pairs]
+            parts = [part(*pair) for pair in pairs]
+            if module.downsample is not None:
+                parts.append(part(*module.downsample))
+            branch, unfolded, ties, kept = map(list, zip(*parts, strict=True))
+            downsample = None if module.downsample is None else branch.pop()
             if _cudnn_adds_bias(device, dtype):
-                branch[:-1] = [(replace(conv, rounded_bias=conv.bias.to(dtype)), w) for conv, w in branch[:-1]]
-            downsample = None if module.downsample is None else folded(*module.downsample)
+                branch[:-1] = [replace(conv, rounded_bias=conv.bias.to(dtype)) for conv in branch[:-1]]
             if downsample is not None:
-                last, last_weight = branch[-1]
-                branch[-1] = replace(last, bias=last.bias + downsample[0].bias), last_weight
+                branch[-1] = replace(branch[-1], bias=branch[-1].bias + downsample.bias)
             following = modules[index + 1] if index + 1 < len(modules) else None
             blocks.append(
-                Block(
-                    tuple(convolution for convolution, _ in branch),
-                    None if downsample is None else downsample[0],
-                    num_frames,
-                    _fold(module),
-                    _fold(following),
-                )
+                Block(tuple(branch), downsample, num_frames, _fold(module), _fold(following), tuple(unfolded))
             )
-            weights.append((*(w for _, w in branch), *(() if downsample is None else (downsample[1],))))
-        return LeanEncoder(stem, encoder.mean.flatten().float(), stem_weight, tuple(blocks), tuple(weights))
+            weights.append(Tied(tuple(chain.from_iterable(kept)), tuple(ties)))
+        mean = encoder.mean.flatten().float()
+        return LeanEncoder(stem, mean, stem_weight, tuple(blocks), tuple(weights), recompute)
 
-    def __call__(self, frames: Tensor, chunk: int, recompute: bool, eight_bit: bool) -> Tensor:
+    def __call__(self, frames: Tensor, chunk: int, eight_bit: bool) -> Tensor:
         """Features (N, C) of uint8 frames (N*T, H, W, 3), `chunk` snippets to a graph of their own."""
         parts = frames.split(chunk * self.blocks[0].num_frames)
-        if recompute and torch.is_grad_enabled():
+        if self.recompute:
             # Weights and ties are captured, not passed: the non-reentrant form follows them through the graph.
             return torch.cat(
                 [
@@ -413,11 +433,12 @@ class LeanEncoder:
         eight_bit = eight_bit and torch.is_grad_enabled()  # else nothing is kept
         with torch.autocast(frames.device.type, enabled=False):
             x, shifted, *stored = _Stem.apply(  # type: ignore[no-untyped-call]
-                self.stem, frames, self.mean, *self.stem_weight, num_frames, self.blocks[0].fold, eight_bit
-            )
+                self.stem, frames, self.mean, *self.stem_weight.folded, *self.stem_weight.ties, num_frames,
+                self.blocks[0].fold, eight_bit,
+            )  # fmt: skip
             for block, weights in zip(self.blocks, self.weights, strict=True):
                 x, shifted, *stored = _Block.apply(  # type: ignore[no-untyped-call]
-                    block, x, shifted, tuple(stored), tuple(w.folded for w in weights), *(w.tie for w in weights)
+                    block, x, shifted, tuple(stored), weights.folded, *weights.ties
                 )
             sums = torch.promote_types(x.dtype, torch.float32)
             x_NTC: Tensor = x.mean(dim=(2, 3), dtype=sums).unflatten(0, (-1, num_frames))
@@ -427,6 +448,15 @@ class LeanEncoder:
 def _fold(block: nn.Module | None) -> int:
     """Channels that a block's shift moves each way; 0 for none."""
     return block.conv1.in_channels // 8 if isinstance(block, BasicBlock | Bottleneck) and block.shifted else 0
+
+
+def _placed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.detach().to(dtype, memory_format=torch.channels_last)
+
+
+def _tie(weight: Tensor, total: GradientSum) -> Tensor:
+    tie: Tensor = _Summed.apply(weight, total)  # type: ignore[no-untyped-call]
+    return tie
 
 
 def encode(
@@ -465,4 +495,4 @@ def encode(
         return features
     if chunk is None:
         chunk = default_chunk(num_frames, max(frames.shape[1:3]))
-    return LeanEncoder.of(encoder, num_frames)(frames, chunk, recompute, eight_bit)
+    return LeanEncoder.of(encoder, num_frames, recompute)(frames, chunk, eight_bit)

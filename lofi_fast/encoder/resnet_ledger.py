@@ -12,8 +12,8 @@ U = 64 * 56 * 56):
 
 and once: the folded weights and the few numbers of the frozen batch norms. With `eight_bit` a number of an activation
 is one byte, and each channel of a frame has a scale of 4: 2.07 MB a frame. With `recompute` activations exist only
-while their chunk's gradient is worked out. Plain PyTorch keeps 25.1 MB a frame in fp32, and 13.3 MB in bf16 beside
-22 MB of cast weights (`plain_kept_bytes`).
+while their chunk's gradient is worked out, and a folded weight only while it is read. Plain PyTorch keeps 25.1 MB a
+frame in fp32, and 13.3 MB in bf16 beside 22 MB of cast weights (`plain_kept_bytes`).
 """
 
 from __future__ import annotations
@@ -216,16 +216,24 @@ def _stages(net: Network, frames: int, e: int, recompute: bool, eight_bit: bool,
         stored = frames * _stored(block.out, e, eight_bit)
         identity = 0 if block.downsample is None else out
         following = index + 1 < len(net.blocks)
-        inner = max(_through_block(block, size, e, eight_bit, first))
+        kept = frames * sum(_stored(conv.result, e, eight_bit) for conv in block.branch)
+        handed = out * (following + eight_bit)
+        folded = e if recompute else 0  # bytes of a number of a folded weight that is made once more
+        inner = max(_through_block(block, size, e, eight_bit, first, folded))
+        forward = identity + out - (stored if eight_bit else 0)
+        if recompute:  # with the last folded weight, before the block's output is there
+            last_conv = block.branch[-1]
+            made = kept - stored + (size * last_conv.source.numel if eight_bit else 0) + identity + out
+            forward = max(forward, made + folded * last_conv.weight - kept - handed)
         # The gradient before the last ReLU takes the place of the block's output, where that is not kept elsewhere;
         # an output that is kept in 8 bits is there once more as it was.
         relu = out if recompute or eight_bit else 0
         stages.append(
             Stage(
                 f"block {index}",
-                kept=frames * sum(_stored(conv.result, e, eight_bit) for conv in block.branch),
-                handed=out * (following + eight_bit),
-                forward=identity + out - (stored if eight_bit else 0),
+                kept=kept,
+                handed=handed,
+                forward=forward,
                 weight=block.weight,
                 backward=max(inner, relu) if recompute and not eight_bit else out + max(inner, relu),
                 pending=2 * size * block.x.numel,
@@ -245,10 +253,11 @@ def _stages(net: Network, frames: int, e: int, recompute: bool, eight_bit: bool,
     return stages
 
 
-def _through_block(block: Block, size: int, e: int, eight_bit: bool, first: bool) -> Iterator[int]:
+def _through_block(block: Block, size: int, e: int, eight_bit: bool, first: bool, folded: int) -> Iterator[int]:
     """Bytes that are alive at each convolution in the backward of a block, beside the gradient of the block's output.
 
-    `size`: bytes of one number of a frame's activation, for all frames.
+    `size`: bytes of one number of a frame's activation, for all frames. `folded`: bytes of a number of a folded
+    weight that is made once more.
     """
     x, done = size * block.x.numel, 0
     for i in reversed(range(len(block.branch))):
@@ -257,10 +266,12 @@ def _through_block(block: Block, size: int, e: int, eight_bit: bool, first: bool
         # input is made again.
         comes = size * conv.result.numel if i + 1 < len(block.branch) else 0
         gives = size * conv.source.numel
-        yield comes + gives * (2 if i == 0 or eight_bit else 1) + _weight_gradient(conv, done, e, first)
+        beside = folded * conv.weight + _weight_gradient(conv, done, e, first)
+        yield comes + gives * (2 if i == 0 or eight_bit else 1) + beside
         done += conv.weight
     if block.downsample is not None:  # two gradients of x
-        yield x * (3 if eight_bit else 2) + _weight_gradient(block.downsample, done, e, first)
+        beside = folded * block.downsample.weight + _weight_gradient(block.downsample, done, e, first)
+        yield x * (3 if eight_bit else 2) + beside
 
 
 def _weight_gradient(conv: Conv, done: int, e: int, first: bool) -> int:
@@ -346,7 +357,7 @@ class ResNetLedger:
         """The folded weights and batch norms, then one chunk after the other, then the features put together."""
         net = network(self.name, self.width, work.side)
         others, other, end = self._chunks(work)
-        once = work.itemsize * net.weights + FLOAT * 2 * net.channels
+        once = self._folded(net, work) + FLOAT * 2 * net.channels
         tally.take(once)
         if others:
             tally.take((others - 1) * (other.kept + other.features))
@@ -369,10 +380,15 @@ class ResNetLedger:
             tally.take(made)
             tally.spike(other.backward)
             made = -others * other.kept
-        tally.take(made - features - work.itemsize * net.weights)  # the folded weights go with the last chunk
+        tally.take(made - features - self._folded(net, work))  # the folded weights go with the last chunk
         for conv in reversed(net.convs):
             tally.spike(FLOAT * conv.weight)
             tally.take((work.gradient - FLOAT) * conv.weight)
+
+    @staticmethod
+    def _folded(net: Network, work: Pass) -> int:
+        """Bytes of the folded weights that are there from forward to backward."""
+        return work.itemsize * (net.stem.weight if work.recompute else net.weights)
 
     def _chunks(self, work: Pass) -> tuple[int, Chunk, Chunk]:
         """(number of others, one of the others, end chunk). The end chunk comes last in forward and first in backward,
