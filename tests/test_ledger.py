@@ -595,11 +595,11 @@ def test_recomputing_keeps_the_batch_norms_alone_and_never_needs_more_than_all_a
 
 
 @settings(max_examples=100, deadline=None)
-@given(SETTINGS, LENGTHS, st.integers(96, 224), BATCHES)
+@given(SETTINGS, st.integers(4, 100), st.integers(96, 224), BATCHES)
 def test_recomputing_snippet_by_snippet_needs_no_more_than_any_chunk_without(
     setting: Setting, length: int, side: int, batch: int
 ) -> None:
-    """Of frames so small that weights are more than activations, a few snippets in one graph can need 3% less."""
+    """Where weights are more than activations (few snippets, small frames), one graph can need 3% less."""
     fidelity = Fidelity(length, side)
     again = step_bytes(setting, fidelity, batch, chunk=1, recompute=True)
     for chunk in {1, 2, 3, 8, length * batch}:
