@@ -40,9 +40,12 @@ def gradients(encoder: TSMResNet, features: Tensor) -> dict[str, Tensor]:
     """Of a loss that no direction of the features is blind to."""
     generator = torch.Generator().manual_seed(1)
     direction = torch.randn(features.shape, generator=generator, dtype=torch.float64).to(features)
+    return gradients_of(encoder, (features * direction).sum() + features.square().sum())
+
+
+def gradients_of(encoder: TSMResNet, loss: Tensor) -> dict[str, Tensor]:
     learning = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad((features * direction).sum() + features.square().sum(), list(learning.values()))
-    return dict(zip(learning, found, strict=True))
+    return dict(zip(learning, torch.autograd.grad(loss, list(learning.values())), strict=True))
 
 
 def largest_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -63,11 +66,13 @@ def test_equals_plain_autograd_in_float64(name: EncoderName, chunk: int) -> None
     assert largest_error(gradients(encoder, features), expected) <= 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_recompute_gives_the_same_bits(name: EncoderName) -> None:
+def test_recompute_gives_the_same_bits(name: EncoderName, dtype: torch.dtype) -> None:
     encoder = frozen(name, dtype=torch.float32)
-    x = frames(3 * 4)
-    kept, again = (encode(encoder, x, 4, chunk=2, recompute=r) for r in (False, True))
+    x = frames(5 * 4)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
+        kept, again = (encode(encoder, x, 4, chunk=2, recompute=r) for r in (False, True))
     assert torch.equal(kept, again)
     expected = gradients(encoder, kept)
     for key, grad in gradients(encoder, again).items():
@@ -137,6 +142,16 @@ def test_bfloat16_autocast_is_as_good_as_plain_autocast() -> None:
     assert ours.dtype == torch.float32
     assert error(gradients(single, ours)) <= 1.5 * error(gradients(single, plain))
     assert all(g.dtype == torch.float32 for g in gradients(single, encode(single, x, 8)).values())
+
+
+def test_eight_hundred_chunks_in_bfloat16_give_the_gradient_of_one() -> None:
+    encoder = frozen(width=8, dtype=torch.float32)
+    x = frames(800, side=32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = (gradients_of(encoder, encode(encoder, x, 1, chunk=chunk).sum()) for chunk in (800, 1))
+    for key, grad in found.items():
+        assert grad.dtype == torch.float32
+        assert (grad - expected[key]).norm() <= 0.01 * expected[key].norm(), key
 
 
 def test_live_batchnorm_takes_the_plain_path() -> None:

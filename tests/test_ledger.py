@@ -47,7 +47,6 @@ SMALL = HeadConfig(hidden=32, groups=4, inner_bins=5, context_bins=2, map_channe
 LARGE = HeadConfig(hidden=128, groups=16, inner_bins=16, map_channels=256)
 NUM_CLASSES = 6
 FP32, BF16 = 4, 2
-BACKWARDS = (torch.ops.aten.convolution_backward.default, torch.ops.lofi_fast.conv3x3_backward.default)
 
 
 @pytest.fixture(autouse=True)
@@ -73,23 +72,12 @@ class Alive(TorchDispatchMode):
         self.now = self.peak = 0
         self._known = {storage(tensor) for tensor in known}
         self._alive: dict[int, Any] = {}
-        self._weight_gradients: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in BACKWARDS and out[1] is not None:
-            self._weight_gradients.add(storage(out[1]))
-        # Autograd adds the chunks' gradients of a weight in place, but not where a dispatch mode looks on: so the sum
-        # takes the place of its first operand, which is given back as soon as this returns.
-        summed = func is torch.ops.aten.add.Tensor and storage(args[0]) in self._weight_gradients
-        if summed:
-            self._weight_gradients.add(storage(out))
-            self.now -= out.untyped_storage().nbytes()
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
-        if summed:
-            self.now += out.untyped_storage().nbytes()
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -101,7 +89,6 @@ class Alive(TorchDispatchMode):
         def gone(reference: object) -> None:
             if self._alive.get(key) is reference:
                 del self._alive[key]
-                self._weight_gradients.discard(key)
                 self.now -= size
 
         self._alive[key] = weakref.ref(made, gone)
@@ -328,6 +315,12 @@ STEPS = {
     "few_pixels": StepCase("tsm_r18", 16, 32, 4, 2, LARGE, chunk=2),
     "bf16": StepCase("tsm_r18", 16, 50, 5, 2, THREE, BF16, chunk=3),
     "bf16_one_chunk": StepCase("tsm_r18", 16, 32, 4, 1, THREE, BF16, chunk=4),
+    "bf16_many_chunks": StepCase("tsm_r18", 32, 24, 6, 1, SMALL, BF16, chunk=1),  # its weights are most of its bytes
+    "many_chunks_again": StepCase("tsm_r18", 32, 24, 6, 1, SMALL, recompute=True, chunk=1),
+    "r50_many_chunks_again": StepCase("tsm_r50", 16, 24, 6, 1, SMALL, recompute=True, chunk=1, accumulates=True),
+    "8bit_many_chunks_again": StepCase("tsm_r18", 32, 24, 6, 1, SMALL, BF16, True, chunk=1, eight_bit=True),
+    "bf16_many_chunks_again": StepCase("tsm_r34", 16, 24, 6, 1, SMALL, BF16, recompute=True, chunk=1),
+    "bf16_r50_many_chunks": StepCase("tsm_r50", 16, 32, 5, 1, THREE, BF16, chunk=1, accumulates=True),
     "again": StepCase("tsm_r18", 8, 64, 8, 2, SMALL, recompute=True, chunk=3),
     "again_one_chunk": StepCase("tsm_r18", 8, 46, 3, 1, THREE, recompute=True, chunk=3),
     "again_bf16": StepCase("tsm_r18", 8, 64, 8, 1, THREE, BF16, recompute=True, chunk=2),
@@ -587,7 +580,7 @@ def test_what_is_kept_grows_by_the_video(setting: Setting, length: int, side: in
 
 @settings(max_examples=200, deadline=None)
 @given(SETTINGS, LENGTHS, SIDES, BATCHES, CHUNKS)
-def test_recomputing_keeps_the_weights_alone_and_never_needs_more_than_all_maps(
+def test_recomputing_keeps_the_batch_norms_alone_and_never_needs_more_than_all_activations(
     setting: Setting, length: int, side: int, batch: int, chunk: int
 ) -> None:
     kept = step_bytes(setting, Fidelity(length, side), batch, chunk=chunk)
@@ -595,10 +588,22 @@ def test_recomputing_keeps_the_weights_alone_and_never_needs_more_than_all_maps(
     encoder = setting.encoder
     assert isinstance(encoder, ResNetLedger)
     net = resnet_ledger.network(encoder.name, encoder.width, side)
-    assert again.kept_encoder == setting.itemsize * net.weights + 8 * net.channels <= kept.kept_encoder
+    assert again.kept_encoder == setting.itemsize * net.stem.weight + 8 * net.channels <= kept.kept_encoder
     assert again.kept_head == kept.kept_head
     if length * batch >= 3 * chunk:  # else most maps are there at once in any case
         assert again.total <= kept.total
+
+
+@settings(max_examples=100, deadline=None)
+@given(SETTINGS, st.integers(4, 100), st.integers(96, 224), BATCHES)
+def test_recomputing_snippet_by_snippet_needs_no_more_than_any_chunk_without(
+    setting: Setting, length: int, side: int, batch: int
+) -> None:
+    """Where weights are more than activations (few snippets, small frames), one graph can need 3% less."""
+    fidelity = Fidelity(length, side)
+    again = step_bytes(setting, fidelity, batch, chunk=1, recompute=True)
+    for chunk in {1, 2, 3, 8, length * batch}:
+        assert again.total <= step_bytes(setting, fidelity, batch, chunk=chunk).total
 
 
 # Networks that step_bytes has never seen

@@ -18,7 +18,16 @@ import torch
 from bench.tools.against import read_against
 from bench.tools.dtypes import DTYPES, half_of
 from bench.tools.measure import in_child, peak_above_start
-from bench.tools.networks import EIGHT_BIT, TINY_WIDTH, WIDTH, Encoded, WholeStep, kept_bytes
+from bench.tools.networks import (
+    EACH_SNIPPET,
+    EIGHT_BIT,
+    LEAN_EACH_SNIPPET,
+    TINY_WIDTH,
+    WIDTH,
+    Encoded,
+    WholeStep,
+    kept_bytes,
+)
 from bench.tools.record import options, record
 from bench.tools.rows import Row, environment, software
 from bench.tools.table import MISSING, Section, Table, by_place, newest, when
@@ -30,6 +39,8 @@ from lofi_fast.precision import choose_device
 SIDES = (224, 158, 112)  # of (100, 224) and (25, 224), (50, 158), (100, 112)
 PEAKS = ((64, 224), (256, 112))  # frames, side
 GPU_PEAKS = ((1, 100, 224), (16, 50, 158))  # videos, snippets, side: full fidelity, and the paper's batch at a cut of 4
+FLOORS = (4, 12, 64)  # snippets of FLOOR_SIDE pixels, a snippet at a time
+FLOOR_SIDE = 112
 KEPT = ("plain PyTorch", "lean", EIGHT_BIT)
 KEY = ("measured", "encoder", "videos", "snippets", "frames", "side", "dtype", "form")
 
@@ -46,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     start = environment() | software(device, args.threads) | {"quick": quick}
     print(f"{start['device']}; {args.threads} thread(s); commit {start['commit'][:7]}")
     measured = chain(*_parts(device, quick, args.tiny, args.short))
-    values = {"kept": ("bytes_a_frame",), "peak": ("peak",), "driver": ("driver",)}
+    values = {"kept": ("bytes_a_frame",), "peak": ("peak",), "floor": ("peak",), "driver": ("driver",)}
     return record("memory", measured, start, args, old, table, KEY, values)
 
 
@@ -56,7 +67,7 @@ def _parts(device: torch.device, quick: bool, tiny: bool, short: bool) -> list[I
         return [kept(device, quick, tiny), whole_peaks(device, tiny)]
     if device.type == "cuda":
         return [whole_peaks(device, quick), *([] if short else [kept(device, quick)])]
-    return [kept(device, quick), peaks(device, quick, short)]
+    return [kept(device, quick), peaks(device, quick, short), floors(device, quick)]
 
 
 def kept(device: torch.device, quick: bool = False, tiny: bool = False) -> Iterator[Row]:
@@ -101,11 +112,35 @@ def peaks(device: torch.device, quick: bool = False, short: bool = False) -> Ite
                 print(f"peak: {frames} frames, {side} px, {dtype}, {form}: {(peak or 0) / 2**20:.0f} MiB", flush=True)
 
 
-def _peak(frames: int, side: int, dtype: str, form: str, device: str, threads: int) -> int:
+def floors(device: torch.device, quick: bool = False) -> Iterator[Row]:
+    """The least that a step can be run in: recomputed a snippet at a time, and beside it all in one lean graph. Peaks
+    count the gradients that the step makes.
+    """
+    forms = (EACH_SNIPPET, LEAN_EACH_SNIPPET, "lean, one graph")
+    for snippets in (2,) if quick else FLOORS:
+        side = 64 if quick else FLOOR_SIDE
+        frames = FRAMES_PER_SNIPPET * snippets
+        for dtype in ("float32", "bfloat16"):
+            if snippets == min(FLOORS) or quick:
+                Encoded.of("tsm_r18", frames, side, dtype, device).gate(["plain PyTorch", *forms])
+            for form in forms:
+                peak = in_child(_peak, frames, side, dtype, form, str(device), torch.get_num_threads(), True)
+                yield {
+                    "measured": "floor", "encoder": "tsm_r18", "snippets": snippets, "side": side, "dtype": dtype,
+                    "form": form, "peak": peak,
+                }  # fmt: skip
+                print(f"floor: {snippets} snippets, {dtype}, {form}: {(peak or 0) / 2**20:.0f} MiB", flush=True)
+
+
+def _peak(
+    frames: int, side: int, dtype: str, form: str, device: str, threads: int, with_gradients: bool = False
+) -> int:
     torch.set_num_threads(threads)
     case = Encoded.of("tsm_r18", frames, side, dtype, torch.device(device))
     # The first snippet loads code and makes the gradients, which stay; then the peak is the step's own.
     Encoded(case.encoder, case.frames[:FRAMES_PER_SNIPPET], DTYPES[dtype]).step(form)
+    if with_gradients:
+        case.drop_gradients()
     return peak_above_start(partial(case.step, form), case.frames.device, warm=False)
 
 
@@ -149,13 +184,15 @@ def _whole_peak(
 
 
 def table(rows: Sequence[Row]) -> list[Section]:
-    """What autograd keeps of a frame, then the peaks of the encoder's step and of the whole one."""
+    """What autograd keeps of a frame, then the peaks of the encoder's step, the least of them, and of the whole one."""
     kept = newest(rows, ("measured", "encoder", "side", "dtype", "form"), "kept")
     peaks = newest(rows, ("measured", "encoder", "frames", "side", "dtype", "form"), "peak")
+    floors = newest(rows, ("measured", "encoder", "snippets", "side", "dtype", "form"), "floor")
     steps = newest(rows, ("measured", "encoder", "videos", "snippets", "side", "dtype", "form"), "step")
     parts: list[Section] = [_kept_table(where, here) for where, here in by_place(kept)]
     for where, here in by_place([row for row in peaks if row["peak"]]):  # without a peak: more than there is
         parts.append(_peak_table(where, here))
+    parts += [_floor_table(where, here) for where, here in by_place([row for row in floors if row["peak"]])]
     return [*parts, *(_step_table(where, here) for where, here in by_place(steps))]
 
 
@@ -185,6 +222,20 @@ def _peak_table(where: str, rows: Sequence[Row]) -> Table:
         ))  # fmt: skip
     title = f"Peak of one forward and backward above the process before it; {where}; {when(rows)}:"
     return Table(title, ("step", "dtype", "form", "peak, MiB", "against plain"), lines)
+
+
+def _floor_table(where: str, rows: Sequence[Row]) -> Table:
+    plain = {(row["snippets"], row["dtype"]): row["peak"] for row in rows if row["form"] == EACH_SNIPPET}
+    lines = [
+        (
+            f"{row['snippets']} snippets of {row['side']} px", row["dtype"], row["form"], f"{row['peak'] / 2**20:.0f}",
+            f"{row['peak'] / plain[row['snippets'], row['dtype']]:.2f}x",
+        )
+        for row in rows
+        if (row["snippets"], row["dtype"]) in plain
+    ]  # fmt: skip
+    title = f"The least that a step can be run in, its gradients counted; {where}; {when(rows)}:"
+    return Table(title, ("step", "dtype", "form", "peak, MiB", "of plain, a snippet at a time"), lines)
 
 
 def _step_table(where: str, rows: Sequence[Row]) -> Table:

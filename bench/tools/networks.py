@@ -31,6 +31,7 @@ COMPILED_LESS = "torch.compile, activation budget 0.3"  # it recomputes until 30
 ACTIVATION_BUDGET = 0.3
 CHECKPOINTED = "plain, checkpointed"
 EACH_SNIPPET = "plain, checkpointed, a snippet at a time"
+LEAN_EACH_SNIPPET = "lean, recompute, a snippet at a time"
 SHARE = 0.3  # of the snippets that gradients go through, in ETAD
 SAMPLED = "plain, 30% sampled gradients"
 EIGHT_BIT = "lean, 8 bits"
@@ -83,10 +84,17 @@ class Encoded:
             **{form: partial(lean, form) for form in ("lean, one graph", *LEAN)},
         }
         if self.frames.is_cuda:
-            forms[EACH_SNIPPET] = partial(checkpointed, self.encoder, self.frames, FRAMES_PER_SNIPPET, 1)
             forms |= {form: partial(lean, form) for form in LARGER}
             forms |= {form: partial(self.compiled, form) for form in (COMPILED, COMPILED_LESS)}
         return forms
+
+    def a_snippet_at_a_time(self) -> dict[str, Callable[[], Tensor]]:
+        """Name -> features: recomputed in the smallest pieces there are."""
+        arguments = self.encoder, self.frames, FRAMES_PER_SNIPPET
+        return {
+            EACH_SNIPPET: partial(checkpointed, *arguments, 1),
+            LEAN_EACH_SNIPPET: partial(encode, *arguments, chunk=1, recompute=True),
+        }
 
     def compiled(self, form: str) -> Tensor:
         """Features by torch.compile of plain PyTorch."""
@@ -99,7 +107,9 @@ class Encoded:
 
     def features(self, form: str) -> Tensor:
         with torch.autocast(self.frames.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-            return self.compiled(form) if form in (COMPILED, COMPILED_LESS) else self.forms()[form]()
+            if form in (COMPILED, COMPILED_LESS):
+                return self.compiled(form)
+            return (self.forms() | self.a_snippet_at_a_time())[form]()
 
     def drop_gradients(self) -> None:
         """So that the next step makes its own, and its peak holds them."""

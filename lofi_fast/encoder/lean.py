@@ -12,16 +12,19 @@ gradient comes from an activation rounded to 1/255 of its largest value (some 1e
 frames, is exact).
 
 Snippets do not see each other under frozen batch norm, so the graph is built in chunks of whole snippets: what backward
-needs for itself exists for one chunk at a time. With `recompute` a chunk keeps only its frames and runs forward once
-more when its gradient arrives.
+needs for itself exists for one chunk at a time. A weight's gradient is the sum of its chunks' (`GradientSum`). With
+`recompute` a chunk keeps only its frames and runs forward once more when its gradient arrives; folded weights, too, are
+made once more where they are read, since all of them may be more than a small chunk's activations.
 
 Shapes: N snippets, T frames a snippet, H x W pixels, C channels. Activations are channels-last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +55,49 @@ def default_chunk(num_frames: int, side: int) -> int:
     return max(CHUNK_PIXELS // (num_frames * side * side), 1)
 
 
+class GradientSum:
+    """The gradient of one folded weight, summed over the chunks of a step in float32 (float64 in float64).
+
+    Autograd would add the chunks' gradients in the dtype of the weight that they used. In bfloat16 such a sum stops
+    growing after some hundred chunks, when a chunk's gradient is less than half a unit in its last place.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def add(self, grad: Tensor | None) -> None:
+        """The gradient of one more chunk, which the caller gives away."""
+        if grad is None:
+            return
+        if self._sum is None:
+            self._sum = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        else:
+            self._sum += grad
+
+    def take(self) -> Tensor | None:
+        """The sum, which is not held any longer; None where nothing was added."""
+        total, self._sum = self._sum, None
+        return total
+
+
+class _Summed(torch.autograd.Function):
+    """(folded weight, sum of its gradients) -> an empty tensor that ties the chunks' graphs to the weight.
+
+    A chunk adds to the sum and passes no gradient to the tie, but autograd runs this backward when all chunks are done.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, folded: Tensor, total: GradientSum) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.total = total
+        return folded.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: None) -> tuple[Tensor | None, None]:
+        return ctx.total.take(), None
+
+
 @dataclass(frozen=True)
 class Convolution:
     """How one convolution is applied; its bias is the frozen batch norm's shift (C,), without gradient."""
@@ -59,6 +105,7 @@ class Convolution:
     stride: int
     padding: int
     bias: Tensor
+    total: GradientSum  # of its folded weight
     rounded_bias: Tensor | None = None  # in the activations' dtype, where cuDNN is to add it (`_cudnn_adds_bias`)
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -85,8 +132,17 @@ class Convolution:
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool], relu: bool = False
+    ) -> Tensor | None:
+        """Gradients of (x, weight), each where `mask` asks for it: that of x is returned, before x's ReLU where `relu`;
+        that of the weight is added to its sum.
+        """
+        grad_x, grad_weight = self._gradients(grad, x, weight, mask, relu)
+        self.total.add(grad_weight)
+        return grad_x
+
+    def _gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool], relu: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of (x, weight), each where `mask` asks for it; of x before its ReLU, where `relu`."""
         if self._takes_conv3x3(x, weight):
             return conv3x3_backward(grad, x, weight, relu, mask)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
@@ -113,6 +169,19 @@ def _cudnn_adds_bias(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
+class Unfolded(NamedTuple):
+    """A weight, and the scale of the frozen batch norm that is to be folded in."""
+
+    weight: Tensor
+    scale: Tensor
+    dtype: torch.dtype  # of activations
+
+    def folded(self) -> Tensor:
+        """Rounded once to `dtype`, channels-last, without gradient."""
+        made = torch.empty_like(self.weight, dtype=self.dtype, memory_format=torch.channels_last)
+        return torch.mul(self.weight, self.scale, out=made)
+
+
 @dataclass(frozen=True)
 class Block:
     """What a lean block needs besides tensors with gradients."""
@@ -122,6 +191,11 @@ class Block:
     num_frames: int
     fold: int  # channels its own shift moved each way; 0: not shifted
     next_fold: int  # the same of the block that follows; 0: no shifted copy wanted
+    unfolded: tuple[Unfolded, ...]  # weights of the branch, then of the downsampling
+
+    def weight(self, i: int, kept: Sequence[Tensor]) -> Tensor:
+        """The i-th folded weight: as it was kept, or, where none was, made once more."""
+        return kept[i] if kept else self.unfolded[i].folded()
 
 
 Stored = tuple[Tensor, ...]  # a map that backward needs: itself, or its codes and their scale
@@ -138,38 +212,42 @@ def _restore(stored: Stored, dtype: torch.dtype) -> Tensor:
     return dequantize(codes, scale, dtype)
 
 
-def fold_batchnorm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of one convolution that equals `bn(conv(x))` with bn's running statistics.
-
-    The weight is differentiable with respect to the convolution's.
+def frozen_affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(scale (C, 1, 1, 1), bias (C,)) for which a convolution with `weight * scale` and `bias` is batch norm with its
+    running statistics after a convolution with `weight`.
     """
     assert bn.running_mean is not None and bn.running_var is not None
     scale = bn.weight.detach() * torch.rsqrt(bn.running_var + bn.eps)
-    bias = bn.bias.detach() - bn.running_mean * scale
-    return conv.weight * scale.view(-1, 1, 1, 1), bias
+    return scale.view(-1, 1, 1, 1), bn.bias.detach() - bn.running_mean * scale
 
 
 class _Block(torch.autograd.Function):
-    """(x, shift of x by `fold`, x as stored, weights) -> (out, shift of out by `next_fold`, *out as stored).
+    """(x, shift of x by `fold`, x as stored, weights and ties) -> (out, shift of out by `next_fold`, *out as stored).
 
-    Keeps x, the activations between the convolutions and out, as stored, and the weights. Where nothing but themselves
-    is stored, x's place is empty and nothing follows out.
+    Keeps x, the activations between the convolutions and out, as stored, and the folded weights, if any are given.
+    Where nothing but themselves is stored, x's place is empty and nothing follows out.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, block: Block, x: Tensor, shifted: Tensor | None, stored_x: Stored, *weights: Tensor
+        ctx: Any,
+        block: Block,
+        x: Tensor,
+        shifted: Tensor | None,
+        stored_x: Stored,
+        weights: tuple[Tensor, ...],
+        *ties: Tensor,
     ) -> tuple[Tensor | None, ...]:
         eight_bit = len(stored_x) == 2
         hidden = x if shifted is None else shifted
         del shifted
         kept = list(stored_x) if eight_bit else [x]
-        for convolution, weight in zip(block.branch[:-1], weights, strict=False):
-            hidden = convolution.forward_relu(hidden, weight)
+        for i, convolution in enumerate(block.branch[:-1]):
+            hidden = convolution.forward_relu(hidden, block.weight(i, weights))
             kept += _store(hidden, eight_bit)
         last = block.branch[-1]
-        identity = x if block.downsample is None else block.downsample.forward(x, weights[-1])
-        hidden = last.forward(hidden, weights[len(block.branch) - 1])
+        identity = x if block.downsample is None else block.downsample.forward(x, block.weight(-1, weights))
+        hidden = last.forward(hidden, block.weight(len(block.branch) - 1, weights))
         out, shifted_out = residual_shift(
             hidden, None, last.bias, identity, num_frames=block.num_frames, fold=block.next_fold
         )
@@ -189,7 +267,7 @@ class _Block(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         block: Block = ctx.block
         count = len(block.branch)
-        _, need_x, need_shifted, _, *need_weights = ctx.needs_input_grad
+        _, need_x, need_shifted, _, _, *need_weights = ctx.needs_input_grad
         size = 2 if ctx.eight_bit else 1
         saved = ctx.saved_tensors
         kept, weights = [saved[k : k + size] for k in range(0, size * (count + 1), size)], saved[size * (count + 1) :]
@@ -198,34 +276,33 @@ class _Block(torch.autograd.Function):
         grad: Tensor | None = _through_relu(grad_out, grad_shifted_out, out, block.num_frames, block.next_fold)
         del grad_out, grad_shifted_out, out
         grad_identity: Tensor | None = grad
-        grad_weights: list[Tensor | None] = [None] * len(weights)
         for i in reversed(range(count)):
             hidden = _restore(kept[i], ctx.dtype)
             if i == 0 and block.fold:
                 hidden = temporal_shift(hidden, block.num_frames, block.fold)
             need_hidden = i > 0 or need_x or need_shifted
             assert grad is not None
-            grad, grad_weights[i] = block.branch[i].backward(
-                grad, hidden, weights[i], (need_hidden, need_weights[i]), relu=i > 0
+            grad = block.branch[i].backward(
+                grad, hidden, block.weight(i, weights), (need_hidden, need_weights[i]), relu=i > 0
             )
             del hidden
         grad_shifted = None
         if block.downsample is not None:
             assert grad_identity is not None
             x = _restore(kept[0], ctx.dtype)
-            grad_identity, grad_weights[-1] = block.downsample.backward(
-                grad_identity, x, weights[-1], (need_x, need_weights[-1])
+            grad_identity = block.downsample.backward(
+                grad_identity, x, block.weight(-1, weights), (need_x, need_weights[-1])
             )
         if block.fold:
             grad_shifted = grad
         elif need_x:
             assert grad_identity is not None and grad is not None
             grad_identity = grad_identity + grad
-        return None, grad_identity if need_x else None, grad_shifted, None, *grad_weights
+        return None, grad_identity if need_x else None, grad_shifted, None, None, *(None for _ in need_weights)
 
 
 class _Stem(torch.autograd.Function):
-    """uint8 frames (N*T, H, W, 3), weight -> (pooled, its shift, *pooled as stored, where that is not itself).
+    """uint8 frames (N*T, H, W, 3), weight, its tie -> (pooled, its shift, *pooled as stored, where that is not itself).
 
     Keeps the frames, pooled as stored and its int8 argmax.
     """
@@ -237,6 +314,7 @@ class _Stem(torch.autograd.Function):
         frames: Tensor,
         mean: Tensor,
         weight: Tensor,
+        tie: Tensor,
         num_frames: int,
         fold: int,
         eight_bit: bool,
@@ -262,8 +340,8 @@ class _Stem(torch.autograd.Function):
         grad = _through_relu(grad_pooled, grad_shifted, pooled, ctx.num_frames, ctx.fold)
         grad = stem_backward(grad, pooled, argmax, None, *ctx.size)
         del pooled
-        _, grad_weight = ctx.convolution.backward(grad, stem_input(frames, mean, weight.dtype), weight, (False, True))
-        return None, None, None, grad_weight, None, None, None
+        ctx.convolution.backward(grad, stem_input(frames, mean, weight.dtype), weight, (False, True))
+        return (None,) * 8
 
 
 def _through_relu(
@@ -274,31 +352,45 @@ def _through_relu(
     return grad
 
 
+class Tied(NamedTuple):
+    """The weights of a block, or of the stem, folded: in the activations' dtype, without gradient."""
+
+    folded: tuple[Tensor, ...]  # none where they are made once more wherever they are read
+    ties: tuple[Tensor, ...]  # (0,) each: they tie a graph to the weights that learn
+
+
 @dataclass(frozen=True)
 class LeanEncoder:
     """A `TSMResNet` with its frozen batch norm folded in, for one optimiser step: weights in the activations' dtype."""
 
     stem: Convolution
     mean: Tensor
-    stem_weight: Tensor
+    stem_weight: Tied
     blocks: tuple[Block, ...]
-    weights: tuple[tuple[Tensor, ...], ...]
+    weights: tuple[Tied, ...]
+    recompute: bool
 
     @staticmethod
-    def of(encoder: TSMResNet, num_frames: int) -> LeanEncoder:
+    def of(encoder: TSMResNet, num_frames: int, recompute: bool) -> LeanEncoder:
         """Fold. The dtype is autocast's where that is on, else the parameters'."""
+        recompute = recompute and torch.is_grad_enabled()
         device = encoder.conv1.weight.device
         dtype = encoder.conv1.weight.dtype
         if torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
 
-        def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Convolution, Tensor]:
-            weight, bias = fold_batchnorm(conv, bn)
-            return Convolution(conv.stride[0], int(conv.padding[0]), bias), _placed(weight, dtype)
+        def part(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Convolution, Unfolded, Tensor, tuple[Tensor, ...]]:
+            """With the tie, and the folded weight where it is kept."""
+            scale, bias = frozen_affine(bn)
+            convolution = Convolution(conv.stride[0], int(conv.padding[0]), bias, GradientSum())
+            weight = conv.weight * scale
+            kept = () if recompute else (_placed(weight, dtype),)
+            return convolution, Unfolded(conv.weight.detach(), scale, dtype), _tie(weight, convolution.total), kept
 
-        weight, bias = fold_batchnorm(encoder.conv1, encoder.bn1)
-        stem = Convolution(2, 3, bias)
-        stem_weight = _placed(fold_normalization(weight, encoder.std.flatten()), dtype)
+        scale, bias = frozen_affine(encoder.bn1)
+        stem = Convolution(2, 3, bias, GradientSum())
+        weight = fold_normalization(encoder.conv1.weight * scale, encoder.std.flatten())
+        stem_weight = Tied((_placed(weight, dtype),), (_tie(weight, stem.total),))
         modules = [block for stage in encoder.stages for block in stage]
         blocks, weights = [], []
         for index, module in enumerate(modules):
@@ -306,31 +398,28 @@ class LeanEncoder:
             pairs = [(module.conv1, module.bn1), (module.conv2, module.bn2)]
             if isinstance(module, Bottleneck):
                 pairs.append((module.conv3, module.bn3))
-            branch = [folded(*pair) for pair in pairs]
+            parts = [part(*pair) for pair in pairs]
+            if module.downsample is not None:
+                parts.append(part(*module.downsample))
+            branch, unfolded, ties, kept = map(list, zip(*parts, strict=True))
+            downsample = None if module.downsample is None else branch.pop()
             if _cudnn_adds_bias(device, dtype):
-                branch[:-1] = [(replace(conv, rounded_bias=conv.bias.to(dtype)), w) for conv, w in branch[:-1]]
-            downsample = None if module.downsample is None else folded(*module.downsample)
+                branch[:-1] = [replace(conv, rounded_bias=conv.bias.to(dtype)) for conv in branch[:-1]]
             if downsample is not None:
-                last, last_weight = branch[-1]
-                branch[-1] = replace(last, bias=last.bias + downsample[0].bias), last_weight
+                branch[-1] = replace(branch[-1], bias=branch[-1].bias + downsample.bias)
             following = modules[index + 1] if index + 1 < len(modules) else None
             blocks.append(
-                Block(
-                    tuple(convolution for convolution, _ in branch),
-                    None if downsample is None else downsample[0],
-                    num_frames,
-                    _fold(module),
-                    _fold(following),
-                )
+                Block(tuple(branch), downsample, num_frames, _fold(module), _fold(following), tuple(unfolded))
             )
-            weights.append((*(w for _, w in branch), *(() if downsample is None else (downsample[1],))))
-        return LeanEncoder(stem, encoder.mean.flatten().float(), stem_weight, tuple(blocks), tuple(weights))
+            weights.append(Tied(tuple(chain.from_iterable(kept)), tuple(ties)))
+        mean = encoder.mean.flatten().float()
+        return LeanEncoder(stem, mean, stem_weight, tuple(blocks), tuple(weights), recompute)
 
-    def __call__(self, frames: Tensor, chunk: int, recompute: bool, eight_bit: bool) -> Tensor:
+    def __call__(self, frames: Tensor, chunk: int, eight_bit: bool) -> Tensor:
         """Features (N, C) of uint8 frames (N*T, H, W, 3), `chunk` snippets to a graph of their own."""
         parts = frames.split(chunk * self.blocks[0].num_frames)
-        if recompute and torch.is_grad_enabled():
-            # Weights are captured, not passed: the non-reentrant form follows them through the graph.
+        if self.recompute:
+            # Weights and ties are captured, not passed: the non-reentrant form follows them through the graph.
             return torch.cat(
                 [
                     checkpoint(self._chunk, part, eight_bit, use_reentrant=False, preserve_rng_state=False)
@@ -344,10 +433,13 @@ class LeanEncoder:
         eight_bit = eight_bit and torch.is_grad_enabled()  # else nothing is kept
         with torch.autocast(frames.device.type, enabled=False):
             x, shifted, *stored = _Stem.apply(  # type: ignore[no-untyped-call]
-                self.stem, frames, self.mean, self.stem_weight, num_frames, self.blocks[0].fold, eight_bit
-            )
+                self.stem, frames, self.mean, *self.stem_weight.folded, *self.stem_weight.ties, num_frames,
+                self.blocks[0].fold, eight_bit,
+            )  # fmt: skip
             for block, weights in zip(self.blocks, self.weights, strict=True):
-                x, shifted, *stored = _Block.apply(block, x, shifted, tuple(stored), *weights)  # type: ignore[no-untyped-call]
+                x, shifted, *stored = _Block.apply(  # type: ignore[no-untyped-call]
+                    block, x, shifted, tuple(stored), weights.folded, *weights.ties
+                )
             sums = torch.promote_types(x.dtype, torch.float32)
             x_NTC: Tensor = x.mean(dim=(2, 3), dtype=sums).unflatten(0, (-1, num_frames))
             return x_NTC.mean(dim=1)
@@ -359,7 +451,12 @@ def _fold(block: nn.Module | None) -> int:
 
 
 def _placed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype, memory_format=torch.channels_last)
+    return weight.detach().to(dtype, memory_format=torch.channels_last)
+
+
+def _tie(weight: Tensor, total: GradientSum) -> Tensor:
+    tie: Tensor = _Summed.apply(weight, total)  # type: ignore[no-untyped-call]
+    return tie
 
 
 def encode(
@@ -398,4 +495,4 @@ def encode(
         return features
     if chunk is None:
         chunk = default_chunk(num_frames, max(frames.shape[1:3]))
-    return LeanEncoder.of(encoder, num_frames)(frames, chunk, recompute, eight_bit)
+    return LeanEncoder.of(encoder, num_frames, recompute)(frames, chunk, eight_bit)

@@ -12,12 +12,13 @@ U = 64 * 56 * 56):
 
 and once: the folded weights and the few numbers of the frozen batch norms. With `eight_bit` a number of an activation
 is one byte, and each channel of a frame has a scale of 4: 2.07 MB a frame. With `recompute` activations exist only
-while their chunk's gradient is worked out. Plain PyTorch keeps 25.1 MB a frame in fp32, and 13.3 MB in bf16 beside
-22 MB of cast weights (`plain_kept_bytes`).
+while their chunk's gradient is worked out, and a folded weight only while it is read. Plain PyTorch keeps 25.1 MB a
+frame in fp32, and 13.3 MB in bf16 beside 22 MB of cast weights (`plain_kept_bytes`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -188,8 +189,9 @@ def _stored(activation: Activation, itemsize: int, eight_bit: bool) -> int:
     return activation.numel + FLOAT * activation.channels if eight_bit else itemsize * activation.numel
 
 
-def _stages(net: Network, frames: int, e: int, recompute: bool, eight_bit: bool) -> list[Stage]:
-    """One chunk of `frames` frames through the lean encoder. `e`: bytes of a number in an activation.
+def _stages(net: Network, frames: int, e: int, recompute: bool, eight_bit: bool, first: bool) -> list[Stage]:
+    """One chunk of `frames` frames through the lean encoder. `e`: bytes of a number in an activation. `first`: no chunk
+    before it has made the sums of the weights' gradients.
 
     Autograd holds the gradients that come into a block (of its output and of that output's shifted copy) until the
     block is done. With `eight_bit` activations
@@ -206,29 +208,35 @@ def _stages(net: Network, frames: int, e: int, recompute: bool, eight_bit: bool)
             handed=2 * pooled if eight_bit else pooled,
             forward=max(conv, image + conv - (2 * pooled + argmax + (stored if eight_bit else 0))),
             weight=net.stem.weight,
-            backward=conv + max(2 * pooled if eight_bit else pooled, image),
+            backward=conv + max(2 * pooled if eight_bit else pooled, image + _weight_gradient(net.stem, 0, e, first)),
         )
     ]
     for index, block in enumerate(net.blocks):
-        out, x, first = size * block.out.numel, size * block.x.numel, size * block.branch[0].result.numel
+        out = size * block.out.numel
         stored = frames * _stored(block.out, e, eight_bit)
         identity = 0 if block.downsample is None else out
         following = index + 1 < len(net.blocks)
-        # Beside the first convolution: its output's gradient, x's shifted copy, the gradient of that; at the identity:
-        # two gradients of x, and x where it is not kept.
-        inner = max(first + 2 * x, 0 if block.downsample is None or not eight_bit else 3 * x)
+        kept = frames * sum(_stored(conv.result, e, eight_bit) for conv in block.branch)
+        handed = out * (following + eight_bit)
+        folded = e if recompute else 0  # bytes of a number of a folded weight that is made once more
+        inner = max(_through_block(block, size, e, eight_bit, first, folded))
+        forward = identity + out - (stored if eight_bit else 0)
+        if recompute:  # with the last folded weight, before the block's output is there
+            last_conv = block.branch[-1]
+            made = kept - stored + (size * last_conv.source.numel if eight_bit else 0) + identity + out
+            forward = max(forward, made + folded * last_conv.weight - kept - handed)
         # The gradient before the last ReLU takes the place of the block's output, where that is not kept elsewhere;
         # an output that is kept in 8 bits is there once more as it was.
         relu = out if recompute or eight_bit else 0
         stages.append(
             Stage(
                 f"block {index}",
-                kept=frames * sum(_stored(conv.result, e, eight_bit) for conv in block.branch),
-                handed=out * (following + eight_bit),
-                forward=identity + out - (stored if eight_bit else 0),
+                kept=kept,
+                handed=handed,
+                forward=forward,
                 weight=block.weight,
                 backward=max(inner, relu) if recompute and not eight_bit else out + max(inner, relu),
-                pending=2 * x,
+                pending=2 * size * block.x.numel,
             )
         )
     last, channels = net.blocks[-1].out.numel, net.num_features
@@ -243,6 +251,39 @@ def _stages(net: Network, frames: int, e: int, recompute: bool, eight_bit: bool)
         )
     )
     return stages
+
+
+def _through_block(block: Block, size: int, e: int, eight_bit: bool, first: bool, folded: int) -> Iterator[int]:
+    """Bytes that are alive at each convolution in the backward of a block, beside the gradient of the block's output.
+
+    `size`: bytes of one number of a frame's activation, for all frames. `folded`: bytes of a number of a folded
+    weight that is made once more.
+    """
+    x, done = size * block.x.numel, 0
+    for i in reversed(range(len(block.branch))):
+        conv = block.branch[i]
+        # The gradient of its output and of its input. At the first one also x's shifted copy; with `eight_bit` every
+        # input is made again.
+        comes = size * conv.result.numel if i + 1 < len(block.branch) else 0
+        gives = size * conv.source.numel
+        beside = folded * conv.weight + _weight_gradient(conv, done, e, first)
+        yield comes + gives * (2 if i == 0 or eight_bit else 1) + beside
+        done += conv.weight
+    if block.downsample is not None:  # two gradients of x
+        beside = folded * block.downsample.weight + _weight_gradient(block.downsample, done, e, first)
+        yield x * (3 if eight_bit else 2) + beside
+
+
+def _weight_gradient(conv: Conv, done: int, e: int, first: bool) -> int:
+    """Bytes of gradients of folded weights that backward makes up to `conv`, after `done` numbers of the same block.
+
+    A chunk's gradient is a number of `e` bytes. It is added to a sum in fp32, which the first chunk makes: out of the
+    gradient itself where that is in fp32.
+    """
+    made = e * conv.weight
+    if first:
+        made += FLOAT * done + (0 if e == FLOAT else FLOAT * conv.weight)
+    return made
 
 
 class Chunk(NamedTuple):
@@ -268,21 +309,21 @@ def chunk_bytes(
 ) -> Chunk:
     """One chunk of `frames` frames; `first` and `last` say where it stands in the order of backward.
 
-    Autograd sums the gradients of the folded weights over chunks: those of the first chunk stay, the others' are added
-    to them in place. With the last chunk the folded weights go.
+    The gradients of the folded weights are summed over chunks: the first chunk makes the sums, the others add to them
+    in place. With the last chunk the folded weights go.
     """
     net = network(name, width, side)
-    *stages, features = _stages(net, frames, e, recompute, eight_bit)
+    *stages, features = _stages(net, frames, e, recompute, eight_bit, first)
     forward, backward = Tally(), Tally()
     if recompute:  # nothing is kept yet, so nothing is stored in 8 bits either
-        forward.forward(_stages(net, frames, e, recompute, False), keep=False)
+        forward.forward(_stages(net, frames, e, recompute, False, first), keep=False)
     else:
         forward.forward([*stages, features])
     backward.spike(features.backward)
     backward.take(features.pending)
     if recompute:
         backward.forward(stages)
-    backward.backward(stages, features.pending, e, e if first else 0, e if last and not recompute else 0)
+    backward.backward(stages, features.pending, 0, FLOAT if first else 0, e if last and not recompute else 0)
     return Chunk(forward.now, features.handed, forward.peak, backward.peak)
 
 
@@ -330,7 +371,7 @@ class ResNetLedger:
         """The folded weights and batch norms, then one chunk after the other, then the features put together."""
         net = network(self.name, self.width, work.side)
         others, other, end = self._chunks(work)
-        once = work.itemsize * net.weights + FLOAT * 2 * net.channels
+        once = self._folded(net, work) + FLOAT * 2 * net.channels
         tally.take(once)
         if others:
             tally.take((others - 1) * (other.kept + other.features))
@@ -343,17 +384,25 @@ class ResNetLedger:
 
     def backward(self, tally: Tally, work: Pass) -> None:
         """The chunks in reverse, then from the gradients of the folded weights to those of the parameters."""
-        net, e = network(self.name, self.width, work.side), work.itemsize
+        net = network(self.name, self.width, work.side)
         others, other, end = self._chunks(work)
-        features, folded = others * other.features + end.features, e * net.weights
+        features = others * other.features + end.features
         tally.take(features)  # their gradient
         tally.spike(end.backward)
-        tally.take(folded - end.kept)  # the gradients of the folded weights
-        tally.spike(other.backward)
-        tally.take(-others * other.kept - features - folded)
-        for conv in reversed(net.convs):  # under autocast by way of fp32
-            tally.spike((FLOAT if e == FLOAT else 2 * FLOAT - e) * conv.weight)
-            tally.take((work.gradient - e) * conv.weight)
+        made = FLOAT * net.weights - end.kept  # the sums of the gradients of the folded weights
+        if others:
+            tally.take(made)
+            tally.spike(other.backward)
+            made = -others * other.kept
+        tally.take(made - features - self._folded(net, work))  # the folded weights go with the last chunk
+        for conv in reversed(net.convs):
+            tally.spike(FLOAT * conv.weight)
+            tally.take((work.gradient - FLOAT) * conv.weight)
+
+    @staticmethod
+    def _folded(net: Network, work: Pass) -> int:
+        """Bytes of the folded weights that are there from forward to backward."""
+        return work.itemsize * (net.stem.weight if work.recompute else net.weights)
 
     def _chunks(self, work: Pass) -> tuple[int, Chunk, Chunk]:
         """(number of others, one of the others, end chunk). The end chunk comes last in forward and first in backward,
