@@ -23,6 +23,7 @@ COMMANDS = {
     "optim": ("[options]", "time of one update: apex's and torch's optimisers"),
     "planner": ("[options]", "predicted and measured peaks over many budgets, alone or beside a neighbour"),
     "tuners": ("[options]", "the planner beside the searches of Lightning, accelerate and DeepSpeed"),
+    "day": ("[options]", "a day on a shared card in virtual time: the governor, other trainers' ways, a clairvoyant"),
     "overhead": ("[options]", "what planning costs: the governor's time in a step, the allocators"),
     "data": ("[options]", "decoding: the frame cache against decoding the video itself; share of a training step"),
     "eval": ("[options]", "the evaluator against the official procedure, equal to the last bit"),

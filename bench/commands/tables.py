@@ -15,10 +15,10 @@ from lofi_fast.errors import InputError
 
 # Commands with a table; each has it from the rows in results/NAME.jsonl.
 TABLES = (
-    "job", "ops", "kernels", "memory", "step", "planner", "tuners", "optim", "overhead", "data", "eval", "gpu_planner",
-    "fits", "scaling", "gpu", "tests", "launches",
+    "job", "ops", "kernels", "memory", "step", "planner", "tuners", "day", "optim", "overhead", "data", "eval",
+    "gpu_planner", "fits", "scaling", "gpu", "tests", "launches",
 )  # fmt: skip
-FIGURES = ("fits",)  # commands that draw one too
+FIGURES = ("fits", "day")  # commands that draw one too
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
