@@ -28,7 +28,7 @@ from bench.peers.searches import SMALLEST, Peer
 from bench.tools.traces import Trace
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, Pattern, phase
 from lofi_fast.memory.cards import Profile
-from lofi_fast.memory.governor import Decision, Governor, NothingFits
+from lofi_fast.memory.governor import STEADY, Decision, Governor, NothingFits
 from lofi_fast.memory.meter import Memory
 from lofi_fast.memory.plans import Device, Plan, relative_cost, worthwhile
 from lofi_fast.stages.step import PATIENCE_SECONDS, POLL_SECONDS
@@ -38,7 +38,7 @@ STEPS_AN_EPOCH = 626  # ActivityNet's training videos in batches of 16; the cycl
 NOISE, DEVIATION = 0.01, 0.04  # of what a step adds: from step to step, and from plan to plan
 RESTART_SECONDS = 60.0  # from the end of a run to the first step of the one that goes on from its last checkpoint
 FLOPS_A_SECOND = 30e12  # that a card reaches, all told
-GIVE_UP = 4.0  # times the seconds that all steps take at full fidelity
+GIVE_UP = 8.0  # times the seconds that all steps take at full fidelity
 BINS = 300  # of the series for a picture
 
 
@@ -96,13 +96,12 @@ class SharedCard:
         self._rng = np.random.default_rng(seed)
         self._scale, self._extra = self._rng.uniform(1.02, 1.15), self._rng.uniform(30e6, 200e6)
         self._library = self._rng.uniform(10e6, 60e6)
-        held = task.card.total - task.card.usable + task.base
-        self.trace = trace.below(task.card.total - held - int(self._library))  # as much is never to be had
+        self.trace = trace.below(task.card.usable - task.base - int(self._library))  # this process holds the rest
         self._plans = {p: tuple(worthwhile(plans, task.ledger)) for p, plans in task.plans.items()}
         every = [plan for plans in self._plans.values() for plan in plans]
         deviations = 1 + self._rng.uniform(-DEVIATION, DEVIATION, len(every))
         self._adds = {
-            plan: self._scale * task.ledger(plan) * deviation + self._extra
+            plan: float(self._scale * task.ledger(plan) * deviation + self._extra)
             for plan, deviation in zip(every, deviations, strict=True)
         }
         self._known: set[Plan] = set()
@@ -167,8 +166,8 @@ class SharedCard:
         return (float(share[first]), float(seconds[first])) if fits[first] else (0.0, 0.0)
 
     def rung(self, pattern: Pattern, share: float) -> Plan:
-        """The highest rung of no more than a share of Omega, or the lowest: one video at once, recomputed where that is
-        allowed, in the largest graphs. Nothing that a user would write in a script takes less memory.
+        """The highest rung of no more than a share of Omega, or the lowest, as a script without a planner would take it
+        to spare memory: one video at once, recomputed where that is allowed, in graphs that a GPU is fast with.
         """
         plans = self._plans[pattern]
         rungs = [plan for plan in plans if plan.omega <= share * self.task.full.omega * (1 + 1e-9)]
@@ -240,7 +239,7 @@ def ours(task: Task, trace: Trace, steps: int, seed: int, series: bool = False) 
 
     def patiently(decide: Callable[[], Decision]) -> Decision:
         """As training does, with this clock; a run that is refused is started again, and goes on with what it knew."""
-        began, deadline = card.time, card.time + PATIENCE_SECONDS
+        began, deadline, polls = card.time, card.time + PATIENCE_SECONDS, 0
         while True:
             try:
                 decision = decide()
@@ -253,7 +252,10 @@ def ours(task: Task, trace: Trace, steps: int, seed: int, series: bool = False) 
                     day.refused += 1
                     card.time += RESTART_SECONDS
                     deadline = card.time + PATIENCE_SECONDS
-            card.time += POLL_SECONDS
+            polls += 1
+            # All that the governor remembers of readings is the same by then: nothing happens until others move.
+            until = min(card.trace.next_change(card.time), deadline) if polls > STEADY else 0.0
+            card.time = max(card.time + POLL_SECONDS, until)
         day.waited += card.time - began
         return decision
 

@@ -47,6 +47,12 @@ class Trace:
         more, later = self.window(0.0, min(rest, self.seconds / 2))
         return np.concatenate([offsets, self.seconds - start + more]), np.concatenate([held, later])
 
+    def next_change(self, time: float) -> float:
+        """The first moment after `time` from which others may hold another amount."""
+        start = time % self.seconds
+        index = int(np.searchsorted(self.times, start, "right"))
+        return time - start + (float(self.times[index]) if index < len(self.times) else self.seconds)
+
     def most(self, time: float, seconds: float) -> int:
         """The largest amount in [time, time + seconds]."""
         return int(self.window(time, seconds)[1].max())
@@ -128,17 +134,17 @@ def _sleeper(rng: np.random.Generator) -> Changes:
 
 
 def _jobs(rng: np.random.Generator) -> Changes:
-    """Jobs that come as a Poisson process, load for 20 seconds, hold, and go: some two and a half at a time."""
+    """Jobs that come as a Poisson process, load for 20 seconds, hold, and go: some two at a time."""
     changes: list[tuple[float, float]] = []
     start = 0.0
-    while (start := start + rng.exponential(600.0)) < DAY:
-        size, end = rng.lognormal(math.log(0.25), 0.5), start + 20 + rng.exponential(1500.0)
+    while (start := start + rng.exponential(750.0)) < DAY:
+        size, end = rng.lognormal(math.log(0.2), 0.5), start + 20 + rng.exponential(1500.0)
         changes += [(start + second, -size / 8) for second in np.linspace(0, 20, 8)]
         changes.append((end, size))
     now = level = 0.0
     for time, change in sorted(changes):
         level += change
-        yield time - now, max(1.0 + level, -0.01)
+        yield time - now, max(1.0 + level, 0.05)
         now = time
 
 
