@@ -12,10 +12,11 @@ from bench.__main__ import main
 from bench.commands import day, tables
 from bench.peers.searches import PEERS
 from bench.tools.rows import read_rows
-from bench.tools.shared_card import Day, SharedCard, Task
+from bench.tools.shared_card import BY_HAND, Day, SharedCard, Task, scripted
 from bench.tools.traces import DAY, MANNERS, Trace, made_up, recorded
 from lofi_fast.errors import InputError
-from lofi_fast.fidelity import Pattern
+from lofi_fast.fidelity import Fidelity, Pattern, ladder
+from lofi_fast.memory.plans import candidates
 
 GB = 10**9
 S = Pattern.SPATIAL
@@ -130,6 +131,15 @@ def test_the_cap_catches_what_torch_takes_and_not_what_libraries_take_at_first(m
     assert peak is not None and found.over == 1
     found, peak, took = run(made, others(made, (0, GB)), lambda peak: peak - 10**8)
     assert peak is None and (found.over, found.ran_out, took) == (0, 1, 0.5)
+
+
+def test_a_script_has_one_plan_for_each_rung() -> None:
+    rungs = ladder(S, Fidelity(100, 224))
+    plans = scripted(candidates(rungs, 16, recompute="auto", device="cuda"))
+    assert [plan.fidelity for plan in plans] == list(rungs)
+    assert all(plan.recompute and plan.chunk <= BY_HAND for plan in plans)
+    plans = scripted(candidates(rungs, 16, micro_batch=1, recompute="never", device="cuda"))
+    assert all((plan.micro_batch, plan.recompute) == (1, False) and plan.chunk > BY_HAND for plan in plans)
 
 
 def test_the_clairvoyant_looks_ahead_as_far_as_its_step_goes(made: Task) -> None:

@@ -38,6 +38,7 @@ STEPS_AN_EPOCH = 626  # ActivityNet's training videos in batches of 16; the cycl
 NOISE, DEVIATION = 0.01, 0.04  # of what a step adds: from step to step, and from plan to plan
 RESTART_SECONDS = 60.0  # from the end of a run to the first step of the one that goes on from its last checkpoint
 FLOPS_A_SECOND = 30e12  # that a card reaches, all told
+BY_HAND = 8  # snippets in a graph of the encoder: a script that recomputes has about as many
 GIVE_UP = 8.0  # times the seconds that all steps take at full fidelity
 BINS = 300  # of the series for a picture
 
@@ -98,7 +99,8 @@ class SharedCard:
         self._library = self._rng.uniform(10e6, 60e6)
         self.trace = trace.below(task.card.usable - task.base - int(self._library))  # this process holds the rest
         self._plans = {p: tuple(worthwhile(plans, task.ledger)) for p, plans in task.plans.items()}
-        every = [plan for plans in self._plans.values() for plan in plans]
+        self._scripted = {pattern: scripted(plans) for pattern, plans in task.plans.items()}
+        every = sorted({plan for of in (self._plans, self._scripted) for plans in of.values() for plan in plans})
         deviations = 1 + self._rng.uniform(-DEVIATION, DEVIATION, len(every))
         self._adds = {
             plan: float(self._scale * task.ledger(plan) * deviation + self._extra)
@@ -166,13 +168,19 @@ class SharedCard:
         return (float(share[first]), float(seconds[first])) if fits[first] else (0.0, 0.0)
 
     def rung(self, pattern: Pattern, share: float) -> Plan:
-        """The highest rung of no more than a share of Omega, or the lowest, as a script without a planner would take it
-        to spare memory: one video at once, recomputed where that is allowed, in graphs that a GPU is fast with.
-        """
-        plans = self._plans[pattern]
-        rungs = [plan for plan in plans if plan.omega <= share * self.task.full.omega * (1 + 1e-9)]
-        omega = max((plan.omega for plan in rungs), default=min(plan.omega for plan in plans))
-        return min((p for p in plans if p.omega == omega), key=lambda p: (p.micro_batch, -p.recompute, -p.chunk))
+        """The highest rung of no more than a share of Omega, or the lowest, as a script without a planner takes it."""
+        most, plans = share * self.task.full.omega * (1 + 1e-9), self._scripted[pattern]
+        return next((plan for plan in plans if plan.omega <= most), plans[-1])
+
+
+def scripted(plans: Sequence[Plan]) -> tuple[Plan, ...]:
+    """Of each rung, highest first, what is written by hand to spare memory: one video at once, and where that is
+    allowed recomputed, `BY_HAND` snippets in a graph. (Without recomputing, small graphs save little.)
+    """
+    found: dict[int, Plan] = {}
+    for plan in sorted(plans, key=lambda p: (p.micro_batch, -p.recompute, p.recompute and p.chunk > BY_HAND, -p.chunk)):
+        found.setdefault(plan.omega, plan)
+    return tuple(found[omega] for omega in sorted(found, reverse=True))
 
 
 def pattern_of(step: int) -> Pattern:
