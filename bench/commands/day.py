@@ -175,7 +175,7 @@ def table(rows: Sequence[Row]) -> list[Section]:
         "waited for memory, h", "moves", "steps an hour",
     )  # fmt: skip
     return [
-        Picture("The governor beside three manners of others", "results/day.svg"),
+        Picture("The governor beside three manners of others; curves are means over 1/300 of a day", "results/day.svg"),
         Table(
             f"Fidelity, of the clairvoyant's; in virtual time; {when(rows)}:",
             ("setting", "others", *(way for way in ways if way != BEST)), shares,

@@ -86,7 +86,9 @@ class Day:
     refused: int = 0  # runs that ended because nothing fitted for too long, and were started again
     restarts: int = 0  # runs that ended because memory ran out, and were started again
     searched: int = 0  # steps that trained nothing
-    series: list[list[float]] = field(default_factory=list)  # [hour, GB left, GB at the peak, share, best] of each bin
+    series: list[list[float]] = field(
+        default_factory=list
+    )  # means of each bin: [hour, GB left, GB at the peak, share, best]
 
 
 class SharedCard:
@@ -233,7 +235,7 @@ class _Life:
         if self._bins:
             for part in np.array_split(np.array(self._bins), min(BINS, len(self._bins))):
                 hour, left, peak, share, best = part.T
-                found = (hour.mean(), left.min(), peak.max(), share.mean(), best.mean())
+                found = (hour.mean(), left.mean(), peak.mean(), share.mean(), best.mean())
                 self.day.series.append([round(float(value), 3) for value in found])
         return self.day
 
