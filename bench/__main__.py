@@ -24,6 +24,7 @@ COMMANDS = {
     "planner": ("[options]", "predicted and measured peaks over many budgets, alone or beside a neighbour"),
     "truth": ("[options]", "whether a budget is kept to, read from outside every 10 ms over whole trainings"),
     "tuners": ("[options]", "the planner beside the searches of Lightning, accelerate and DeepSpeed"),
+    "day": ("[options]", "a day on a shared card in virtual time: the governor, other trainers' ways, a clairvoyant"),
     "overhead": ("[options]", "what planning costs: the governor's time in a step, the allocators"),
     "data": ("[options]", "decoding: the frame cache against decoding the video itself; share of a training step"),
     "eval": ("[options]", "the evaluator against the official procedure, equal to the last bit"),
