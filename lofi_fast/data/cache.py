@@ -1,8 +1,9 @@
 """The frame cache: each video decoded once, the frames of the full-fidelity grid kept as JPEG pictures.
 
-An entry is `<name>-<hash>.mov`, intra-only MJPEG that any player opens, and `<name>-<hash>.npz`, which says where in
-it each picture lies. Both are written under a temporary name and renamed, the index last: an entry is complete if and
-only if its index exists. The hash covers everything the pictures depend on, so a changed video or grid is a new entry.
+An entry is `<name>-<hash>.mov`, intra-only MJPEG that any player opens, and `<name>-<hash>.npz`, its index, which says
+where in it each picture lies. Both are written under a temporary name and renamed, the index last: an entry is complete
+if and only if its index exists. The hash covers everything the pictures depend on, so a changed video or grid is a new
+entry. An index that is not what was written is treated as if it were not there.
 
 Pictures are BT.601 full range, as JPEG decoders assume, whatever the source was.
 """
@@ -23,7 +24,6 @@ import subprocess
 import sys
 import threading
 import traceback
-import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -262,29 +262,33 @@ def _readable(name: str) -> str:
 def _load(request: CacheRequest, folder: Path, short_side: int) -> CachedVideo | None:
     """The complete entry for `request`, or None where there is none, or where it does not fit its files."""
     path = _entry_path(request, folder, short_side)
+    width, height = cached_size(request.info, short_side)
     try:
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as index:
-            entry = CachedVideo(
-                name=request.name,
-                path=path,
-                frames=index["frames"],
-                # of the probe, not of the index: an entry may be older than what is known of the file's clock
-                pts=request.info.pts[request.frames],
-                offsets=index["offsets"],
-                sizes=index["sizes"],
-                width=int(index["width"]),
-                height=int(index["height"]),
-                duration=request.info.duration,
-            )
+            frames, offsets, sizes = (index[name] for name in ("frames", "offsets", "sizes"))
+            size = int(index["width"]), int(index["height"])
         length = path.stat().st_size
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+    except Exception:  # damaged bytes can make the readers of .npz and .npy raise anything
         return None
-    fits = (
-        np.array_equal(entry.frames, request.frames)
-        and len(entry.pts) == len(entry.offsets) == len(entry.sizes) == len(entry.frames)
-        and int((entry.offsets + entry.sizes).max()) <= length
+    if not (
+        all(numbers.dtype == np.int64 and numbers.shape == request.frames.shape for numbers in (frames, offsets, sizes))
+        and np.array_equal(frames, request.frames)
+        and bool(np.all((sizes > 0) & (sizes <= length) & (offsets >= 0) & (offsets <= length - sizes)))
+        and size == (width, height)
+    ):
+        return None
+    return CachedVideo(
+        name=request.name,
+        path=path,
+        frames=frames,
+        # of the probe, not of the index: an entry may be older than what is known of the file's clock
+        pts=request.info.pts[request.frames],
+        offsets=offsets,
+        sizes=sizes,
+        width=width,
+        height=height,
+        duration=request.info.duration,
     )
-    return entry if fits else None
 
 
 @contextlib.contextmanager
