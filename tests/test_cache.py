@@ -359,6 +359,10 @@ SPOILT_INDEX: dict[str, Callable[[Path], None]] = {
     "behind the file": with_other(offsets=lambda old: old + 2**40),
     "beyond all numbers": with_other(offsets=lambda old: np.full_like(old, 2**63 - 1)),
     "no bytes": with_other(sizes=lambda old: old * 0),
+    "without checksums": in_other_form(
+        lambda file, old: np.savez(file, **{name: old[name] for name in old if name != "checksums"})
+    ),
+    "signed checksums": with_other(checksums=lambda old: old.astype(np.int64)),
     "no width": with_other(width=lambda old: np.array([])),
     "another width": with_other(width=lambda old: old + 2),
 }
@@ -396,6 +400,36 @@ def test_any_damage_to_an_index_gives_the_entry_or_makes_it_again(tmp_path: Path
         video = prepare([wanted], tmp_path / "cache", 32)[0]["v"]
         for ours, theirs in zip(video.read(np.arange(3)), pictures, strict=True):
             assert np.array_equal(ours, theirs)
+
+
+def spoil(video: CachedVideo, position: int) -> None:
+    """Change eight bytes of a picture, of which its decoder takes no notice: they are brightness and colour."""
+    content = bytearray(video.path.read_bytes())
+    middle = int(video.offsets[position] + video.sizes[position] // 2)
+    for at in range(middle, middle + 8):
+        content[at] ^= 0x11
+    video.path.write_bytes(content)
+
+
+def test_a_picture_that_has_changed_is_noticed_and_made_again(tmp_path: Path) -> None:
+    wanted = request(write_video(tmp_path / "v.mp4", 12, noise=True))
+    cache = tmp_path / "cache"
+    video = prepare([wanted], cache, 48)[0]["v"]
+    pictures = video.read(np.arange(12))
+    spoil(video, 7)
+    changed = decoded(np.frombuffer(video.path.read_bytes(), np.uint8)[video.offsets[7] :][: video.sizes[7]])
+    assert changed.shape == decoded(pictures[7]).shape, "it decodes, to something else"
+    assert not np.array_equal(changed, decoded(pictures[7]))
+
+    assert len(video.read(np.delete(np.arange(12), 7))) == 11
+    with pytest.raises(InputError, match=r"picture 7 of the cache file .*\.mov is damaged; run again") as caught:
+        video.read(np.arange(12))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"picture 7 .* is damaged; delete the file and run again"):
+        video.read(np.array([7]))  # the index has gone already
+    again = prepare([wanted], cache, 48)[0]["v"]
+    for ours, theirs in zip(again.read(np.arange(12)), pictures, strict=True):
+        assert np.array_equal(ours, theirs)
 
 
 def test_a_complete_cache_needs_no_write_access(tmp_path: Path) -> None:
