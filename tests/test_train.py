@@ -175,7 +175,7 @@ def test_a_run_writes_all_its_files_and_leaves_nothing_else(whole: Path) -> None
     names = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
     videos = [*(f"demo_training_00{i}" for i in range(4)), "demo_validation_000", "demo_validation_001"]
     expected = {
-        *("config.json", "environment.json", "plan.json", "log.jsonl", "metrics.json", "predictions.json"),
+        *("config.json", "environment.json", "data.json", "plan.json", "log.jsonl", "metrics.json", "predictions.json"),
         *("ground_truth.json", "report.html", "model.safetensors"),
         *(f"checkpoints/{name}.pt" for name in ("last", "previous", "best")),
         *(f"features/{video}.npy" for video in videos),

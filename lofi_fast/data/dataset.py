@@ -7,9 +7,9 @@ window), so that a resumed run and a step tried again see the same samples with 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -53,6 +53,15 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """What tells a video's file from another one, wherever it lies."""
+
+    size: int  # bytes
+    frames: int
+    duration: float  # seconds that its clock shows at its end
+
+
+@dataclass(frozen=True)
 class Dataset:
     classes: tuple[str, ...]
     samples: dict[str, tuple[Sample, ...]]  # by subset
@@ -60,6 +69,7 @@ class Dataset:
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
     annotations: Path | None = None  # the file that the labels are from
+    files: Mapping[str, SourceFile] = field(default_factory=dict)  # of the videos, by name
 
     def durations(self, subset: str) -> dict[str, float]:
         return {sample.window.video: sample.cached.duration for sample in self.samples[subset]}
@@ -233,6 +243,10 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
         tuple(skipped),
         tuple(notes),
         annotations_path,
+        {
+            video.name: SourceFile(infos[video.name].size, len(infos[video.name].pts), infos[video.name].duration)
+            for video in readable
+        },
     )
 
 

@@ -141,7 +141,7 @@ def run_folder(config: Config, resume: bool) -> Iterator[tuple[Path, bool]]:
             if isinstance(error, OSError):
                 error.filename = error.filename or str(folder)  # a failed write does not say where
             if not resume and not has_trained(folder):
-                discard(folder, ["plan.json", "environment.json", "log.jsonl", "config.json"], made)
+                discard(folder, ["plan.json", "environment.json", "data.json", "log.jsonl", "config.json"], made)
             raise
 
 
