@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from lofi_fast.config import Config, DataConfig
-from lofi_fast.data.annotations import UNASSIGNED, Annotations, Video, clip_to_duration, load_annotations
+from lofi_fast.data.annotations import UNASSIGNED, Annotations, Segment, Video, clip_to_duration, load_annotations
 from lofi_fast.data.cache import CachedVideo, CacheRequest, Pictures, Skipped, prepare
 from lofi_fast.data.matching import find_videos
 from lofi_fast.data.pipeline import FrameRequest, View
@@ -53,12 +53,13 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """What tells a video's file from another one, wherever it lies."""
+class Source:
+    """What tells a video's file from another one, wherever it lies, and its segments as the labels have them."""
 
     size: int  # bytes
     frames: int
-    duration: float  # seconds that its clock shows at its end
+    duration: float  # seconds that the file's clock shows at its end
+    segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Dataset:
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
     annotations: Path | None = None  # the file that the labels are from
-    files: Mapping[str, SourceFile] = field(default_factory=dict)  # of the videos, by name
+    sources: Mapping[str, Source] = field(default_factory=dict)  # of the videos, by name
 
     def durations(self, subset: str) -> dict[str, float]:
         return {sample.window.video: sample.cached.duration for sample in self.samples[subset]}
@@ -244,8 +245,9 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
         tuple(notes),
         annotations_path,
         {
-            video.name: SourceFile(infos[video.name].size, len(infos[video.name].pts), infos[video.name].duration)
-            for video in readable
+            video.name: Source(info.size, len(info.pts), info.duration, video.segments)
+            for video in wanted
+            if (info := infos.get(video.name)) is not None
         },
     )
 

@@ -263,7 +263,7 @@ class Run:
         if broken := checkpoint.not_finite(content):
             raise InputError(f"{path}: its weights are not finite ({broken}); start again with another --out")
         position = self._position_of(content, path)
-        self._check_data(content["data"], position)
+        self._check_data(content, position)
         try:
             self.encoder.load_state_dict(content["encoder"])
             self.head.load_state_dict(content["head"])
@@ -289,18 +289,19 @@ class Run:
             return Position("head", before.head_stage.epochs)
         return position
 
-    def _check_data(self, digest: str, position: Position) -> None:
+    def _check_data(self, content: dict[str, Any], position: Position) -> None:
         """Raises InputError when what is to be trained on is not what it was; where only the evaluation is left, files
         of videos may be others, since their features are made anew.
         """
-        if digest == trained_on.digest(self.data):
+        if content["data"] == trained_on.digest(self.data):
             return
-        before = trained_on.read_record(self.folder / trained_on.RECORD, digest)
+        before = trained_on.read_record(self.folder / trained_on.RECORD, content["data"])
         if before is None:
             what = f"and {trained_on.RECORD}, which could tell how, cannot be read"
         else:
             changes = trained_on.changes_between(before, self.data)
-            if position.stage == "eval" and not changes.labels:
+            same_classes = content["classes"] == list(self.dataset.classes)
+            if position.stage == "eval" and same_classes and not changes.labels:
                 self.log.say(f"note: since the run was trained, {changes.files[0]}")
                 self.data = before
                 return

@@ -27,7 +27,7 @@ class VideoRecord(msgspec.Struct, frozen=True):
     size: int  # bytes of its file
     frames: int  # in its file
     duration: float  # that its file's clock shows at its end, to a millisecond
-    segments: list[tuple[float, float, str]]  # start, end, label, in the order of the labels
+    segments: list[tuple[float, float, str]]  # start, end, label, as the labels have them
 
     @property
     def file(self) -> tuple[int, int, float]:
@@ -50,9 +50,9 @@ def record_of(dataset: Dataset) -> bytes:
     videos = {}
     for subset, members in dataset.videos.items():
         for video in members:
-            file = dataset.files[video.name]
-            segments = [(segment.start, segment.end, segment.label) for segment in video.segments]
-            videos[video.name] = VideoRecord(subset, file.size, file.frames, round(file.duration, 3), segments)
+            source = dataset.sources[video.name]
+            segments = [(segment.start, segment.end, segment.label) for segment in source.segments]
+            videos[video.name] = VideoRecord(subset, source.size, source.frames, round(source.duration, 3), segments)
     return json_bytes(videos)
 
 
