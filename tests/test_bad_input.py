@@ -718,7 +718,7 @@ def test_resume_takes_another_cache_and_other_cuts(train: Train, run: Path, tmp_
     assert (done.status, done.err) == (0, "")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "[" * 3000], ids=["empty", "torn", "list", "number", "deep"])
 def test_resume_with_a_spoilt_config(train: Train, run: Path, content: str) -> None:
     (run / "config.json").write_text(content)
     before = contents(run)

@@ -45,7 +45,7 @@ def require_run(folder: Path) -> None:
     """Raises InputError when there is no run in the folder."""
     try:
         before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):
         raise InputError(f"{folder}: no run to resume (no readable config.json); name the run's --out")
