@@ -16,7 +16,7 @@ from lofi_fast.errors import InputError
 # Commands with a table; each has it from the rows in results/NAME.jsonl.
 TABLES = (
     "job", "ops", "kernels", "memory", "step", "planner", "tuners", "optim", "overhead", "data", "eval", "gpu_planner",
-    "fits", "scaling", "gpu", "tests", "launches",
+    "fits", "scaling", "gpu", "tests", "launches", "faults",
 )  # fmt: skip
 FIGURES = ("fits",)  # commands that draw one too
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
