@@ -296,8 +296,9 @@ def _stage(event: events.AnyEvent) -> str:
             return event.stage
 
 
-def _note_peak(log: Log, peak: int | None, budget: float, where: str) -> None:
-    if peak is None:
+def _note_peak(log: Log, reading: int | None, budget: float, where: str) -> None:
+    peak = finite(reading)
+    if math.isnan(peak):
         return
     if log.highest is None or peak > log.highest.amount:
         log.highest = Peak(peak, budget, where)
