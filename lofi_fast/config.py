@@ -73,14 +73,14 @@ class DataConfig:
         str | None,
         Setting(
             "labels: ActivityNet-form JSON, or a CSV with video,start,end,label", "FILE", flag="--annotations",
-            group=JOB, unset="the embedded demo set",
+            group=JOB, unset="the embedded demo set", may_change=True,
         ),
     ] = None  # fmt: skip
     videos: Annotated[
         str | None,
         Setting(
             "folder of the videos that the annotations name", "DIR", flag="--videos", group=JOB,
-            unset="the embedded demo set",
+            unset="the embedded demo set", may_change=True,
         ),
     ] = None  # fmt: skip
     cache: Annotated[

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Self, overload
 from warnings import warn
 
+import msgspec
 import numpy as np
 import safetensors
 import safetensors.torch
@@ -106,7 +107,10 @@ class Detector:
             raise InputError(_without_model(path))
         metadata = _metadata(file)
         config = Config.from_json(metadata["settings"], f"{file}: settings")
-        classes = json.loads(metadata["classes"])
+        try:
+            classes = msgspec.json.decode(metadata["classes"], type=list[str])
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            raise InputError(f"{file}: its list of classes is damaged; name another {MODEL}") from None
         with torch.random.fork_rng(devices=[]):
             try:
                 made_encoder = encoder(config)
@@ -257,7 +261,7 @@ def _metadata(file: Path) -> dict[str, str]:
     except safetensors.SafetensorError as error:
         raise InputError(f"{file}: not a whole safetensors file ({error}); name a run folder or a {MODEL}") from None
     version = metadata.get("format", "")
-    if not {"settings", "classes"} <= metadata.keys() or not version.isdecimal():
+    if not {"settings", "classes"} <= metadata.keys() or not version.isdecimal() or len(version) > 9:
         raise InputError(f"{file}: a safetensors file, but no detector of lofi_fast; name a run folder or a {MODEL}")
     if int(version) > FORMAT:
         writer = metadata.get("lofi_fast", "a newer one")

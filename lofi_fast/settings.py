@@ -306,7 +306,8 @@ def _value(leaf: Leaf, given: Any, where: str) -> Any:
         raise InputError(f"{quoted}: must be {must.get(kind, f'written like {leaf.unit}')}") from None
     if isinstance(value, int | float) and not isinstance(value, bool) and not leaf.choices:
         setting = leaf.setting
-        if not math.isfinite(value) or value < 0 or (value == 0 and not setting.zero):
+        finite = isinstance(value, int) or math.isfinite(value)  # a whole number may be larger than any float
+        if not finite or value < 0 or (value == 0 and not setting.zero):
             raise InputError(f"{said}: must be {'0 or more' if setting.zero else 'a positive number'}")
         if value > setting.most:
             raise InputError(f"{said}: must be a smaller number")

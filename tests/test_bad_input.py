@@ -22,6 +22,7 @@ import torch
 from av.video.frame import VideoFrame
 
 import lofi_fast
+from lofi_fast.run import checkpoint
 from lofi_fast.run.folder import locked
 from lofi_fast.train import main
 
@@ -616,7 +617,6 @@ def test_out_holds_a_run(train: Train, run: Path) -> None:
         (["--width", "16"], ["--width 8, not 16"]),
         (["--fidelity", "16x32"], ["--fidelity 8x32, not 16x32"]),
         (["--seed", "3"], ["--seed 0, not 3"]),
-        (["--annotations", "/elsewhere.json"], ["--annotations", "not /elsewhere.json"]),
         (["--width", "16", "--no-flip"], ["--flip true, not false; --width 8, not 16"]),
         (["--preset", "demo"], ["--preset small, not demo"]),
         (["--joint-epochs", "2"], ["--joint-epochs 1, not 2", "rests on it"]),
@@ -629,12 +629,96 @@ def test_resume_with_other_flags(train: Train, run: Path, flags: list[str], part
     assert contents(run) == before
 
 
+def test_resume_goes_on_where_the_data_has_moved(
+    train: Train, data: Data, run: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies in another folder, named from where the command is given, and of other times of change."""
+    monkeypatch.chdir(tmp_path)
+    (run / "metrics.json").unlink()
+    (run / "checkpoints" / "previous.pt").replace(run / "checkpoints" / "last.pt")
+    position = checkpoint.load(run / "checkpoints" / "last.pt")["position"]
+    assert position["stage"] == "head", "there is something left to train"
+    shutil.copytree(data.videos, "moved", copy_function=shutil.copyfile)
+    Path("labels.json").write_text(json.dumps({"database": data.database}, indent=1))
+    done = train("--resume", "--cache", "cache", annotations=Path("labels.json"), videos=Path("moved"))
+    assert (done.status, done.err) == (0, "")
+    for name in ("metrics.json", "predictions.json", "data.json"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes(), name
+    config = json.loads((run / "config.json").read_text())
+    assert (config["data"]["annotations"], config["data"]["videos"]) == ("labels.json", "moved")
+    train("--resume", annotations=Path("none.json")).refused("--annotations", "none.json")
+
+
+LESS = {"annotations": LABELLED[:1]}
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (
+            lambda database: database["b"].update(LESS),
+            ["1 video has other segments (b: 1 segments, before 2; [3.5, 5] run is gone)"],
+        ),
+        (
+            lambda database: database["c"]["annotations"][0].update(segment=[1, 3.5]),
+            ["1 video has other segments (c: 2 segments, before 2; [1, 2.5] jump is gone)"],
+        ),
+        (lambda database: [database[name].update(LESS) for name in "ab"], ["2 videos have other segments (a: 1 "]),
+        (lambda database: database.pop("c"), ["1 video is gone (c)"]),
+        (lambda database: database["a"].update(subset="validation"), ["1 video is in another subset (a: validation"]),
+        (
+            lambda database: [database[name]["annotations"][0].update(label="hop") for name in "abcd"],
+            ["4 videos have other segments", "1 class less", "1 class more (hop)"],
+        ),
+        (lambda database: database.update(a=database.pop("a")), ["the videos are in another order"]),
+    ],
+    ids=["fewer segments", "another time", "two videos", "no video", "another subset", "another class", "order"],
+)
+def test_resume_refuses_labels_that_were_edited(
+    train: Train, data: Data, run: Path, tmp_path: Path, change: Any, parts: list[str]
+) -> None:
+    path = tmp_path / "labels.json"
+    path.write_text(changed(change)(data.database))
+    if parts[0].startswith("1"):  # else only the evaluation is left, and that is of the labels too
+        (run / "checkpoints" / "previous.pt").replace(run / "checkpoints" / "last.pt")
+    before = contents(run)
+    train("--resume", annotations=path).refused(str(run), "is not what it was started with", "--out", *parts)
+    assert {name: of for name, of in contents(run).items() if name != "log.jsonl"} == {
+        name: of for name, of in before.items() if name != "log.jsonl"
+    }
+
+
+def test_resume_refuses_labels_that_were_edited_also_where_the_record_is_gone(
+    train: Train, data: Data, run: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "labels.json"
+    path.write_text(changed(lambda database: database["b"].update(LESS))(data.database))
+    (run / "data.json").unlink()
+    train("--resume", annotations=path).refused("is not what it was started with", "data.json", "cannot be read")
+    assert train("--resume").status == 0
+    assert (run / "data.json").exists(), "it is written again"
+
+
+def test_resume_says_that_a_video_is_another_file_and_trains_no_further_on_it(
+    train: Train, data: Data, run: Path, tmp_path: Path
+) -> None:
+    videos = Path(shutil.copytree(data.videos, tmp_path / "videos"))
+    write_video(videos / "b.mp4", SECONDS * RATE, 9)
+    for _ in range(2):
+        done = train("--resume", "--cache", str(tmp_path / "cache"), videos=videos)
+        assert (done.status, done.err) == (0, ""), "only the evaluation is left"
+        assert "since the run was trained, 1 video is another file (b: " in done.out
+    (run / "checkpoints" / "previous.pt").replace(run / "checkpoints" / "last.pt")
+    refusal = train("--resume", "--cache", str(tmp_path / "cache"), videos=videos)
+    refusal.refused("1 video is another file (b: ", f"{SECONDS * RATE} frames", "--out")
+
+
 def test_resume_takes_another_cache_and_other_cuts(train: Train, run: Path, tmp_path: Path) -> None:
     done = train("--resume", "--cache", str(tmp_path / "cache"), "--min-cut", "2", "--max-cut", "8")
     assert (done.status, done.err) == (0, "")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "[" * 3000], ids=["empty", "torn", "list", "number", "deep"])
 def test_resume_with_a_spoilt_config(train: Train, run: Path, content: str) -> None:
     (run / "config.json").write_text(content)
     before = contents(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import re
 import resource
 import signal
@@ -12,9 +13,10 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -284,6 +286,150 @@ def test_a_damaged_entry_is_made_again(damage: str, tmp_path: Path) -> None:
         path.with_suffix(".npz").write_text("x" if damage == "index is text" else "")
     video = prepare([wanted], tmp_path / "cache", 32)[0]["v"]
     assert [number_of(decoded(picture)) for picture in video.read(np.arange(5))] == list(range(5))
+
+
+def stored(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as index:
+        return dict(index)
+
+
+def in_other_form(write: Callable[[BinaryIO, dict[str, np.ndarray]], None]) -> Callable[[Path], None]:
+    """Write what an index holds in another form in its place."""
+
+    def damage(path: Path) -> None:
+        content = stored(path)
+        with path.open("wb") as file:
+            write(file, content)
+
+    return damage
+
+
+def with_other(**numbers: Callable[[np.ndarray], object]) -> Callable[[Path], None]:
+    """Write an index some of whose arrays were replaced."""
+    return in_other_form(
+        lambda file, old: np.savez(
+            file, **old | {name: np.asarray(change(old[name])) for name, change in numbers.items()}
+        )
+    )
+
+
+def encrypted(path: Path) -> None:
+    """Set the bit of a zip file that says so: its reader raises RuntimeError."""
+    content = bytearray(path.read_bytes())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = content.find(mark)
+        while at >= 0:
+            content[at + flags] |= 1
+            at = content.find(mark, at + 1)
+    path.write_bytes(content)
+
+
+def of_unknown_compression(path: Path) -> None:
+    """NotImplementedError."""
+    content = bytearray(path.read_bytes())
+    for mark, method in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        at = content.find(mark)
+        while at >= 0:
+            content[at + method] = 99
+            at = content.find(mark, at + 1)
+    path.write_bytes(content)
+
+
+class Bomb:
+    """What a pickle can do when it is read."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("exploded",)
+
+
+SPOILT_INDEX: dict[str, Callable[[Path], None]] = {
+    "encrypted": encrypted,
+    "unknown compression": of_unknown_compression,
+    "an array alone": in_other_form(lambda file, old: np.save(file, old["offsets"])),
+    "a pickle": in_other_form(lambda file, old: pickle.dump(Bomb(), file)),
+    "a pickle inside": in_other_form(
+        lambda file, old: np.savez(file, allow_pickle=True, **old | {"offsets": np.array([Bomb()] * 5)})
+    ),
+    "floats": with_other(offsets=lambda old: old.astype(float), frames=lambda old: old.astype(float)),
+    "objects' names": with_other(sizes=lambda old: old.astype(str)),
+    "one more axis": with_other(offsets=lambda old: old[None], sizes=lambda old: old[None]),
+    "too few": with_other(sizes=lambda old: old[:-1]),
+    "another order": with_other(frames=lambda old: old[::-1]),
+    "before the file": with_other(offsets=lambda old: -old),
+    "behind the file": with_other(offsets=lambda old: old + 2**40),
+    "beyond all numbers": with_other(offsets=lambda old: np.full_like(old, 2**63 - 1)),
+    "no bytes": with_other(sizes=lambda old: old * 0),
+    "without checksums": in_other_form(
+        lambda file, old: np.savez(file, **{name: old[name] for name in old if name != "checksums"})
+    ),
+    "signed checksums": with_other(checksums=lambda old: old.astype(np.int64)),
+    "no width": with_other(width=lambda old: np.array([])),
+    "another width": with_other(width=lambda old: old + 2),
+}
+
+
+@pytest.mark.parametrize("damage", SPOILT_INDEX)
+def test_an_index_that_is_not_what_was_written_is_made_again(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = request(write_video(tmp_path / "v.mp4", 5))
+    entry = prepare([wanted], tmp_path / "cache", 32)[0]["v"]
+    index = entry.path.with_suffix(".npz")
+    whole = stored(index)
+    SPOILT_INDEX[damage](index)
+    video = prepare([wanted], tmp_path / "cache", 32)[0]["v"]
+    assert [number_of(decoded(picture)) for picture in video.read(np.arange(5))] == list(range(5))
+    assert {name: numbers.tolist() for name, numbers in stored(index).items()} == {
+        name: numbers.tolist() for name, numbers in whole.items()
+    }
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_any_damage_to_an_index_gives_the_entry_or_makes_it_again(tmp_path: Path) -> None:
+    wanted = request(write_video(tmp_path / "v.mp4", 3))
+    entry = prepare([wanted], tmp_path / "cache", 32)[0]["v"]
+    index, pictures = entry.path.with_suffix(".npz"), entry.read(np.arange(3))
+    whole = index.read_bytes()
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        content = np.frombuffer(whole, dtype=np.uint8).copy()
+        at = generator.integers(0, len(content), generator.integers(1, 9))
+        content[at] = generator.integers(0, 256, len(at))
+        index.write_bytes(content.tobytes()[: generator.choice((len(content), generator.integers(0, len(content))))])
+        video = prepare([wanted], tmp_path / "cache", 32)[0]["v"]
+        for ours, theirs in zip(video.read(np.arange(3)), pictures, strict=True):
+            assert np.array_equal(ours, theirs)
+
+
+def spoil(video: CachedVideo, position: int) -> None:
+    """Change eight bytes of a picture, of which its decoder takes no notice: they are brightness and colour."""
+    content = bytearray(video.path.read_bytes())
+    middle = int(video.offsets[position] + video.sizes[position] // 2)
+    for at in range(middle, middle + 8):
+        content[at] ^= 0x11
+    video.path.write_bytes(content)
+
+
+def test_a_picture_that_has_changed_is_noticed_and_made_again(tmp_path: Path) -> None:
+    wanted = request(write_video(tmp_path / "v.mp4", 12, noise=True))
+    cache = tmp_path / "cache"
+    video = prepare([wanted], cache, 48)[0]["v"]
+    pictures = video.read(np.arange(12))
+    spoil(video, 7)
+    changed = decoded(np.frombuffer(video.path.read_bytes(), np.uint8)[video.offsets[7] :][: video.sizes[7]])
+    assert changed.shape == decoded(pictures[7]).shape, "it decodes, to something else"
+    assert not np.array_equal(changed, decoded(pictures[7]))
+
+    assert len(video.read(np.delete(np.arange(12), 7))) == 11
+    with pytest.raises(InputError, match=r"picture 7 of the cache file .*\.mov is damaged; run again") as caught:
+        video.read(np.arange(12))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"picture 7 .* is damaged; delete the file and run again"):
+        video.read(np.array([7]))  # the index has gone already
+    again = prepare([wanted], cache, 48)[0]["v"]
+    for ours, theirs in zip(again.read(np.arange(12)), pictures, strict=True):
+        assert np.array_equal(ours, theirs)
 
 
 def test_a_complete_cache_needs_no_write_access(tmp_path: Path) -> None:

@@ -1091,6 +1091,8 @@ def test_what_a_later_run_reads_counts_for_more_than_the_file(tmp_path: Path) ->
         ({"readings": [[100, 224, 16, 0, 5.5]]}, "not a readable file"),
         ({"readings": [["100", 224, 16, 0, 5]]}, "not a readable file"),
         ({"readings": 5}, "not a readable file"),
+        ({"readings": [[100, 224, 16, 0, 10**400]]}, "not a readable file"),
+        ({"readings": [[100, 224, 10**400, 0, 5]]}, "not a readable file"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -140,6 +140,8 @@ def test_hostile_values_in_every_place(name: str, hostile: bytes, tmp_path: Path
         ("scores_npy", b"(2, 101)", b"(2" + b"0" * 14 + b", 101)", "s.npy is not a NumPy array file"),
         ("scores_npy", b"{'descr'", b"z'descr' ", "s.npy is not a NumPy array file"),
         ("config", b"{", b"[" * 3000, "config.json: not readable as JSON"),
+        ("config", b'"threads": null', b'"threads": 1' + b"0" * 400, "config.json: --threads 10.*must be a smaller"),
+        ("config", b'"side": 96', b'"side": -1' + b"0" * 400, "config.json: --fidelity"),
         ("settings_json", b"{", b"[" * 3000, "--config .*s.json: not readable as JSON"),
         ("replay", b"{", b"[" * 3000, "--replay-rungs .*no joint step"),
     ],

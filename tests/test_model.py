@@ -128,6 +128,8 @@ def spoilt(kind: str, small: SmallRun, folder: Path) -> Path:
         rewritten(model, target, **{"head.extra": weight})
     elif kind == "not finite":
         rewritten(model, target, **{"encoder.conv1.weight": torch.full_like(weight, torch.nan)})
+    elif kind == "classes":
+        rewritten(model, target, metadata=metadata | {"classes": '["a", 3'})
     elif kind == "unknown setting":
         settings = json.loads(metadata["settings"]) | {"colour": "red"}
         rewritten(model, target, metadata=metadata | {"settings": json.dumps(settings)})
@@ -157,6 +159,7 @@ def spoilt(kind: str, small: SmallRun, folder: Path) -> Path:
         ("lacking", "lacks head.last.bias"),
         ("more", "holds head.extra"),
         ("not finite", "encoder.conv1.weight holds a NaN or an infinity"),
+        ("classes", "its list of classes is damaged"),
         ("unknown setting", '"colour" is no setting'),
         ("unfinished", "has not finished.*--resume"),
         ("no head", "--stages pretrain trained no head"),

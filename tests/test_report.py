@@ -406,6 +406,18 @@ def test_plans_join_the_file_and_the_log(tmp_path: Path) -> None:
     assert rows["pretrain"].others == (("64 clips", None),)
 
 
+def test_a_number_that_no_float_holds_is_a_gap(tmp_path: Path) -> None:
+    lines = Lines()
+    lines.start()
+    for step in range(3):
+        lines.joint(0, step)
+    lines.lines[-1] = lines.lines[-1].replace('"peak": 9000000000', f'"peak": {10**400}')
+    (tmp_path / "log.jsonl").write_text("\n".join(lines.lines))
+    peaks = read_run(tmp_path).log.steps["joint"]["peak"]
+    assert peaks[:2].tolist() == [9e9, 9e9] and math.isnan(peaks[2])
+    write_report(tmp_path)
+
+
 def test_long_log_is_thinned(tmp_path: Path) -> None:
     sizes = []
     for num_steps in (3_000, 30_000):

@@ -31,6 +31,7 @@ from lofi_fast.config import Config
 from lofi_fast.data import demo
 from lofi_fast.data.pipeline import FramePipeline
 from lofi_fast.encoder.tsm import TSMEncoder
+from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder
 from lofi_fast.head import gtad_head
 from lofi_fast.memory.governor import Decision, Governor
@@ -43,7 +44,7 @@ from lofi_fast.run.checkpoint import Position, restore_rng, rng_state
 from lofi_fast.run.events import AnyEvent, Step, decode
 from lofi_fast.run.log import RunLog
 from lofi_fast.run.state import Machine, Run, open_run
-from lofi_fast.stages.features import encoder_digest
+from lofi_fast.stages.features import encoder_digest, feature_path, load_features
 from lofi_fast.stages.head import train_head
 from lofi_fast.stages.job import plan, prepare
 from lofi_fast.stages.joint import joint
@@ -176,7 +177,7 @@ def test_a_run_writes_all_its_files_and_leaves_nothing_else(whole: Path) -> None
     names = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
     videos = [*(f"demo_training_00{i}" for i in range(4)), "demo_validation_000", "demo_validation_001"]
     expected = {
-        *("config.json", "environment.json", "plan.json", "log.jsonl", "metrics.json", "predictions.json"),
+        *("config.json", "environment.json", "data.json", "plan.json", "log.jsonl", "metrics.json", "predictions.json"),
         *("ground_truth.json", "report.html", "model.safetensors"),
         *(f"checkpoints/{name}.pt" for name in ("last", "previous", "best")),
         *(f"features/{video}.npy" for video in videos),
@@ -452,6 +453,21 @@ def test_features_that_are_damaged_or_of_other_pictures_are_made_anew(
         same_results(folder, whole)
         for path in paths:
             assert path.read_bytes() == (whole / "features" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("spoil", ["gone", "empty", "no features", "a flipped bit", "another shape", "not finite"])
+def test_features_that_change_while_the_head_trains_are_noticed(
+    whole: Path, demo_set: Demo, tmp_path: Path, spoil: str
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    config, _ = read_flags(demo_set.command(folder), cuda=lambda: False)
+    path = folder / "features" / "demo_training_000.npy"
+    with opened(config) as run:
+        (sample,) = [s for s in run.dataset.samples["training"] if feature_path(run, s) == path]
+        assert load_features(run, [sample]).numpy() == pytest.approx(np.load(path)[None])
+        SPOILT[spoil](path)
+        with pytest.raises(InputError, match=r"demo_training_000\.npy: these features .*; --resume makes them anew"):
+            load_features(run, [sample])
 
 
 def test_features_of_a_video_that_was_replaced_are_made_anew(demo_set: Demo, tmp_path: Path) -> None:

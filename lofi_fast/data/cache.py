@@ -1,8 +1,12 @@
 """The frame cache: each video decoded once, the frames of the full-fidelity grid kept as JPEG pictures.
 
-An entry is `<name>-<hash>.mov`, intra-only MJPEG that any player opens, and `<name>-<hash>.npz`, which says where in
-it each picture lies. Both are written under a temporary name and renamed, the index last: an entry is complete if and
-only if its index exists. The hash covers everything the pictures depend on, so a changed video or grid is a new entry.
+An entry is `<name>-<hash>.mov`, intra-only MJPEG that any player opens, and `<name>-<hash>.npz`, its index, which says
+where in it each picture lies, and a checksum of each. Both are written under a temporary name and renamed, the index
+last: an entry is complete if and only if its index exists. The hash covers everything the pictures depend on, so a
+changed video or grid is a new entry. An index that is not what was written is treated as if it were not there.
+
+A picture is held against its checksum whenever it is read: bytes that have changed on the disk may still decode. Where
+it differs the entry's index is removed, so that the next run makes the entry anew.
 
 Pictures are BT.601 full range, as JPEG decoders assume, whatever the source was.
 """
@@ -23,7 +27,7 @@ import subprocess
 import sys
 import threading
 import traceback
-import zipfile
+import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -86,9 +90,9 @@ class Pictures(Protocol):
 class CachedVideo:
     """A complete entry: picture p of the .mov at `path` is source frame frames[p], shown at pts[p] seconds.
 
-    frames, offsets, sizes (n,) int64, pts (n,) float64: source frame indices (ascending), where each JPEG lies in the
-    file and how many bytes it has. width, height: pixels of the pictures. duration: seconds that the source video's
-    clock shows at its end.
+    frames, offsets, sizes (n,) int64, checksums (n,) uint32, pts (n,) float64: source frame indices (ascending), where
+    each JPEG lies in the file, how many bytes it has, and their CRC-32. width, height: pixels of the pictures.
+    duration: seconds that the source video's clock shows at its end.
     """
 
     name: str
@@ -97,6 +101,7 @@ class CachedVideo:
     pts: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
+    checksums: np.ndarray
     width: int
     height: int
     duration: float
@@ -113,7 +118,8 @@ class CachedVideo:
     def read(self, positions: np.ndarray) -> list[np.ndarray]:
         """JPEG bytes (uint8) at each position. The file is open only meanwhile, so any number of videos can be used.
 
-        Read, not mapped: mapped pages count as this process's memory. InputError when the file is gone or cut off.
+        Read, not mapped: mapped pages count as this process's memory. InputError when the file is gone or cut off, or
+        when a picture is not what was written; the entry is then made anew by the next `prepare`.
         """
         pictures = []
         try:
@@ -124,12 +130,23 @@ class CachedVideo:
                     picture = os.pread(descriptor, size, int(self.offsets[position]))
                     if len(picture) != size:
                         raise InputError(f"cache file {self.path} is cut off; delete it and run again")
+                    if zlib.crc32(picture) != self.checksums[position]:
+                        raise self._damaged(int(position))
                     pictures.append(np.frombuffer(picture, dtype=np.uint8))
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise InputError(f"cache file {self.path} cannot be read: {error.strerror}") from error
         return pictures
+
+    def _damaged(self, position: int) -> InputError:
+        """Have the entry made anew by the next run, and say so."""
+        mend = "run again, and the file is made anew"
+        try:
+            _index_path(self.path).unlink()
+        except OSError:
+            mend = "delete the file and run again, it will be made anew"
+        return InputError(f"picture {position} of the cache file {self.path} is damaged; {mend}")
 
 
 @dataclass(frozen=True)
@@ -241,6 +258,10 @@ def _entry_path(request: CacheRequest, folder: Path, short_side: int) -> Path:
     return folder / f"{_readable(request.name)}-{digest.hexdigest()[:10]}.mov"
 
 
+def _index_path(pictures: Path) -> Path:
+    return pictures.with_suffix(".npz")
+
+
 def file_name(video: str) -> str:
     """A name for files made of a video: its own where every file system takes it with something added, else one like
     those of the cache, its readable part and a hash.
@@ -262,29 +283,37 @@ def _readable(name: str) -> str:
 def _load(request: CacheRequest, folder: Path, short_side: int) -> CachedVideo | None:
     """The complete entry for `request`, or None where there is none, or where it does not fit its files."""
     path = _entry_path(request, folder, short_side)
+    width, height = cached_size(request.info, short_side)
     try:
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as index:
-            entry = CachedVideo(
-                name=request.name,
-                path=path,
-                frames=index["frames"],
-                # of the probe, not of the index: an entry may be older than what is known of the file's clock
-                pts=request.info.pts[request.frames],
-                offsets=index["offsets"],
-                sizes=index["sizes"],
-                width=int(index["width"]),
-                height=int(index["height"]),
-                duration=request.info.duration,
-            )
+        with np.load(_index_path(path), allow_pickle=False) as index:
+            frames, offsets, sizes = (index[name] for name in ("frames", "offsets", "sizes"))
+            checksums = index["checksums"]
+            size = int(index["width"]), int(index["height"])
         length = path.stat().st_size
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+    except Exception:  # damaged bytes can make the readers of .npz and .npy raise anything
         return None
-    fits = (
-        np.array_equal(entry.frames, request.frames)
-        and len(entry.pts) == len(entry.offsets) == len(entry.sizes) == len(entry.frames)
-        and int((entry.offsets + entry.sizes).max()) <= length
+    if not (
+        all(numbers.dtype == np.int64 and numbers.shape == request.frames.shape for numbers in (frames, offsets, sizes))
+        and checksums.dtype == np.uint32
+        and checksums.shape == frames.shape
+        and np.array_equal(frames, request.frames)
+        and bool(np.all((sizes > 0) & (sizes <= length) & (offsets >= 0) & (offsets <= length - sizes)))
+        and size == (width, height)
+    ):
+        return None
+    return CachedVideo(
+        name=request.name,
+        path=path,
+        frames=frames,
+        # of the probe, not of the index: an entry may be older than what is known of the file's clock
+        pts=request.info.pts[request.frames],
+        offsets=offsets,
+        sizes=sizes,
+        checksums=checksums,
+        width=width,
+        height=height,
+        duration=request.info.duration,
     )
-    return entry if fits else None
 
 
 @contextlib.contextmanager
@@ -346,11 +375,11 @@ def _make_entry(request: CacheRequest, folder: Path, short_side: int, threads: i
 
     path = _entry_path(request, folder, short_side)
     partial = path.with_name(path.name + ".partial")
-    partial_index = path.with_name(path.with_suffix(".npz").name + ".partial")
+    partial_index = path.with_name(_index_path(path).name + ".partial")
     try:
         with _writing_to(folder):
             _write_pictures(request, partial, short_side, threads)
-            offsets, sizes = _picture_ranges(partial, len(request.frames))
+            offsets, sizes, checksums = _written_pictures(partial, len(request.frames))
             width, height = cached_size(request.info, short_side)
             with open(partial_index, "wb") as file:
                 np.savez(
@@ -359,6 +388,7 @@ def _make_entry(request: CacheRequest, folder: Path, short_side: int, threads: i
                     pts=request.info.pts[request.frames],
                     offsets=offsets,
                     sizes=sizes,
+                    checksums=checksums,
                     width=width,
                     height=height,
                     duration=request.info.duration,
@@ -366,7 +396,7 @@ def _make_entry(request: CacheRequest, folder: Path, short_side: int, threads: i
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-            os.replace(partial_index, path.with_suffix(".npz"))
+            os.replace(partial_index, _index_path(path))
     except VideoError as error:
         return Skipped(request.name, str(request.info.path), str(error))
     except av.FFmpegError as error:
@@ -652,14 +682,14 @@ def _upright(frame: VideoFrame, degrees: int, mirrored: bool) -> VideoFrame:
     return upright
 
 
-def _picture_ranges(path: Path, num_pictures: int) -> tuple[np.ndarray, np.ndarray]:
-    """Offset and size of each picture in a written .mov, read back from the file itself."""
+def _written_pictures(path: Path, num_pictures: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Offset, size and CRC-32 of each picture in a written .mov, read back from the file itself."""
     import av
 
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        ranges = [(packet.pos, packet.size) for packet in container.demux(stream) if packet.size]
-    if len(ranges) != num_pictures or any(offset is None for offset, _ in ranges):
-        raise OSError(errno.EIO, f"{len(ranges)} of {num_pictures} pictures were written")
-    offsets, sizes = np.array(ranges, dtype=np.int64).T
-    return np.ascontiguousarray(offsets), np.ascontiguousarray(sizes)
+        packets = (packet for packet in container.demux(container.streams.video[0]) if packet.size)
+        written = [(packet.pos, packet.size, zlib.crc32(bytes(packet))) for packet in packets]
+    if len(written) != num_pictures or any(offset is None for offset, *_ in written):
+        raise OSError(errno.EIO, f"{len(written)} of {num_pictures} pictures were written")
+    offsets, sizes, checksums = np.array(written, dtype=np.int64).T
+    return np.ascontiguousarray(offsets), np.ascontiguousarray(sizes), checksums.astype(np.uint32)

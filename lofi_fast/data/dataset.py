@@ -7,9 +7,9 @@ window), so that a resumed run and a step tried again see the same samples with 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from lofi_fast.config import Config, DataConfig
-from lofi_fast.data.annotations import UNASSIGNED, Annotations, Video, clip_to_duration, load_annotations
+from lofi_fast.data.annotations import UNASSIGNED, Annotations, Segment, Video, clip_to_duration, load_annotations
 from lofi_fast.data.cache import CachedVideo, CacheRequest, Pictures, Skipped, prepare
 from lofi_fast.data.matching import find_videos
 from lofi_fast.data.pipeline import FrameRequest, View
@@ -53,6 +53,16 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What tells a video's file from another one, wherever it lies, and its segments as the labels have them."""
+
+    size: int  # bytes
+    frames: int
+    duration: float  # seconds that the file's clock shows at its end
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
 class Dataset:
     classes: tuple[str, ...]
     samples: dict[str, tuple[Sample, ...]]  # by subset
@@ -60,6 +70,7 @@ class Dataset:
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
     annotations: Path | None = None  # the file that the labels are from
+    sources: Mapping[str, Source] = field(default_factory=dict)  # of the videos, by name
 
     def durations(self, subset: str) -> dict[str, float]:
         return {sample.window.video: sample.cached.duration for sample in self.samples[subset]}
@@ -233,6 +244,11 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
         tuple(skipped),
         tuple(notes),
         annotations_path,
+        {
+            video.name: Source(info.size, len(info.pts), info.duration, video.segments)
+            for video in wanted
+            if (info := infos.get(video.name)) is not None
+        },
     )
 
 

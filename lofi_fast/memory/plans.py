@@ -10,6 +10,7 @@ know.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -58,7 +59,7 @@ class Plan:
         """A plan may come without its chunk. Raises ValueError for what `to_json` did not write."""
         if len(numbers) not in (4, 5) or not all(isinstance(n, int) for n in numbers):
             raise ValueError(f"{numbers} is not a plan")
-        if min(numbers[:3]) < 1 or min(numbers) < 0:
+        if min(numbers[:3]) < 1 or min(numbers) < 0 or max(numbers) > sys.maxsize:
             raise ValueError(f"{numbers} is not a plan")
         return Plan(Fidelity(numbers[0], numbers[1]), numbers[2], bool(numbers[3]), *numbers[4:])
 

@@ -187,7 +187,9 @@ class RunContents:
 
 def finite(value: float | None) -> float:
     """A finite number, or NaN: a diverged loss and a missing field are both gaps in a curve."""
-    return float(value) if value is not None and math.isfinite(value) else math.nan
+    if value is None or abs(value) > sys.float_info.max:  # a whole number may be larger than any float
+        return math.nan
+    return float(value) if math.isfinite(value) else math.nan
 
 
 def read_run(folder: Path) -> RunContents:
@@ -294,8 +296,9 @@ def _stage(event: events.AnyEvent) -> str:
             return event.stage
 
 
-def _note_peak(log: Log, peak: int | None, budget: float, where: str) -> None:
-    if peak is None:
+def _note_peak(log: Log, reading: int | None, budget: float, where: str) -> None:
+    peak = finite(reading)
+    if math.isnan(peak):
         return
     if log.highest is None or peak > log.highest.amount:
         log.highest = Peak(peak, budget, where)

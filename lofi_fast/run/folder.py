@@ -45,7 +45,7 @@ def require_run(folder: Path) -> None:
     """Raises InputError when there is no run in the folder."""
     try:
         before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):
         raise InputError(f"{folder}: no run to resume (no readable config.json); name the run's --out")
@@ -141,7 +141,7 @@ def run_folder(config: Config, resume: bool) -> Iterator[tuple[Path, bool]]:
             if isinstance(error, OSError):
                 error.filename = error.filename or str(folder)  # a failed write does not say where
             if not resume and not has_trained(folder):
-                discard(folder, ["plan.json", "environment.json", "log.jsonl", "config.json"], made)
+                discard(folder, ["plan.json", "environment.json", "data.json", "log.jsonl", "config.json"], made)
             raise
 
 

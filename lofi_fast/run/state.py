@@ -33,7 +33,7 @@ from lofi_fast.memory.governor import Planner
 from lofi_fast.memory.meter import Meter
 from lofi_fast.memory.trial import Choice, Reading, Trials
 from lofi_fast.precision import Precision
-from lofi_fast.run import checkpoint, events
+from lofi_fast.run import checkpoint, events, trained_on
 from lofi_fast.run.checkpoint import Position
 from lofi_fast.run.folder import cache_folder
 from lofi_fast.run.log import RunLog
@@ -90,6 +90,7 @@ class Run:
         self.head = self.new_head("joint")
         self.scaler = self.machine.new_scaler()
         self.position = Position(self.config.stages[0])
+        self.data = trained_on.record_of(self.dataset)  # what the weights come from
         self._resumed_planner: dict[str, Any] = {}
         self._resumed_optimizer: dict[str, Any] | None = None
         self._last_saved = time.monotonic()
@@ -205,6 +206,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "rng": checkpoint.rng_state(),
             "plans": self.plans,
+            "data": trained_on.digest(self.data),
             "planner": self._resumed_planner if self.planner is None else self.planner.state_dict(),
             "best": self.best,
             "extra": {name: module.state_dict() for name, module in modules.items()},
@@ -254,28 +256,20 @@ class Run:
         content, path, reason = checkpoint.load_newest(self.last_checkpoint.parent)
         if reason:
             self.log.say(f"note: {reason}: going on from the checkpoint before it, {path}")
-        if missing := {"classes", "head", "plans", "best", "optimizer", "scaler", "rng", "extra"} - content.keys():
+        if missing := {"data", "head", "plans", "best", "optimizer", "scaler", "rng", "extra"} - content.keys():
             raise InputError(
                 f"{path}: not a checkpoint that a run can go on from (no {min(missing)}); name another --out"
             )
         if broken := checkpoint.not_finite(content):
             raise InputError(f"{path}: its weights are not finite ({broken}); start again with another --out")
-        if content["classes"] != list(self.dataset.classes):
-            raise InputError(f"{path}: trained on other classes than --annotations has; use the run's own annotations")
+        position = self._position_of(content, path)
+        self._check_data(content, position)
         try:
             self.encoder.load_state_dict(content["encoder"])
             self.head.load_state_dict(content["head"])
         except RuntimeError:
             raise InputError(f"{path}: another model; resume with the run's own flags") from None
-        self.position = Position(**content["position"])
-        before = Config.from_json(content["config"], str(path))
-        if (
-            self.position == Position("eval")
-            and content["optimizer"] is not None
-            and "head" in self.config.stages
-            and self.config.head_stage.epochs > before.head_stage.epochs
-        ):  # the head is to be trained longer
-            self.position = Position("head", before.head_stage.epochs)
+        self.position = position
         self.plans, self.best = content["plans"], content["best"]
         self._resumed_planner = content.get("planner", {})
         self._resumed_optimizer = content["optimizer"]
@@ -285,6 +279,37 @@ class Run:
             path.replace(self.last_checkpoint)
         extra: dict[str, Any] = content["extra"]
         return extra
+
+    def _position_of(self, content: dict[str, Any], path: Path) -> Position:
+        """Where to go on from a checkpoint."""
+        position = Position(**content["position"])
+        before = Config.from_json(content["config"], str(path))
+        longer = "head" in self.config.stages and self.config.head_stage.epochs > before.head_stage.epochs
+        if position == Position("eval") and content["optimizer"] is not None and longer:
+            return Position("head", before.head_stage.epochs)
+        return position
+
+    def _check_data(self, content: dict[str, Any], position: Position) -> None:
+        """Raises InputError when what is to be trained on is not what it was; where only the evaluation is left, files
+        of videos may be others, since their features are made anew.
+        """
+        if content["data"] == trained_on.digest(self.data):
+            return
+        before = trained_on.read_record(self.folder / trained_on.RECORD, content["data"])
+        if before is None:
+            what = f"and {trained_on.RECORD}, which could tell how, cannot be read"
+        else:
+            changes = trained_on.changes_between(before, self.data)
+            same_classes = content["classes"] == list(self.dataset.classes)
+            if position.stage == "eval" and same_classes and not changes.labels:
+                self.log.say(f"note: since the run was trained, {changes.files[0]}")
+                self.data = before
+                return
+            what = "; ".join((*changes.labels, *changes.files))
+        raise InputError(
+            f"{self.folder}: its data is not what it was started with, {what}; put it back as it was, or train "
+            "another run in another --out (evaluate compares predictions.json with other labels)"
+        )
 
 
 def open_run(

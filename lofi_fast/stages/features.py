@@ -1,13 +1,15 @@
 """Full-fidelity features of every window, by the frozen encoder, once: what the head stage and other heads train on.
 
 Beside each file of features lies a `.key`: the frame cache's name for the pictures that they were made of, which
-changes with the video's file, and a checksum of the features. A file whose key does not hold is made anew.
+changes with the video's file, and a checksum of the features. A file whose key does not hold is made anew; while the
+head trains, each file is held against its key whenever it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +51,7 @@ def key_path(features: Path) -> Path:
 
 def key_of(sample: Sample, features: bytes) -> bytes:
     """The content of the .key beside a file of features."""
-    return f"{sample.cached.path.stem} {hashlib.blake2b(features, digest_size=16).hexdigest()}\n".encode()
+    return f"{sample.cached.path.stem} {zlib.crc32(features):08x}\n".encode()
 
 
 def holds(run: Run, sample: Sample) -> bool:
@@ -138,15 +140,18 @@ def _chunk(run: Run, samples: Sequence[Sample]) -> int:
 
 def load_features(run: Run, samples: Sequence[Sample]) -> torch.Tensor:
     """Features (B, C, L) of windows, on the device. Raises InputError when a file of them has changed meanwhile."""
-    features = [torch.from_numpy(_load(feature_path(run, sample))) for sample in samples]
+    features = [torch.from_numpy(_load(sample, feature_path(run, sample))) for sample in samples]
     return torch.stack(features).to(run.machine.device)
 
 
-def _load(path: Path) -> NDArray[np.float32]:
+def _load(sample: Sample, path: Path) -> NDArray[np.float32]:
     try:
-        features: NDArray[np.float32] = np.load(path)
-    except (OSError, ValueError, EOFError) as error:
+        content, key = path.read_bytes(), key_path(path).read_bytes()
+    except OSError as error:
         raise InputError(
-            f"{path}: these features cannot be read any more ({type(error).__name__}); --resume makes them anew"
+            f"{path}: these features cannot be read any more ({error.strerror}); --resume makes them anew"
         ) from None
+    if key != key_of(sample, content):
+        raise InputError(f"{path}: these features are not what was written; --resume makes them anew")
+    features: NDArray[np.float32] = np.load(io.BytesIO(content))
     return features

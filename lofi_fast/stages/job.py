@@ -39,6 +39,7 @@ from lofi_fast.run.log import RunLog
 from lofi_fast.run.networks import Networks
 from lofi_fast.run.state import Machine, Run, environment, open_run
 from lofi_fast.run.stop import Stop
+from lofi_fast.run.trained_on import RECORD
 from lofi_fast.settings import leaves
 from lofi_fast.stages.evaluation import evaluate
 from lofi_fast.stages.head import train_head
@@ -99,6 +100,7 @@ def run_job(
         elif resume:
             log.say("the run ended before its first checkpoint: starting again")
         write_bytes(folder / "config.json", f"{config.to_json()}\n".encode())
+        write_bytes(folder / RECORD, run.data)
         run.write_json("environment.json", environment(meter.device, precision, library.describe(device.type)))
 
         began = time.monotonic()
