@@ -416,8 +416,8 @@ def grid_bytes(config: HeadConfig, full: int, length: int, device: Literal["cpu"
     """The sampling weights of the head's proposals at one L, on `device`. They stay for every L that was used."""
     duration = gtad_ledger.Head.of(config, 0, 0, full, 1, length).duration
     cells = np.array([(d, s) for d in range(duration) for s in range(length - d)])
-    inner, context = (sampled(cells, length, bins, 0.5) for bins in (config.inner_bins, config.context_bins))
-    classes = sampled(cells, length, config.class_bins, 0.0)
+    inner, context = (sampled(cells, length, bins, 0.5, 0.0) for bins in (config.inner_bins, config.context_bins))
+    classes = sampled(cells, length, config.class_bins, 0.0, 0.5)
 
     def sparse(weights: int, bins: int, value_bytes: int) -> int:
         """A matrix by compressed rows, and its transpose."""
@@ -432,10 +432,11 @@ def grid_bytes(config: HeadConfig, full: int, length: int, device: Literal["cpu"
     return exact + sparse(both, bins, 8) + 2 * FLOAT * (both + classes)
 
 
-def sampled(cells: Any, length: int, bins: int, expand: float) -> int:
+def sampled(cells: Any, length: int, bins: int, expand: float, margin: float) -> int:
     """Weights that are not 0: the snippets between which the samples of each bin of each cell lie."""
     d, s = cells.T[:, :, None].astype(np.float32)  # the precision in which samples are placed
-    start, extent = s - expand * (d + 1), np.maximum(d + 2 * expand * (d + 1), 1)
+    wider = expand * (d + 1) + margin
+    start, extent = s - wider, np.maximum(d + 2 * wider, 1)
     step, samples = extent / bins, np.ceil(extent / bins)
     bin_start = start + np.arange(bins, dtype=np.float32) * step
     first, last = bin_start + 0.5 * step / samples, bin_start + (samples - 0.5) * step / samples
@@ -454,7 +455,7 @@ def test_sampling_grids_to_the_byte(head: HeadConfig, full: int, length: int) ->
     module(torch.randn(1, 8, length))
     duration = module.max_duration(length)
     inner, context = (proposal_grid(length, duration, bins) for bins in (head.inner_bins, head.context_bins))
-    classes = proposal_grid(length, duration, head.class_bins, expand=0.0)
+    classes = proposal_grid(length, duration, head.class_bins, expand=0.0, margin=0.5)
     joined = weights_of((inner, context))
     used: dict[int, int] = {}
     device: list[Tensor] = []

@@ -138,7 +138,7 @@ class GTAD(nn.Module):
         cells_N2 = inner_grid.cells.to(features_BCL.device)
         proposals_B2N = self._map(F.relu(aligned_BON), cells_N2, duration, length)
 
-        class_grid = proposal_grid(length, duration, self.config.class_bins, expand=0.0)
+        class_grid = proposal_grid(length, duration, self.config.class_bins, expand=0.0, margin=0.5)
         classes_BKN = align_linear(features_BCL, class_grid, self.classifier.weight, self.classifier.bias)
         return HeadOutput(start_BL, end_BL, proposals_B2N, classes_BKN, cells_N2)
 
