@@ -254,7 +254,7 @@ def test_the_same_weights_serve_every_rung(length: int, durations: int, kernel: 
     cells = sum(length - d for d in range(durations))
     assert output.start_BL.shape == output.end_BL.shape == (2, length)
     assert output.proposals_B2N.shape == (2, 2, cells)
-    assert output.classes_BKN.shape == (2, CLASSES + 1, cells)
+    assert output.classes_BKN.shape == (2, CLASSES, cells)
     assert output.cells_N2.shape == (cells, 2)
     assert all(torch.isfinite(t).all() for t in (output.start_BL, output.proposals_B2N, output.classes_BKN))
 
@@ -330,7 +330,7 @@ def loss_of(output: HeadOutput, batch: int, length: int) -> Tensor:
     each = [
         make_targets(edges, segments, np.array([0, 2]), length, CLASSES, rng, with_zero=False) for _ in range(batch)
     ]
-    counts = Counts.of(each, CLASSES, 0.9)
+    counts = Counts.of(each, 0.9)
     targets = Targets.stack(each, torch.device("cpu"))
     return tal_loss(output, targets, counts, positive_iou=0.9, class_weight=1.0).total
 

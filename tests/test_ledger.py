@@ -212,7 +212,7 @@ class HeadCase:
             make_targets(edges, segments, np.array([0, 2]), duration, NUM_CLASSES, rng, with_zero=False)
             for _ in range(self.batch)
         ]
-        return Targets.stack(each, torch.device("cpu")), Counts.of(each, NUM_CLASSES, 0.9)
+        return Targets.stack(each, torch.device("cpu")), Counts.of(each, 0.9)
 
     def cells(self, head: GTAD) -> list[Tensor]:
         """Of its grid: the head looks at them, and has not made them."""
