@@ -194,7 +194,13 @@ class DetectConfig:
             "most detections of a video", "N", flag="--top-k", unset="200, and 20 more for each window after the first"
         ),
     ] = 100  # fmt: skip
-    labels_per_proposal: Annotated[int, Setting("labels that one proposal is given, the likeliest")] = 2
+    labels_per_proposal: Annotated[
+        int | None,
+        Setting(
+            "labels that one proposal is given, the likeliest", "N",
+            unset="2, and up to 10 where further ones are more likely than not",
+        ),
+    ] = None  # fmt: skip
 
 
 PresetName = Literal["demo", "small", "activitynet", "hacs", "thumos"]

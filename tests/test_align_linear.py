@@ -294,6 +294,15 @@ def test_expand_changes_the_roi() -> None:
     )
 
 
+def test_margin_widens_every_roi_alike() -> None:
+    grid = proposal_grid(6, 6, 4, expand=0.0, margin=0.5)
+    d, s = grid.cells.to(torch.float32).unbind(1)
+    assert torch.equal(grid.rois, torch.stack([s - 0.5, s + d + 0.5], dim=1))
+    assert grid is not proposal_grid(6, 6, 4, expand=0.0)
+    with pytest.raises(ValueError, match="margin"):
+        proposal_grid(4, 4, 4, margin=-0.5)
+
+
 def test_grids_are_cached_by_their_arguments() -> None:
     assert proposal_grid(6, 6, 4) is proposal_grid(6, 6, 4)
     assert proposal_grid(6, 6, 4) is not proposal_grid(6, 6, 4, expand=0.25)

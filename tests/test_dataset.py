@@ -302,7 +302,8 @@ def test_the_order_is_a_function_of_seed_stage_and_epoch(make: Callable[..., Sam
 
 def test_clips_are_the_snippets_with_their_centre_in_a_segment(make: Callable[..., Sampler]) -> None:
     sampler = make()
-    found = [(clip.sample.window.video, clip.snippet, sampler.dataset.classes[clip.label]) for clip in sampler.clips]
+    classes = sampler.dataset.classes
+    found = [(c.sample.window.video, c.snippet, *(classes[label] for label in c.labels)) for c in sampler.clips]
     assert found == [(name, snippet, label) for name in "abcdefg" for snippet, label in CLIPS]
     for clip in sampler.clips:
         request = sampler.clip_request(clip, sampler.centre_view(clip.sample))
@@ -317,10 +318,22 @@ def test_a_clip_takes_the_label_of_its_window_s_own_time(files: Files) -> None:
     for clip in sampler.clips:
         centre = clip.sample.window.centres(8)[clip.snippet]
         holding = [s for s in LABELLED if s["segment"][0] <= centre <= s["segment"][1]]
-        assert [s["label"] for s in holding] == [dataset.classes[clip.label]]
+        assert [s["label"] for s in holding] == [dataset.classes[label] for label in clip.labels]
     centres = [c for s in dataset.samples["training"] for c in s.window.centres(8)]
     held = [c for c in centres if any(s["segment"][0] <= c <= s["segment"][1] for s in LABELLED)]
     assert len(sampler.clips) == len(held) > 21
+
+
+def test_a_clip_has_the_labels_of_all_segments_that_it_lies_in(dataset: Dataset, files: Files) -> None:
+    config = files.load()[1]
+    segments = np.array([[0.0, 2.0], [0.0, 2.0], [1.0, 2.0], [0.0, 1.5]])
+    samples = tuple(
+        dataclasses.replace(s, segments=segments, labels=np.array([1, 0, 1, 1])) for s in dataset.samples["training"]
+    )
+    sampler = Sampler(dataclasses.replace(dataset, samples={"training": samples}), config.data, FULL, 0)
+    centres = samples[0].window.centres(FULL.num_snippets)
+    assert {clip.labels for clip in sampler.clips} == {(0, 1)}
+    assert len(sampler.clips) == len(samples) * int((centres <= 2.0).sum())
 
 
 @pytest.mark.parametrize(("batch", "sizes"), [(4, [4] * 5), (5, [5] * 4), (8, [8, 8, 5]), (3, [3] * 7), (64, [21])])

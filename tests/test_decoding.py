@@ -156,6 +156,17 @@ def test_best_labels_of_each_proposal():
     assert all(type(value) is float for d in found for value in (d.start, d.end, d.score))
 
 
+def test_a_proposal_has_two_labels_and_more_where_they_are_more_likely_than_not():
+    probabilities = [0.9, 0.2, 0.6, 0.5, 0.7]
+    for asked, expected in ((None, "aec"), (1, "a"), (2, "ae"), (4, "aecd")):
+        found = detections([one_cell(0.5, probabilities)], "abcde", duration=9.0, labels_per_proposal=asked)
+        assert "".join(d.label for d in found) == expected
+    found = detections([one_cell(0.5, [0.3, 0.2, 0.1])], "abc", duration=9.0)
+    assert [d.label for d in found] == ["a", "b"]
+    many = detections([one_cell(0.5, [0.9] * 12)], "abcdefghijkl", duration=9.0)
+    assert "".join(d.label for d in many) == "abcdefghij"
+
+
 def placed(count):
     """The proposals of `count` actions of one class that are apart from each other, all found."""
     starts = np.arange(count) * 2.0

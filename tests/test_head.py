@@ -198,7 +198,7 @@ def literal_head(head: GTAD, x_CL: np.ndarray) -> dict[str, np.ndarray]:
             aligned = np.concatenate([inner, context], axis=1)
             hidden = np.maximum(first @ aligned.reshape(-1) + bias, 0)
             dense[:, d, s] = relu_1x1(hidden, head.reduce)
-            classes.append(class_weight @ align(x_CL, s, s + d, config.class_bins).reshape(-1))
+            classes.append(class_weight @ align(x_CL, s - 0.5, s + d + 0.5, config.class_bins).reshape(-1))
             cells.append((d, s))
     y = torch.from_numpy(dense)[None]
     padding = config.middle_kernel // 2
@@ -254,7 +254,7 @@ def test_the_same_weights_serve_every_rung(length: int, durations: int, kernel: 
     cells = sum(length - d for d in range(durations))
     assert output.start_BL.shape == output.end_BL.shape == (2, length)
     assert output.proposals_B2N.shape == (2, 2, cells)
-    assert output.classes_BKN.shape == (2, CLASSES + 1, cells)
+    assert output.classes_BKN.shape == (2, CLASSES, cells)
     assert output.cells_N2.shape == (cells, 2)
     assert all(torch.isfinite(t).all() for t in (output.start_BL, output.proposals_B2N, output.classes_BKN))
 
@@ -278,11 +278,26 @@ def test_frozen_numbers() -> None:
         "start_BL": [-12.836428, -10.475960, -24.544124, -9.133273, -9.940575, -7.944471],
         "end_BL": [-1.554346, -6.335513, -2.446440, -0.429717, 0.216536, -0.765846],
         "proposals_B2N": [-3.862851, -7.222934, -8.747342, -7.204893, -5.307487, -3.881484],
-        "classes_BKN": [1.318985, -0.033131, 0.706931, 0.720393, 0.569437, 0.680889],
+        "classes_BKN": [2.677579, 0.060052, 0.245191, 1.187115, 0.427543, 0.645004],
     }
     for name, numbers in expected.items():
         got = getattr(output, name)[0].detach().flatten()[: len(numbers)]
         torch.testing.assert_close(got, torch.tensor(numbers), rtol=1e-4, atol=1e-4, msg=lambda m, name=name: name + m)
+
+
+def test_the_class_of_a_proposal_is_read_from_its_own_snippets() -> None:
+    """A proposal of one snippet, and one of two, see as much of what comes before them as of what comes after."""
+    head, length = gtad(), 7
+    with torch.no_grad():
+        head.classifier.weight.fill_(1.0)
+        x_BCL = torch.zeros(1, FEATURES, length, dtype=torch.float64)
+        x_BCL[:, :, 3] = 1.0
+        output = head(x_BCL)
+    seen = output.classes_BKN[0, 0] - head.classifier.bias[0]
+    of = {(d, s): value for (d, s), value in zip(output.cells_N2.tolist(), seen.tolist(), strict=True)}
+    assert max(of, key=of.__getitem__) == (0, 3)
+    assert of[0, 2] == pytest.approx(of[0, 4]) and of[1, 2] == pytest.approx(of[1, 3])
+    assert of[2, 2] == pytest.approx(max(value for (d, _), value in of.items() if d == 2))
 
 
 def test_the_defaults_are_the_papers_sizes() -> None:
@@ -315,7 +330,7 @@ def loss_of(output: HeadOutput, batch: int, length: int) -> Tensor:
     each = [
         make_targets(edges, segments, np.array([0, 2]), length, CLASSES, rng, with_zero=False) for _ in range(batch)
     ]
-    counts = Counts.of(each, CLASSES, 0.9)
+    counts = Counts.of(each, 0.9)
     targets = Targets.stack(each, torch.device("cpu"))
     return tal_loss(output, targets, counts, positive_iou=0.9, class_weight=1.0).total
 

@@ -199,7 +199,7 @@ class HeadCase:
             make_targets(edges, segments, np.array([0, 2]), duration, NUM_CLASSES, rng, with_zero=False)
             for _ in range(self.batch)
         ]
-        return Targets.stack(each, torch.device("cpu")), Counts.of(each, NUM_CLASSES, 0.9)
+        return Targets.stack(each, torch.device("cpu")), Counts.of(each, 0.9)
 
     def cells(self, head: GTAD) -> list[Tensor]:
         """Of its grid: the head looks at them, and has not made them."""
@@ -409,8 +409,8 @@ def grid_bytes(config: HeadConfig, full: int, length: int, device: Literal["cpu"
     """The sampling weights of the head's proposals at one L, on `device`. They stay for every L that was used."""
     duration = gtad_ledger.Head.of(config, 0, 0, full, 1, length).duration
     cells = np.array([(d, s) for d in range(duration) for s in range(length - d)])
-    inner, context = (sampled(cells, length, bins, 0.5) for bins in (config.inner_bins, config.context_bins))
-    classes = sampled(cells, length, config.class_bins, 0.0)
+    inner, context = (sampled(cells, length, bins, 0.5, 0.0) for bins in (config.inner_bins, config.context_bins))
+    classes = sampled(cells, length, config.class_bins, 0.0, 0.5)
 
     def sparse(weights: int, bins: int, value_bytes: int) -> int:
         """A matrix by compressed rows, and its transpose."""
@@ -425,10 +425,11 @@ def grid_bytes(config: HeadConfig, full: int, length: int, device: Literal["cpu"
     return exact + sparse(both, bins, 8) + 2 * FLOAT * (both + classes)
 
 
-def sampled(cells: Any, length: int, bins: int, expand: float) -> int:
+def sampled(cells: Any, length: int, bins: int, expand: float, margin: float) -> int:
     """Weights that are not 0: the snippets between which the samples of each bin of each cell lie."""
     d, s = cells.T[:, :, None].astype(np.float32)  # the precision in which samples are placed
-    start, extent = s - expand * (d + 1), np.maximum(d + 2 * expand * (d + 1), 1)
+    wider = expand * (d + 1) + margin
+    start, extent = s - wider, np.maximum(d + 2 * wider, 1)
     step, samples = extent / bins, np.ceil(extent / bins)
     bin_start = start + np.arange(bins, dtype=np.float32) * step
     first, last = bin_start + 0.5 * step / samples, bin_start + (samples - 0.5) * step / samples
@@ -447,7 +448,7 @@ def test_sampling_grids_to_the_byte(head: HeadConfig, full: int, length: int) ->
     module(torch.randn(1, 8, length))
     duration = module.max_duration(length)
     inner, context = (proposal_grid(length, duration, bins) for bins in (head.inner_bins, head.context_bins))
-    classes = proposal_grid(length, duration, head.class_bins, expand=0.0)
+    classes = proposal_grid(length, duration, head.class_bins, expand=0.0, margin=0.5)
     joined = weights_of((inner, context))
     used: dict[int, int] = {}
     device: list[Tensor] = []

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lofi_fast.head.gtad import HeadOutput
 from lofi_fast.head.loss import Counts, LossTerms, tal_loss
-from lofi_fast.head.targets import IGNORED, Targets, make_targets, valid_cells
+from lofi_fast.head.targets import ABSENT, IGNORED, SHOWN, Targets, make_targets, valid_cells
 
 LENGTH, CLASSES = 9, 3
 CELLS = LENGTH * (LENGTH + 1) // 2
@@ -23,7 +23,7 @@ def output(batch: int, scale: float = 1.0, seed: int = 0) -> HeadOutput:
         return torch.from_numpy(scale * random.standard_normal((batch, *shape))).float().requires_grad_()
 
     cells = torch.from_numpy(valid_cells(LENGTH, LENGTH))
-    return HeadOutput(logits(LENGTH), logits(LENGTH), logits(2, CELLS), logits(CLASSES + 1, CELLS), cells)
+    return HeadOutput(logits(LENGTH), logits(LENGTH), logits(2, CELLS), logits(CLASSES, CELLS), cells)
 
 
 def rows(whole: HeadOutput, part: slice) -> HeadOutput:
@@ -58,7 +58,7 @@ def numbers(terms: LossTerms) -> dict[str, float]:
 def terms_of(
     result: HeadOutput, each: list[Targets], counted: list[Targets] | None = None, class_weight: float = 1.0
 ) -> LossTerms:
-    counts = Counts.of(counted or each, CLASSES, 0.9)
+    counts = Counts.of(counted or each, 0.9)
     stacked = Targets.stack(each, torch.device("cpu"))
     return tal_loss(result, stacked, counts, positive_iou=0.9, class_weight=class_weight)
 
@@ -94,17 +94,14 @@ def test_terms_equal_upstreams_formulas() -> None:
     assert terms.confidence.item() == pytest.approx(pem_cls.item(), rel=1e-5)
 
 
-def test_class_term_is_half_foreground_and_half_background() -> None:
+def test_class_term_is_half_what_is_shown_and_half_what_is_absent() -> None:
     result, each = output(4), windows(*ORDINARY)
-    label = torch.stack([t.label for t in each])
-    assert set(label.unique().tolist()) == {IGNORED, 0, 1, 2, CLASSES}
-    log_probability = torch.log_softmax(result.classes_BKN.double(), dim=1)
-    losses: dict[bool, list[float]] = {True: [], False: []}
-    for b in range(4):
-        for n in range(CELLS):
-            if label[b, n] != IGNORED:
-                losses[bool(label[b, n] < CLASSES)].append(-log_probability[b, label[b, n], n].item())
-    expected = 0.5 * np.mean(losses[True]) + 0.5 * np.mean(losses[False])
+    classes = torch.stack([t.classes for t in each])
+    assert set(classes.unique().tolist()) == {IGNORED, ABSENT, SHOWN}
+    assert ((classes == SHOWN).sum(dim=1) > 1).any()  # several at once
+    probability = result.classes_BKN.double().sigmoid()
+    shown, absent = -probability[classes == SHOWN].log(), -(1 - probability[classes == ABSENT]).log()
+    expected = (0.5 * shown.mean() + 0.5 * absent.mean()).item()
     assert terms_of(result, each).classes.item() == pytest.approx(expected, rel=1e-5)
     assert terms_of(result, each, class_weight=0.3).classes.item() == pytest.approx(0.3 * expected, rel=1e-5)
 
@@ -125,10 +122,10 @@ def test_by_hand_on_two_cells() -> None:
         )
     ]
     zeros = HeadOutput(
-        torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), torch.zeros(3, 2)
+        torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2, 3), torch.zeros(1, 1, 3), torch.zeros(3, 2)
     )
-    counts = Counts.of(each, 1, 0.9)
-    assert counts == Counts(start=(2, 0), end=(2, 0), map=(1, 2), label=(2, 1), regression=2)
+    counts = Counts.of(each, 0.9)
+    assert counts == Counts(start=(2, 0), end=(2, 0), map=(1, 2), classes=(2, 1), regression=2)
     terms = tal_loss(zeros, Targets.stack(each, torch.device("cpu")), counts, positive_iou=0.9, class_weight=1.0)
     half = np.log(2.0)  # every probability is a half
     assert terms.boundary.item() == pytest.approx(0.5 * half + 0.5 * half)  # no negatives: their halves stay out
@@ -140,19 +137,19 @@ def test_by_hand_on_two_cells() -> None:
     )
 
 
-def everywhere(value: float, label: int, regression: bool) -> Targets:
+def everywhere(value: float, told: int, regression: bool) -> Targets:
     return Targets(
         start=torch.full((LENGTH,), value),
         end=torch.full((LENGTH,), value),
         iou=torch.full((CELLS,), value),
         regression=torch.full((CELLS,), regression),
-        label=torch.full((CELLS,), label, dtype=torch.int64),
+        classes=torch.full((CLASSES, CELLS), told, dtype=torch.int8),
     )
 
 
 EXTREMES = {
-    "no-positives": everywhere(0.0, CLASSES, False),
-    "all-positives": everywhere(1.0, 1, True),
+    "no-positives": everywhere(0.0, ABSENT, False),
+    "all-positives": everywhere(1.0, SHOWN, True),
     "all-ignored": everywhere(0.4, IGNORED, True),
 }
 
@@ -213,17 +210,18 @@ def test_a_batch_in_two_parts_adds_up_with_its_gradients(at: int) -> None:
 
 def test_counts_by_hand() -> None:
     each = windows([(1.0, 4.0)], [])
-    counts = Counts.of(each, CLASSES, 0.9)
+    counts = Counts.of(each, 0.9)
     # A start at 1 s marks edges 0, 1, 2; an end at 4 s marks 3, 4, 5. One cell, (1, 4), has tIoU above 0.9.
     assert counts.start == counts.end == (3, 2 * LENGTH - 3)
     assert counts.map == (1, 2 * CELLS - 1)
     assert counts.regression == int(each[0].regression.sum())
     ious = each[0].iou
-    assert counts.label == (int((ious >= 0.5).sum()), int((ious < 0.3).sum()) + CELLS)
+    # The class of the one segment where that is, absent elsewhere; all else is absent, in the other window as well.
+    assert counts.classes == (int((ious >= 0.5).sum()), int((ious < 0.3).sum()) + 2 * CELLS + CLASSES * CELLS)
 
 
 def test_targets_equal_to_the_threshold_are_negative() -> None:
-    at = everywhere(0.5, CLASSES, False)
-    assert Counts.of([at], CLASSES, 0.5) == Counts(
-        start=(0, LENGTH), end=(0, LENGTH), map=(0, CELLS), label=(0, CELLS), regression=0
+    at = everywhere(0.5, ABSENT, False)
+    assert Counts.of([at], 0.5) == Counts(
+        start=(0, LENGTH), end=(0, LENGTH), map=(0, CELLS), classes=(0, CLASSES * CELLS), regression=0
     )

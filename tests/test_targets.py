@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lofi_fast.head.targets import (
+    ABSENT,
     IGNORED,
+    SHOWN,
     Targets,
     boundary_overlap,
     cell_segments,
@@ -22,7 +24,7 @@ from lofi_fast.head.targets import (
 EDGES = np.arange(5.0)  # L = 4
 # The cells of L = 4 by duration, then start, as seconds.
 CELLS = [(0, 1), (1, 2), (2, 3), (3, 4), (0, 2), (1, 3), (2, 4), (0, 3), (1, 4), (0, 4)]
-CLASSES = 3  # and 3 is background
+CLASSES = 3
 
 
 def targets(
@@ -75,24 +77,45 @@ def test_iou_map_is_the_highest_of_all_segments() -> None:
     assert torch.equal(together, alone.amax(dim=0))
 
 
-def test_labels_by_hand() -> None:
-    # tIoU of at least 0.5 is the class, below 0.3 background, between them neither.
+def test_classes_by_hand() -> None:
+    # tIoU of at least 0.5 shows the class, below 0.3 it is absent, between them neither.
     result = targets([(1.0, 3.0)], [2])
-    assert result.label.tolist() == [3, 2, 2, 3, IGNORED, 2, IGNORED, 2, 2, 2]
+    assert result.classes.dtype == torch.int8
+    assert result.classes[2].tolist() == [
+        ABSENT, SHOWN, SHOWN, ABSENT, IGNORED, SHOWN, IGNORED, SHOWN, SHOWN, SHOWN
+    ]  # fmt: skip
+    assert (result.classes[:2] == ABSENT).all()
 
 
-def test_the_better_segment_gives_the_label() -> None:
-    # (0, 2): 2/2 with the first, 1/3 with the second; (1, 3): 1/3 and 2/2; (0, 3): 2/3 with both, and the first wins.
+def test_each_class_is_told_by_its_own_segments() -> None:
+    # (0, 2): 2/2 with the first, 1/3 with the second; (1, 3): 1/3 and 2/2; (0, 3): 2/3 with both, and shows both.
     result = targets([(0.0, 2.0), (1.0, 3.0)], [1, 2])
-    label = dict(zip(CELLS, result.label.tolist(), strict=True))
-    assert (label[0, 2], label[1, 3], label[0, 3], label[1, 4]) == (1, 2, 1, 2)
-    assert (label[0, 1], label[2, 3], label[3, 4]) == (1, 2, 3)
+    told = dict(zip(CELLS, result.classes.T.tolist(), strict=True))
+    assert (told[0, 2], told[1, 3]) == ([ABSENT, SHOWN, IGNORED], [ABSENT, IGNORED, SHOWN])
+    assert told[0, 3] == [ABSENT, SHOWN, SHOWN]
+    assert (told[0, 1], told[2, 3], told[3, 4]) == ([ABSENT, SHOWN, ABSENT], [ABSENT, ABSENT, SHOWN], [ABSENT] * 3)
+
+
+def test_all_labels_of_a_segment_are_taught_in_any_order() -> None:
+    segments, labels = [(1.0, 3.0)] * 3 + [(3.0, 4.0)], [2, 0, 2, 1]
+    result = targets(segments, labels)
+    alone = targets([(1.0, 3.0)], [2]).classes[2]
+    assert torch.equal(result.classes[0], alone) and torch.equal(result.classes[2], alone)
+    assert torch.equal(result.classes[1], targets([(3.0, 4.0)], [1]).classes[1])
+    assert torch.equal(targets(segments[::-1], labels[::-1]).classes, result.classes)
+
+
+def test_of_several_segments_of_a_class_the_best_counts() -> None:
+    result = targets([(0.0, 2.0), (1.0, 3.0), (1.0, 4.0)], [1, 1, 1])
+    alone = torch.stack([targets([s], [1]).iou for s in ((0.0, 2.0), (1.0, 3.0), (1.0, 4.0))]).amax(dim=0)
+    assert torch.equal(result.classes[1] == SHOWN, alone >= 0.5)
+    assert torch.equal(result.classes[1] == ABSENT, alone < 0.3)
 
 
 def test_the_longest_duration_limits_the_map_alone() -> None:
     whole, short = targets([(1.0, 3.0)]), targets([(1.0, 3.0)], max_duration=2)
     assert torch.equal(short.iou, whole.iou[:7])
-    assert torch.equal(short.label, whole.label[:7])
+    assert torch.equal(short.classes, whole.classes[:, :7])
     assert torch.equal(short.start, whole.start)
 
 
@@ -148,7 +171,7 @@ def test_a_zero_length_segment_has_boundaries_and_nothing_else() -> None:
     result = targets([(2.0, 2.0)], [1])
     assert result.start.tolist() == result.end.tolist() == [0.0, 1.0, 1.0, 1.0]
     assert result.iou.tolist() == [0.0] * 10
-    assert result.label.tolist() == [CLASSES] * 10
+    assert (result.classes == ABSENT).all()
     assert not result.regression.any()
 
 
@@ -156,7 +179,7 @@ def test_a_window_without_segments_is_background() -> None:
     result = targets([])
     assert result.start.tolist() == result.end.tolist() == [0.0] * 4
     assert result.iou.tolist() == [0.0] * 10
-    assert result.label.tolist() == [CLASSES] * 10
+    assert (result.classes == ABSENT).all()
     assert result.regression.sum() == 0
     assert targets([], with_zero=True).regression.sum() == 1
 
@@ -218,7 +241,7 @@ def test_regression_cells_never_leave_their_pools(values: list[float], with_zero
 def test_stack_keeps_every_window() -> None:
     each = [targets([(1.0, 3.0)], [2]), targets([])]
     both = Targets.stack(each, torch.device("cpu"))
-    for name in ("start", "end", "iou", "regression", "label"):
+    for name in ("start", "end", "iou", "regression", "classes"):
         stacked = getattr(both, name)
         assert stacked.dtype == getattr(each[0], name).dtype
         for index, one in enumerate(each):

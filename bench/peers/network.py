@@ -42,7 +42,7 @@ class DenseHead(nn.Module):
         grids = (
             self.grid,
             proposal_grid(length, duration, config.context_bins),
-            proposal_grid(length, duration, config.class_bins, expand=0.0),
+            proposal_grid(length, duration, config.class_bins, expand=0.0, margin=0.5),
         )
         for name, grid in zip(("inner", "context", "classes"), grids, strict=True):
             self.register_buffer(name, _map_matrix(grid), persistent=False)

@@ -161,7 +161,7 @@ class WholeStep:
         label = make_targets(
             edges, segments, np.array([3, 5]), num_snippets, classes, np.random.default_rng(0), with_zero=False
         )
-        counts = Counts.of([label] * videos, classes, config.positive_iou)
+        counts = Counts.of([label] * videos, config.positive_iou)
         targets = Targets.stack([label] * videos, device)
         dense = DenseHead(head, num_snippets).to(device)
         return WholeStep(encoded.encoder, head, dense, encoded.frames, targets, counts, encoded.dtype, videos)

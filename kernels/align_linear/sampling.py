@@ -83,6 +83,7 @@ class ProposalGrid(SamplingGrid):
 
     max_duration: int
     expand: float
+    margin: float
     cells: Tensor = field(repr=False)  # (num_cells, 2) int64 (d, s) in the order of rois: by d, then s; on the CPU
 
 
@@ -96,22 +97,28 @@ class BoundaryMatchingGrid(SamplingGrid):
 
 
 @lru_cache(maxsize=32)
-def proposal_grid(num_snippets: int, max_duration: int, num_bins: int, *, expand: float = 0.5) -> ProposalGrid:
+def proposal_grid(
+    num_snippets: int, max_duration: int, num_bins: int, *, expand: float = 0.5, margin: float = 0.0
+) -> ProposalGrid:
     """The ROIs of G-TAD's SGAlign (Xu et al. 2020, section 3.3) in every valid cell of a duration x start map.
 
     Cell (d, s), d < max_duration and s + d < num_snippets, covers len = d + 1 snippets; its ROI is
-    [s - expand*len, s + d + expand*len] in snippet index units, sampled adaptively (sampling_ratio 0).
-    Cached: the same arguments give the same object.
+    [s - expand*len - margin, s + d + expand*len + margin] in snippet index units, where a whole number is the centre of
+    a snippet, sampled adaptively (sampling_ratio 0). With expand 0 and margin 0.5 that is the time that the snippets
+    s..s+d cover, and no more. Cached: the same arguments give the same object.
 
     Raises:
-        ValueError: num_snippets, max_duration or num_bins below 1, or expand negative.
+        ValueError: num_snippets, max_duration or num_bins below 1, or expand or margin negative.
     """
-    if max_duration < 1 or not 0 <= expand < float("inf"):
-        raise ValueError(f"proposal_grid: max_duration must be >= 1 and expand >= 0, got {max_duration} and {expand}")
+    if max_duration < 1 or not 0 <= expand < float("inf") or not 0 <= margin < float("inf"):
+        raise ValueError(
+            "proposal_grid: max_duration must be >= 1, expand and margin >= 0, got "
+            f"{max_duration}, {expand} and {margin}"
+        )
     with torch.inference_mode(False):
-        cells, rois = _proposals(num_snippets, max_duration, expand)
+        cells, rois = _proposals(num_snippets, max_duration, expand, margin)
         grid = roi_grid(rois, num_snippets, num_bins)
-        return ProposalGrid(num_snippets, num_bins, grid.rois, grid.weights, max_duration, expand, cells)
+        return ProposalGrid(num_snippets, num_bins, grid.rois, grid.weights, max_duration, expand, margin, cells)
 
 
 @lru_cache(maxsize=32)
@@ -136,7 +143,7 @@ def boundary_matching_grid(
         )
     _check_sizes(num_snippets, num_bins)
     with torch.inference_mode(False), torch.no_grad():
-        cells, rois = _proposals(num_snippets, max_duration, 0.5)
+        cells, rois = _proposals(num_snippets, max_duration, 0.5, 0.0)
         starts_N1, ends_N1 = rois.to(torch.float64).split(1, dim=1)
         num_positions = num_bins * num_samples
         positions_J = torch.arange(num_positions, dtype=torch.float64)
@@ -210,14 +217,14 @@ def _check_sizes(num_snippets: int, num_bins: int) -> None:
         raise ValueError(f"a grid needs num_snippets >= 1 and num_bins >= 1, got {num_snippets} and {num_bins}")
 
 
-def _proposals(num_snippets: int, max_duration: int, expand: float) -> tuple[Tensor, Tensor]:
-    """Valid cells (d, s), and their windows widened by expand*len on either side."""
+def _proposals(num_snippets: int, max_duration: int, expand: float, margin: float) -> tuple[Tensor, Tensor]:
+    """Valid cells (d, s), and their windows widened by expand*len + margin on either side."""
     durations = torch.arange(max_duration).unsqueeze(1)
     starts = torch.arange(max(num_snippets, 0)).unsqueeze(0)
     cells = torch.nonzero(durations + starts < num_snippets)
     d, s = cells.to(torch.float32).unbind(1)
-    margin = expand * (d + 1)
-    return cells, torch.stack([s - margin, s + d + margin], dim=1)
+    wider = expand * (d + 1) + margin
+    return cells, torch.stack([s - wider, s + d + wider], dim=1)
 
 
 def _roi_weights(rois: Tensor, num_snippets: int, num_bins: int) -> SamplingWeights:

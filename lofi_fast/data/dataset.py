@@ -254,11 +254,11 @@ def load_dataset(config: Config, annotations_path: Path, videos: Path, cache: Pa
 
 @dataclass(frozen=True)
 class Clip:
-    """One snippet of a sample with the class it shows."""
+    """One snippet of a sample with the classes that it shows."""
 
     sample: Sample
     snippet: int
-    label: int
+    labels: tuple[int, ...]  # ascending, each once
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ class Sampler:
             for snippet, centre in enumerate(sample.window.centres(self.full.num_snippets)):
                 hit = np.flatnonzero((sample.segments[:, 0] <= centre) & (centre <= sample.segments[:, 1]))
                 if len(hit):
-                    clips.append(Clip(sample, snippet, int(sample.labels[hit[0]])))
+                    clips.append(Clip(sample, snippet, tuple(np.unique(sample.labels[hit]).tolist())))
         if not clips:
             raise InputError(
                 f"no training segment is long enough to hold the centre of one of the {self.full.num_snippets} "

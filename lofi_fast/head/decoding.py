@@ -21,6 +21,7 @@ Floats = npt.NDArray[np.float64]
 FloatArray = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 
+FEWEST_LABELS, MOST_LABELS = 2, 10  # of a proposal, where the settings name no number (MultiTHUMOS: up to 9 at once)
 OF_ONE_WINDOW, OF_EACH_MORE = 200, 20  # detections that a video may have, where the settings name no number
 
 
@@ -44,6 +45,19 @@ def _best_classes(probabilities: FloatArray, count: int) -> tuple[Ints, Floats]:
     return labels, probabilities[labels, columns].astype(np.float64)
 
 
+def _labels(probabilities: FloatArray, count: int | None) -> tuple[Ints, Floats]:
+    """The labels that each of N proposals is given, with their probabilities (., N), -1 where it has fewer.
+
+    `count` of them; None: the FEWEST_LABELS likeliest, and up to MOST_LABELS where they are more likely than not.
+    """
+    if count is not None:
+        return _best_classes(probabilities, count)
+    likely = int((probabilities > 0.5).sum(axis=0).max(initial=0))
+    labels, weights = _best_classes(probabilities, min(max(likely, FEWEST_LABELS), MOST_LABELS))
+    weights[FEWEST_LABELS:][weights[FEWEST_LABELS:] <= 0.5] = -1
+    return labels, weights
+
+
 @dataclass(frozen=True, eq=False)
 class Candidates:
     """Labelled segments of one window, before those that overlap are suppressed."""
@@ -58,12 +72,12 @@ def candidates(
     classes: Sequence[str],
     *,
     duration: float,
-    labels_per_proposal: int = 2,
+    labels_per_proposal: int | None = None,
     video_scores: FloatArray | None = None,
     min_score: float = MIN_SCORE,
 ) -> Candidates:
     """The proposals of one window with their labels; see `detections`."""
-    if labels_per_proposal < 1:
+    if labels_per_proposal is not None and labels_per_proposal < 1:
         raise ValueError(f"labels_per_proposal must be at least 1, not {labels_per_proposal}")
     if video_scores is not None:
         if video_scores.shape != (len(classes),):
@@ -77,7 +91,7 @@ def candidates(
         probabilities = np.ones((1, 1))
     else:
         raise ValueError(f"class_probs or video_scores must say which of the {len(classes)} classes a proposal is")
-    labels, weights = _best_classes(probabilities, labels_per_proposal)
+    labels, weights = _labels(probabilities, labels_per_proposal)
     weighted = window.scores_P * weights
     segments = np.tile(window.segments_P2, (len(labels), 1)).clip(0, duration)
     scores, labels = weighted.ravel(), np.broadcast_to(labels, weighted.shape).ravel()
@@ -118,13 +132,14 @@ def detections(
     duration: float,
     sigma: float = 0.84,
     top_k: int | None = 100,
-    labels_per_proposal: int = 2,
+    labels_per_proposal: int | None = None,
     video_scores: FloatArray | None = None,
     min_score: float = MIN_SCORE,
 ) -> list[Detection]:
     """Detections of one video, best first, from the proposals of its windows.
 
-    Every proposal is emitted with its labels_per_proposal best classes, score = proposal score x class probability. The
+    Every proposal is emitted with its labels_per_proposal best classes (None: with the best 2, and up to 10 where they
+    are more likely than not, since one segment may have many labels), score = proposal score x class probability. The
     classes are those of video_scores (K,) when given (the paper's fusion: one ranking for the whole video), else of
     each proposal's class_probs; with neither, there must be one class, of probability 1. Segments are clipped to
     [0, duration] seconds and dropped when nothing is left; then soft-NMS within each class over all windows together,

@@ -1,7 +1,7 @@
 """G-TAD: sub-graph localization (Xu et al., CVPR 2020), with a class score of each proposal added.
 
 Shapes: B windows, C channels, L snippets, D durations, N valid proposal cells (start s, duration d) with s + d < L,
-d < D; proposal (s, d) covers snippets s..s+d. K classes, index K of the class scores is background.
+d < D; proposal (s, d) covers snippets s..s+d. K classes.
 
 The map (B, 2, D, L) of the paper is kept at its valid cells only, and SGAlign with the 1x1 convolution after it is one
 `align_linear_sum`: the (C x bins) x L x L tensor never exists (method: project first, interpolate after).
@@ -69,7 +69,7 @@ class GCNeXt(nn.Module):
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """Logits: start, end (B, L), proposals (B, 2, N) (regression, classification), classes (B, K+1, N)."""
+    """Logits: start, end (B, L), proposals (B, 2, N) (regression, classification), classes (B, K, N)."""
 
     start_BL: Tensor
     end_BL: Tensor
@@ -110,9 +110,7 @@ class GTAD(nn.Module):
         self.middle1 = nn.Conv2d(narrow, narrow, kernel, padding=kernel // 2)
         self.middle2 = nn.Conv2d(narrow, narrow, kernel, padding=kernel // 2)
         self.last = nn.Conv2d(narrow, 2, 1)
-        self.classifier = AlignLinear(
-            num_features, num_classes + 1, config.class_bins, num_features * config.class_bins
-        )
+        self.classifier = AlignLinear(num_features, num_classes, config.class_bins, num_features * config.class_bins)
 
     def max_duration(self, num_snippets: int) -> int:
         """D of a rung: the full grid's limit, shrunk with L so that it stays the same number of seconds."""
@@ -138,7 +136,7 @@ class GTAD(nn.Module):
         cells_N2 = inner_grid.cells.to(features_BCL.device)
         proposals_B2N = self._map(F.relu(aligned_BON), cells_N2, duration, length)
 
-        class_grid = proposal_grid(length, duration, self.config.class_bins, expand=0.0)
+        class_grid = proposal_grid(length, duration, self.config.class_bins, expand=0.0, margin=0.5)
         classes_BKN = align_linear(features_BCL, class_grid, self.classifier.weight, self.classifier.bias)
         return HeadOutput(start_BL, end_BL, proposals_B2N, classes_BKN, cells_N2)
 

@@ -27,7 +27,7 @@ class GTADHead(GTAD, Head):
 
     def counts(self, targets: Sequence[Targets]) -> Counts:
         """See `Counts`."""
-        return Counts.of(targets, self.num_classes, self.config.positive_iou)
+        return Counts.of(targets, self.config.positive_iou)
 
     def loss(
         self, output: HeadOutput, targets: Sequence[Targets], counts: Counts, class_weight: float
@@ -52,7 +52,7 @@ def _maps(output: HeadOutput, row: int, edges: Array) -> WindowMaps:
     num_durations = int(d.max()) + 1
     confidence = np.zeros((num_durations, length))
     confidence[d, s] = output.proposals_B2N[row].float().sigmoid().prod(dim=0).cpu().numpy()
-    classes = output.classes_BKN[row].float().softmax(dim=0)[:-1].cpu().numpy()
+    classes = output.classes_BKN[row].float().sigmoid().cpu().numpy()
     class_probs = np.zeros((len(classes), num_durations, length))
     class_probs[:, d, s] = classes
     return WindowMaps(

@@ -37,7 +37,7 @@ class Head(NamedTuple):
 
     config: HeadConfig
     num_features: int
-    num_scores: int  # of a cell: the classes and background
+    num_scores: int  # of a cell: one for each class
     neighbours: int
     length: int  # L
     duration: int  # D
@@ -55,7 +55,7 @@ class Head(NamedTuple):
         cells = longest * length - longest * (longest - 1) // 2
         dense = cells if config.middle_kernel == 1 else duration * length
         return Head(
-            config, num_features, num_classes + 1, min(NUM_NEIGHBOURS, length), length, duration,
+            config, num_features, num_classes, min(NUM_NEIGHBOURS, length), length, duration,
             batch * length, batch * cells, batch * dense,
         )  # fmt: skip
 
@@ -211,16 +211,16 @@ def head_stages(h: Head, e: int, dropout: bool, class_loss: bool) -> tuple[Stage
         Stage(
             "loss",
             kept=(2 * h.steps + h.cells) * (FLOAT + 2 + (FLOAT if cast else 0)) + h.cells * (2 * FLOAT + 1),
-            # The targets and some of their size; the cross entropy is worked out in any case.
-            forward=FLOAT * (2 * h.steps + 8 * h.cells) + (0 if class_loss else scores) + (scores if cast else 0),
+            # The targets, with a byte for each class of a cell, and some of their size.
+            forward=FLOAT * (2 * h.steps + 8 * h.cells) + h.cells * h.num_scores,
             backward=6 * FLOAT * h.cells,
             pending=2 * e * h.cells + (e * h.cells * h.num_scores if class_loss else 0),
         ),
-        # The log-softmax, labels, masks.
+        # Logits with the sign that their class gives them, two masks; the softplus, and its product with a mask.
         Stage(
             "class loss",
-            kept=scores + h.cells * (LONG + 2) + FLOAT if class_loss else 0,
-            forward=FLOAT * (2 * h.steps + 4 * h.cells),
+            kept=scores + 2 * h.cells * h.num_scores if class_loss else 0,
+            forward=FLOAT * (2 * h.steps + 4 * h.cells) + h.cells * h.num_scores + (2 * scores if class_loss else 0),
             backward=FLOAT * h.cells + (2 * scores if class_loss else 0),
             pending=FLOAT * h.cells + (e * h.cells * h.num_scores if class_loss else 0),
         ),

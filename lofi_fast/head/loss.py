@@ -1,5 +1,10 @@
 """The TAL loss of G-TAD: TEM + 10 * PEM_reg + PEM_cls, and our class loss beside it.
 
+The class loss is a balanced binary cross-entropy of every class at every cell, as the other terms are: half of it is
+the mean over what is shown, half the mean over what is absent. The classes of a cell do not compete, so a segment may
+carry several labels, as most do in MultiTHUMOS and some in THUMOS14 (a CliffDiving is a Diving too). With a softmax in
+its place the labels of one segment share one probability, and rank below a wrong guess about a segment of one label.
+
 Every term is a sum over cells divided by a count that the labels alone give. The counts are taken first (`Counts`), so
 that the loss of a batch split into parts, each divided by the whole batch's counts, adds up to the whole batch's loss.
 A count of zero (no positive at L=25 is common) leaves its term out: no NaN, ever.
@@ -15,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lofi_fast.head.gtad import HeadOutput
-from lofi_fast.head.targets import IGNORED, POSITIVE_BOUNDARY, Targets
+from lofi_fast.head.targets import ABSENT, POSITIVE_BOUNDARY, SHOWN, Targets
 
 REGRESSION_WEIGHT = 10.0
 TERMS = ("boundary", "regression", "confidence", "classes")
@@ -28,24 +33,25 @@ class Counts:
     start: tuple[int, int]
     end: tuple[int, int]
     map: tuple[int, int]
-    label: tuple[int, int]
+    classes: tuple[int, int]
     regression: int
 
     @staticmethod
-    def of(targets: Sequence[Targets], num_classes: int, positive_iou: float) -> Counts:
+    def of(targets: Sequence[Targets], positive_iou: float) -> Counts:
         """Counts over the windows of an optimiser step, from their labels."""
 
         def split(positive: Sequence[Tensor]) -> tuple[int, int]:
             ones = sum(int(p.sum()) for p in positive)
             return ones, sum(p.numel() for p in positive) - ones
 
-        foreground = sum(int(((t.label != IGNORED) & (t.label < num_classes)).sum()) for t in targets)
-        background = sum(int((t.label == num_classes).sum()) for t in targets)
         return Counts(
             start=split([t.start > POSITIVE_BOUNDARY for t in targets]),
             end=split([t.end > POSITIVE_BOUNDARY for t in targets]),
             map=split([t.iou > positive_iou for t in targets]),
-            label=(foreground, background),
+            classes=(
+                sum(int((t.classes == SHOWN).sum()) for t in targets),
+                sum(int((t.classes == ABSENT).sum()) for t in targets),
+            ),
             regression=sum(int(t.regression.sum()) for t in targets),
         )
 
@@ -68,17 +74,23 @@ class LossTerms:
         return {name: getattr(self, name) for name in TERMS}
 
 
-def _balanced(losses: Tensor, positive: Tensor, counts: tuple[int, int]) -> Tensor:
+def _balanced(losses: Tensor, positive: Tensor, negative: Tensor, counts: tuple[int, int]) -> Tensor:
     """Half the mean over positives plus half the mean over negatives: upstream's class-balanced BCE, rearranged."""
-    losses = losses.float()
     positives = (losses * positive).sum() / max(counts[0], 1)
-    negatives = (losses * ~positive).sum() / max(counts[1], 1)
+    negatives = (losses * negative).sum() / max(counts[1], 1)
     return 0.5 * (positives + negatives)
 
 
 def _balanced_bce(logits: Tensor, positive: Tensor, counts: tuple[int, int]) -> Tensor:
     losses = F.binary_cross_entropy_with_logits(logits.float(), positive.float(), reduction="none")
-    return _balanced(losses, positive, counts)
+    return _balanced(losses, positive, ~positive, counts)
+
+
+def _class_loss(logits_BKN: Tensor, classes_BKN: Tensor, counts: tuple[int, int]) -> Tensor:
+    """The same over the classes of cells, where some are neither positive nor negative."""
+    shown, logits = classes_BKN == SHOWN, logits_BKN.float()
+    losses = F.softplus(torch.where(shown, -logits, logits))
+    return _balanced(losses, shown, classes_BKN == ABSENT, counts)
 
 
 def tal_loss(
@@ -87,16 +99,12 @@ def tal_loss(
     """Loss of stacked `targets` (leading B) against the head's output for the same windows."""
     regression_logits, confidence_logits = output.proposals_B2N.unbind(1)
     squared = (regression_logits.float().sigmoid() - targets.iou).square() * targets.regression
-    num_classes = output.classes_BKN.shape[1] - 1
-    cross_entropy = F.cross_entropy(
-        output.classes_BKN.float(), targets.label, ignore_index=IGNORED, reduction="none"
-    )  # 0 where ignored
     return LossTerms(
         boundary=_balanced_bce(output.start_BL, targets.start > POSITIVE_BOUNDARY, counts.start)
         + _balanced_bce(output.end_BL, targets.end > POSITIVE_BOUNDARY, counts.end),
         regression=REGRESSION_WEIGHT * 0.5 * squared.sum() / max(counts.regression, 1),
         confidence=_balanced_bce(confidence_logits, targets.iou > positive_iou, counts.map),
-        classes=class_weight * _balanced(cross_entropy, targets.label < num_classes, counts.label)
+        classes=class_weight * _class_loss(output.classes_BKN, targets.classes, counts.classes)
         if class_weight
         else torch.zeros((), device=output.start_BL.device),
     )

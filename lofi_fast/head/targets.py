@@ -1,7 +1,7 @@
 """Labels of the G-TAD head, worked out from true times: segments in seconds against the snippet boundaries in seconds.
 
-Shapes: L snippets with boundary times edges (L+1,), G ground-truth segments, N valid cells (duration d, start s):
-proposal (s, d) is [edges[s], edges[s + d + 1]]. All on the CPU in float64; a batch is stacked and moved once.
+Shapes: L snippets with boundary times edges (L+1,), G ground-truth segments, K classes, N valid cells (duration d,
+start s): proposal (s, d) is [edges[s], edges[s + d + 1]]. All on the CPU in float64; a batch is stacked and moved once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 BOUNDARY_REACH = 1.5  # snippets on either side of a start or an end that count as its region
 POSITIVE_BOUNDARY = 0.5
 REGRESSION_HIGH, REGRESSION_LOW = 0.7, 0.3
-POSITIVE_CLASS, BACKGROUND_CLASS = 0.5, 0.3
-IGNORED = -1
+POSITIVE_CLASS, NEGATIVE_CLASS = 0.5, 0.3  # tIoU with a segment of the class
+SHOWN, ABSENT, IGNORED = 1, 0, -1  # of a class at a cell
 
 Array = NDArray[np.float64]
 
@@ -70,14 +70,14 @@ class Targets:
     end: Tensor  # (L,)
     iou: Tensor  # (N,) highest tIoU with a segment
     regression: Tensor  # (N,) bool: cells drawn for the regression loss
-    label: Tensor  # (N,) int64: class, K for background, -1 where it is neither
+    classes: Tensor  # (K, N) int8: SHOWN, ABSENT, or IGNORED between them; one cell may show several classes
 
     @staticmethod
     def stack(targets: Sequence[Targets], device: torch.device) -> Targets:
         def together(name: str) -> Tensor:
             return torch.stack([getattr(t, name) for t in targets]).to(device, non_blocking=True)
 
-        return Targets(*(together(name) for name in ("start", "end", "iou", "regression", "label")))
+        return Targets(*(together(name) for name in ("start", "end", "iou", "regression", "classes")))
 
 
 def draw_regression_cells(iou: Array, rng: np.random.Generator, with_zero: bool) -> NDArray[np.bool_]:
@@ -97,6 +97,18 @@ def draw_regression_cells(iou: Array, rng: np.random.Generator, with_zero: bool)
     return chosen
 
 
+def class_targets(ious: Array, labels: NDArray[np.int64], num_classes: int) -> NDArray[np.int8]:
+    """(K, N) of cells with tIoU `ious` (N, G) with segments of classes `labels` (G,): each class by the best of its own
+    segments, whatever others are there. So a segment with two labels, and two segments that overlap, teach both.
+    """
+    classes = np.full((num_classes, len(ious)), ABSENT, dtype=np.int8)
+    for label in np.unique(labels):
+        best = ious[:, labels == label].max(axis=1)
+        classes[label, best >= NEGATIVE_CLASS] = IGNORED
+        classes[label, best >= POSITIVE_CLASS] = SHOWN
+    return classes
+
+
 def make_targets(
     edges: Array,
     segments: Array,
@@ -111,16 +123,11 @@ def make_targets(
     cells = valid_cells(len(edges) - 1, max_duration)
     ious = pairwise_iou(cell_segments(cells, edges), segments.reshape(-1, 2))
     best = ious.max(axis=1) if len(segments) else np.zeros(len(cells))
-    label = np.full(len(cells), IGNORED, dtype=np.int64)
-    label[best < BACKGROUND_CLASS] = num_classes
-    if len(segments):
-        positive = best >= POSITIVE_CLASS
-        label[positive] = labels[ious.argmax(axis=1)[positive]]
     inside = (segments >= edges[0]) & (segments <= edges[-1]) if len(segments) else np.zeros((0, 2), bool)
     return Targets(
         start=torch.from_numpy(boundary_overlap(edges, segments[inside[:, 0], 0])).float(),
         end=torch.from_numpy(boundary_overlap(edges, segments[inside[:, 1], 1])).float(),
         iou=torch.from_numpy(best).float(),
         regression=torch.from_numpy(draw_regression_cells(best, rng, with_zero)),
-        label=torch.from_numpy(label),
+        classes=torch.from_numpy(class_targets(ious, labels, num_classes)),
     )

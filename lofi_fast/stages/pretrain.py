@@ -1,4 +1,9 @@
-"""Stage 1, pretrain: the encoder learns to classify single snippets that lie in a labelled segment, with live BN."""
+"""Stage 1, pretrain: the encoder learns to classify single snippets that lie in a labelled segment, with live BN.
+
+A snippet that lies in segments of several labels shows them all, and each has an equal share of its target: the
+cross-entropy with shares that Mahajan et al. (ECCV 2018) pre-train with on several hashtags a picture. The classifier
+is thrown away afterwards, so that its probabilities need not rank segments, as those of the head must.
+"""
 
 from __future__ import annotations
 
@@ -52,16 +57,16 @@ class Pretrain:
         return len(batches)
 
     def step(self, epoch: int, step: int) -> Outcome:
-        run, (frames, labels), clips = self.run, next(self._batches), next(self._clips)
+        run, (frames, shares), clips = self.run, next(self._batches), next(self._clips)
         copy_each(run.encoder.buffers(), self._statistics)
-        loss, right = clip_loss(run, self.classifier, frames, labels)
+        loss, right = clip_loss(run, self.classifier, frames, shares)
         run.scaler.scale(loss).backward()
         value = float(loss.detach())
         not_finite = update(run, self.optimizer, value)
         self.optimizer.zero_grad(set_to_none=True)
         if not_finite:  # forward has moved the statistics of live BN
             copy_each(self._statistics, run.encoder.buffers())
-        self._right, self._seen = self._right + right, self._seen + len(labels)
+        self._right, self._seen = self._right + right, self._seen + len(shares)
         accuracy = float(self._right) / self._seen
         videos = [clip.sample.window.video for clip in clips]
         return Outcome(value, videos, not_finite, f"loss {value:.3f} accuracy {accuracy:.2f}", {"accuracy": accuracy})
@@ -77,7 +82,9 @@ def copy_each(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
 
 
 def clip_batches(run: Run, epoch: int, batches: list[list[Clip]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(frames (B*8, side, side, 3), labels (B,)) of each batch, every clip with an augmentation of its own."""
+    """(frames (B*8, side, side, 3), shares (B, K)) of each batch, each clip with an augmentation of its own. The shares
+    of the classes in a clip add up to 1.
+    """
     sampler = run.sampler
     views = [[sampler.view(c.sample, "pretrain", epoch, 1 + c.snippet) for c in clips] for clips in batches]
     stream = run.pipeline.stream(
@@ -85,10 +92,12 @@ def clip_batches(run: Run, epoch: int, batches: list[list[Clip]]) -> Iterator[tu
         for clips, augmented in zip(batches, views, strict=True)
     )
     for frames, clips, augmented in zip(stream, batches, views, strict=True):
-        labels = torch.tensor([clip.label for clip in clips], device=run.machine.device)
+        shares = torch.zeros(len(clips), len(run.dataset.classes))
+        for row, clip in zip(shares, clips, strict=True):
+            row[list(clip.labels)] = 1 / len(clip.labels)
         if run.config.data.jitter:
             jitter_pixels(frames, [jitter for _, jitter in augmented])
-        yield frames, labels
+        yield frames, shares.to(run.machine.device)
 
 
 def new_classifier(run: Run) -> nn.Linear:
@@ -97,11 +106,12 @@ def new_classifier(run: Run) -> nn.Linear:
     return nn.Linear(run.encoder.num_features, len(run.dataset.classes)).to(run.machine.device)
 
 
-def clip_loss(run: Run, classifier: nn.Linear, frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(cross-entropy, number of right answers) of a batch of clips."""
+def clip_loss(run: Run, classifier: nn.Linear, frames: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """(cross-entropy, number of right answers) of a batch of clips, where any class of a clip is a right answer."""
     with run.machine.autocast():
         logits = classifier(run.encoder(frames, FRAMES_PER_SNIPPET))
-    return F.cross_entropy(logits.float(), labels), (logits.argmax(1) == labels).sum()
+    answers = logits.argmax(dim=1, keepdim=True)
+    return F.cross_entropy(logits.float(), shares), (shares.gather(1, answers) > 0).sum()
 
 
 class ClipsPlan(TypedDict):
@@ -125,8 +135,8 @@ def plan_pretrain(run: Run) -> ClipsPlan:
 
     def step(size: int) -> None:
         clips = (run.sampler.clip_epoch(0, size)[0] * size)[:size]
-        for frames, labels in clip_batches(run, 0, [clips, clips]):
-            clip_loss(run, classifier, frames, labels)[0].backward()
+        for frames, shares in clip_batches(run, 0, [clips, clips]):
+            clip_loss(run, classifier, frames, shares)[0].backward()
             return  # the second batch was there to be decoded ahead, as in training
 
     choice = run.trials.highest_fitting(
