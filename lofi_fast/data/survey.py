@@ -344,13 +344,11 @@ def _lost(training: Labelled, now: Share, tried: Sequence[Share]) -> str:
         flag = "video" if better.grid.window is None else f"{better.grid.window:g}"
         advice = f"; --window {flag} would let {better.found} be found"
     elif too_short:
-        advice = "; more snippets (--fidelity) would let more be found"
+        advice = "; more snippets (--fidelity), or a shorter --window, would let more be found"
     elif too_long and grid.max_duration is not None:
         advice = "; a larger --head.max-duration would let more be found"
-    return (
-        f"{now.found} of {count} training segments can be found at tIoU {FOUND:g} with this grid ({grid})"
-        f"{': ' if why else ''}{', '.join(why)}{advice}"
-    )
+    many = f"{now.found} of {count} training segments" if now.found else f"no training segment of {count}"
+    return f"{many} can be found at tIoU {FOUND:g} with this grid ({grid}){': ' if why else ''}{', '.join(why)}{advice}"
 
 
 def _too_fine(found: Survey) -> tuple[list[str], str | None]:
