@@ -14,9 +14,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-__all__ = ["Config", "Detector", "evaluate", "load", "plan", "train"]
+__all__ = ["Config", "Detector", "check", "evaluate", "load", "plan", "train"]
 
 if TYPE_CHECKING:
+    from lofi_fast.check import check as check
     from lofi_fast.config import Config as Config
     from lofi_fast.evaluate import evaluate as evaluate
     from lofi_fast.model import Detector as Detector
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     load = Detector.load
 
-_COMMANDS = ("evaluate", "plan", "train")  # modules that are functions too, see command.CallableModule
+_COMMANDS = ("check", "evaluate", "plan", "train")  # modules that are functions too, see command.CallableModule
 _NAMES = {"Config": "lofi_fast.config", "Detector": "lofi_fast.model"}
 
 

@@ -54,16 +54,21 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
     return tuple(stage for stage in STAGES if stage in asked)
 
 
-def parse_window(text: str) -> float | None:
-    """Seconds, or None for "video": all of it. Raises InputError."""
+def parse_window(text: str) -> float | Literal["labels"] | None:
+    """Seconds, None for "video": all of it, or "labels". Raises InputError."""
     if text == "video":
         return None
+    if text == "labels":
+        return "labels"
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise InputError(f'--window "{text}": give a positive number of seconds, or "video" for whole videos')
+        raise InputError(
+            f'--window "{text}": give a positive number of seconds, "video" for whole videos, or "labels" to have it '
+            "chosen from the labels"
+        )
     return seconds
 
 
@@ -97,10 +102,10 @@ class DataConfig:
         ),
     ] = None
     window: Annotated[
-        float | None,
+        float | Literal["labels"] | None,
         Setting(
-            'how much of a video the head sees at once; "video": all of it', "SECONDS", flag="--window", unset="video",
-            parse=parse_window,
+            'how much of a video the head sees at once; "video": all of it; "labels": chosen from the training labels',
+            "SECONDS", flag="--window", unset="video", parse=parse_window,
         ),
     ] = None  # fmt: skip
     overlap: Annotated[float, Setting("share of a window that the next one repeats", zero=True, below=1)] = 0.5
@@ -117,6 +122,15 @@ class DataConfig:
     jitter: Annotated[
         float, Setting("random gain and offset of pixel values in training, as a fraction", zero=True, below=1)
     ] = 0.0
+
+    @property
+    def window_seconds(self) -> float | None:
+        """Length of a window, None for whole videos. Raises ValueError while it is still to be chosen from labels; the
+        config of a run, once its data were looked at, and that of a detector hold the one that was chosen.
+        """
+        if self.window == "labels":
+            raise ValueError("the window was not chosen from the labels yet")
+        return self.window
 
 
 @dataclass(frozen=True)
@@ -213,8 +227,8 @@ class Config:
     preset: Annotated[
         PresetName,
         Setting(
-            "whole settings by name, which other flags change; with --annotations: small on a CPU, activitynet on a "
-            "GPU",
+            "whole settings by name, which other flags change; with --annotations: small, or on a GPU activitynet "
+            "where --encoder-weights are given or the videos are many",
             group=JOB,
         ),
     ]  # fmt: skip

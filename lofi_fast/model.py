@@ -37,9 +37,10 @@ from lofi_fast import head as heads
 from lofi_fast.budget import Budget, gigabytes, resolve_budget
 from lofi_fast.config import Config
 from lofi_fast.data.cache import HeldVideo, hold_in_turn
-from lofi_fast.data.dataset import cache_side, centre_view
+from lofi_fast.data.dataset import centre_view
 from lofi_fast.data.packages import require_dali, require_pyav
 from lofi_fast.data.pipeline import FramePipeline, FrameRequest, pictures_of_a_run
+from lofi_fast.data.survey import cache_side
 from lofi_fast.data.video import VideoError, VideoInfo, probe
 from lofi_fast.data.windows import Window, cut_windows, full_grid
 from lofi_fast.detections import MIN_SCORE, Detection
@@ -341,7 +342,7 @@ class Session:
             info = _probed(path)
             if info.lost:
                 self._say(f"note: {info.lost} frames of {path} could not be decoded and are left out")
-            windows = cut_windows(str(path), info.duration, config.data.window, config.data.overlap, info.start)
+            windows = cut_windows(str(path), info.duration, config.data.window_seconds, config.data.overlap, info.start)
             kept: list[Candidates] = []
             batch: list[tuple[Window, Features]] = []
             with closing(self._encoded(info, windows)) as encoded:
@@ -365,7 +366,7 @@ class Session:
         times: list[NDArray[np.float64]] = []
         with self._blaming(path):
             info = _probed(path)
-            windows = cut_windows(str(path), info.duration, self.config.data.window, 0.0, info.start)
+            windows = cut_windows(str(path), info.duration, self.config.data.window_seconds, 0.0, info.start)
             covered = info.start  # seconds: the last window is moved back to end with the video
             with closing(self._encoded(info, windows)) as encoded:
                 for window, features in encoded:

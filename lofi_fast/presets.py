@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from lofi_fast.config import JOB, Config, DataConfig, DetectConfig, EncoderConfig, HeadConfig, PresetName, StageConfig
+from lofi_fast.data.annotations import num_videos
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern
 from lofi_fast.settings import Setting, applied, read
@@ -62,7 +63,7 @@ def small() -> Config:
     return Config(
         preset="small",
         full=Fidelity(64, 96),
-        data=DataConfig(window=32.0, frame_stride=2, resize="squash", jitter=0.1),
+        data=DataConfig(window="labels", frame_stride=2, resize="squash", jitter=0.1),
         encoder=EncoderConfig(width=32),
         head=HeadConfig(
             hidden=128, groups=16, inner_bins=16, map_channels=256, positive_iou=0.7, sample_zero_iou=True, dropout=0.3
@@ -99,6 +100,9 @@ PRESETS: dict[PresetName, Callable[[], Config]] = {
     "thumos": thumos,
 }
 
+
+MOST_PROPOSALS = 2**24  # of a window: at 512 channels and 4 bytes they alone are 34 GB
+MANY_VIDEOS = 2000  # from which on own data are a large set, for which the paper's recipe is meant
 
 OF_PRETRAINED = ("activitynet", "hacs", "thumos")  # presets whose rates and epochs are for a pre-trained encoder
 
@@ -159,6 +163,12 @@ def configured(
             f"--head.hidden {head.hidden} --head.groups {head.groups}: the channels must be a multiple of 4 and of "
             "twice the groups"
         )
+    proposals = config.full.num_snippets * min(head.max_duration or config.full.num_snippets, config.full.num_snippets)
+    if proposals > MOST_PROPOSALS:
+        raise InputError(
+            f"--fidelity {config.full.num_snippets}x{config.full.side}: {proposals:,} proposals in every window are "
+            "more than any machine scores; give fewer snippets, or a --head.max-duration"
+        )
     if head.map_channels < 4:
         raise InputError(f"--head.map-channels {head.map_channels}: must be 4 or more")
     return config
@@ -176,11 +186,38 @@ def chosen_preset(asked: Mapping[str, Any], cuda: Callable[[], bool], with_data:
         raise InputError("--annotations is given without --videos: name the folder of the videos too")
     preset: PresetName | None = asked.get("preset")
     if preset is None and annotations:
-        return "activitynet" if asked.get("device") != "cpu" and cuda() else "small"
+        return _of_own_data(asked, cuda)[0]
     preset = preset or ("demo" if with_data else "activitynet")
     if preset != "demo" and not annotations and with_data:
         raise InputError(f"--preset {preset} needs your data: add --annotations FILE --videos DIR")
     return preset
+
+
+def _of_own_data(asked: Mapping[str, Any], cuda: Callable[[], bool]) -> tuple[PresetName, str]:
+    """(the default preset of own data, why that)."""
+    weights = asked.get("encoder.weights")
+    count = 0 if weights else num_videos(Path(asked["data.annotations"]))
+    if not weights and count < MANY_VIDEOS:
+        return "small", (
+            f"which learns from scratch, since no --encoder-weights are given and fewer than {MANY_VIDEOS} videos are "
+            "labelled"
+        )
+    why = f"--encoder-weights {weights} are given" if weights else f"{count} videos are labelled"
+    if asked.get("device") == "cpu" or not cuda():
+        return "small", f"since this is a CPU, although {why}"
+    return "activitynet", f"since {why}"
+
+
+def preset_note(words: Mapping[str, Any], file: Path | None, config: Config) -> list[str]:
+    """A sentence on which preset own data were given, and why; none where it was asked for. `words` and `file` as
+    `configured` made `config` from them.
+    """
+    asked = {} if file is None else read(Config, file_of_settings(file), f"{file}: ")
+    asked |= read(Config, words)
+    if "preset" in asked or not asked.get("data.annotations"):
+        return []
+    why = _of_own_data(asked, lambda: config.preset == "activitynet")[1]
+    return [f"preset {config.preset}, {why}; --preset names another"]
 
 
 def shown_defaults(words: Mapping[str, Any], preset: PresetName) -> Config:

@@ -170,8 +170,7 @@ def _is_optional(kind: Any) -> bool:
 def _without_none(kind: Any) -> Any:
     if not _is_optional(kind):
         return kind
-    (one,) = (part for part in get_args(kind) if part is not NoneType)
-    return one
+    return Union[tuple(part for part in get_args(kind) if part is not NoneType)]  # noqa: UP007
 
 
 def leaves(settings: type) -> tuple[Leaf, ...]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from lofi_fast.command import INTERRUPTED, CallableModule, given, run
 from lofi_fast.config import JOB, Config
-from lofi_fast.presets import FILE, configured, file_of_settings, shown_defaults
+from lofi_fast.presets import FILE, configured, file_of_settings, preset_note, shown_defaults
 from lofi_fast.settings import Section, Setting, leaves, read
 
 if TYPE_CHECKING:
@@ -94,14 +94,17 @@ def train(
         words["out"] = str(resume)
         resume = True
     asked = read(Config, words)
+    told: list[str] = []
     if isinstance(config, Config):
         whole = configured(asked, base=config, cuda=_cuda)
     else:
-        whole = settings_of(asked, None if config is None else Path(config), _cuda, resume)
+        file = None if config is None else Path(config)
+        whole = settings_of(asked, file, _cuda, resume)
+        told = [] if resume else preset_note(asked, file, whole)
 
     from lofi_fast.memory.settle import settle_here  # from here on torch is needed
 
-    notes = settle_here()
+    notes = [*told, *settle_here()]
     from lofi_fast.run.networks import Networks
     from lofi_fast.stages.job import run_job
 
@@ -146,10 +149,16 @@ def read_flags(argv: Sequence[str], cuda: Callable[[], bool] | None = None) -> t
 
     Raises as `command.parse` does.
     """
+    return _read_flags(argv, cuda or _cuda)[:2]
+
+
+def _read_flags(argv: Sequence[str], cuda: Callable[[], bool]) -> tuple[Config, bool, list[str]]:
+    """(config, resume, sentences on what was chosen by default)."""
     words = given(TrainFlags, spelled_out(argv), prog="lofi-fast train", description=DESCRIPTION, shown=_shown)
     own = read(TrainFlags, {name: words.pop(name) for name in ("resume", "config") if name in words})
     resume: bool = own.get("resume", False)
-    return settings_of(words, own.get("config"), cuda or _cuda, resume), resume
+    config = settings_of(words, own.get("config"), cuda, resume)
+    return config, resume, [] if resume else preset_note(words, own.get("config"), config)
 
 
 def spelled_out(argv: Sequence[str]) -> list[str]:
@@ -183,7 +192,7 @@ def settings_of(words: Mapping[str, Any], file: Path | None, cuda: Callable[[], 
 
 
 def _command(argv: list[str], owns_process: bool) -> int:
-    config, resume = read_flags(argv)
+    config, resume, notes = _read_flags(argv, _cuda)
     if owns_process:
         from lofi_fast.memory.settle import settle_allocator
 
@@ -194,7 +203,7 @@ def _command(argv: list[str], owns_process: bool) -> int:
     stop = Stop()
     try:
         with stop.on_signals():
-            finished = run_job(config, resume=resume, argv=argv, stop=stop)
+            finished = run_job(config, resume=resume, argv=argv, notes=notes, stop=stop)
     except Stopped as stopped:
         again = "nothing was begun"
         if stop.folder is not None:

@@ -20,7 +20,7 @@ from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern
 from lofi_fast.head.gtad import GTAD
-from lofi_fast.presets import PRESETS, configured, weights_warning
+from lofi_fast.presets import MANY_VIDEOS, PRESETS, configured, preset_note, weights_warning
 from lofi_fast.settings import Leaf, leaves, negated, read
 from lofi_fast.train import main, read_flags
 
@@ -95,8 +95,11 @@ def test_no_flags_train_the_demo() -> None:
 @pytest.mark.parametrize(
     ("flags", "cuda", "preset"),
     [
-        ([], True, "activitynet"),
+        ([], True, "small"),
         ([], False, "small"),
+        (["--encoder-weights", "w.pth"], True, "activitynet"),
+        (["--encoder-weights", "w.pth"], False, "small"),
+        (["--encoder-weights", "w.pth", "--device", "cpu"], True, "small"),
         (["--device", "cpu"], True, "small"),
         (["--preset", "thumos"], False, "thumos"),
     ],
@@ -105,6 +108,19 @@ def test_own_data_chooses_the_preset(flags: list[str], cuda: bool, preset: str) 
     config = config_of(*OWN, *flags, cuda=cuda)
     assert (config.preset, config.out) == (preset, "")
     assert (config.data.annotations, config.data.videos) == ("a.json", "v")
+
+
+@pytest.mark.parametrize(("count", "preset"), [(MANY_VIDEOS - 1, "small"), (MANY_VIDEOS, "activitynet")])
+def test_many_videos_on_a_gpu_are_for_the_papers_preset(count: int, preset: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(["video,start,end,label", *(f"v{i},1,2,run" for i in range(count))]))
+    flags = ["--annotations", str(path), "--videos", "v"]
+    config = config_of(*flags, cuda=True)
+    assert config.preset == preset and config_of(*flags, cuda=False).preset == "small"
+    words = {"annotations": str(path), "videos": "v"}
+    (note,) = preset_note(words, None, config)
+    assert note.startswith(f"preset {preset}, ") and str(MANY_VIDEOS) in note
+    assert preset_note(words | {"preset": preset}, None, config) == preset_note({}, None, config) == []
 
 
 def test_every_flag_reaches_its_setting() -> None:
@@ -155,8 +171,17 @@ def test_a_flag_that_is_not_given_leaves_the_preset_alone() -> None:
 
 
 def test_whole_videos_can_be_asked_of_a_preset_with_windows() -> None:
-    assert PRESETS["small"]().data.window == 32.0
+    assert config_of(*OWN, "--preset", "thumos", "--window", "video").data.window is None
     assert config_of(*OWN, "--preset", "small", "--window", "video").data.window is None
+
+
+def test_small_chooses_its_window_from_the_labels_and_others_can() -> None:
+    small = config_of(*OWN, "--preset", "small")
+    assert small.data.window == "labels" and Config.from_json(small.to_json(), "config.json") == small
+    with pytest.raises(ValueError, match="not chosen"):
+        _ = small.data.window_seconds
+    assert config_of(*OWN, "--preset", "small", "--window", "12").data.window_seconds == 12.0
+    assert config_of(*OWN, "--preset", "thumos", "--window", "labels").data.window == "labels"
 
 
 def test_a_min_cut_above_the_usual_max_raises_it() -> None:

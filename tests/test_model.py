@@ -22,8 +22,9 @@ from detectors import ROOT, SmallRun, joined, with_early_sound
 import lofi_fast
 from lofi_fast.config import Config
 from lofi_fast.data.cache import CacheRequest, prepare
-from lofi_fast.data.dataset import Dataset, Sample, Sampler, cache_side
+from lofi_fast.data.dataset import Dataset, Sample, Sampler
 from lofi_fast.data.pipeline import FramePipeline
+from lofi_fast.data.survey import cache_side
 from lofi_fast.data.video import VideoError, probe
 from lofi_fast.data.windows import cut_windows, full_grid
 from lofi_fast.detections import Detection

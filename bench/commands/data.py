@@ -31,9 +31,10 @@ from bench.tools.rows import Row, environment, software
 from bench.tools.table import Section, Table, by_place, newest, when
 from lofi_fast.config import Config
 from lofi_fast.data import demo
-from lofi_fast.data.dataset import CROP_OF_CACHED, Sample, Sampler, load_dataset
+from lofi_fast.data.dataset import Sample, Sampler, load_dataset
 from lofi_fast.data.matching import find_videos
 from lofi_fast.data.pipeline import FramePipeline, pictures_of_a_run
+from lofi_fast.data.survey import CROP_OF_CACHED
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, select_snippets
 from lofi_fast.precision import choose_device

@@ -61,6 +61,7 @@ class Annotations:
     videos: tuple[Video, ...]
     classes: tuple[str, ...]
     notes: tuple[str, ...]
+    duplicates: int = 0  # segments that stood there twice with one label, of which one is left
 
     def subset(self, name: str) -> tuple[Video, ...]:
         """Videos of "training", "validation", "testing", or UNASSIGNED; ValueError for any other name."""
@@ -133,7 +134,15 @@ def load_annotations(path: Path, *, clip: bool = True) -> Annotations:
         shown = ", ".join(untrained[:5]) + (", ..." if len(untrained) > 5 else "")
         plural = "es" if len(untrained) > 1 else ""
         notes.append(f"{path}: {len(untrained)} class{plural} of validation never seen in training: {shown}")
-    return Annotations(annotations.videos, classes, tuple(notes))
+    return Annotations(annotations.videos, classes, tuple(notes), repairs.counts["duplicate"])
+
+
+def num_videos(path: Path) -> int:
+    """How many videos a file labels; 0 for one that `load_annotations` refuses."""
+    try:
+        return len(load_annotations(path, clip=False).videos)
+    except InputError:
+        return 0
 
 
 def clip_to_duration(video: Video, duration: float) -> tuple[Video, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,8 +27,22 @@ def map_key(key: str) -> str | None:
     return key.replace(".net.", ".")
 
 
+def check_encoder_weights(make: Callable[[], Encoder], path: Path) -> None:
+    """Raises InputError when `path` cannot be loaded into the encoder that `make` makes; computes nothing."""
+    with torch.device("meta"):
+        encoder = make()
+    _fitting(encoder, path)
+
+
 def load_encoder_weights(encoder: Encoder, path: Path) -> str:
     """Load `path` into `encoder`; returns a sentence on what was loaded. Raises InputError when it does not fit."""
+    state = _fitting(encoder, path)
+    encoder.load_state_dict(state, strict=False)
+    return f"encoder weights: {path} ({len(state)} tensors)"
+
+
+def _fitting(encoder: Encoder, path: Path) -> dict[str, Tensor]:
+    """The tensors of `path` by the encoder's names, all of its shapes and finite."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -63,5 +78,4 @@ def load_encoder_weights(encoder: Encoder, path: Path) -> str:
         raise InputError(
             f"{path}: {broken[0]} holds a NaN or an infinity (its training has diverged); give other --encoder-weights"
         )
-    encoder.load_state_dict(state, strict=False)
-    return f"encoder weights: {path} ({len(state)} tensors)"
+    return state

@@ -39,7 +39,7 @@ def encoder_digest(run: Run) -> str:
 
 def feature_path(run: Run, sample: Sample) -> Path:
     """features/<video>.npy, or <video>@<start>s.npy where a video has several windows; (C, L) float32."""
-    whole = run.config.data.window is None
+    whole = run.config.data.window_seconds is None
     video = file_name(sample.window.video)
     name = video if whole else f"{video}@{sample.window.start:.2f}s"
     return run.folder / "features" / f"{name}.npy"

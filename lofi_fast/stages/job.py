@@ -13,16 +13,20 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from lofi_fast import __version__
+from lofi_fast import encoder as encoders
 from lofi_fast.budget import gigabytes, resolve_budget
 from lofi_fast.config import PLANNED_FOR, Config
 from lofi_fast.data import demo
-from lofi_fast.data.dataset import Dataset, load_dataset
+from lofi_fast.data.dataset import Dataset, cached_dataset
 from lofi_fast.data.packages import require_dali, require_pyav
+from lofi_fast.data.survey import Survey, survey
 from lofi_fast.data.video_scores import load_video_scores
+from lofi_fast.encoder.weights import check_encoder_weights
 from lofi_fast.errors import InputError
 from lofi_fast.files import write_bytes
 from lofi_fast.kernels import library
@@ -74,6 +78,8 @@ def run_job(
     stop = stop or Stop()
     check_values(config)
     config = dataclasses.replace(config, out=str(choose_folder(config, resume)))
+    if resume and config.data.window == "labels":
+        config = with_window(config, _window_of(Path(config.out)))
     device = choose_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -81,6 +87,9 @@ def run_job(
     optimizers = choose_implementation(config.optimizer_impl, device)
     meter = open_meter(device)
     budget = resolve_budget(config.budget, meter.total(), meter.available())
+    check_budget(config, budget, meter)
+    if networks is None and config.encoder.weights:
+        check_encoder_weights(lambda: encoders.build(config), Path(config.encoder.weights))
     with run_folder(config, resume) as (folder, going_on), closing(RunLog(folder / "log.jsonl")) as log:
         stop.folder = folder
         introduce(log, config, meter, precision, optimizers, budget, argv)
@@ -89,6 +98,7 @@ def run_job(
         for note in notes:
             log.say(f"note: {note}")
         dataset = prepare(config, log)
+        config = with_window(config, dataset.window)
         run = open_run(config, dataset, Machine(device, precision, meter, budget), log, networks)
         run.stop = stop
         extra = run.resume() if going_on else {}
@@ -117,6 +127,16 @@ def run_job(
         return Finished(folder, result, seconds)
 
 
+def with_window(config: Config, window: float | Literal["labels"] | None) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, window=window))
+
+
+def _window_of(folder: Path) -> float | Literal["labels"] | None:
+    """What a run was started with, or has chosen from its labels since."""
+    path = folder / "config.json"
+    return Config.read(path).data.window if path.exists() else "labels"
+
+
 def plan(run: Run) -> None:
     """Plan the stages to come before any of them trains: a refusal must not come hours late."""
     for stage, planner in (("pretrain", plan_pretrain), ("joint", plan_joint)):
@@ -137,6 +157,18 @@ def check_values(config: Config) -> None:
             raise InputError(f"{flag} {name}: no such file")
     require_pyav()  # imports them, so that what they hold counts from the first reading of memory on
     require_dali()
+
+
+def check_budget(config: Config, budget: int, meter: Meter) -> None:
+    """Raises InputError for a budget that this process is over before its first step."""
+    held = meter.held()
+    if budget > held:
+        return
+    raise InputError(
+        f"--mem-budget {config.budget.text}: nothing fits: of a budget of {gigabytes(budget)} this process holds "
+        f"{gigabytes(held)} before its first step, whatever --fidelity is; give --mem-budget {2 * held / 1e9:.1f}GB or "
+        "more"
+    )
 
 
 def introduce(
@@ -167,7 +199,7 @@ def introduce(
 
 
 def prepare(config: Config, log: RunLog) -> Dataset:
-    """Make the demo set if no data is given, then index, decode into the frame cache, and cut windows."""
+    """Make the demo set if no data is given, look at the data, decode into the frame cache, and cut windows."""
     root = cache_folder(config)
     if config.data.annotations and config.data.videos:
         annotations, videos = Path(config.data.annotations), Path(config.data.videos)
@@ -176,16 +208,17 @@ def prepare(config: Config, log: RunLog) -> Dataset:
             annotations, videos = demo.generate(
                 root / "demo", progress=lambda done, total, name: advance(done, name, total)
             )
+    with log.progress("looking at the videos", 1) as advance:
+        found = survey(config, annotations, videos, lambda done, total, name: advance(done, name, total))
+    tell(found, log)
     with log.progress("frame cache", 1) as advance:
-        dataset = load_dataset(config, annotations, videos, root / "frames", lambda d, t, name: advance(d, name, t))
-    for note in dataset.notes:
+        dataset = cached_dataset(found, root / "frames", lambda d, t, name: advance(d, name, t))
+    for note in dataset.notes[len(found.warnings) + len(found.notes) :]:
         log.say(f"note: {note}")
     for skipped in dataset.skipped:
-        log.say(f"skipped: {skipped.name}: {skipped.reason}")
+        if skipped not in found.skipped:
+            log.say(f"skipped: {skipped.name}: {skipped.reason}")
         log.event(events.SkippedVideo(video=skipped.name, path=skipped.path, reason=skipped.reason))
-    if config.data.video_scores:  # read again for every evaluation; a mistake in it must not wait for the first
-        names = [video.name for video in dataset.videos["validation"]]
-        load_video_scores(Path(config.data.video_scores), names, dataset.classes)
     counts = ", ".join(
         f"{len(dataset.videos[subset])} {subset} videos ({len(dataset.samples[subset])} windows, "
         f"{sum(len(v.segments) for v in dataset.videos[subset])} segments)"
@@ -194,3 +227,21 @@ def prepare(config: Config, log: RunLog) -> Dataset:
     log.say(f"data: {counts}, {len(dataset.classes)} classes, {len(dataset.skipped)} videos skipped")
     log.event(events.Data(classes=list(dataset.classes), skipped=len(dataset.skipped)))
     return dataset
+
+
+def tell(found: Survey, log: RunLog) -> None:
+    """Say what was found in the data. Raises InputError for what would be refused after decoding."""
+    for warning in found.warnings:
+        log.say(warning)
+    for note in found.notes:
+        log.say(f"note: {note}")
+    for skipped in found.skipped:
+        log.say(f"skipped: {skipped.name}: {skipped.reason}")
+    if found.refused is not None:
+        raise InputError(found.refused)
+    config = found.config
+    if config.data.video_scores:  # read again for every evaluation; a mistake in it must not wait for the first
+        names = [video.name for video in found.subset("validation")]
+        load_video_scores(Path(config.data.video_scores), names, found.classes)
+    if "joint" in config.stages and (large := found.large_batch()):
+        log.say(f"note: {large}")
