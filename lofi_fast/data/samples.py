@@ -24,6 +24,8 @@ PUBLISHED: dict[PresetName, tuple[str, int, float]] = {
     "demo": ("the demo set", 80, 24.0),
 }
 
+LIKELY_WINDOW = 32.0  # seconds, of a window that is chosen from the labels once the videos are at hand
+
 
 @dataclass(frozen=True)
 class EpochSize:
@@ -36,7 +38,7 @@ class EpochSize:
 def published(preset: PresetName, data: DataConfig) -> EpochSize:
     """Of the data set that a preset is for, cut as `data` says, all videos taken to last as long as their mean."""
     name, videos, seconds = PUBLISHED[preset]
-    return EpochSize(videos * len(cut_windows(name, seconds, data.window, data.overlap)), name)
+    return EpochSize(videos * len(cut_windows(name, seconds, _length(data), data.overlap)), name)
 
 
 def counted(path: Path, data: DataConfig) -> EpochSize:
@@ -56,5 +58,10 @@ def _windows(videos: Iterable[Video], data: DataConfig) -> int:
     count = 0
     for video in videos:
         seconds = video.duration or max((segment.end for segment in video.segments), default=0.0)
-        count += len(cut_windows(video.name, seconds or 1.0, data.window, data.overlap))
+        count += len(cut_windows(video.name, seconds or 1.0, _length(data), data.overlap))
     return count
+
+
+def _length(data: DataConfig) -> float | None:
+    """Seconds of a window; None: the whole video."""
+    return LIKELY_WINDOW if data.window == "labels" else data.window

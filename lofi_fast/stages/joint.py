@@ -13,6 +13,7 @@ from torch import nn
 from lofi_fast.budget import duration, gigabytes
 from lofi_fast.data.dataset import Sample
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, coinciding, ladder, phase
+from lofi_fast.memory.estimates import expected_seconds
 from lofi_fast.memory.governor import LATE, Decision, Governor, Planner
 from lofi_fast.memory.plans import Device, Plan, candidates, remedies
 from lofi_fast.memory.replay import Replay
@@ -120,7 +121,18 @@ def new_planner(run: Run) -> Planner:
         machine.meter, machine.budget, ledger_of(run, every), plans, run.log.say,
         changes=changes, pending=lambda: run.pipeline.pending, device=device,
         step_seconds=None if config.epoch_time is None else config.epoch_time / steps_of_an_epoch(run),
+        expected=expected(run),
     )  # fmt: skip
+
+
+def expected(run: Run) -> float | None:
+    """Seconds that a step at the highest rung is expected to take before any has run; None where nobody can say."""
+    if not run.networks.named or run.machine.device.type != "cuda":
+        return None
+    config, top = run.config, max((rungs[0] for rungs in ladders(run).values()), key=lambda rung: rung.omega)
+    setting = Setting.of(config, len(run.dataset.classes), run.machine.precision.dtype.itemsize)
+    name = torch.cuda.get_device_name(run.machine.device)
+    return None if setting is None else expected_seconds(setting, top, config.joint.batch, name)
 
 
 def steps_of_an_epoch(run: Run) -> int:
