@@ -36,6 +36,10 @@ COMMANDS = {
     "gpu_planner": ("[options]", "the planner on a GPU beside a neighbour, on frames made up there"),
     "faults": ("[options]", "kills, damaged checkpoints and damaged files: is all noticed, and nothing lost?"),
     "job": ("[options] -- <arguments of lofi_fast.train>", "train as a user would and append a row for each seed"),
+    "recipes": (
+        "[options] -- <arguments of lofi_fast.train>",
+        "a change of recipes: mAP of another checkout and of this one",
+    ),
     "tables": ("[--check]", "make the README's tables from the rows"),
 }
 
