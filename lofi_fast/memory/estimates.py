@@ -10,7 +10,7 @@ times are added up. The two shares of the maker's peaks are what a network as a 
 were set by steps on an NVIDIA H200 (TSM-R18, bf16, one graph over 100 snippets of 224 px: 32.5 ms of the encoder, 47.8
 ms of the whole step with one video; bench/results/step.jsonl), where large products reach 0.78 of the peak, large
 copies 0.87, and the operators 0.67 to 0.91 of those. Other cards were not measured: expect a factor of up to 1.5
-either way.
+either way. Small steps, of less than some 20 ms, are the host's time, and take longer than this says.
 
 What any other plan takes is that times its cost (`plans.relative_cost`), which is the order in which the planner tries
 them: so there is one model of time, and the highest rung is sought in it. On a slow card a graph of few snippets runs
