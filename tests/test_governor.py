@@ -779,7 +779,7 @@ def test_a_short_time_lowers_the_rung_and_a_longer_one_never_does() -> None:
             assert expected <= seconds
         assert ("time" in decision.reason) == (decision.plan.fidelity != FULL)
     assert chosen == sorted(chosen) and len(set(chosen)) > 4
-    assert chosen[0] == chosen[1] == LEVERS[S][-1].omega, "where nothing is in time, the fastest is run"
+    assert chosen[0] == chosen[1] == LEVERS[S][-1].omega, "where nothing is in time, the lowest rung is run"
 
 
 def test_the_time_that_steps_take_moves_the_rung_down_and_the_plan_that_runs_has_some_grace() -> None:

@@ -1,8 +1,8 @@
-"""What a change of recipes is worth on someone's videos: mAP of another checkout of the project and of this one, seed by
-seed, from the same pre-trained encoder.
+"""What a change of recipes is worth on someone's videos: mAP of another checkout of the project and of this one, seed
+by seed, from the same pre-trained encoder.
 
-The other checkout (`--before DIR`) pre-trains and trains; this one trains on from its pre-trained encoder, with the same
-flags. `--runs` records runs that were made so already.
+The other checkout (`--before DIR`) pre-trains and trains; this one trains on from its pre-trained encoder, with the
+same flags. `--runs` records runs that were made so already.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ the room free, and after `STEADY` steps otherwise; so a neighbour whose memory c
 of two rungs changes nothing.
 
 Where a step has a time limit (`--epoch-time`), plans that are expected to take longer are passed over in the same way
-(times.py). Time is soft: where no plan that fits is fast enough, the fastest is run.
+(times.py). Time is soft: where no plan that fits is fast enough, the lowest rung is run.
 """
 
 from __future__ import annotations
@@ -365,7 +365,7 @@ class Governor:
 
     def _first_fitting(self, pattern: Pattern, room: int, timed: bool = True) -> int:
         """The index of the first plan of a pattern whose `need` is within `room`, and which is in time, or else of the
-        fastest within `room`; their number where none is. Not `timed`: as if there were no time limit.
+        lowest rung within `room`; their number where none is. Not `timed`: as if there were no time limit.
 
         There may be thousands of plans, so all needs beyond the base are kept until something is learned.
         """
@@ -390,7 +390,8 @@ class Governor:
             return int(fitting.argmax())
         if (quick := fitting & (seconds <= self._allowed(pattern))).any():
             return int(quick.argmax())
-        return int(np.where(fitting, seconds, np.inf).argmin())
+        lowest = self._plans[pattern][int(np.flatnonzero(fitting)[-1])].fidelity
+        return next(i for i in np.flatnonzero(fitting).tolist() if self._plans[pattern][i].fidelity == lowest)
 
     def _seconds_of(self, pattern: Pattern) -> NDArray[np.float64] | None:
         """Seconds of a step of each plan, where they matter and are known."""

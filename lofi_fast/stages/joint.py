@@ -271,7 +271,7 @@ def plan_joint(run: Run) -> dict[str, PatternPlan]:
         if epoch is not None and config.epoch_time is not None and epoch > LATE * config.epoch_time:
             run.log.say(
                 f"note: --epoch-time {duration(config.epoch_time)}: no plan of {pattern} that fits is so fast; an "
-                f"epoch of the fastest takes about {duration(epoch)}"
+                f"epoch of the lowest takes about {duration(epoch)}"
             )
         table = planner.table(pattern)
         measured = {tuple(row["plan"][:2]): row["measured"] for row in table if row["measured"] is not None}
