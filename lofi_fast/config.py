@@ -168,6 +168,10 @@ class HeadConfig:
     positive_iou: Annotated[
         float, Setting("tIoU from which a proposal counts as positive for the classification map")
     ] = 0.9
+    regression_loss: Annotated[float, Setting("weight of the loss of a proposal's tIoU", zero=True)] = 10.0
+    confidence_loss: Annotated[
+        float, Setting("weight of the loss of whether a proposal is one, by its tIoU", zero=True)
+    ] = 1.0
     sample_zero_iou: Annotated[
         bool, Setting("draw low cells from [0, 0.3], and not from (0, 0.3] as upstream does")
     ] = False
@@ -190,6 +194,9 @@ class StageConfig:
     ] = "step"
     decay_every: Annotated[int, Setting("length of a step of the schedule", "EPOCHS")] = 5
     decay: Annotated[float, Setting("factor of the learning rate at each step of the schedule")] = 0.5
+    clip: Annotated[
+        float | None, Setting("largest norm of all gradients together, beyond which they are scaled down", unset="any")
+    ] = None
     class_loss: Annotated[float, Setting("weight of the class loss beside the head's own", zero=True)] = 1.0
 
 

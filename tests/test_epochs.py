@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -237,12 +237,15 @@ def test_statistics_of_batchnorm_are_as_before_when_a_step_of_pretraining_breaks
 # The update
 
 
-def one_step(scaler: torch.amp.GradScaler, gradients: Sequence[float], loss: float = 1.0) -> tuple[str, Tensor]:
+def one_step(
+    scaler: torch.amp.GradScaler, gradients: Sequence[float], loss: float = 1.0, clip: float | None = None,
+    optimizer_name: Literal["adamw", "sgd"] = "adamw",
+) -> tuple[str, Tensor]:  # fmt: skip
     parameter = torch.nn.Parameter(torch.ones(len(gradients)))
-    optimizer = make_optimizer(StageConfig(1, 1, "adamw", 0.5), [parameter], "torch")
+    optimizer = make_optimizer(StageConfig(1, 1, optimizer_name, 0.5, weight_decay=0.0), [parameter], "torch")
     run: Any = type("run", (), {"scaler": scaler})
     scaler.scale((parameter * torch.tensor(gradients)).sum()).backward()
-    return update(run, optimizer, loss), parameter.detach()
+    return update(run, optimizer, loss, clip), parameter.detach()
 
 
 def test_under_a_scaler_an_overflow_is_the_scalers_business_until_it_is_stuck() -> None:
@@ -257,6 +260,15 @@ def test_under_a_scaler_an_overflow_is_the_scalers_business_until_it_is_stuck() 
     assert what == "" and parameter[0] < 1
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients_are_clipped_to_their_norm_whatever_the_scale(scaled: bool) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+    what, parameter = one_step(scaler, [3.0, 4.0], clip=1.0, optimizer_name="sgd")
+    assert what == "" and torch.allclose(parameter, 1 - 0.5 * torch.tensor([0.6, 0.8]), atol=1e-6)
+    what, parameter = one_step(scaler, [0.3, 0.4], clip=1.0, optimizer_name="sgd")
+    assert what == "" and torch.allclose(parameter, 1 - 0.5 * torch.tensor([0.3, 0.4]), atol=1e-6)
+
+
 def test_a_loss_that_is_not_finite_leaves_the_scaler_alone() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=True)
     assert one_step(scaler, [1.0], loss=math.nan)[0] == "loss"
@@ -267,7 +279,7 @@ def test_a_loss_that_is_not_finite_leaves_the_scaler_alone() -> None:
 def test_finite_gradients_are_applied_as_by_the_optimizer_alone(gradients: list[float]) -> None:
     what, parameter = one_step(torch.amp.GradScaler("cpu", enabled=False), gradients)
     expected = torch.nn.Parameter(torch.ones(len(gradients)))
-    optimizer = make_optimizer(StageConfig(1, 1, "adamw", 0.5), [expected], "torch")
+    optimizer = make_optimizer(StageConfig(1, 1, "adamw", 0.5, weight_decay=0.0), [expected], "torch")
     (expected * torch.tensor(gradients)).sum().backward()
     optimizer.step()
     assert what == "" and torch.equal(parameter, expected.detach())

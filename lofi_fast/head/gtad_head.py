@@ -34,7 +34,11 @@ class GTADHead(GTAD, Head):
     ) -> dict[str, Tensor]:
         """See `tal_loss`."""
         stacked = Targets.stack(targets, output.start_BL.device)
-        terms = tal_loss(output, stacked, counts, positive_iou=self.config.positive_iou, class_weight=class_weight)
+        config = self.config
+        terms = tal_loss(
+            output, stacked, counts, positive_iou=config.positive_iou, class_weight=class_weight,
+            regression_weight=config.regression_loss, confidence_weight=config.confidence_loss,
+        )  # fmt: skip
         return terms.by_name()
 
     def proposals(self, output: HeadOutput, edges: Sequence[Array]) -> list[Proposals]:

@@ -1,4 +1,5 @@
-"""The TAL loss of G-TAD: TEM + 10 * PEM_reg + PEM_cls, and our class loss beside it.
+"""The TAL loss of G-TAD: TEM + 10 * PEM_reg + PEM_cls (THUMOS: TEM + PEM_reg + 10 * PEM_cls), and our class loss beside
+it.
 
 The class loss is a balanced binary cross-entropy of every class at every cell, as the other terms are: half of it is
 the mean over what is shown, half the mean over what is absent. The classes of a cell do not compete, so a segment may
@@ -94,16 +95,17 @@ def _class_loss(logits_BKN: Tensor, classes_BKN: Tensor, counts: tuple[int, int]
 
 
 def tal_loss(
-    output: HeadOutput, targets: Targets, counts: Counts, *, positive_iou: float, class_weight: float
-) -> LossTerms:
+    output: HeadOutput, targets: Targets, counts: Counts, *, positive_iou: float, class_weight: float,
+    regression_weight: float = REGRESSION_WEIGHT, confidence_weight: float = 1.0,
+) -> LossTerms:  # fmt: skip
     """Loss of stacked `targets` (leading B) against the head's output for the same windows."""
     regression_logits, confidence_logits = output.proposals_B2N.unbind(1)
     squared = (regression_logits.float().sigmoid() - targets.iou).square() * targets.regression
     return LossTerms(
         boundary=_balanced_bce(output.start_BL, targets.start > POSITIVE_BOUNDARY, counts.start)
         + _balanced_bce(output.end_BL, targets.end > POSITIVE_BOUNDARY, counts.end),
-        regression=REGRESSION_WEIGHT * 0.5 * squared.sum() / max(counts.regression, 1),
-        confidence=_balanced_bce(confidence_logits, targets.iou > positive_iou, counts.map),
+        regression=regression_weight * 0.5 * squared.sum() / max(counts.regression, 1),
+        confidence=confidence_weight * _balanced_bce(confidence_logits, targets.iou > positive_iou, counts.map),
         classes=class_weight * _class_loss(output.classes_BKN, targets.classes, counts.classes)
         if class_weight
         else torch.zeros((), device=output.start_BL.device),

@@ -133,8 +133,9 @@ def numbers(parts: Sequence[Mapping[str, Tensor]]) -> tuple[float, dict[str, flo
     return float(total(terms)), {name: float(term) for name, term in terms.items()}
 
 
-def update(run: Run, optimizer: Optimizer, loss: float) -> str:
-    """Apply the gradients, unless the loss or one of them is not finite: then nothing changes, and it is named.
+def update(run: Run, optimizer: Optimizer, loss: float, clip: float | None) -> str:
+    """Apply the gradients, scaled down to a norm of `clip` where theirs is larger, unless the loss or one of them is
+    not finite: then nothing changes, and it is named.
 
     Under fp16 the scaler skips steps whose scaled gradients overflow, and lowers its scale. That is named only once the
     scale is so low that it cannot be the reason.
@@ -145,12 +146,21 @@ def update(run: Run, optimizer: Optimizer, loss: float) -> str:
     if not scaler.is_enabled():
         if not _finite_gradients(optimizer):
             return "gradient"
+        _clip(optimizer, clip)
         optimizer.step()
         return ""
     scale = scaler.get_scale()
+    if clip is not None:
+        scaler.unscale_(optimizer)
+        _clip(optimizer, clip)
     scaler.step(optimizer)
     scaler.update()
     return "gradient" if scaler.get_scale() < scale <= LEAST_SCALE else ""
+
+
+def _clip(optimizer: Optimizer, clip: float | None) -> None:
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
 
 
 def _finite_gradients(optimizer: Optimizer) -> bool:

@@ -66,7 +66,7 @@ class HeadStage:
         terms = run.head.loss(output, targets, run.head.counts(targets), config.head_stage.class_loss)
         run.scaler.scale(total(terms)).backward()
         loss, logged = numbers([terms])
-        not_finite = update(run, self.optimizer, loss)
+        not_finite = update(run, self.optimizer, loss, config.head_stage.clip)
         self.optimizer.zero_grad(set_to_none=True)
         self._losses.append(loss)
         note = f"loss {sum(self._losses) / len(self._losses):.3f}"

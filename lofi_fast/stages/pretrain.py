@@ -62,7 +62,7 @@ class Pretrain:
         loss, right = clip_loss(run, self.classifier, frames, shares)
         run.scaler.scale(loss).backward()
         value = float(loss.detach())
-        not_finite = update(run, self.optimizer, value)
+        not_finite = update(run, self.optimizer, value, run.config.pretrain.clip)
         self.optimizer.zero_grad(set_to_none=True)
         if not_finite:  # forward has moved the statistics of live BN
             copy_each(self._statistics, run.encoder.buffers())

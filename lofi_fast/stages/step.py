@@ -70,7 +70,7 @@ def lofi_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batc
         with meter.settle(event, once=not decision.new), meter.cap(decision.limit):
             try:
                 loss, terms = forward_backward(run, batch, decision)
-                not_finite = update(run, optimizer, loss)
+                not_finite = update(run, optimizer, loss, run.config.joint.clip)
             except Exception as error:  # its traceback holds tensors: leave the block before going on
                 if not meter.ran_out(error):
                     raise
