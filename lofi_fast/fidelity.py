@@ -3,6 +3,9 @@
 A fidelity is (num_snippets L, side); a mini-batch costs Omega = L * side^2 for each video. A pattern says where a cut
 k = Omega_full / Omega is taken from: pixels (spatial), snippets (temporal) or both (spatio_temporal). The cyclic
 pattern visits the three in turn.
+
+The temporal pattern may fall to a few snippets, on which few actions have a proposal that covers them well. There is no
+floor, because it would take cut 4, the paper's, from presets with few snippets; `--max-cut` sets one.
 """
 
 from __future__ import annotations
