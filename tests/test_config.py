@@ -357,8 +357,8 @@ def other(leaf: Leaf, config: Config) -> Any:
         return not now
     if isinstance(now, int) or leaf.type == int | None:
         return (now or 3) * 2
-    if isinstance(now, float):
-        return now / 2 or 0.25
+    if isinstance(now, float) or leaf.type == float | None:
+        return (now or 0.5) / 2
     return f"another {leaf.path[-1]}"
 
 

@@ -64,7 +64,7 @@ class NothingFits(InputError):
     """No plan fits the memory available now. Other processes may free some: a caller may wait and ask again.
 
     `last` is a decision to try before giving up: the smallest plan inside the margin, one that has run before where
-    there is such a plan. The step's cap holds it to the limit, should it take more this time.
+    there is such a plan; none before any plan has run. The step's cap holds it to the limit, should it take more.
     """
 
     def __init__(self, sentence: str, last: Decision | None = None) -> None:
@@ -331,6 +331,8 @@ class Governor:
     def _inside_margin(self, plans: Sequence[Plan], pattern: Pattern, epoch: int, step: int) -> Decision | None:
         """See `NothingFits`."""
         limit = min(self.budget, self._free)
+        if not any(record.runs for record in self._records.values()):  # nothing is known but the prior
+            return None
         for plan in sorted(plans, key=lambda plan: (not self._verified(plan), self.predict(plan))):
             failed_at, _ = self._off.get(plan, (0, 0))
             if self.predict(plan) <= limit and failed_at < limit:
