@@ -25,22 +25,8 @@ from lofi_fast.run.networks import Networks
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = [
-    *(
-        "--preset",
-        "demo",
-        "--fidelity",
-        "16x64",
-        "--batch",
-        "4",
-        "--min-cut",
-        "1",
-        "--micro-batch",
-        "4",
-        "--recompute",
-        "never",
-        "--stages",
-        "joint,head,eval",
-    ),
+    *("--preset", "demo", "--fidelity", "16x64", "--batch", "4", "--min-cut", "1", "--stages", "joint,head,eval"),
+    *("--micro-batch", "4", "--recompute", "never"),  # one way to run each rung
     *("--joint-epochs", "3", "--head-epochs", "2", "--device", "cpu", "--threads", "1"),
 ]
 TRAINING = """
