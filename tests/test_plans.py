@@ -139,6 +139,23 @@ def test_exactly_the_limit_fits_and_one_byte_more_does_not() -> None:
     assert search([951], 1000)[0] is None
 
 
+def test_under_way_the_lowest_may_use_the_margin() -> None:
+    def chosen(peaks: Sequence[int], late: bool) -> int | None:
+        ran: list[int] = []
+        try:
+            found = highest_fitting(
+                range(len(peaks)), lambda i: 2 ** (-i / 7), lambda i: ran.append(i) or peaks[i], 1000, 0, "", late
+            )
+        except InputError:
+            return None
+        assert found.peak == peaks[found.candidate]
+        return found.candidate
+
+    assert chosen([990, 980], late=False) is None and chosen([990, 980], late=True) == 1
+    assert chosen([1200, 1001], late=True) is None
+    assert chosen([900, 800], late=True) == chosen([900, 800], late=False) == 0
+
+
 def test_a_bump_in_the_middle_never_leads_to_a_choice_that_does_not_fit() -> None:
     # Another convolution algorithm: candidate 2 needs more than those above it.
     peaks: list[int | None] = [900, 800, 2000, 600, 500]

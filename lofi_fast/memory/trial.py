@@ -48,6 +48,7 @@ def highest_fitting(
     budget: int,
     held: int,
     refusal: str,
+    late: bool = False,
 ) -> Choice[T]:
     """The highest of `candidates` (highest first) whose measured peak is under the budget less the margin.
 
@@ -58,7 +59,7 @@ def highest_fitting(
     `cost` orders them (Omega, or a batch size); `measure` runs one and gives its peak in bytes, None for out of
     memory; `held` is what the process holds before any. The rung above the choice was run and did not fit, or the
     readings say that running it would pass the budget, or there is none. Raises InputError, ending with `refusal`,
-    when not even the lowest fits.
+    when not even the lowest fits. `late`: the training is under way, and the lowest may use the margin too.
     """
     limit = int(budget * (1 - MARGIN))
     rising = list(reversed(candidates))
@@ -71,6 +72,8 @@ def highest_fitting(
 
     if not fits(0):
         peak = peaks[0]
+        if late and peak is not None and peak <= budget:
+            return Choice(rising[0], peak, (Reading(rising[0], peak),))
         needs = "more than that" if peak is None else f"{gigabytes(peak)}"
         raise InputError(
             f"nothing fits: of a budget of {gigabytes(budget)}, {gigabytes(limit)} can be planned with, and the "
@@ -252,8 +255,9 @@ class Trials:
         return None if failed else peak
 
     def highest_fitting(
-        self, name: str, candidates: Sequence[T], cost: Callable[[T], float], step: Callable[[T], None], refusal: str
-    ) -> Choice[T]:
+        self, name: str, candidates: Sequence[T], cost: Callable[[T], float], step: Callable[[T], None], refusal: str,
+        late: bool = False,
+    ) -> Choice[T]:  # fmt: skip
         """The highest of `candidates` whose step, run for real, fits the budget; see the function `highest_fitting`.
 
         `name` is the plan's in the log. Raises InputError, ending with `refusal`, when nothing fits.
@@ -272,6 +276,6 @@ class Trials:
             self.log_reading(name, candidate, peak, limit)
             return peak
 
-        choice = highest_fitting(candidates, cost, measure, limit, own, refusal)
+        choice = highest_fitting(candidates, cost, measure, limit, own, refusal, late)
         self.log_choice(name, choice, limit, time.monotonic() - began)
         return choice

@@ -135,7 +135,7 @@ def _chunk(run: Run, samples: Sequence[Sample]) -> int:
             return
 
     refusal = "raise --mem-budget, or give a smaller --fidelity"
-    return run.trials.highest_fitting("features, snippets at once", sizes, float, step, refusal).candidate
+    return run.trials.highest_fitting("features, snippets at once", sizes, float, step, refusal, late=True).candidate
 
 
 def load_features(run: Run, samples: Sequence[Sample]) -> torch.Tensor:
