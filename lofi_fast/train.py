@@ -126,9 +126,11 @@ def _cuda() -> bool:
 
 def _reported(finished: Finished) -> Trained:
     """Write the report of a finished job, and say what there is."""
+    from lofi_fast.memory.settle import give_back
     from lofi_fast.report.page import write_report
 
     folder = finished.folder
+    give_back()
     write_report(folder)
     print(f"trained in {finished.seconds:.0f} s; written:")
     for name in WRITTEN:

@@ -31,7 +31,7 @@ from lofi_fast.errors import InputError
 from lofi_fast.files import write_bytes
 from lofi_fast.kernels import library
 from lofi_fast.memory.meter import Meter
-from lofi_fast.memory.settle import open_meter
+from lofi_fast.memory.settle import give_back, open_meter
 from lofi_fast.metrics import MapResult, parse_tiou
 from lofi_fast.model import MODEL, Detector
 from lofi_fast.optim import Implementation, choose_implementation
@@ -120,6 +120,7 @@ def run_job(
             joint(run)
             train_head(run)
         result = evaluate(run)
+        give_back()
         if set(config.stages) != {"pretrain"}:  # which trains no head
             Detector(run.encoder, run.head, dataset.classes, config).save(folder / MODEL)
         seconds = time.monotonic() - began
