@@ -163,11 +163,7 @@ def _rest(found: Survey) -> None:
             f"--mem-budget {config.budget.text} is {amount / 1e6:g} MB, and a process that trains holds more than "
             f"{LEAST_HELD / 1e6:g} MB before its first step; give an amount like 4GB"
         )
-    if config.data.video_scores:
-        from lofi_fast.data.video_scores import load_video_scores  # imports torch
-
-        names = [video.name for video in found.subset("validation")]
-        load_video_scores(Path(config.data.video_scores), names, found.classes)
+    found.check_scores()
     if config.encoder.weights:
         from lofi_fast.encoder import build
         from lofi_fast.encoder.weights import check_encoder_weights

@@ -36,9 +36,9 @@ from lofi_fast import encoder as encoders
 from lofi_fast import head as heads
 from lofi_fast.budget import Budget, gigabytes, resolve_budget
 from lofi_fast.config import Config
-from lofi_fast.data.cache import HeldVideo, hold_in_turn
 from lofi_fast.data.dataset import centre_view
 from lofi_fast.data.packages import require_dali, require_pyav
+from lofi_fast.data.pictures import HeldVideo, hold_in_turn
 from lofi_fast.data.pipeline import FramePipeline, FrameRequest, pictures_of_a_run
 from lofi_fast.data.survey import cache_side
 from lofi_fast.data.video import VideoError, VideoInfo, probe

@@ -7,8 +7,6 @@ changed video or grid is a new entry. An index that is not what was written is t
 
 A picture is held against its checksum whenever it is read: bytes that have changed on the disk may still decode. Where
 it differs the entry's index is removed, so that the next run makes the entry anew.
-
-Pictures are BT.601 full range, as JPEG decoders assume, whatever the source was.
 """
 
 from __future__ import annotations
@@ -30,60 +28,21 @@ import traceback
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from lofi_fast.data.packages import require_pyav
-from lofi_fast.data.video import VideoError, VideoInfo, decode
+from lofi_fast.data.pictures import cached_size, write_pictures, written_pictures
+from lofi_fast.data.video import VideoError, VideoInfo
 from lofi_fast.errors import InputError
-
-if TYPE_CHECKING:
-    from av.video.codeccontext import VideoCodecContext
-    from av.video.frame import VideoFrame
 
 # Part of the hash: raise it whenever the same request would give other pictures.
 _FORMAT_VERSION = 1
 
-# FFmpeg's quantiser scale, 2 is its best usual one (about quality 94 elsewhere); lambda units are 118 a step.
-_MJPEG_OPTIONS = {"flags": "+qscale", "global_quality": str(2 * 118)}
-
-# H.273 matrix coefficients -> swscale's, by the names that PyAV gives them; 2 is unspecified, RGB (0) and the rare ones
-# are left to swscale's default.
-_MATRICES = {
-    1: "ITU709",
-    4: "FCC",
-    5: "ITU601",
-    6: "ITU601",
-    7: "SMPTE240M",
-    9: "BT2020",
-    10: "BT2020",
-}
-
-
 _READY = b"ready"
 
 LONGEST_NAME = 180  # bytes of a video's name in names of files; systems allow 255, and more is added
-
-
-class Pictures(Protocol):
-    """What is decoded from: JPEG pictures of one video, in a cache entry or in memory."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def frames(self) -> np.ndarray:
-        """Source frame indices, ascending."""
-
-    @property
-    def width(self) -> int: ...
-    @property
-    def height(self) -> int: ...
-    def read(self, positions: np.ndarray) -> list[np.ndarray]:
-        """JPEG bytes (uint8) at each position."""
 
 
 @dataclass(frozen=True)
@@ -165,17 +124,6 @@ class Skipped:
     name: str
     path: str
     reason: str
-
-
-def cached_size(info: VideoInfo, short_side: int) -> tuple[int, int]:
-    """(width, height) of the pictures: the aspect kept, the short side at most `short_side`, both even."""
-    short = min(info.width, info.height)
-    scale = min(1.0, short_side / short)
-
-    def even(pixels: int) -> int:
-        return max(2, round(pixels * scale / 2) * 2)
-
-    return even(info.width), even(info.height)
 
 
 def estimate_bytes(requests: Sequence[CacheRequest], side: int) -> int:
@@ -378,20 +326,18 @@ def _make_entry(request: CacheRequest, folder: Path, short_side: int, threads: i
     partial_index = path.with_name(_index_path(path).name + ".partial")
     try:
         with _writing_to(folder):
-            _write_pictures(request, partial, short_side, threads)
-            offsets, sizes, checksums = _written_pictures(partial, len(request.frames))
+            write_pictures(request.info, request.frames, partial, short_side, threads)
+            offsets, sizes, checksums = written_pictures(partial, len(request.frames))
             width, height = cached_size(request.info, short_side)
             with open(partial_index, "wb") as file:
                 np.savez(
                     file,
                     frames=np.asarray(request.frames, dtype=np.int64),
-                    pts=request.info.pts[request.frames],
                     offsets=offsets,
                     sizes=sizes,
                     checksums=checksums,
                     width=width,
                     height=height,
-                    duration=request.info.duration,
                 )
                 file.flush()
                 os.fsync(file.fileno())
@@ -520,176 +466,3 @@ def serve_requests() -> None:
                 result = RuntimeError(f"a worker of the frame cache failed\n{traceback.format_exc()}")
             pickle.dump(result, answers)
             answers.flush()
-
-
-def _write_pictures(request: CacheRequest, path: Path, short_side: int, threads: int) -> None:
-    import av
-
-    time_base = _time_base(request.info)
-    # the time of the first picture is kept in units of its own, by default only milliseconds
-    units = {"movie_timescale": str(time_base.denominator)}
-    with av.open(str(path), "w", format="mov", container_options=units) as container:
-        stream = container.add_stream("mjpeg", options=_MJPEG_OPTIONS)
-        _settle_encoder(stream.codec_context, request.info, short_side)
-        for _, picture in _pictures(request.info, request.frames, short_side, threads):
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _time_base(info: VideoInfo) -> Fraction:
-    """.mov counts in whole fractions of a second: 1/denominator holds every multiple of the source's time base."""
-    return Fraction(1, info.time_base.denominator)
-
-
-def _settle_encoder(context: VideoCodecContext, info: VideoInfo, short_side: int) -> None:
-    from av.video.reformatter import ColorRange
-
-    context.width, context.height = cached_size(info, short_side)
-    context.pix_fmt, context.color_range = "yuvj420p", ColorRange.JPEG
-    context.time_base = _time_base(info)
-    context.thread_count = 1  # an encoder with more holds pictures back
-
-
-def _pictures(info: VideoInfo, frames: np.ndarray, short_side: int, threads: int) -> Iterator[tuple[int, VideoFrame]]:
-    """(source frame index, picture to encode) of each of `frames`: upright, at the size and in the colours kept."""
-    width, height = cached_size(info, short_side)
-    upright = info.rotation in (0, 180)
-    convert = _Converter(*((width, height) if upright else (height, width)))
-    time_base = _time_base(info)
-    for index, frame in decode(info, frames, threads):
-        picture = _upright(convert(frame), info.rotation, info.mirrored)
-        picture.time_base = time_base
-        if info.ticks is None:
-            picture.pts = round((info.pts[index] - info.start) / time_base)
-        else:
-            picture.pts = int(info.ticks[index] - info.ticks[0]) * info.time_base.numerator
-        yield index, picture
-
-
-@dataclass(frozen=True, eq=False)
-class HeldVideo:
-    """Pictures in memory, the very bytes that a cache entry would hold: picture p is source frame frames[p].
-
-    path: of the source video. frames (n,) int64, ascending. width, height: pixels of the pictures.
-    """
-
-    path: Path
-    frames: np.ndarray
-    jpegs: tuple[np.ndarray, ...]
-    width: int
-    height: int
-
-    def read(self, positions: np.ndarray) -> list[np.ndarray]:
-        """JPEG bytes (uint8) at each position."""
-        return [self.jpegs[int(position)] for position in positions]
-
-
-def hold_in_turn(
-    info: VideoInfo, selections: Sequence[np.ndarray], short_side: int, threads: int = 0
-) -> Generator[HeldVideo]:
-    """For each selection of source frames its pictures, in one pass over the file, and nothing is written.
-
-    A picture is held until no later selection needs it, so memory is that of one selection when these follow each
-    other in time, as windows do. Selections are int64, sorted and unique, and their last frames ascend. `threads` of
-    the decoder: 0 is one for each core.
-    Raises VideoError where the file fails, ValueError for selections out of order, InputError without PyAV.
-    """
-    require_pyav()
-    import av
-    from av.video.codeccontext import VideoCodecContext
-
-    if any(len(selection) == 0 for selection in selections) or any(a[-1] > b[-1] for a, b in pairwise(selections)):
-        raise ValueError("selections must not be empty, and their last frames must ascend")
-    if not selections:
-        return
-    width, height = cached_size(info, short_side)
-    encoder = VideoCodecContext.create("mjpeg", "w")
-    encoder.options = _MJPEG_OPTIONS
-    _settle_encoder(encoder, info, short_side)
-    # frame -> the last selection that it belongs to
-    wanted = np.unique(np.concatenate(selections))
-    last_use = np.zeros(len(wanted), dtype=np.int64)
-    for number, selection in enumerate(selections):
-        last_use[np.searchsorted(wanted, selection)] = number
-    held: dict[int, np.ndarray] = {}
-    number = 0
-    try:
-        for index, picture in _pictures(info, wanted, short_side, threads):
-            held[index] = np.frombuffer(b"".join(bytes(packet) for packet in encoder.encode(picture)), dtype=np.uint8)
-            while number < len(selections) and selections[number][-1] <= index:
-                frames = selections[number]
-                yield HeldVideo(info.path, frames, tuple(held[int(frame)] for frame in frames), width, height)
-                number += 1
-                uses = last_use[np.searchsorted(wanted, np.fromiter(held, dtype=np.int64))]
-                held = {frame: jpeg for (frame, jpeg), use in zip(held.items(), uses, strict=True) if use >= number}
-    except av.FFmpegError as error:  # a pixel format or size that cannot be converted
-        raise VideoError(f"video {info.path} cannot be converted: {error}") from error
-
-
-class _Converter:
-    """Scales frames to (width, height) and converts them from the matrix and range they are in to BT.601 full range.
-
-    One object a video: the scaler is set up once and reused.
-    """
-
-    def __init__(self, width: int, height: int) -> None:
-        from av.video.reformatter import VideoReformatter
-
-        self._width, self._height = width, height
-        self._reformatter = VideoReformatter()
-
-    def __call__(self, frame: VideoFrame) -> VideoFrame:
-        from av.video.reformatter import ColorRange, Colorspace, Interpolation
-
-        # unspecified: standard definition was BT.601, high definition is BT.709; limited range unless told otherwise
-        matrix = Colorspace[_MATRICES.get(frame.colorspace, "ITU601" if frame.height < 720 else "ITU709")]
-        full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-        picture = self._reformatter.reformat(
-            frame,
-            width=self._width,
-            height=self._height,
-            format="yuvj420p",
-            src_colorspace=matrix,
-            dst_colorspace=Colorspace.ITU601,
-            src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
-            dst_color_range=ColorRange.JPEG,
-            interpolation=Interpolation.AREA | Interpolation.ACCURATE_RND,
-            threads=1,
-        )
-        # the decoder's picture types would ask the encoder for predicted pictures, which MJPEG has not
-        picture.pict_type = 0
-        return picture
-
-
-def _upright(frame: VideoFrame, degrees: int, mirrored: bool) -> VideoFrame:
-    """The frame flipped left-right if `mirrored`, then turned clockwise by 0, 90, 180 or 270 degrees."""
-    if degrees == 0 and not mirrored:
-        return frame
-    from av.video.frame import VideoFrame
-
-    width, height = frame.width, frame.height
-    stacked = frame.to_ndarray().reshape(-1)
-    luma, blue, red = np.split(stacked, (width * height, width * height * 5 // 4))
-    turned = []
-    for plane, rows in ((luma, height), (blue, height // 2), (red, height // 2)):
-        pixels = plane.reshape(rows, -1)
-        turned.append(np.rot90(pixels[:, ::-1] if mirrored else pixels, -degrees // 90).reshape(-1))
-    rows = (width if degrees in (90, 270) else height) * 3 // 2
-    upright = VideoFrame.from_ndarray(np.concatenate(turned).reshape(rows, -1).astype(np.uint8), format="yuvj420p")
-    upright.color_range, upright.colorspace = frame.color_range, frame.colorspace
-    return upright
-
-
-def _written_pictures(path: Path, num_pictures: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Offset, size and CRC-32 of each picture in a written .mov, read back from the file itself."""
-    import av
-
-    with av.open(str(path)) as container:
-        packets = (packet for packet in container.demux(container.streams.video[0]) if packet.size)
-        written = [(packet.pos, packet.size, zlib.crc32(bytes(packet))) for packet in packets]
-    if len(written) != num_pictures or any(offset is None for offset, *_ in written):
-        raise OSError(errno.EIO, f"{len(written)} of {num_pictures} pictures were written")
-    offsets, sizes, checksums = np.array(written, dtype=np.int64).T
-    return np.ascontiguousarray(offsets), np.ascontiguousarray(sizes), checksums.astype(np.uint32)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from lofi_fast.config import Config, DataConfig
 from lofi_fast.data.annotations import Segment, Video
-from lofi_fast.data.cache import CachedVideo, Pictures, Skipped, prepare
+from lofi_fast.data.cache import CachedVideo, Skipped, prepare
+from lofi_fast.data.pictures import Pictures
 from lofi_fast.data.pipeline import FrameRequest, View
 from lofi_fast.data.survey import (
     CROP_OF_CACHED,

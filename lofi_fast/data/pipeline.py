@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.dlpack import from_dlpack
 
-from lofi_fast.data.cache import Pictures
 from lofi_fast.data.packages import require_dali, require_pyav
+from lofi_fast.data.pictures import Pictures
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, select_snippets
 

@@ -95,6 +95,14 @@ class Survey:
             for one in self.videos
         }  # fmt: skip
 
+    def check_scores(self) -> None:
+        """Raises InputError for --video-scores that evaluation could not use; it must not wait for the first one."""
+        if self.config.data.video_scores:
+            from lofi_fast.data.video_scores import load_video_scores  # imports torch
+
+            names = [video.name for video in self.subset("validation")]
+            load_video_scores(Path(self.config.data.video_scores), names, list(self.classes))
+
     def large_batch(self) -> str | None:
         """A sentence where a joint step takes more windows than there are."""
         count, batch = sum(len(self.windows[video.name]) for video in self.subset("training")), self.config.joint.batch

@@ -25,7 +25,6 @@ from lofi_fast.data import demo
 from lofi_fast.data.dataset import Dataset, cached_dataset
 from lofi_fast.data.packages import require_dali, require_pyav
 from lofi_fast.data.survey import Survey, survey
-from lofi_fast.data.video_scores import load_video_scores
 from lofi_fast.encoder.weights import check_encoder_weights
 from lofi_fast.errors import InputError
 from lofi_fast.files import write_bytes
@@ -240,9 +239,6 @@ def tell(found: Survey, log: RunLog) -> None:
         log.say(f"skipped: {skipped.name}: {skipped.reason}")
     if found.refused is not None:
         raise InputError(found.refused)
-    config = found.config
-    if config.data.video_scores:  # read again for every evaluation; a mistake in it must not wait for the first
-        names = [video.name for video in found.subset("validation")]
-        load_video_scores(Path(config.data.video_scores), names, found.classes)
-    if "joint" in config.stages and (large := found.large_batch()):
+    found.check_scores()
+    if "joint" in found.config.stages and (large := found.large_batch()):
         log.say(f"note: {large}")
