@@ -21,7 +21,7 @@ from bench.tools.synthetic import NoisePipeline, setting, synthetic_run
 from lofi_fast.config import Config, StageConfig
 from lofi_fast.errors import InputError
 from lofi_fast.head.gtad_head import GTADHead
-from lofi_fast.memory.governor import NothingFits
+from lofi_fast.memory.decision import NothingFits
 from lofi_fast.memory.settle import open_meter
 from lofi_fast.optim import make_optimizer
 from lofi_fast.run import checkpoint, events

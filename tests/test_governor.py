@@ -21,20 +21,11 @@ from torch import distributed
 
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, FRAMES_PER_SNIPPET, LARGEST_STEP, Fidelity, Pattern, ladder, phase
-from lofi_fast.memory.governor import (
-    CLEAN,
-    FAULT_MARGIN,
-    RECENT,
-    SMALLEST_MARGIN,
-    STEADY,
-    TRIALS,
-    VERSION,
-    Decision,
-    Governor,
-    NothingFits,
-)
+from lofi_fast.memory.decision import Decision, NothingFits
+from lofi_fast.memory.governor import CLEAN, FAULT_MARGIN, RECENT, SMALLEST_MARGIN, STEADY, TRIALS, Governor
 from lofi_fast.memory.meter import Memory
 from lofi_fast.memory.plans import PRIOR, Plan, candidates, relative_cost, remedies
+from lofi_fast.memory.readings import VERSION
 from lofi_fast.memory.replay import Replay
 
 GB, MB = 10**9, 10**6

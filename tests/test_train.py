@@ -34,7 +34,8 @@ from lofi_fast.encoder.tsm import TSMEncoder
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder
 from lofi_fast.head import gtad_head
-from lofi_fast.memory.governor import Decision, Governor
+from lofi_fast.memory.decision import Decision
+from lofi_fast.memory.governor import Governor
 from lofi_fast.memory.plans import Plan
 from lofi_fast.memory.settle import open_meter
 from lofi_fast.precision import choose_precision

@@ -30,7 +30,7 @@ from lofi_fast.config import Config
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern, ladder
 from lofi_fast.memory import allocator
-from lofi_fast.memory.governor import Decision
+from lofi_fast.memory.decision import Decision
 from lofi_fast.memory.plans import Plan, candidates
 from lofi_fast.memory.settle import open_meter
 from lofi_fast.optim import make_optimizer

@@ -31,9 +31,10 @@ from lofi_fast.encoder import build as build_encoder
 from lofi_fast.encoder.weights import load_encoder_weights
 from lofi_fast.fidelity import Fidelity, Pattern, ladder
 from lofi_fast.head import build as build_head
-from lofi_fast.memory.governor import VERSION, Governor
+from lofi_fast.memory.governor import Governor
 from lofi_fast.memory.meter import Memory
 from lofi_fast.memory.plans import candidates
+from lofi_fast.memory.readings import VERSION
 from lofi_fast.memory.replay import Replay
 from lofi_fast.metrics import load_predictions
 from lofi_fast.model import Detector

@@ -28,7 +28,8 @@ from bench.peers.searches import SMALLEST, Peer
 from bench.tools.traces import Trace
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, Pattern, phase
 from lofi_fast.memory.cards import Profile
-from lofi_fast.memory.governor import STEADY, Decision, Governor, NothingFits
+from lofi_fast.memory.decision import Decision, NothingFits
+from lofi_fast.memory.governor import STEADY, Governor
 from lofi_fast.memory.meter import Memory
 from lofi_fast.memory.plans import Device, Plan, relative_cost, worthwhile
 from lofi_fast.stages.step import PATIENCE_SECONDS, POLL_SECONDS

@@ -20,7 +20,7 @@ for longer than the host needs to launch it, so what counts as few depends on th
 from __future__ import annotations
 
 from lofi_fast.fidelity import Fidelity
-from lofi_fast.memory.cards import PROFILES, Profile, profile_of
+from lofi_fast.memory.cards import PROFILES, Profile
 from lofi_fast.memory.step_bytes import Setting
 
 COMPUTE = 0.5  # of the tensor cores' peak
@@ -43,14 +43,6 @@ def launch_bound(setting: Setting, full: Fidelity, batch: int, card: Profile) ->
     it, for `plans.relative_cost`.
     """
     return GRAPH * batch * full.num_frames * full.side**2 / full_step_seconds(setting, full, batch, card)
-
-
-def expected_seconds(setting: Setting, full: Fidelity, batch: int, device: str) -> float | None:
-    """The same on a device as torch or NVML names it ("NVIDIA GeForce RTX 3090"); None for a card that is not in the
-    table, and for a CPU.
-    """
-    card = profile_of(device)
-    return None if card is None else full_step_seconds(setting, full, batch, card)
 
 
 def slowest(setting: Setting, full: Fidelity, batch: int, card_class: int) -> Profile:

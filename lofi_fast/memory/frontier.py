@@ -13,8 +13,8 @@ from functools import lru_cache
 
 from lofi_fast.config import Recompute
 from lofi_fast.fidelity import Fidelity
-from lofi_fast.memory.plans import PRIOR, Device, Plan, candidates, relative_cost
-from lofi_fast.memory.step_bytes import Setting, step_bytes
+from lofi_fast.memory.plans import PRIOR, Device, Plan, candidates, relative_cost, worthwhile
+from lofi_fast.memory.step_bytes import Setting, StepBytes, step_bytes
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,18 @@ class Levers:
 
     def needs(self, plan: Plan) -> int:
         """Predicted bytes of a step, with parameters and optimiser, beside what the process holds outside tensors."""
-        step = step_bytes(
+        step = self._step(plan)
+        return step.between + PRIOR.likely.added(step.added)
+
+    def added(self, plan: Plan) -> int:
+        """Bytes of a step by the ledger alone, above what is held between steps."""
+        return self._step(plan).added
+
+    def _step(self, plan: Plan) -> StepBytes:
+        return step_bytes(
             self.setting, plan.fidelity, plan.micro_batch, recompute=plan.recompute, chunk=plan.chunk,
             accumulates=plan.micro_batch < self.batch,
         )  # fmt: skip
-        return step.between + PRIOR.likely.added(step.added)
 
     def cost(self, plan: Plan) -> float:
         return relative_cost(plan, self.full, self.device, self.launch_bound)
@@ -52,15 +59,11 @@ class Way:
 
 @lru_cache(maxsize=4096)
 def ways(levers: Levers, rung: Fidelity) -> tuple[Way, ...]:
-    """The ways to run a rung, fastest first, without those that need as much as a faster one; never empty."""
-    found: list[Way] = []
-    for plan in candidates(
+    """The ways to run a rung that are worth it, fastest first, each leaner than all before it; never empty."""
+    plans = candidates(
         (rung,), levers.batch, levers.micro_batch, levers.recompute, levers.device, levers.launch_bound
-    ):
-        needs = levers.needs(plan)
-        if not found or needs < found[-1].needs:
-            found.append(Way(plan, needs, levers.cost(plan)))
-    return tuple(found)
+    )  # fmt: skip
+    return tuple(Way(plan, levers.needs(plan), levers.cost(plan)) for plan in worthwhile(plans, levers.added))
 
 
 def fastest(levers: Levers, rung: Fidelity, room: int) -> Way | None:

@@ -22,10 +22,7 @@ Where a step has a time limit (`--epoch-time`), plans that are expected to take 
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -37,10 +34,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lofi_fast.errors import InputError
-from lofi_fast.fidelity import LARGEST_STEP, Fidelity, Pattern
+from lofi_fast.fidelity import LARGEST_STEP, Pattern
+from lofi_fast.memory.decision import Decision, NothingFits
 from lofi_fast.memory.meter import Memory
 from lofi_fast.memory.plans import PRIOR, Device, Plan, Prior, fit, refusal, relative_cost, worthwhile
 from lofi_fast.memory.ranks import agree, highest_of_all
+from lofi_fast.memory.readings import read_readings, write_readings
 from lofi_fast.memory.times import Times
 
 T = TypeVar("T", int, float)
@@ -57,19 +56,6 @@ FEW = 0.12  # and this share more, divided by the number of plans that have been
 TRIALS = 3  # plans to run before training
 CREEP = 0.02  # of the limit, by which what a process holds between steps may grow in the course of a training
 LATE = 1.05  # of a step's time limit, up to which the plan that is running stays
-VERSION = 2  # of the file of readings
-
-
-class NothingFits(InputError):
-    """No plan fits the memory available now. Other processes may free some: a caller may wait and ask again.
-
-    `last` is a decision to try before giving up: the smallest plan inside the margin, one that has run before where
-    there is such a plan; none before any plan has run. The step's cap holds it to the limit, should it take more.
-    """
-
-    def __init__(self, sentence: str, last: Decision | None = None) -> None:
-        super().__init__(sentence)
-        self.last = last
 
 
 class Gauge(Protocol):
@@ -83,68 +69,6 @@ class Gauge(Protocol):
 
     def held(self) -> int:
         """What this process uses: all that it holds but what `release` would give back."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The plan of one step, and the reason for it. The step is run under a cap of `limit` bytes."""
-
-    pattern: Pattern
-    epoch: int
-    step: int
-    plan: Plan
-    requested: Plan  # the plan whose frames were decoded; `plan` itself unless memory has shrunk since
-    predicted: int  # peak
-    limit: int
-    room: int
-    free: int  # what this process could hold at the last reading
-    reason: str
-    base: int = 0
-    new: bool = False  # the plan has never run, in this process or in one that it continues
-    changed: bool = False  # the step before had another plan: call `meter.release()` first, or its memory counts here
-
-    @property
-    def reduced_from(self) -> Fidelity | None:
-        """The fidelity that the frames were decoded at, where the step is to run lower."""
-        return None if self.plan.fidelity == self.requested.fidelity else self.requested.fidelity
-
-    def fields(self) -> dict[str, Any]:
-        """For the step's event in log.jsonl; `Replay` reads some of them."""
-        source = self.reduced_from
-        return {
-            "num_snippets": self.plan.fidelity.num_snippets,
-            "side": self.plan.fidelity.side,
-            "micro_batch": self.plan.micro_batch,
-            "recompute": self.plan.recompute,
-            "chunk": self.plan.chunk,
-            "reduced_from": None if source is None else [source.num_snippets, source.side],
-            "predicted": self.predicted,
-            "base": self.base,
-            "limit": self.limit,
-            "room": self.room,
-            "free": self.free,
-            "reason": self.reason,
-        }
-
-
-class Planner(Protocol):
-    """What plans the steps of the joint stage: a `Governor`, or a `Replay` of another run."""
-
-    def choose(self, pattern: Pattern, epoch: int, step: int) -> Decision:
-        """The plan of a step, at the time when its frames are requested from the decoder."""
-
-    def recheck(self, decision: Decision) -> Decision:
-        """The same plan or a lower one, at the time when the step starts."""
-
-    def learn(self, decision: Decision, peak: int | None, seconds: float | None = None) -> None:
-        """Learn the peak and the time of a step that went through. Call it when the step's tensors are gone."""
-
-    def failed(self, decision: Decision) -> Decision:
-        """A lower plan for the same samples, after memory ran out."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass
@@ -171,7 +95,7 @@ class Governor:
         changes: what `plans.remedies` gives for each pattern, for the sentence of a refusal.
         pending: bytes of the frames that are decoded ahead now. They are held between steps, and the ledger counts
             them as the step's.
-        device: whose time the costs of plans are estimated for.
+        device, launch_bound: whose time the costs of plans are estimated for; see `relative_cost`.
         step_seconds: the time limit of a step; None: there is none.
         expected: seconds that a step at full fidelity is expected to take, before any has been timed.
     """
@@ -180,7 +104,8 @@ class Governor:
         self, meter: Gauge, budget: int, ledger: Callable[[Plan], int], candidates: Mapping[Pattern, Sequence[Plan]],
         say: Callable[[str], None], *, prior: Prior = PRIOR,
         changes: Mapping[Pattern, Sequence[tuple[str, Plan]]] | None = None, pending: Callable[[], int] = lambda: 0,
-        device: Device | None = None, step_seconds: float | None = None, expected: float | None = None,
+        device: Device | None = None, launch_bound: float | None = None, step_seconds: float | None = None,
+        expected: float | None = None,
     ) -> None:  # fmt: skip
         self.budget, self.step_seconds = budget, step_seconds
         self._meter, self._say, self._prior, self._pending, self.device = meter, say, prior, pending, device
@@ -192,9 +117,10 @@ class Governor:
         self._ledgers = {p: np.array([self._ledger[plan] for plan in plans]) for p, plans in self._plans.items()}
         self._needs: dict[Pattern, NDArray[np.float64]] = {}  # of all plans, beyond the base; see `_first_fitting`
         full = max((plan.fidelity for plans in self._plans.values() for plan in plans), key=lambda of: of.omega)
-        self._costs = {plan: relative_cost(plan, full, device) for plans in self._plans.values() for plan in plans}
+        every = (plan for plans in self._plans.values() for plan in plans)
+        self._costs = {plan: relative_cost(plan, full, device, launch_bound) for plan in every}
         self._times = Times(self._costs.__getitem__, expected)
-        self._seconds: dict[Pattern, NDArray[np.float64] | None] = {}  # of all plans; see `_quick`
+        self._seconds: dict[Pattern, NDArray[np.float64] | None] = {}  # of all plans; see `_seconds_of`
         self._options: dict[tuple[Pattern, Plan], tuple[Plan, ...]] = {}  # see `_lower`
         self._records: dict[Plan, _Record] = {}
         self._off: dict[Plan, tuple[int, int]] = {}  # (limit, base) at which a plan ran out of memory: it needs more
@@ -447,8 +373,9 @@ class Governor:
 
     def table(self, pattern: Pattern) -> list[dict[str, Any]]:
         """A row for each plan of a pattern, best first: predictions and readings, for plan.json and the report."""
-        rows = []
-        for plan in self._plans[pattern]:
+        rows, plans = [], self._plans[pattern]
+        seconds = self._times.estimates(plans)
+        for index, plan in enumerate(plans):
             record = self._records.get(plan)
             rows.append(
                 {
@@ -456,7 +383,7 @@ class Governor:
                     "predicted": self.predict(plan),
                     "measured": record.peak if record is not None and record.runs else None,
                     "cost": round(self._costs[plan], 4),
-                    "seconds": self.seconds(plan),
+                    "seconds": None if seconds is None else float(seconds[index]),
                     "failed_at": self._off[plan][0] if plan in self._off else None,
                 }
             )
@@ -545,37 +472,15 @@ class Governor:
 
     def save_readings(self, path: Path, key: Mapping[str, Any]) -> None:
         """Write what was learned, for later runs with the same `key` (device, driver, torch, model, dtype, threads)."""
-        readings = [[*plan.to_json(), record.added] for plan, record in self._records.items()]
-        content = {"version": VERSION, "key": dict(key), "readings": readings}
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            self._say(f"{path}: readings of memory cannot be written ({error.strerror}); the next run starts without")
-        finally:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
+        write_readings(path, key, {plan: record.added for plan, record in self._records.items()}, self._say)
 
     def load_readings(self, path: Path, key: Mapping[str, Any]) -> bool:
         """Start from an earlier run's readings. Gives False when there are none with the same `key`, and says why.
 
         One trial is still run, to see that they hold; the other plans are verified as they are used.
         """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["version"] != VERSION or content["key"] != json.loads(json.dumps(dict(key))):
-                self._say(f"{path}: readings of memory of another machine or model are not used")
-                return False
-            found = {Plan.from_json(plan): _count(added) for *plan, added in content["readings"]}
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            self._say(f"{path}: readings of memory cannot be read ({error.strerror}) and are not used")
-            return False
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-            self._say(f"{path}: not a readable file of readings of memory; it is not used")
+        found = read_readings(path, key, self._say)
+        if found is None:
             return False
         self._read_held()
         for plan, added in found.items():
@@ -680,12 +585,6 @@ class Governor:
         self._good, self._trials = state["good"], state["trials"]
         self._last = None if state["last"] is None else Plan.from_json(state["last"])
         self._refit()
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= sys.maxsize:
-        raise ValueError(f"{value!r} is not a count")
-    return value
 
 
 def _quantile(values: Iterable[T], share: float) -> T | Literal[0]:

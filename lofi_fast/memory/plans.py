@@ -168,14 +168,18 @@ def remedies(
 
     `lower`: rungs below the ladder's end, each with its flag, like ("--max-cut 32", rung).
     """
-    lowest, never, chunk = rungs[-1], recompute == "never", 0 if device is None else 1
+    lowest, never = rungs[-1], recompute == "never"
     size = 1 if micro_batch is None else min(micro_batch, batch)
-    changes = [("--recompute auto", Plan(lowest, size, True, chunk))] if never else []
-    changes += [(flag, Plan(rung, size, not never, chunk)) for flag, rung in lower]
+
+    def smallest(rung: Fidelity, size: int, twice: bool) -> Plan:
+        return Plan(rung, size, twice, 0 if device is None else chunks(rung, size, device)[-1])
+
+    changes = [("--recompute auto", smallest(lowest, size, True))] if never else []
+    changes += [(flag, smallest(rung, size, not never)) for flag, rung in lower]
     if size > 1:
-        changes.append(("--micro-batch none", Plan(lowest, 1, not never, chunk)))
+        changes.append(("--micro-batch none", smallest(lowest, 1, not never)))
         if never:
-            changes.append(("--micro-batch none --recompute auto", Plan(lowest, 1, True, chunk)))
+            changes.append(("--micro-batch none --recompute auto", smallest(lowest, 1, True)))
     return tuple(changes)
 
 

@@ -14,7 +14,7 @@ import msgspec
 from lofi_fast.budget import gigabytes
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Pattern
-from lofi_fast.memory.governor import Decision, NothingFits
+from lofi_fast.memory.decision import Decision, NothingFits
 from lofi_fast.memory.plans import Plan
 
 

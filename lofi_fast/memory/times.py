@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from lofi_fast.memory.plans import Plan
 
 LATELY = 8  # steps of a plan whose median counts
-FIRST = 1  # runs of a plan in a process that are not timed: they load code and choose algorithms
 NEAR = 0.1  # distance in fidelity (of log L and log side^2) up to which a plan counts as much as one at no distance
 
 
@@ -32,14 +31,14 @@ class Times:
     def __init__(self, cost: Callable[[Plan], float], expected: float | None = None) -> None:
         self._cost, self._expected = cost, expected
         self._taken: dict[Plan, deque[float]] = {}
-        self._runs: dict[Plan, int] = {}
+        self._ran: set[Plan] = set()  # in this process
 
     def learn(self, plan: Plan, seconds: float, warm: bool = False) -> bool:
-        """A step of a plan took so long. The first of a plan is not learned from, unless it is `warm`. Gives whether
-        anything was learned.
+        """A step of a plan took so long. The first of a plan in a process loads code and chooses algorithms, and is not
+        learned from, unless it is `warm`. Gives whether anything was learned.
         """
-        self._runs[plan] = self._runs.get(plan, 0) + 1
-        if not warm and self._runs[plan] <= FIRST:
+        if not warm and plan not in self._ran:
+            self._ran.add(plan)
             return False
         self._taken.setdefault(plan, deque(maxlen=LATELY)).append(seconds)
         return True
@@ -71,21 +70,15 @@ class Times:
         return None if found is None else float(found[0])
 
     def state_dict(self) -> list[Any]:
-        """[plan, seconds of its last steps, its runs] of each, which JSON can hold."""
-        return [[plan.to_json(), list(self._taken.get(plan, ())), runs] for plan, runs in self._runs.items()]
+        """[plan, seconds of its last steps] of each, which JSON can hold."""
+        return [[plan.to_json(), list(taken)] for plan, taken in self._taken.items()]
 
     def load_state_dict(self, state: Iterable[Any], known: Mapping[Plan, Any]) -> None:
-        """Continue from `state_dict`; plans that are not in `known` are left out. A new process loads its code anew, so
-        the next run of each plan is not timed.
-        """
-        self._taken.clear()
-        self._runs.clear()
-        for numbers, taken, _ in state:
-            plan = Plan.from_json(numbers)
-            if plan in known:
-                self._runs[plan] = 0
-                if taken:
-                    self._taken[plan] = deque(taken, LATELY)
+        """Continue from `state_dict`; plans that are not in `known` are left out."""
+        self._taken = {
+            plan: deque(taken, LATELY) for numbers, taken in state if (plan := Plan.from_json(numbers)) in known
+        }
+        self._ran.clear()
 
 
 def _places(plans: Iterable[Plan]) -> NDArray[np.float64]:

@@ -29,7 +29,7 @@ from lofi_fast.encoder.weights import load_encoder_weights
 from lofi_fast.errors import InputError
 from lofi_fast.head.protocol import Head
 from lofi_fast.memory import allocator
-from lofi_fast.memory.governor import Planner
+from lofi_fast.memory.decision import Planner
 from lofi_fast.memory.meter import Meter
 from lofi_fast.memory.trial import Choice, Reading, Trials
 from lofi_fast.precision import Precision
@@ -127,7 +127,7 @@ class Run:
         """What readings of memory depend on beside the plan: another run with the same may start from them."""
         return {
             "device": self.machine.meter.device,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # which is a class of its own
             "lofi_fast": __version__,
             "precision": str(self.machine.precision),
             "threads": torch.get_num_threads(),

@@ -13,8 +13,10 @@ from torch import nn
 from lofi_fast.budget import duration, gigabytes
 from lofi_fast.data.dataset import Sample
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, coinciding, ladder, phase
-from lofi_fast.memory.estimates import expected_seconds
-from lofi_fast.memory.governor import LATE, Decision, Governor, Planner
+from lofi_fast.memory.cards import profile_of
+from lofi_fast.memory.decision import Decision, Planner
+from lofi_fast.memory.estimates import full_step_seconds, launch_bound
+from lofi_fast.memory.governor import LATE, Governor
 from lofi_fast.memory.plans import Device, Plan, candidates, remedies
 from lofi_fast.memory.replay import Replay
 from lofi_fast.memory.step_bytes import Setting, step_bytes
@@ -112,27 +114,37 @@ def new_planner(run: Run) -> Planner:
     if config.replay is not None:
         return Replay(Path(config.replay), machine.budget)
     device: Device = "cuda" if machine.device.type == "cuda" else "cpu"
+    expected, bound = speed(run)
     plans, changes = {}, {}
     for pattern, rungs in ladders(run).items():
         levers = (rungs, config.joint.batch, config.micro_batch, config.recompute, device)
-        plans[pattern], changes[pattern] = candidates(*levers), remedies(*levers)
+        plans[pattern], changes[pattern] = candidates(*levers, bound), remedies(*levers)
     every = [plan for pattern in plans for plan in (*plans[pattern], *(plan for _, plan in changes[pattern]))]
     return Governor(
         machine.meter, machine.budget, ledger_of(run, every), plans, run.log.say,
-        changes=changes, pending=lambda: run.pipeline.pending, device=device,
+        changes=changes, pending=lambda: run.pipeline.pending, device=device, launch_bound=bound,
         step_seconds=None if config.epoch_time is None else config.epoch_time / steps_of_an_epoch(run),
-        expected=expected(run),
+        expected=expected,
     )  # fmt: skip
 
 
-def expected(run: Run) -> float | None:
-    """Seconds that a step at the highest rung is expected to take before any has run; None where nobody can say."""
-    if not run.networks.named or run.machine.device.type != "cuda":
+def speed(run: Run) -> tuple[float | None, float | None]:
+    """(seconds that a step at the highest rung is expected to take, frame pixels of a graph under which the host is
+    slower than the card) before any step has run; None where nobody can say.
+    """
+    setting = setting_of(run)
+    card = profile_of(torch.cuda.get_device_name(run.machine.device)) if run.machine.device.type == "cuda" else None
+    if setting is None or card is None:
+        return None, None
+    top, batch = max((rungs[0] for rungs in ladders(run).values()), key=lambda rung: rung.omega), run.config.joint.batch
+    return full_step_seconds(setting, top, batch, card), launch_bound(setting, top, batch, card)
+
+
+def setting_of(run: Run) -> Setting | None:
+    """For the ledger; None for networks that are not the settings' own."""
+    if not run.networks.named:
         return None
-    config, top = run.config, max((rungs[0] for rungs in ladders(run).values()), key=lambda rung: rung.omega)
-    setting = Setting.of(config, len(run.dataset.classes), run.machine.precision.dtype.itemsize)
-    name = torch.cuda.get_device_name(run.machine.device)
-    return None if setting is None else expected_seconds(setting, top, config.joint.batch, name)
+    return Setting.of(run.config, len(run.dataset.classes), run.machine.precision.dtype.itemsize)
 
 
 def steps_of_an_epoch(run: Run) -> int:
@@ -143,12 +155,11 @@ def ledger_of(run: Run, plans: Sequence[Plan]) -> Callable[[Plan], int]:
     """Bytes that a step of a plan adds: by arithmetic for the networks that the settings name; for others by a line
     through readings of steps, which are run once and then belong to the run's plans.
     """
-    if not run.networks.named:
+    setting = setting_of(run)
+    if setting is None:
         if "ledger" not in run.plans:
             run.plans["ledger"] = learn(run, plans).to_json()
         return LearnedLedger.from_json(run.plans["ledger"])
-    setting = Setting.of(run.config, len(run.dataset.classes), run.machine.precision.dtype.itemsize)
-    assert setting is not None, "every encoder and head that a config can name has a ledger"
 
     def ledger(plan: Plan) -> int:
         parted = plan.micro_batch < run.config.joint.batch
@@ -255,9 +266,7 @@ def plan_joint(run: Run) -> dict[str, PatternPlan]:
     planner.accept(patterns_of(run))
     chosen: dict[str, PatternPlan] = {}
     for pattern in patterns_of(run):
-        decision = planner.choose(pattern)
-        if config.epoch_time is not None:
-            decision = chosen_in_time(planner, pattern, take_time)
+        decision = chosen_in_time(planner, pattern, take_time)
         rung = decision.plan.fidelity
         cut = config.full.omega / rung.omega
         epoch = None
@@ -296,10 +305,10 @@ def plan_joint(run: Run) -> dict[str, PatternPlan]:
 
 
 def chosen_in_time(planner: Governor, pattern: Pattern, take_time: Callable[[Decision], int | None]) -> Decision:
-    """The plan that is chosen when the times of all that were in question are known: each choice is timed, until it
-    stays.
+    """The plan that is chosen; under a time limit when the times of all that were in question are known: each choice is
+    timed, until it stays.
     """
-    for _ in range(TIMED):
+    for _ in range(TIMED if planner.step_seconds is not None else 0):
         decision = planner.choose(pattern)
         if planner.timed(decision.plan):
             return decision

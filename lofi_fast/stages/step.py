@@ -20,7 +20,7 @@ from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
 from lofi_fast.head.dropout import video_dropout
 from lofi_fast.head.protocol import Targets, total
-from lofi_fast.memory.governor import Decision, NothingFits, Planner
+from lofi_fast.memory.decision import Decision, NothingFits, Planner
 from lofi_fast.memory.meter import reason_of
 from lofi_fast.run import events
 from lofi_fast.run.seeds import seed_of
