@@ -19,13 +19,14 @@ from av.video.frame import VideoFrame
 from bench.__main__ import main
 from bench.commands import data as bench_data
 from bench.commands import eval as bench_eval
-from bench.commands import job, scaling, tables
+from bench.commands import job, recipes, scaling, tables
 from bench.peers import decoders, official_map
 from bench.tools import networks
 from bench.tools.rows import ROOT, Row, append_row, environment, read_rows
 from lofi_fast.data import demo
 from lofi_fast.errors import InputError
 from lofi_fast.metrics import parse_tiou
+from lofi_fast.presets import PRESETS
 from lofi_fast.train import read_flags
 
 TINY = (
@@ -457,3 +458,35 @@ def test_without_arguments_the_bench_says_what_exists(capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert all(f"python -m bench {command}" in said for command in ("job", "kernels", "ops", "tables"))
     assert "bench/results" in said
+
+
+# A change of recipes
+
+
+def evaluated(folder: Path, average: float) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"average_map": average, "map_by_tiou": {"0.5": average}}))
+    (folder / "config.json").write_text(PRESETS["demo"]().to_json())
+    return folder
+
+
+def test_recipes_are_compared_seed_by_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = [evaluated(tmp_path / f"b{seed}", 0.1 * seed) for seed in (1, 2, 3)]
+    after = [evaluated(tmp_path / f"a{seed}", 0.2 * seed) for seed in (1, 2, 3)]
+    told = [f"--runs={recipe}={','.join(map(str, runs))}" for recipe, runs in (("before", before), ("after", after))]
+    results = tmp_path / "recipes.jsonl"
+    assert recipes.main([*told, "--commit=before=abc1234", "--name=rooms", f"--results={results}"]) == 0
+    rows = read_rows(results)
+    assert [(row["recipe"], row["seed"], row["commit"]) for row in rows] == [
+        *(("before", seed, "abc1234") for seed in range(3)), *(("after", seed, "unknown") for seed in range(3))
+    ]  # fmt: skip
+    (table,) = recipes.table(rows)
+    assert [line[:5] for line in table.lines] == [
+        ("rooms", "before", "10.0, 20.0, 30.0", "20.0", "10.0 to 30.0"),
+        ("rooms", "after", "20.0, 40.0, 60.0", "40.0", "20.0 to 60.0"),
+    ]
+    assert "rooms" in capsys.readouterr().out
+    for wrong in (["--runs=later=x"], [f"--runs=after={tmp_path / 'none'}"], ["--name=rooms"]):
+        with pytest.raises(InputError):
+            recipes.main([*wrong, f"--results={results}"])
+    assert len(read_rows(results)) == 6

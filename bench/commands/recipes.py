@@ -29,12 +29,17 @@ def main(argv: Sequence[str]) -> int:
     """Train each seed with both recipes, or read runs; append rows and print the table."""
     cut = list(argv).index("--") if "--" in argv else len(argv)
     args, more = _parser().parse_args(argv[:cut]), list(argv[cut + 1 :])
-    start = environment()
     if args.runs:
-        made = [(recipe, seed, run) for recipe in RECIPES for seed, run in enumerate(_listed(args.runs, recipe))]
-        rows = [_row(recipe, seed, run, args, start) for recipe, seed, run in made]
+        runs, commits = _by_recipe("--runs", args.runs), _by_recipe("--commit", args.commit)
+        of = {recipe: environment() | {"commit": commits.get(recipe, "unknown"), "dirty": None} for recipe in RECIPES}
+        rows = [
+            _row(args.name, recipe, seed, Path(run), of[recipe])
+            for recipe in RECIPES
+            for seed, run in enumerate(runs.get(recipe, "").split(","))
+            if run
+        ]
     elif args.before and args.annotations and args.videos:
-        rows = trained(args, more, start)
+        rows = trained(args, more)
     else:
         raise InputError("give --before, --annotations and --videos to train, or --runs to record what was trained")
     for row in rows:
@@ -43,7 +48,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def trained(args: argparse.Namespace, more: Sequence[str], start: Row) -> list[Row]:
+def trained(args: argparse.Namespace, more: Sequence[str]) -> list[Row]:
+    checkouts = {"before": Path(args.before), "after": ROOT}
+    start = {recipe: environment(checkout) for recipe, checkout in checkouts.items()}
+    for of in start.values():
+        of["date"] = start["after"]["date"]  # one measurement
     rows = []
     with tempfile.TemporaryDirectory(prefix="bench-recipes-", ignore_cleanup_errors=True) as name:
         folder = Path(args.keep or name)
@@ -60,12 +69,12 @@ def trained(args: argparse.Namespace, more: Sequence[str], start: Row) -> list[R
         ]
         for seed in range(args.seeds):
             first, told = folder / f"pretrained{seed}", [*shared, "--seed", str(seed)]
-            _train(Path(args.before), [*told, "--stages", "pretrain", "--cache", str(folder / "cache-before")], first)
+            _train(checkouts["before"], [*told, "--stages", "pretrain", "--cache", str(folder / "cache-before")], first)
             told += ["--encoder-weights", str(first / "checkpoints" / "last.pt"), "--stages", "joint,head,eval"]
-            for recipe, checkout in zip(RECIPES, (Path(args.before), ROOT), strict=True):
+            for recipe, checkout in checkouts.items():
                 out = folder / f"{recipe}{seed}"
                 _train(checkout, [*told, "--cache", str(folder / f"cache-{recipe}")], out)
-                rows.append(_row(recipe, seed, out, args, start))
+                rows.append(_row(args.name, recipe, seed, out, start[recipe]))
                 print(f"{recipe}, seed {seed}: average mAP {100 * rows[-1]['average_map']:.2f}", flush=True)
     return rows
 
@@ -78,30 +87,27 @@ def _train(checkout: Path, flags: Sequence[str], out: Path) -> None:
         raise InputError(f"{' '.join(command)} in {checkout}: status {done.returncode}")
 
 
-def _row(recipe: str, seed: int, run: Path, args: argparse.Namespace, start: Row) -> Row:
+def _row(name: str, recipe: str, seed: int, run: Path, start: Row) -> Row:
     try:
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"--runs: {run} is no run that was evaluated ({error})") from None
     row: Row = {
-        "bench": "recipes", "name": args.name, "recipe": recipe, "seed": seed,
+        "bench": "recipes", "name": name, "recipe": recipe, "seed": seed,
         "average_map": metrics["average_map"], "map_by_tiou": metrics["map_by_tiou"],
         "epochs": {stage: config[of]["epochs"] for stage, of in
                    (("pretrain", "pretrain"), ("joint", "joint"), ("head", "head_stage"))},
     }  # fmt: skip
-    row |= start
-    return row | ({"commit": args.before_commit, "dirty": False} if recipe == "before" and args.before_commit else {})
+    return row | start
 
 
-def _listed(runs: Sequence[str], recipe: str) -> list[Path]:
-    for word in runs:
-        name, _, folders = word.partition("=")
-        if name not in RECIPES:
-            raise InputError(f"--runs {word}: write before=RUN,RUN or after=RUN,RUN")
-        if name == recipe:
-            return [Path(folder) for folder in folders.split(",")]
-    return []
+def _by_recipe(flag: str, words: Sequence[str]) -> dict[str, str]:
+    """What stands behind "before=" and "after="."""
+    found = dict(word.partition("=")[::2] for word in words)
+    if unknown := next((recipe for recipe in found if recipe not in RECIPES), None):
+        raise InputError(f"{flag} {unknown}: write before=... or after=...")
+    return found
 
 
 def table(rows: Sequence[Row]) -> list[Section]:
@@ -133,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
     parser.add_argument("--name", default="ceiling", help="of the videos, for the table (default: ceiling)")
     parser.add_argument("--runs", action="append", metavar="RECIPE=RUN,RUN", help="finished runs by seed, not to train")
-    parser.add_argument("--before-commit", metavar="COMMIT", help="of the other checkout, for the rows")
+    parser.add_argument("--commit", action="append", default=[], metavar="RECIPE=COMMIT", help="that made those runs")
     parser.add_argument("--keep", metavar="DIR", help="where to train (default: a folder that is removed)")
     parser.add_argument("--results", type=Path, default=RESULTS / "recipes.jsonl", help="file of rows to append to")
     return parser

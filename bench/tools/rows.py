@@ -62,16 +62,18 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def environment() -> Row:
-    """Where and when: machine in words, UTC date, and the commit whose code runs (dirty: with changes of its own)."""
-    in_clone = _git("rev-parse", "HEAD")
+def environment(checkout: Path = ROOT) -> Row:
+    """Where and when: machine in words, UTC date, and the commit of `checkout`, whose code runs (dirty: with changes of
+    its own).
+    """
+    in_clone = _git(checkout, "rev-parse", "HEAD")
     commit = in_clone or os.environ.get("LOFI_FAST_COMMIT", "")  # of a copy without its history
     return {
         "machine": f"{_processor()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.1f} GB",
         "system": platform.system(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit or "unknown",
-        "dirty": bool(_git("status", "--porcelain", "--", ".", *WRITTEN_BY_BENCH)) if in_clone else None,
+        "dirty": bool(_git(checkout, "status", "--porcelain", "--", ".", *WRITTEN_BY_BENCH)) if in_clone else None,
     }
 
 
@@ -120,12 +122,12 @@ def _processor() -> str:
     return next(filter(None, names), "") or platform.processor() or platform.machine()
 
 
-def _git(*arguments: str) -> str:
-    """What git says of this project; empty when it is not a clone or there is no git."""
-    if not (ROOT / ".git").exists():  # an unpacked archive may lie inside a clone of something else
+def _git(checkout: Path, *arguments: str) -> str:
+    """What git says of a checkout of this project; empty when it is not a clone or there is no git."""
+    if not (checkout / ".git").exists():  # an unpacked archive may lie inside a clone of something else
         return ""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True)
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
