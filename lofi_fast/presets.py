@@ -121,8 +121,8 @@ def weights_warning(config: Config) -> str | None:
     if config.preset not in OF_PRETRAINED or config.encoder.weights:
         return None
     return (
-        f"WARNING: --preset {config.preset} is the paper's recipe for an encoder pre-trained on a large set of videos, "
-        "such as Kinetics-400, and this run starts from random weights: expect a far lower mAP. Give "
+        f"WARNING: --preset {config.preset} is a recipe for an encoder pre-trained on a large set of videos, such as "
+        "Kinetics-400, and this run starts from random weights: expect a far lower mAP. Give "
         "--encoder-weights FILE, or use --preset small, whose recipe learns from scratch"
     )
 
