@@ -420,13 +420,15 @@ class NVMLError(Exception):
 class Driver:
     """A scripted GPU: the faults of its driver cannot be provoked on a real one. Bytes; free is what nobody holds.
 
-    `shown` is NVML's view: device name -> total memory (None: permission denied). It knows no figures of processes:
-    asking for them is an AttributeError. `fault`, when set, turns NVML's true (free, total) into what NVML says.
+    `shown` is NVML's view: device name -> total memory (None: permission denied). `told` is the process number under
+    which it shows what we hold; where it is None, that is not supported. `fault`, when set, turns NVML's true (free,
+    total) into what NVML says.
     """
 
     def __init__(self) -> None:
         self.total = 11019 * MiB
         self.shown: dict[str, int | None] = {f"GPU-{UUID}": 11264 * MiB}
+        self.told: int | None = None
         self.library: str | None = None  # why NVML cannot be loaded
         self.fault: Callable[[int, int], tuple[int, int]] | None = None
         self.cuda_fault: Callable[[int, int], tuple[int, int]] | None = None
@@ -506,6 +508,12 @@ class Driver:
         free, total = self.fault(self.free, total) if self.fault else (self.free, total)
         return SimpleNamespace(free=free, total=total, used=total - free)
 
+    def processes(self, handle: str) -> list[SimpleNamespace]:
+        if self.told is None:
+            raise NVMLError("Not Supported")
+        ours = self.context + self.pools + self.reserved
+        return [SimpleNamespace(pid=pid, usedGpuMemory=held) for pid, held in ((1, self.others), (self.told, ours))]
+
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
@@ -513,7 +521,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     pynvml = ModuleType("pynvml")
     scripted = {
         "NVMLError": NVMLError, "nvmlInit": driver.init, "nvmlDeviceGetHandleByUUID": driver.handle,
-        "nvmlDeviceGetMemoryInfo": driver.info,
+        "nvmlDeviceGetMemoryInfo": driver.info, "nvmlDeviceGetComputeRunningProcesses": driver.processes,
     }  # fmt: skip
     for name, value in scripted.items():
         setattr(pynvml, name, value)
@@ -580,11 +588,12 @@ class TestScriptedGpu:
     def test_a_first_step_is_settled_once_in_a_process(self, driver: Driver) -> None:
         meter = open_scripted()
         for more in (200 * MiB, 50 * MiB):
-            with meter.settle("the first step of the process", once=True):
+            with meter.settle("a step", once=True):
                 driver.pools += more
-        assert meter.booked["the first step of the process"] == 200 * MiB
-        with meter.settle("a step at another plan", once=True):
+        assert meter.booked["a step"] == 200 * MiB
+        with meter.settle("a step"):  # of a new plan
             driver.pools += 10 * MiB
+        assert meter.booked["a step"] == 210 * MiB
         assert meter.own() == 320 * MiB + 210 * MiB
 
     @pytest.mark.parametrize(
@@ -804,6 +813,57 @@ class TestScriptedGpu:
         assert meter.available() == driver.total - driver.others
         assert "others took memory, 5.77 GB" in meter.faults()[0]
 
+    def test_code_of_later_plans_is_little(self, driver: Driver) -> None:
+        """A neighbour that took 1 GiB during the first step of a second plan was once counted as this process."""
+        meter = open_scripted()
+        for more in (400 * MiB, 200 * MiB):
+            with meter.settle("a step"):
+                driver.pools += more
+        with meter.settle("a step"):
+            driver.others = 1024 * MiB
+        assert meter.booked["a step"] == 600 * MiB
+        assert "during a step others took memory, 1.07 GB" in meter.faults()[0]
+
+    def test_the_drivers_figure_of_this_process_is_believed(
+        self, driver: Driver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What others take or give back during an event is then told apart, however much it is."""
+        monkeypatch.setattr(gpu_room, "_namespace", lambda: gpu_room.FIRST_NAMESPACE)
+        driver.told, driver.others, driver.context_size = os.getpid(), 2000 * MiB, 450 * MiB
+        meter = open_scripted()
+        with meter.settle("first batch"):
+            driver.others = 2600 * MiB
+            driver.pools = 1500 * MiB
+            driver.allocate(1000 * MiB)
+        with meter.settle("a step"):
+            driver.others, driver.pools = 0, 1600 * MiB
+        with meter.settle("a step"):
+            driver.pools = 1550 * MiB
+        assert meter.booked == {"context": 450 * MiB, "first batch": 1500 * MiB, "a step": 50 * MiB}
+        assert meter.own() == 450 * MiB + driver.pools + driver.reserved
+        assert meter.faults() == []
+
+    @pytest.mark.parametrize("case", ["container", "not supported", "impossible", "another's"])
+    def test_a_figure_of_a_process_that_may_not_be_ours_is_not(
+        self, driver: Driver, monkeypatch: pytest.MonkeyPatch, case: str
+    ) -> None:
+        own = "pid:[4026532001]" if case == "container" else gpu_room.FIRST_NAMESPACE
+        monkeypatch.setattr(gpu_room, "_namespace", lambda: own)
+        driver.told = {"not supported": None, "another's": os.getpid() + 1}.get(case, os.getpid())
+        if case != "impossible":
+            driver.others = 1500 * MiB
+        if case in ("container", "impossible"):  # a number that the driver knows for another process, or nonsense
+            held = 700 * MiB if case == "container" else 1
+            monkeypatch.setattr(
+                sys.modules["pynvml"], "nvmlDeviceGetComputeRunningProcesses",
+                lambda handle: [SimpleNamespace(pid=os.getpid(), usedGpuMemory=held)],
+            )  # fmt: skip
+        meter = open_scripted()
+        with meter.settle("first batch"):
+            driver.pools = 200 * MiB
+            driver.allocate(1000 * MiB)
+        assert meter.booked == {"context": 300 * MiB, "first batch": 200 * MiB}
+
     def test_memory_given_back_by_others_is_not_booked(self, driver: Driver) -> None:
         driver.others = 1000 * MiB
         meter = open_scripted()
@@ -847,6 +907,16 @@ class TestGpuMeter:
         meter.reset_peak()
         assert meter.peak() - before <= 64 * 2**20
         assert 0 < meter.own() <= meter.available() <= meter.total()
+
+    def test_what_the_driver_tells_of_this_process_agrees(self) -> None:
+        meter = open_meter(self.device)
+        assert isinstance(meter, GpuMeter)
+        told = meter._told()
+        if told is None:
+            pytest.skip("the driver does not tell what single processes hold")
+        held = torch.ones(512 * 2**20, dtype=torch.uint8, device=self.device)
+        assert abs((meter._told() or 0) - told) <= 4 * 2**20, "tensors are torch's"
+        del held
 
     def test_the_context_counts_as_ours(self) -> None:
         # Read in a process of its own: here, the context was there before the meter.

@@ -496,4 +496,4 @@ def test_on_the_gpu_at_an_encoder_shape(dtype: torch.dtype, identity: str) -> No
     c = case((8, 8, 64, 56, 56), identity, dtype=dtype)
     on_gpu = Case(**{k: v.to("cuda") if isinstance(v, Tensor) else v for k, v in vars(c).items()})
     dispatched = Form(torch.ops.lofi_fast.residual_shift, torch.ops.lofi_fast.residual_shift_backward)
-    assert_right([tensor.cpu() for tensor in run(dispatched, on_gpu)], c)
+    assert_right(run(dispatched, on_gpu), on_gpu)

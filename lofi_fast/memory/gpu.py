@@ -16,7 +16,9 @@ from lofi_fast.memory.meter import Faults, Memory, finish_backward, is_out_of_me
 SEGMENT = 20 << 20  # torch maps its expandable segments in pieces of this size, and can exceed a cap by one of them
 SAME_DEVICE = (0.9, 1.02)  # CUDA's total memory / NVML's; lower where NVML shows a whole card and CUDA a slice of it
 CONTEXT = (64 << 20, 3 << 30)  # bytes of a CUDA context; another reading means that it existed, or that others changed
-OUTSIDE_AT_MOST = 1 << 30  # that libraries take during one event; more than that another process took
+OUTSIDE_AT_MOST = 1 << 30  # that libraries take during an event; more than that another process took
+AGAIN_AT_MOST = 256 << 20  # that they take when it happens again: code of a few more kernels
+FIRST_NAMESPACE = "pid:[4026531836]"  # of a machine's own processes; the kernel fixes this number
 JUMP = 0.1  # of the device's memory: if others' memory changes by more between two readings, CUDA is asked too
 RETRY_SECONDS = 10.0  # after a failure of NVML
 NEAR = 0.9  # of what torch may hold: if it held so much, a library's ambiguous error is taken for out of memory
@@ -25,8 +27,8 @@ NEAR = 0.9  # of what torch may hold: if it held so much, a library's ambiguous 
 class _Nvml:
     """Free and total memory of one GPU, or of the slice of one (MIG) that CUDA shows.
 
-    Only figures for the whole device are read: in a container the driver's figures for single processes are missing or
-    wrong.
+    What single processes hold is told by process number. In a container these are not the numbers that its processes
+    know, so there only figures for the whole device are read.
     """
 
     def __init__(self, index: int) -> None:
@@ -56,22 +58,33 @@ class _Nvml:
         info = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
         return int(info.free), int(info.total)
 
+    def held(self) -> int | None:
+        """Bytes that this process holds; None where the driver does not say, or does not say so reliably."""
+        if _namespace() != FIRST_NAMESPACE:
+            return None
+        try:
+            processes = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except Exception:  # no permission, or not supported here
+            return None
+        return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+
 
 class GpuMeter:
     """Reads the free memory of one NVIDIA GPU through NVML, and through torch.cuda.mem_get_info while NVML fails.
 
     This process holds torch's reserved memory and what is outside torch: the CUDA context, code of kernels, pools of
-    DALI and NVDEC, NCCL. The driver shows only the sum over all processes, so memory outside torch is measured by
-    `settle`: how much the device's used memory grew, beyond torch's, during an event that takes such memory. Wrap in
-    `settle` the construction of a pipeline, the first step of a process, and the first step of every plan (kernels are
-    loaded when they are first used). Do not wrap a step whose plan has run before: what changes then is others'.
+    DALI and NVDEC, NCCL. What is outside torch is measured by `settle`, around an event that takes such memory: the
+    construction of a pipeline, the first step of a process, and the first step of every plan (kernels are loaded when
+    they are first used). Do not wrap a step whose plan has run before: what changes then is others'.
 
-    Memory outside torch can never be more than what is used and not torch's, and `own` is cut to that: if another
-    process's memory was counted as ours, this ends when that process gives it back. Two errors remain. Memory that
-    another process takes during an event is counted as ours where it is no more than libraries may take
-    (`OUTSIDE_AT_MOST`), and plans are smaller than they need to be. Memory that another process gives back during an
-    event hides as much of ours, by which the budget can be exceeded, though never what is free. Events are short and
-    readings are repeated, to make both rare.
+    Where the driver says what this process holds, that is what `settle` goes by. In a container, and where the driver
+    keeps it to itself, only the sum over all processes can be read, and what counts is how much the device's used
+    memory grew, beyond torch's. Two errors are possible then. Memory that another process takes during an event is
+    counted as ours where it is no more than libraries may take (`OUTSIDE_AT_MOST`, or `AGAIN_AT_MOST`), and plans are
+    smaller than they need to be. Memory that another process gives back during an event hides as much of ours, by which
+    the budget can be exceeded, though never what is free. Events are short and readings are repeated, to make both
+    rare. Memory outside torch can never be more than what is used and not torch's, and `own` is cut to that: if another
+    process's memory was counted as ours, this ends when that process gives it back.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -90,6 +103,8 @@ class GpuMeter:
         torch.zeros(1, device=device)  # creates it
         torch.cuda.synchronize(self._index)
         context = 0 if before is None else before - self._quiet()
+        if (told := self._told()) is not None:
+            context = told
         if not CONTEXT[0] <= context <= CONTEXT[1]:
             seen = "cannot be read" if before is None else f"seemed to take {context / 1e9:.2f} GB"
             context = assumed_context((properties.major, properties.minor))
@@ -179,23 +194,40 @@ class GpuMeter:
         stats = torch.cuda.memory_stats_as_nested_dict(self._index)  # far cheaper than the flat form
         return int(stats[f"{kind}_bytes"]["all"][key]) if stats else 0  # empty before CUDA is used
 
+    def _told(self) -> int | None:
+        """Bytes that this process holds outside torch as the driver tells it; None where it does not."""
+        held = None if self._nvml is None else self._nvml.held()
+        reserved = self._torch()
+        if held is None or not reserved <= held <= self._total - self._free(reserved):  # another process's, or nonsense
+            return None
+        return held - reserved
+
     @contextmanager
     def settle(self, event: str, once: bool = False) -> Iterator[None]:
         if once and event in self.booked:
             yield
             return
-        before = self._quiet()
+        before, told_before = self._quiet(), self._told()
         try:
             yield
         finally:
             torch.cuda.synchronize(self._index)
-            grown = before - self._quiet()
-            if grown < 0:
-                self._faults.note("shrunk", f"during {event} others gave {-grown / 1e9:.2f} GB back; ours is not seen")
-            if grown > OUTSIDE_AT_MOST:
-                self._faults.note("grown", f"during {event} others took memory, {grown / 1e9:.2f} GB; ours is not seen")
-                grown = 0
-            self.booked[event] = self.booked.get(event, 0) + max(grown, 0)
+            told = self._told()
+            if told is None or told_before is None:
+                grown = self._ours(event, before - self._quiet())
+            else:
+                grown = told - told_before
+            self.booked[event] = max(self.booked.get(event, 0) + grown, 0)
+
+    def _ours(self, event: str, grown: int) -> int:
+        """Of what the device's used memory grew by during an event, beyond torch's: the bytes that are ours."""
+        if grown < 0:
+            self._faults.note("shrunk", f"during {event} others gave {-grown / 1e9:.2f} GB back; ours is not seen")
+        elif grown > (AGAIN_AT_MOST if event in self.booked else OUTSIDE_AT_MOST):
+            self._faults.note("grown", f"during {event} others took memory, {grown / 1e9:.2f} GB; ours is not seen")
+        else:
+            return grown
+        return 0
 
     # This process
 
@@ -271,6 +303,13 @@ class GpuMeter:
         reserved = self._torch()
         share = torch.cuda.get_per_process_memory_fraction(self._index) * self._total
         return self._torch(key="peak") >= NEAR * min(share, reserved + self._free(reserved))
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        return ""
 
 
 def _words(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+STEP = "a step"  # the event of a step that may load code: of a plan or of a process the first
 _OUT_OF_MEMORY = (
     "out of memory", "can't allocate", "cannot allocate memory", "bad_alloc", "alloc_failed", "allocation_failed",
     "allocation failed", "could not create a primitive", "could not create a memory",
@@ -72,7 +73,7 @@ class Meter(Protocol):
 
     def settle(self, event: str, once: bool = False) -> AbstractContextManager[None]:
         """Attribute to this process the memory that is gained in this context outside torch. `event` names what happens
-        in it; with `once` only the first event of a name is counted.
+        in it; with `once` only the first event of a name is counted. Events of one name take less when they come again.
         """
 
     def release(self) -> None:

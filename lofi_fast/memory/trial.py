@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol
 
 from lofi_fast.budget import gigabytes
 from lofi_fast.errors import InputError
-from lofi_fast.memory.meter import Meter
+from lofi_fast.memory.meter import STEP, Meter
 from lofi_fast.memory.plans import Plan, T
 
 MARGIN = 0.05  # of the budget, kept free: what one and the same step's peak was seen to vary by
@@ -244,7 +244,7 @@ class Trials:
         self.meter.release()
         self.meter.reset_peak()
         failed = False
-        with self.meter.settle("a trial step"), self.meter.cap(limit):
+        with self.meter.settle(STEP), self.meter.cap(limit):
             try:
                 step()
             except Exception as error:

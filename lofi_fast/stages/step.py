@@ -21,7 +21,7 @@ from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
 from lofi_fast.head.dropout import video_dropout
 from lofi_fast.head.protocol import Targets, total
 from lofi_fast.memory.decision import Decision, NothingFits, Planner
-from lofi_fast.memory.meter import reason_of
+from lofi_fast.memory.meter import STEP, reason_of
 from lofi_fast.run import events
 from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
@@ -66,8 +66,7 @@ def lofi_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batc
         meter.reset_peak()
         # The first step of a plan, and of a process, may take memory outside torch for good: workspaces, code that is
         # loaded at its first use.
-        event = f"a step at {decision.plan}" if decision.new else "the first step of the process"
-        with meter.settle(event, once=not decision.new), meter.cap(decision.limit):
+        with meter.settle(STEP, once=not decision.new), meter.cap(decision.limit):
             try:
                 loss, terms = forward_backward(run, batch, decision)
                 not_finite = update(run, optimizer, loss, run.config.joint.clip)
