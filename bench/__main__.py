@@ -23,6 +23,7 @@ COMMANDS = {
     "optim": ("[options]", "time of one update: apex's and torch's optimisers"),
     "planner": ("[options]", "predicted and measured peaks over many budgets, alone or beside a neighbour"),
     "truth": ("[options]", "whether a budget is kept to, read from outside every 10 ms over whole trainings"),
+    "epochs": ("[options]", "the time of an epoch as it was planned, against the epochs as they went"),
     "tuners": ("[options]", "the planner beside the searches of Lightning, accelerate and DeepSpeed"),
     "day": ("[options]", "a day on a shared card in virtual time: the governor, other trainers' ways, a clairvoyant"),
     "overhead": ("[options]", "what planning costs: the governor's time in a step, the allocators"),

@@ -19,7 +19,7 @@ from av.video.frame import VideoFrame
 from bench.__main__ import main
 from bench.commands import data as bench_data
 from bench.commands import eval as bench_eval
-from bench.commands import job, recipes, scaling, tables
+from bench.commands import epochs, job, recipes, scaling, tables
 from bench.peers import decoders, official_map
 from bench.tools import networks
 from bench.tools.rows import ROOT, Row, append_row, environment, read_rows
@@ -490,3 +490,16 @@ def test_recipes_are_compared_seed_by_seed(tmp_path: Path, capsys: pytest.Captur
         with pytest.raises(InputError):
             recipes.main([*wrong, f"--results={results}"])
     assert len(read_rows(results)) == 6
+
+
+def test_epochs_are_measured_beside_their_plan(tmp_path: Path) -> None:
+    results = tmp_path / "epochs.jsonl"
+    told = ["--cuts", "16", "--epochs", "3", "--videos", "8", "--mem-budget", "2GB", "--results", str(results)]
+    assert epochs.main(told) == 0
+    rows = read_rows(results)
+    assert [row["pattern"] for row in rows] == ["spatial", "temporal", "spatio_temporal"]
+    for row in rows:
+        length, side = row["rung"]
+        assert length * side**2 <= 32 * 64**2 / 12, "a cut of 16, as near as its rungs come"
+        assert len(row["seconds"]) == 1 and min(row["seconds"][0], row["predicted_seconds"]) > 0
+        assert row["error"] == pytest.approx(row["predicted_seconds"] / row["seconds"][0] - 1, abs=0.01)
