@@ -18,8 +18,8 @@ from av.video.frame import VideoFrame
 
 from bench.__main__ import main
 from bench.commands import data as bench_data
-from bench.commands import eval as bench_eval
 from bench.commands import epochs, job, recipes, scaling, tables
+from bench.commands import eval as bench_eval
 from bench.peers import decoders, official_map
 from bench.tools import networks
 from bench.tools.rows import ROOT, Row, append_row, environment, read_rows
