@@ -27,16 +27,19 @@ from bench.tools.rows import RESULTS, ROOT, Row, append_row, environment
 from bench.tools.table import Section, Table, screen, when
 from lofi_fast.data import demo
 from lofi_fast.errors import InputError
+from lofi_fast.fidelity import CYCLE
 from lofi_fast.run import events
 
 USAGE = "python -m bench planner [options]"
 MODELS = {
     "demo": ["--preset", "demo"],
     "r18": ["--preset", "demo", "--width", "64", "--fidelity", "16x112"],
+    "r34": ["--preset", "demo", "--encoder", "tsm_r34", "--width", "64", "--fidelity", "16x112"],
     "r50": ["--preset", "demo", "--encoder", "tsm_r50", "--width", "64", "--fidelity", "16x112", "--batch", "8"],
 }
 VIDEOS, BATCH, EPOCHS = 8, 4, 6  # two steps an epoch; every pattern twice
 LARGEST = 8e9
+CHOSEN = ("rung", "cut", "micro_batch", "recompute", "chunk")  # of what plan.json says of each phase
 PRESSED = 0.75  # of the way from the smallest plan's need to full fidelity's: the budget under pressure
 LEAST = 1.17  # times the smallest plan's need: what the neighbour leaves
 
@@ -117,9 +120,11 @@ def run(flags: Sequence[str], out: Path, pressed: tuple[int, int] | None) -> Row
     steps = [event for event in log if isinstance(event, events.Step) and event.stage == "joint"]
     trials = [event for event in log if isinstance(event, events.Measured) and event.plan.startswith("joint")]
     full = json.loads((out / "config.json").read_text())["full"]
+    planned = json.loads((out / "plan.json").read_text())["plans"]["joint"]
+    chosen = {pattern: {key: plan[key] for key in CHOSEN} for pattern, plan in planned.items()}
     bound = any(step.num_snippets * step.side**2 < full["num_snippets"] * full["side"] ** 2 for step in steps)
     seen = max((event.peak for event in (*steps, *trials) if event.peak), default=0)
-    return told | summary(steps, trials, seen) | {"bound": bound, "refused": None}
+    return told | summary(steps, trials, seen) | {"bound": bound, "refused": None, "chosen": chosen}
 
 
 def line(row: Row) -> str:
@@ -158,7 +163,28 @@ def table(rows: Sequence[Row]) -> list[Section]:
         "model", "budgets", "steps", "largest error of the peak", "of what a step adds", "budget used where it binds",
         "violations", "lost or repeated videos", "rungs down / up", "date, commit",
     )  # fmt: skip
-    return [Table("", header, lines)]
+    return [Table("", header, lines), *_bought(rows)]
+
+
+def _bought(rows: Sequence[Row]) -> list[Section]:
+    """What each budget bought, in the newest run of each model that tells."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model and row.get("chosen") and not row["pressure"]]
+        run = [row for row in mine if row["date"] == max(row["date"] for row in mine)]
+        for row in sorted(run, key=lambda row: row["budget"]):
+            cells = [_plan(row["chosen"].get(pattern.value)) for pattern in CYCLE]
+            lines.append((model, f"{row['budget'] / 1e9:.2f} GB", *cells, f"{100 * row['used'][1]:.0f}%"))
+    header = ("model", "budget", *(pattern.value.replace("_", "-") for pattern in CYCLE), "used, median")
+    return [Table("What the budgets bought, as chosen at the start:", header, lines)] if lines else []
+
+
+def _plan(chosen: Row | None) -> str:
+    if chosen is None:
+        return ""
+    length, side = chosen["rung"]
+    levers = f"{chosen['micro_batch']} at once" + ", recompute" * chosen["recompute"]
+    return f"{length} x {side} px (cut {chosen['cut']:.1f}), {levers}, {chosen['chunk']} to a graph"
 
 
 def _steps(rows: Sequence[Row]) -> str:
