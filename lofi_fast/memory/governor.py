@@ -599,6 +599,7 @@ class Governor:
             "good": self._good,
             "trials": self._trials,
             "last": None if self._last is None else self._last.to_json(),
+            "tried": [None if plan is None else plan.to_json() for plan in self._tried],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -619,6 +620,7 @@ class Governor:
         self._base, self._learned = max(self._bases, default=0), _quantile(self._residuals, QUANTILE)
         self._good, self._trials = state["good"], state["trials"]
         self._last = None if state["last"] is None else Plan.from_json(state["last"])
+        self._tried = deque((None if key is None else Plan.from_json(key) for key in state.get("tried", ())), 2)
         self._refit()
 
 
