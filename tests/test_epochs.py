@@ -33,6 +33,7 @@ from lofi_fast.run.networks import Networks
 from lofi_fast.run.state import Run
 from lofi_fast.stages.epochs import LEAST_SCALE, NOT_FINITE_STEPS, update
 from lofi_fast.stages.features import encode, encode_within_budget
+from lofi_fast.stages.head import check_head
 from lofi_fast.stages.joint import joint, plan_joint
 from lofi_fast.stages.pretrain import new_classifier, pretrain
 
@@ -287,6 +288,18 @@ def test_features_are_encoded_in_smaller_chunks_where_memory_runs_out(tmp_path: 
         most = 0
         with pytest.raises(InputError, match=r"one snippet at once needs more than .*; raise --mem-budget"):
             encode_within_budget(run, frames, 4, verify)
+
+
+def test_a_head_stage_that_cannot_fit_is_refused_before_anything_trains(tmp_path: Path) -> None:
+    with small_run(tmp_path / "run", 1) as run:
+        run.networks = Networks()
+        check_head(run)
+        held = run.machine.meter.held()
+        run.machine = replace(run.machine, budget=held - 10**7)
+        with pytest.raises(InputError, match=r"the head stage needs at least .* give a smaller --head-stage.batch"):
+            check_head(run)
+        run.networks = Networks(head=breaking_head)
+        check_head(run)  # nothing is known of a head of the caller's own
 
 
 # The update
