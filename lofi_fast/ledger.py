@@ -78,6 +78,14 @@ class EncoderLedger(Protocol):
     def backward(self, tally: Tally, work: Pass) -> None:
         """Play backward: the gradient of the features comes in, the gradients of the parameters are left."""
 
+    def without_gradients(self, tally: Tally, work: Pass) -> None:
+        """Play `Encoder.encode` where nothing learns; the features are left, in float32."""
+
+    def live(self, tally: Tally, snippets: int, side: int, itemsize: int) -> None:
+        """Play forward and backward with live batch norm, as in pretraining: the features, and a gradient in float32 of
+        each parameter, batch norm's too, are left.
+        """
+
     def multiply_adds(self, side: int) -> int:
         """Multiplications, each with its addition, of the forward pass over one frame of `side` x `side` pixels."""
 

@@ -12,7 +12,7 @@ from bench.__main__ import main
 from bench.commands import day, tables
 from bench.peers.searches import PEERS
 from bench.tools.rows import read_rows
-from bench.tools.shared_card import BY_HAND, Day, SharedCard, Task, scripted
+from bench.tools.shared_card import BY_HAND, STEPS_AN_EPOCH, Day, SharedCard, Task, ours, scripted
 from bench.tools.traces import DAY, MANNERS, Trace, made_up, recorded
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern, ladder
@@ -179,6 +179,16 @@ def test_the_searches_find_what_fits(fits: float) -> None:
     assert found("accelerate") == 1 and tried == [], "it halves when training fails"
     for way in PEERS:
         assert PEERS[way].search(lambda _: None, 17_000, 1000) in (None, 1.0)
+
+
+def test_a_time_budget_makes_epochs_shorter_and_costs_fidelity_at_most() -> None:
+    made = day.task(day.CASES["r18"])
+    held, steps, hours = day.trace(made, "steady", 0), 400, 3
+    free, timed = (ours(made, held, steps, 0, epoch_seconds=limit) for limit in (None, 3600.0 * hours))
+    assert timed.over == free.over == 0
+    assert timed.steps == steps and timed.seconds / steps * STEPS_AN_EPOCH <= 3600 * hours
+    assert free.seconds / free.steps * STEPS_AN_EPOCH > 3600 * hours, "else the budget binds nothing"
+    assert timed.obtained / timed.steps <= free.obtained / free.steps
 
 
 # The command

@@ -13,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from bench.tools.synthetic import NoisePipeline, setting, synthetic_run
 from lofi_fast.config import Config, StageConfig
+from lofi_fast.encoder.tsm import TSMEncoder
 from lofi_fast.errors import InputError
 from lofi_fast.head.gtad_head import GTADHead
 from lofi_fast.memory.decision import NothingFits
@@ -30,6 +32,8 @@ from lofi_fast.run.log import RunLog
 from lofi_fast.run.networks import Networks
 from lofi_fast.run.state import Run
 from lofi_fast.stages.epochs import LEAST_SCALE, NOT_FINITE_STEPS, update
+from lofi_fast.stages.features import encode, encode_within_budget
+from lofi_fast.stages.head import check_head
 from lofi_fast.stages.joint import joint, plan_joint
 from lofi_fast.stages.pretrain import new_classifier, pretrain
 
@@ -232,6 +236,70 @@ def test_statistics_of_batchnorm_are_as_before_when_a_step_of_pretraining_breaks
         with pytest.raises(InputError, match=r"pretrain: the loss was not finite in 5 steps .* --pretrain-lr"):
             pretrain(run, {"classifier": classifier})
         assert different(before, weights(run)) == []
+
+
+def test_the_first_step_of_pretraining_is_measured_and_halves_a_batch_that_is_too_large(tmp_path: Path) -> None:
+    def trained(folder: Path, plan: dict[str, int | None], budget: int) -> Run:
+        with small_run(folder, 1) as run:
+            run.config = replace(run.config, stages=("pretrain",), pretrain=replace(run.config.pretrain, epochs=1))
+            run.position, run.plans["pretrain"] = Position("pretrain"), dict(plan)
+            run.machine = replace(run.machine, budget=budget)
+            pretrain(run, {})
+        return run
+
+    amply = 4 * 10**9
+    known = trained(tmp_path / "known", {"batch": 4, "peak": 1}, amply)
+    planned = trained(tmp_path / "planned", {"batch": 4, "predicted": 10**9, "peak": None}, amply)
+    assert different(weights(known), weights(planned)) == [], "the step that is measured trains"
+    measured = [event for event in logged(planned) if isinstance(event, events.Measured)][-1]
+    assert measured.candidate == "4" and measured.predicted == 10**9
+    assert planned.plans["pretrain"]["peak"] == measured.peak
+
+    # A budget below what the process holds: the resident set is over it, whichever step runs.
+    halved = trained(tmp_path / "halved", {"batch": 8, "predicted": 10**9, "peak": None}, 10**8)
+    sizes = [(e.candidate, e.peak) for e in logged(halved) if isinstance(e, events.Measured) and "clips" in e.plan]
+    assert [size for size, _ in sizes] == ["8", "4"] and halved.plans["pretrain"]["batch"] == 4
+    assert different(weights(known), weights(halved)) == [], "as if the smaller batch had been planned"
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_features_are_encoded_in_smaller_chunks_where_memory_runs_out(tmp_path: Path, verify: bool) -> None:
+    class Narrow(TSMEncoder):
+        """Has memory for two snippets at once."""
+
+        def encode(self, frames_NHWC: Tensor, num_frames: int, **how: Any) -> Tensor:
+            if how["chunk"] > most:
+                raise MemoryError
+            return super().encode(frames_NHWC, num_frames, **how)
+
+    with small_run(tmp_path / "run", 1) as run:
+        narrow = Narrow(run.encoder.name, run.encoder.width)  # type: ignore[arg-type]
+        narrow.load_state_dict(run.encoder.state_dict())
+        run.encoder = narrow.eval()
+        narrow.freeze_batchnorm()
+        frames = torch.randint(0, 256, (8 * 8, 16, 16, 3), dtype=torch.uint8)
+        most = 8
+        whole = encode(run, frames, 2)
+        most = 2
+        features, chunk = encode_within_budget(run, frames, 8, verify)
+        assert chunk == 2 and np.array_equal(features, whole)
+        measured = [(e.candidate, e.peak is None) for e in logged(run) if getattr(e, "plan", "").startswith("features")]
+        assert measured == ([("8", True), ("4", True), ("2", False)] if verify else [])
+        most = 0
+        with pytest.raises(InputError, match=r"one snippet at once needs more than .*; raise --mem-budget"):
+            encode_within_budget(run, frames, 4, verify)
+
+
+def test_a_head_stage_that_cannot_fit_is_refused_before_anything_trains(tmp_path: Path) -> None:
+    with small_run(tmp_path / "run", 1) as run:
+        run.networks = Networks()
+        check_head(run)
+        held = run.machine.meter.held()
+        run.machine = replace(run.machine, budget=held - 10**7)
+        with pytest.raises(InputError, match=r"the head stage needs at least .* give a smaller --head-stage.batch"):
+            check_head(run)
+        run.networks = Networks(head=breaking_head)
+        check_head(run)  # nothing is known of a head of the caller's own
 
 
 # The update

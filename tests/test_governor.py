@@ -441,6 +441,27 @@ def test_down_at_once_and_up_after_clean_steps() -> None:
     assert ranks[STEADY - 1] == ranks[-1] == fitting.index(True)
 
 
+def test_after_steady_steps_the_rung_above_is_tried_with_the_room_that_others_needed() -> None:
+    machine = Machine(bump=0, noise=0)
+    machine.left = 4 * GB
+    made = settled(machine, 12 * GB)
+    low = take(made, machine)
+    above = PLANS[S][rank(low) - 1]
+    predicted, allowed = made.predict(above), made.need(above)
+    assert not made.table(S)[rank(low) - 1]["measured"] and allowed > 1.03 * predicted
+    machine.left = math.ceil((0.4 * predicted + 0.6 * allowed) / (1 - SMALLEST_MARGIN))
+    decisions = [take(made, machine) for _ in range(STEADY + 3)]
+    assert all(decision.plan == low.plan for decision in decisions[: STEADY - 1]), "not before memory was steady"
+    tried = decisions[STEADY - 1]
+    assert tried.plan == above and tried.new and tried.reason.startswith("one rung up")
+    assert {decision.plan for decision in decisions[STEADY:]} == {above}, "what it needs is known now, and fits"
+
+    machine.left = math.ceil(predicted / (1 - SMALLEST_MARGIN))  # too little for any error
+    again = settled(machine, 12 * GB)
+    first = take(again, machine)
+    assert {take(again, machine).plan for _ in range(STEADY + 3)} == {first.plan}
+
+
 def test_one_reading_that_shrinks_starts_the_wait_again() -> None:
     machine = Machine(bump=0, noise=0)
     made = settled(machine)

@@ -28,7 +28,8 @@ from lofi_fast.data.pipeline import FramePipeline
 from lofi_fast.encoder import lean, resnet_ledger
 from lofi_fast.encoder.lean import encode
 from lofi_fast.encoder.resnet import TSMResNet
-from lofi_fast.encoder.resnet_ledger import BLOCKS, ResNetLedger
+from lofi_fast.encoder.resnet_ledger import ResNetLedger
+from lofi_fast.encoder.resnet_table import BLOCKS, network
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
 from lofi_fast.head import gtad_ledger
 from lofi_fast.head.dropout import video_dropout
@@ -39,7 +40,7 @@ from lofi_fast.head.targets import Targets, make_targets
 from lofi_fast.kernels import proposal_grid
 from lofi_fast.kernels.align_linear.sampling import weights_of
 from lofi_fast.ledger import FLOAT, LONG, Parameters, Pass, Stage, Tally, default_chunk
-from lofi_fast.memory.step_bytes import Setting, StepBytes, step_bytes
+from lofi_fast.memory.step_bytes import Setting, StepBytes, features_bytes, head_bytes, pretrain_bytes, step_bytes
 from lofi_fast.optim import make_optimizer
 from lofi_fast.presets import activitynet, demo, thumos
 
@@ -368,14 +369,89 @@ def test_features_without_gradients(name: EncoderName, itemsize: int, snippets: 
     known = [*encoder.parameters(), *encoder.buffers(), x]
     with torch.no_grad(), Alive(known) as alive, precision(itemsize):
         features = encode(encoder, x, FRAMES_PER_SNIPPET, chunk=chunk)
-    net = resnet_ledger.network(name, 8, 46)
-    part = resnet_ledger.chunk_bytes(
-        name, 8, 46, min(chunk, snippets) * FRAMES_PER_SNIPPET, itemsize, True, False, False, False
-    )
-    made = FLOAT * snippets * net.num_features
-    predicted = itemsize * net.weights + FLOAT * 2 * net.channels + made + max(part.forward, made)
-    assert alive.peak <= predicted <= 1.02 * alive.peak
+    tally = Tally()
+    ResNetLedger(name, 8).without_gradients(tally, Pass(1, snippets, 46, itemsize, chunk))
+    assert alive.peak <= tally.peak <= 1.02 * alive.peak
     assert features.shape[0] == snippets
+
+
+# The other stages
+
+
+LIVE = [
+    ("tsm_r18", 8, 46, 4, FP32), ("tsm_r18", 16, 64, 5, FP32), ("tsm_r18", 24, 50, 7, BF16),
+    ("tsm_r18", 32, 24, 4, BF16),
+    ("tsm_r34", 8, 90, 2, BF16), ("tsm_r34", 16, 50, 4, FP32), ("tsm_r34", 16, 24, 8, BF16),
+    ("tsm_r34", 24, 24, 4, FP32),
+    ("tsm_r50", 8, 32, 6, FP32), ("tsm_r50", 8, 46, 3, BF16), ("tsm_r50", 16, 33, 5, FP32),
+    ("tsm_r50", 16, 64, 2, BF16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "width", "side", "clips", "itemsize"), LIVE)
+def test_a_step_of_pretraining(name: EncoderName, width: int, side: int, clips: int, itemsize: int) -> None:
+    encoder, x = TSMResNet(name, width), frames(clips * FRAMES_PER_SNIPPET, side)
+    fill(encoder)
+    encoder.train().to(memory_format=torch.channels_last)
+    classifier, shares = torch.nn.Linear(encoder.num_features, NUM_CLASSES), torch.full((clips, NUM_CLASSES), 1 / 6)
+    known = [*encoder.parameters(), *encoder.buffers(), *classifier.parameters(), x, shares]
+    with Alive(known) as alive:
+        with precision(itemsize):
+            logits = classifier(encoder(x, FRAMES_PER_SNIPPET))
+        torch.nn.functional.cross_entropy(logits.float(), shares).backward()
+    predicted = pretrain_bytes(ResNetLedger(name, width), NUM_CLASSES, clips, side, itemsize) - 2 * x.nbytes
+    assert alive.peak <= predicted <= 1.03 * alive.peak
+
+
+@pytest.mark.parametrize("width", [8, 32])
+@pytest.mark.parametrize(("snippets", "chunk", "side"), [(6, 2, 46), (4, 4, 64), (5, 1, 90)])
+@pytest.mark.parametrize("itemsize", [FP32, BF16])
+def test_encoding_features(itemsize: int, snippets: int, chunk: int, side: int, width: int) -> None:
+    encoder, x = frozen("tsm_r18", width), frames(snippets * FRAMES_PER_SNIPPET, side)
+    with torch.no_grad(), Alive([*encoder.parameters(), *encoder.buffers()]) as alive:
+        decoded = x.clone()
+        with precision(itemsize):
+            features = encode(encoder, decoded, FRAMES_PER_SNIPPET, chunk=chunk)
+        features = features.float().T.contiguous()
+    predicted = features_bytes(ResNetLedger("tsm_r18", width), snippets, snippets, chunk, side, itemsize)
+    assert alive.peak <= predicted <= 1.03 * alive.peak
+    assert features.shape == (encoder.num_features, snippets)
+
+
+HEAD_STEPS = [
+    (SMALL, 4, 32, 64, FP32, True),
+    (SMALL, 2, 48, 96, BF16, True),
+    (LARGE, 2, 40, 64, FP32, True),
+    (LARGE, 3, 32, 48, BF16, False),
+    (SMALL, 1, 64, 64, FP32, False),
+    (replace(SMALL, dropout=0.3), 3, 32, 24, FP32, True),
+    (replace(SMALL, dropout=0.3), 3, 40, 32, BF16, False),
+    (replace(SMALL, middle_kernel=3), 4, 32, 64, BF16, True),
+    (replace(LARGE, middle_kernel=3, dropout=0.2), 2, 32, 64, FP32, True),
+    (replace(SMALL, class_bins=8), 5, 32, 64, BF16, True),
+]
+
+
+@pytest.mark.parametrize(("head", "videos", "length", "channels", "itemsize", "class_loss"), HEAD_STEPS)
+def test_a_step_of_the_head_stage(
+    head: HeadConfig, videos: int, length: int, channels: int, itemsize: int, class_loss: bool
+) -> None:
+    case = HeadCase(head, length, videos, length, itemsize, class_loss)
+    module = case.head(channels)
+    case.forward(module, torch.zeros(videos * length, channels))  # the grids, which stay
+    targets, counts = case.labels(module)
+    labels = [value for value in vars(targets).values() if isinstance(value, Tensor)]
+    with Alive([*module.parameters(), *case.cells(module), *labels]) as alive:
+        read = [torch.zeros(channels, length).clone() for _ in range(videos)]
+        features_BCL = torch.stack(read)
+        del read
+        with precision(itemsize):
+            output = module(video_dropout(features_BCL, head.dropout, range(videos)))
+        terms = tal_loss(output, targets, counts, positive_iou=0.9, class_weight=float(class_loss))
+        terms.total.backward()
+    ledger = GTADLedger(head, channels, NUM_CLASSES, length, class_loss)
+    predicted = head_bytes(ledger, channels, videos, length, itemsize)
+    assert alive.peak <= predicted <= 1.03 * alive.peak
 
 
 # What does not change from step to step
@@ -387,7 +463,7 @@ def test_features_without_gradients(name: EncoderName, itemsize: int, snippets: 
 def test_parameters_gradients_and_optimizer_state(
     name: EncoderName, optimizer: Literal["sgd", "adamw"], class_loss: bool
 ) -> None:
-    encoder, head = frozen(name, 8), GTAD(THREE, resnet_ledger.network(name, 8, 32).num_features, NUM_CLASSES, 10)
+    encoder, head = frozen(name, 8), GTAD(THREE, network(name, 8, 32).num_features, NUM_CLASSES, 10)
     setting = setting_of(name, 8, THREE, NUM_CLASSES, 10, FP32, class_loss, optimizer)
     bytes_ = step_bytes(setting, Fidelity(10, 32), 1, accumulates=True)
     learning = [p for module in (encoder, head) for p in module.parameters() if p.requires_grad]
@@ -474,7 +550,7 @@ def test_the_tables_are_the_networks() -> None:
     assert known(Setting.of(demo(), 6, FP32)).decoded_ahead == depth
     for name in BLOCKS:
         convs = [p.numel() for p in TSMResNet(name, 8).parameters() if p.dim() == 4]
-        assert sorted(conv.weight for conv in resnet_ledger.network(name, 8, 64).convs) == sorted(convs)
+        assert sorted(conv.weight for conv in network(name, 8, 64).convs) == sorted(convs)
 
 
 # Settings and terms
@@ -588,7 +664,7 @@ def test_recomputing_keeps_the_batch_norms_alone_and_never_needs_more_than_all_a
     again = step_bytes(setting, Fidelity(length, side), batch, chunk=chunk, recompute=True)
     encoder = setting.encoder
     assert isinstance(encoder, ResNetLedger)
-    net = resnet_ledger.network(encoder.name, encoder.width, side)
+    net = network(encoder.name, encoder.width, side)
     assert again.kept_encoder == setting.itemsize * net.stem.weight + 8 * net.channels <= kept.kept_encoder
     assert again.kept_head == kept.kept_head
     if length * batch >= 3 * chunk:  # else most maps are there at once in any case

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_governor import BUDGET, FULL, GB, MB, Machine
@@ -14,8 +15,9 @@ from test_governor import BUDGET, FULL, GB, MB, Machine
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder, phase
 from lofi_fast.memory.governor import SMALLEST_MARGIN, Governor
-from lofi_fast.memory.plans import Plan, candidates, worthwhile
-from lofi_fast.memory.trial import LearnedLedger, Line, learn_ledger
+from lofi_fast.memory.plans import PRIOR, Plan, candidates, worthwhile
+from lofi_fast.memory.settle import open_meter
+from lofi_fast.memory.trial import MARGIN, Choice, LearnedLedger, Line, Trials, highest_predicted, learn_ledger
 
 PLANS = {pattern: candidates(ladder(pattern, FULL), 4, recompute="never") for pattern in CYCLE}
 ALL = [plan for plans in PLANS.values() for plan in plans]
@@ -154,3 +156,52 @@ def test_a_governor_plans_with_what_was_learned(seed: int, budget: int, bump: fl
             used.append(peak / decision.limit)
     assert over == 0
     assert not used or sum(used) / len(used) >= 0.85
+
+
+# A few candidates, by arithmetic
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 10**10), min_size=1, max_size=7, unique=True).map(
+        lambda of: sorted(of, reverse=True)
+    ),
+    held=st.integers(10**8, 2 * 10**9),
+    limit=st.integers(10**9, 2 * 10**10),
+    late=st.booleans(),
+)
+def test_arithmetic_chooses_where_it_can_tell(sizes: list[int], held: int, limit: int, late: bool) -> None:
+    room = int(limit * (1 - MARGIN))
+    fitting = [size for size in sizes if held + size <= (limit if late else room)]
+    if not fitting:
+        with pytest.raises(InputError, match=r"^nothing fits: .* needs at least .*; lower --batch$"):
+            highest_predicted(sizes, lambda size: size, limit, held, "lower --batch", late)
+        return
+    choice, left = highest_predicted(sizes, lambda size: size, limit, held, "lower --batch", late)
+    assert left == fitting, "what is surely too much is never run"
+    careful = held + PRIOR.careful.added(fitting[0])
+    if careful <= room:
+        assert choice == Choice(fitting[0], careful, ())
+    else:
+        assert choice is None, "a step has to be run"
+
+
+def test_a_ledger_spares_the_trial_steps_that_it_can_answer() -> None:
+    meter, ran = open_meter(torch.device("cpu")), []
+    meter.release()
+    held = meter.own()
+
+    def planned(room: int) -> Choice[int]:
+        """Of 64, 32 and 16 clips of 10 MB each, where so much is free beyond the margin."""
+        ran.clear()
+        trials = Trials(meter, int((held + room) / (1 - MARGIN)), lambda *_: None, lambda *_: None)
+        return trials.highest_fitting(
+            "clips", [64, 32, 16], float, ran.append, "lower --batch", ledger=lambda size: size * 10 * MB
+        )
+
+    assert planned(1500 * MB).candidate == 64 and ran == []
+    assert planned(800 * MB).candidate == 64 and 64 in ran, "its tensors fit, and perhaps not all the rest"
+    assert planned(580 * MB).candidate == 32 and ran == [], "the tensors of 64 do not fit"
+    with pytest.raises(InputError, match=r"needs at least .*; lower --batch"):
+        planned(100 * MB)
+    assert ran == []

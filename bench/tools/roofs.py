@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from bench.tools.measure import Call
 from lofi_fast.config import EncoderName
-from lofi_fast.encoder.resnet_ledger import lean_kept_bytes, network
+from lofi_fast.encoder.resnet_ledger import lean_kept_bytes
+from lofi_fast.encoder.resnet_table import network
 from lofi_fast.kernels import conv3x3
 
 PASSES = 5  # over the kept activations

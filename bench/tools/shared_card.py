@@ -241,12 +241,19 @@ class _Life:
         return self.day
 
 
-def ours(task: Task, trace: Trace, steps: int, seed: int, series: bool = False) -> Day:
-    """The governor, asked as the joint stage asks it: a step's plan one step ahead, and again when the step starts."""
+def ours(
+    task: Task, trace: Trace, steps: int, seed: int, series: bool = False, epoch_seconds: float | None = None
+) -> Day:
+    """The governor, asked as the joint stage asks it: a step's plan one step ahead, and again when the step starts.
+    `epoch_seconds`: the time that an epoch may take.
+    """
     card = SharedCard(task, trace, seed)
     life = _Life(card, steps, series)
     day = life.day
-    made = Governor(card, task.budget, task.ledger, task.plans, lambda _: None, device=DEVICE)
+    made = Governor(
+        card, task.budget, task.ledger, task.plans, lambda _: None, device=DEVICE,
+        step_seconds=None if epoch_seconds is None else epoch_seconds / STEPS_AN_EPOCH,
+    )  # fmt: skip
 
     def patiently(decide: Callable[[], Decision]) -> Decision:
         """As training does, with this clock; a run that is refused is started again, and goes on with what it knew."""

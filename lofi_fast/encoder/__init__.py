@@ -2,7 +2,8 @@
 
 `Encoder` (encoder/protocol.py) is all that the rest of the package knows of one. The first is TSM-ResNet: its network
 (resnet.py), the memory-lean way to run it (lean.py), both together as an encoder (tsm.py), the bytes that it takes
-(resnet_ledger.py) and weights from elsewhere (weights.py). Another encoder is another file beside these.
+(resnet_ledger.py, and resnet_live_ledger.py for pretraining, over the table of its convolutions in resnet_table.py)
+and weights from elsewhere (weights.py). Another encoder is another file beside these.
 
 Importing this package imports no torch, so that memory can be planned without it.
 """
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lofi_fast.encoder.resnet_ledger import BLOCKS, ResNetLedger
+from lofi_fast.encoder.resnet_ledger import ResNetLedger
+from lofi_fast.encoder.resnet_table import BLOCKS
 
 if TYPE_CHECKING:
     from lofi_fast.config import Config, EncoderConfig

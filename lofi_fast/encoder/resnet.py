@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lofi_fast.config import EncoderName
 from lofi_fast.encoder.protocol import Encoder
-from lofi_fast.encoder.resnet_ledger import BLOCKS
+from lofi_fast.encoder.resnet_table import BLOCKS
 from lofi_fast.kernels import temporal_shift
 
 SHIFT_EVERY_SECOND_BLOCK_FROM = 23  # TSM: only the long stage of a ResNet-101 has so many

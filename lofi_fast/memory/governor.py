@@ -14,7 +14,9 @@ All amounts are bytes. The words:
 
 The governor goes down at once when memory shrinks. It goes up after `CLEAN` steps if the higher plan leaves a tenth of
 the room free, and after `STEADY` steps otherwise; so a neighbour whose memory comes and goes by less than the distance
-of two rungs changes nothing.
+of two rungs changes nothing. An untried plan needs some room for error beyond its prediction. After `STEADY` steps the
+next higher rung is tried with no more of it than the plans that have run were found to need: what it needs itself is
+known once it has run.
 
 Where a step has a time limit (`--epoch-time`), plans that are expected to take longer are passed over in the same way
 (times.py). Time is soft: where no plan that fits is fast enough, the lowest rung is run.
@@ -130,6 +132,9 @@ class Governor:
         self._good: int | None = None  # the last plausible reading of what this process could hold
         self._free = self._base = self._learned = self._trials = 0
         self._last: Plan | None = None
+        self._tried: deque[Plan | None] = deque(
+            maxlen=2
+        )  # see `_rung_above`; a step is asked for before the last begins
         self._memory: int | None = None  # of the device
         self._faulty = False
         self._said: set[str] = set()
@@ -147,6 +152,9 @@ class Governor:
         index = self._first_fitting(pattern, math.floor(max(steady, spare)))
         if index == len(plans):  # memory has only just become enough: begin with the smallest
             index = self._index[pattern][min(plans, key=self.need)]
+        self._tried.append(self._rung_above(pattern, index))
+        if (above := self._tried[-1]) is not None:
+            index = self._index[pattern][above]
         if self.need(plans[index]) > room:
             index = len(plans)
         index = agree(index, lambda i: self.need(plans[i]) <= room, len(plans))
@@ -156,6 +164,8 @@ class Governor:
         reason = "the best that fits" if best else "up when memory stays"
         if best and self._first_fitting(pattern, room, timed=False) != index:
             reason = "the best in the time of an epoch"
+        if plans[index] == above:
+            reason = "one rung up, to see what it needs"
         return self._decide(pattern, epoch, step, plans[index], reason)
 
     def recheck(self, decision: Decision) -> Decision:
@@ -284,7 +294,31 @@ class Governor:
         predicted, record = self.predict(plan), self._records.get(plan)
         if record is not None and record.runs:
             return predicted
-        return predicted + math.ceil(self._allowance * (predicted - self._base))
+        allowance = self._known_errors if plan in self._tried and plan not in self._off else self._allowance
+        return predicted + math.ceil(allowance * (predicted - self._base))
+
+    def _rung_above(self, pattern: Pattern, index: int) -> Plan | None:
+        """An untried plan of the rung above the plan that runs, if memory was steady and leaves room for its prediction
+        and little more; None if there is none.
+        """
+        plans = self._plans[pattern]
+        plan, room = plans[index], self._room(min(self._available))
+        if len(self._available) < STEADY or self._last != plan or not self._verified(plan):
+            return None
+        above = next((i for i in reversed(range(index)) if plans[i].omega > plan.omega), None)
+        while above is not None and above > 0 and plans[above - 1].omega == plans[above].omega:
+            above -= 1
+        if above is None:
+            return None
+        for higher in plans[above:index]:
+            if higher.omega == plan.omega:
+                break
+            predicted = self.predict(higher)
+            needed = predicted + math.ceil(self._known_errors * (predicted - self._base))
+            untried = higher not in self._off and not self._verified(higher)
+            if untried and needed <= room and self._in_time(pattern, higher):
+                return higher
+        return None
 
     def would_fit(self, ledger: int) -> bool:
         """Whether an untried step of so many bytes by the ledger would be chosen, by what is known now."""
@@ -351,7 +385,8 @@ class Governor:
         self.fit = fit(readings, self._prior)
         self._needs.clear()
         over = [added / max(self.fit.added(ledger), 1) - 1 for ledger, added in readings]
-        self._allowance = max(UNSEEN, _quantile(over, OVER)) + FEW / len(over) if over else 0.0
+        self._known_errors = max(UNSEEN, _quantile(over, OVER))
+        self._allowance = self._known_errors + FEW / len(over) if over else 0.0
 
     def _room(self, available: int) -> int:
         """Bytes that a plan may need, when this process could hold `available` bytes: the limit minus the margin."""
@@ -564,6 +599,7 @@ class Governor:
             "good": self._good,
             "trials": self._trials,
             "last": None if self._last is None else self._last.to_json(),
+            "tried": [None if plan is None else plan.to_json() for plan in self._tried],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -584,6 +620,7 @@ class Governor:
         self._base, self._learned = max(self._bases, default=0), _quantile(self._residuals, QUANTILE)
         self._good, self._trials = state["good"], state["trials"]
         self._last = None if state["last"] is None else Plan.from_json(state["last"])
+        self._tried = deque((None if key is None else Plan.from_json(key) for key in state.get("tried", ())), 2)
         self._refit()
 
 

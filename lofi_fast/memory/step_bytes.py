@@ -1,4 +1,4 @@
-"""The bytes that one step of the joint stage holds: the ledgers of its encoder and its head, put together.
+"""The bytes that one step of a stage holds: the ledgers of its encoder and its head, put together.
 
 Exact for tensors (lofi_fast/ledger.py says how exact). Not counted, because no tensor of ours shows it, and left to the
 fitted part of the planner: what operators take for themselves and give back before they return (a GPU's convolution
@@ -14,7 +14,7 @@ from typing import Literal
 
 from lofi_fast.config import Config
 from lofi_fast.encoder import ledger_of as encoder_ledger
-from lofi_fast.fidelity import Fidelity
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
 from lofi_fast.head import ledger_of as head_ledger
 from lofi_fast.ledger import FLOAT, RGB, EncoderLedger, HeadLedger, Pass, Tally, default_chunk
 
@@ -116,3 +116,48 @@ def step_bytes(
         kept_head=kept_head,
         transient=peak - kept_encoder - kept_head,
     )
+
+
+# The other stages, which change neither pattern nor rung. All give what a step adds to what is held between steps.
+
+
+def pretrain_bytes(encoder: EncoderLedger, num_classes: int, clips: int, side: int, itemsize: int) -> int:
+    """Bytes of a step of pretraining over `clips` snippets: frames (one batch decoded ahead), forward and backward with
+    live batch norm, and the classifier's.
+    """
+    tally = Tally()
+    weight, logits = encoder.num_features * num_classes, clips * num_classes
+    cast = 0 if itemsize == FLOAT else itemsize
+    # Weight, bias and their gradients; the logits, their softmax, the shares of the classes and two gradients.
+    tally.take((cast + FLOAT) * (weight + num_classes) + cast * clips * encoder.num_features + 5 * FLOAT * logits)
+    encoder.live(tally, clips, side, itemsize)
+    return tally.peak + 2 * _frames(clips, side)
+
+
+def features_bytes(encoder: EncoderLedger, snippets: int, decoded: int, chunk: int, side: int, itemsize: int) -> int:
+    """Bytes of encoding `snippets` snippets without gradients, `chunk` at a time. `decoded`: snippets whose frames are
+    there, those decoded ahead among them.
+    """
+    tally = Tally()
+    encoder.without_gradients(tally, Pass(1, snippets, side, itemsize, chunk))
+    tally.spike(2 * FLOAT * snippets * encoder.num_features)  # a copy on its way out, by snippet and by channel
+    return tally.peak + _frames(decoded, side)
+
+
+def head_bytes(head: HeadLedger, num_features: int, videos: int, num_snippets: int, itemsize: int) -> int:
+    """Bytes of a step of the head stage over the features of `videos` windows: forward, backward and update. Forward
+    without gradients takes less.
+    """
+    tally = Tally()
+    work, features = Pass(videos, num_snippets, 1, itemsize, 1), FLOAT * videos * num_snippets * num_features
+    tally.spike(2 * features)  # with the copies from which they are put together
+    rows = itemsize * videos * num_snippets * num_features  # features as read lie by channel: the head copies them
+    tally.take(features + rows)
+    head.forward(tally, work)
+    tally.take(-rows)
+    head.backward(tally, work)
+    return max(tally.peak, FLOAT * head.parameters.reached)
+
+
+def _frames(snippets: int, side: int) -> int:
+    return snippets * FRAMES_PER_SNIPPET * RGB * side**2

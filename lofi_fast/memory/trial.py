@@ -1,6 +1,7 @@
-"""Planning by running, where no ledger says what a step needs.
+"""Planning by running, where no ledger says what a step needs, or not closely enough.
 
-`highest_fitting` is for a few candidates: it runs them until it knows the highest that fits the budget. `learn_ledger`
+`highest_fitting` is for a few candidates: it runs them until it knows the highest that fits the budget.
+`highest_predicted` spares it those of which a ledger tells whether they fit. `learn_ledger`
 is for the joint stage, whose governor chooses again at every step among hundreds of plans: it runs two of them and
 draws a line through what they took, which the governor then uses in place of a ledger. Its trials, its margin and its
 retries make up for what a straight line does not know.
@@ -16,7 +17,7 @@ from typing import Any, Generic, Protocol
 from lofi_fast.budget import gigabytes
 from lofi_fast.errors import InputError
 from lofi_fast.memory.meter import STEP, Meter
-from lofi_fast.memory.plans import Plan, T
+from lofi_fast.memory.plans import PRIOR, Plan, T
 
 MARGIN = 0.05  # of the budget, kept free: what one and the same step's peak was seen to vary by
 PATIENCE = 6  # readings after which lines are no longer trusted, and what is left is halved
@@ -37,8 +38,29 @@ class Reading(Generic[T]):
 @dataclass(frozen=True)
 class Choice(Generic[T]):
     candidate: T
-    peak: int
+    peak: int  # measured; predicted where there are no readings
     readings: tuple[Reading[T], ...]  # in the order they were taken
+
+
+def highest_predicted(
+    candidates: Sequence[T], ledger: Callable[[T], int], limit: int, held: int, refusal: str, late: bool = False
+) -> tuple[Choice[T] | None, Sequence[T]]:
+    """What arithmetic tells: (the choice, or None where steps have to be run for it, the candidates that may fit).
+
+    `ledger` gives the bytes of tensors that a candidate adds to the `held` ones. Those whose tensors alone are too much
+    are out. The highest of the others is the choice if it leaves the margin free by the careful assumptions with which
+    the joint stage plans its first trial. Raises InputError, ending with `refusal`, where all are out. `late`: as in
+    `highest_fitting`.
+    """
+    room = int(limit * (1 - MARGIN))
+    possible = [candidate for candidate in candidates if held + ledger(candidate) <= (limit if late else room)]
+    if not possible:
+        raise InputError(
+            f"nothing fits: of a budget of {gigabytes(limit)}, {gigabytes(room)} can be planned with, and the "
+            f"smallest step ({candidates[-1]}) needs at least {gigabytes(held + ledger(candidates[-1]))}; {refusal}"
+        )
+    peak = held + PRIOR.careful.added(ledger(possible[0]))
+    return (Choice(possible[0], peak, ()) if peak <= room else None), possible
 
 
 def highest_fitting(
@@ -256,19 +278,26 @@ class Trials:
 
     def highest_fitting(
         self, name: str, candidates: Sequence[T], cost: Callable[[T], float], step: Callable[[T], None], refusal: str,
-        late: bool = False,
+        late: bool = False, ledger: Callable[[T], int] | None = None,
     ) -> Choice[T]:  # fmt: skip
-        """The highest of `candidates` whose step, run for real, fits the budget; see the function `highest_fitting`.
+        """The highest of `candidates` whose step fits the budget: by its `ledger`, where there is one and arithmetic
+        can tell, and else run for real; see the functions `highest_predicted` and `highest_fitting`.
 
         `name` is the plan's in the log. Raises InputError, ending with `refusal`, when nothing fits.
         """
         began = time.monotonic()
+        self.meter.release()
         limit = min(self.budget, self.meter.available())
         if (own := self.meter.own()) >= limit:
             raise InputError(
                 f"nothing fits: before its first step this process holds {gigabytes(own)} of a budget of "
                 f"{gigabytes(limit)}; {refusal}"
             )
+        if ledger is not None:
+            told, candidates = highest_predicted(candidates, ledger, limit, own, refusal, late)
+            if told is not None:
+                self.log_choice(name, told, limit, time.monotonic() - began)
+                return told
         caps = iter((self.meter.available(),))  # the first and lowest runs freely: a refusal can then say its need
 
         def measure(candidate: T) -> int | None:

@@ -290,7 +290,9 @@ def plan_rows(run: RunContents) -> list[PlanRow]:
         rows.append(replace(_joint_row(name, plan), in_training=_highest(run, pattern)))
     for name, (event, readings) in logged.items():
         others = _others(event.chosen, ((r.candidate, r.peak) for r in readings))
-        rows.append(PlanRow(name, event.chosen, "", math.nan, math.nan, event.peak, others))
+        taken = {reading.candidate: finite(reading.peak) for reading in readings}
+        peak = event.peak if event.measured else taken.get(event.chosen, math.nan)
+        rows.append(PlanRow(name, event.chosen, "", math.nan, math.nan, peak, others))
     return rows
 
 

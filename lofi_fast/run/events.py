@@ -66,13 +66,14 @@ class Measured(Event, frozen=True, kw_only=True, tag="measured"):
 
 
 class Planned(Event, frozen=True, kw_only=True, tag="plan"):
-    """What the planner chose by running candidates."""
+    """What the planner chose, by running candidates or by arithmetic."""
 
     plan: str
     chosen: str
-    peak: int
+    peak: int  # predicted, where it was not measured
     budget: int
     seconds: float
+    measured: bool = True
 
 
 class Step(Event, frozen=True, kw_only=True, tag="step"):

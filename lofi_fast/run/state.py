@@ -31,6 +31,7 @@ from lofi_fast.head.protocol import Head
 from lofi_fast.memory import allocator
 from lofi_fast.memory.decision import Planner
 from lofi_fast.memory.meter import Meter
+from lofi_fast.memory.step_bytes import Setting
 from lofi_fast.memory.trial import Choice, Reading, Trials
 from lofi_fast.precision import Precision
 from lofi_fast.run import checkpoint, events, trained_on
@@ -103,6 +104,12 @@ class Run:
 
     # Plans
 
+    def setting(self) -> Setting | None:
+        """For ledgers; None for networks that are not the settings' own, and for those without a ledger."""
+        if not self.networks.named:
+            return None
+        return Setting.of(self.config, len(self.dataset.classes), self.machine.precision.dtype.itemsize)
+
     @property
     def trials(self) -> Trials:
         """For planning by running steps; what is measured and chosen is logged."""
@@ -114,12 +121,18 @@ class Run:
     def _log_choice(self, plan: str, choice: Choice[Any], limit: int, seconds: float) -> None:
         others = "".join(f", {_reading(r)}" for r in choice.readings if r.candidate != choice.candidate)
         self.log.say(
-            f"plan {plan}: {choice.candidate}, peak {gigabytes(choice.peak)} of {gigabytes(limit)}"
+            f"plan {plan}: {choice.candidate}, peak {'' if choice.readings else 'at most '}{gigabytes(choice.peak)} of "
+            f"{gigabytes(limit)}"
             f"{f' (also measured{others[1:]})' if others else ''}"
         )
         self.log.event(
             events.Planned(
-                plan=plan, chosen=str(choice.candidate), peak=choice.peak, budget=limit, seconds=round(seconds, 3)
+                plan=plan,
+                chosen=str(choice.candidate),
+                peak=choice.peak,
+                budget=limit,
+                seconds=round(seconds, 3),
+                measured=bool(choice.readings),
             )
         )
 

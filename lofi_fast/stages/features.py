@@ -11,6 +11,7 @@ import hashlib
 import io
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,18 @@ import torch
 from numpy.typing import NDArray
 
 from lofi_fast import files
+from lofi_fast.budget import gigabytes
 from lofi_fast.data.cache import file_name
 from lofi_fast.data.dataset import SUBSETS, Sample, centre_requests
 from lofi_fast.errors import InputError
-from lofi_fast.fidelity import FRAMES_PER_SNIPPET
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
+from lofi_fast.memory.step_bytes import Setting, features_bytes
 from lofi_fast.run import events
 from lofi_fast.run.state import Run
 
 LARGEST_CHUNK = 64  # snippets encoded at once, at most
+PLAN = "features, snippets at once"  # in the log
+REFUSAL = "raise --mem-budget, or give a smaller --fidelity"
 
 
 def encoder_digest(run: Run) -> str:
@@ -88,7 +93,7 @@ def extract(run: Run) -> None:
     with run.log.progress("features", len(missing)) as advance:
         stream = run.pipeline.stream(centre_requests(missing, run.sampler, run.config.full))
         for done, (sample, frames) in enumerate(zip(missing, stream, strict=True), 1):
-            features = encode(run, frames, chunk)
+            features, chunk = encode_within_budget(run, frames, chunk, verify=done == 1)
             if not np.isfinite(features).all():
                 raise InputError(
                     f"the encoder's features of {sample.window.video} are not finite, its training has diverged: "
@@ -120,6 +125,35 @@ def encode(run: Run, frames: torch.Tensor, chunk: int) -> NDArray[np.float32]:
     return features
 
 
+def encode_within_budget(run: Run, frames: torch.Tensor, chunk: int, verify: bool) -> tuple[NDArray[np.float32], int]:
+    """`encode`, with the chunk that it was done with: a smaller one where memory ran out. With `verify` the peak is
+    measured and logged. Raises InputError when one snippet at a time is too much.
+    """
+    meter, limit = run.machine.meter, run.machine.budget
+    features: list[NDArray[np.float32]] = []
+    while True:
+        peak, failed = None, False
+        if verify:
+            peak = run.trials.measure(lambda: features.append(encode(run, frames, chunk)), limit)  # noqa: B023
+            failed = peak is None
+            run.log.event(events.Measured(plan=PLAN, candidate=str(chunk), peak=peak, budget=limit))
+        else:
+            try:
+                with meter.cap(limit):
+                    features.append(encode(run, frames, chunk))
+            except Exception as error:
+                if not meter.ran_out(error):
+                    raise
+                failed = True  # the traceback holds tensors: leave the except block before going on
+        if not failed:
+            return features[0], chunk
+        if chunk == 1:
+            raise InputError(f"one snippet at once needs more than the budget of {gigabytes(limit)}; {REFUSAL}")
+        chunk //= 2
+        meter.release()
+        run.log.say(f"memory ran out: {chunk} snippets at once from now on")
+
+
 def _chunk(run: Run, samples: Sequence[Sample]) -> int:
     """The largest chunk of snippets that fits the budget."""
     sizes = [LARGEST_CHUNK]
@@ -134,8 +168,14 @@ def _chunk(run: Run, samples: Sequence[Sample]) -> int:
             encode(run, frames[: size * FRAMES_PER_SNIPPET], size)
             return
 
-    refusal = "raise --mem-budget, or give a smaller --fidelity"
-    return run.trials.highest_fitting("features, snippets at once", sizes, float, step, refusal, late=True).candidate
+    setting = run.setting()
+    ledger = None if setting is None else partial(_ledger, setting, run.config.full)
+    return run.trials.highest_fitting(PLAN, sizes, float, step, REFUSAL, late=True, ledger=ledger).candidate
+
+
+def _ledger(setting: Setting, full: Fidelity, chunk: int) -> int:
+    decoded = 2 * full.num_snippets  # those of the next window are decoded meanwhile
+    return features_bytes(setting.encoder, full.num_snippets, decoded, chunk, full.side, setting.itemsize)
 
 
 def load_features(run: Run, samples: Sequence[Sample]) -> torch.Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lofi_fast.budget import gigabytes
+from lofi_fast.errors import InputError
 from lofi_fast.head.protocol import total
+from lofi_fast.memory.step_bytes import head_bytes
 from lofi_fast.run import events
 from lofi_fast.run.checkpoint import Position
 from lofi_fast.run.seeds import seed_of
@@ -37,6 +40,21 @@ def train_head(run: Run) -> None:
     epochs.train(run, HeadStage(run), run.config.head_stage)
     if encoder_digest(run) != before:
         raise RuntimeError("the encoder changed during the head stage")
+
+
+def check_head(run: Run) -> None:
+    """Raises InputError where the tensors of one step of the stage are more than there is, before anything trains."""
+    setting, meter = run.setting(), run.machine.meter
+    if setting is None:
+        return
+    size, length = min(run.config.head_stage.batch, len(run.dataset.samples["training"])), run.config.full.num_snippets
+    limit = min(run.machine.budget, meter.available())
+    needed = meter.held() + head_bytes(setting.head, setting.encoder.num_features, size, length, setting.itemsize)
+    if needed > limit:
+        raise InputError(
+            f"nothing fits: the head stage needs at least {gigabytes(needed)} of {gigabytes(limit)} for {size} windows "
+            f"of {length} snippets a step; raise --mem-budget, or give a smaller --head-stage.batch or --fidelity"
+        )
 
 
 class HeadStage:

@@ -45,7 +45,7 @@ from lofi_fast.run.stop import Stop
 from lofi_fast.run.trained_on import RECORD
 from lofi_fast.settings import leaves
 from lofi_fast.stages.evaluation import evaluate
-from lofi_fast.stages.head import train_head
+from lofi_fast.stages.head import check_head, train_head
 from lofi_fast.stages.joint import joint, plan_joint
 from lofi_fast.stages.pretrain import plan_pretrain, pretrain
 
@@ -142,6 +142,8 @@ def plan(run: Run) -> None:
     for stage, planner in (("pretrain", plan_pretrain), ("joint", plan_joint)):
         if run.ahead(stage) and stage not in run.plans and getattr(run.config, stage).epochs > 0:
             run.plans[stage] = planner(run)
+    if run.ahead("head") and run.config.head_stage.epochs > 0:
+        check_head(run)
     run.write_plans()
 
 

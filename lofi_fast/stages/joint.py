@@ -19,7 +19,7 @@ from lofi_fast.memory.estimates import full_step_seconds, launch_bound
 from lofi_fast.memory.governor import LATE, Governor
 from lofi_fast.memory.plans import Device, Plan, candidates, remedies
 from lofi_fast.memory.replay import Replay
-from lofi_fast.memory.step_bytes import Setting, step_bytes
+from lofi_fast.memory.step_bytes import step_bytes
 from lofi_fast.memory.trial import LearnedLedger, learn_ledger
 from lofi_fast.run import events
 from lofi_fast.run.seeds import seed_of
@@ -132,19 +132,12 @@ def speed(run: Run) -> tuple[float | None, float | None]:
     """(seconds that a step at the highest rung is expected to take, frame pixels of a graph under which the host is
     slower than the card) before any step has run; None where nobody can say.
     """
-    setting = setting_of(run)
+    setting = run.setting()
     card = profile_of(torch.cuda.get_device_name(run.machine.device)) if run.machine.device.type == "cuda" else None
     if setting is None or card is None:
         return None, None
     top, batch = max((rungs[0] for rungs in ladders(run).values()), key=lambda rung: rung.omega), run.config.joint.batch
     return full_step_seconds(setting, top, batch, card), launch_bound(setting, top, batch, card)
-
-
-def setting_of(run: Run) -> Setting | None:
-    """For the ledger; None for networks that are not the settings' own."""
-    if not run.networks.named:
-        return None
-    return Setting.of(run.config, len(run.dataset.classes), run.machine.precision.dtype.itemsize)
 
 
 def steps_of_an_epoch(run: Run) -> int:
@@ -155,7 +148,7 @@ def ledger_of(run: Run, plans: Sequence[Plan]) -> Callable[[Plan], int]:
     """Bytes that a step of a plan adds: by arithmetic for the networks that the settings name; for others by a line
     through readings of steps, which are run once and then belong to the run's plans.
     """
-    setting = setting_of(run)
+    setting = run.setting()
     if setting is None:
         if "ledger" not in run.plans:
             run.plans["ledger"] = learn(run, plans).to_json()

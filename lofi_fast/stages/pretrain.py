@@ -8,14 +8,18 @@ is thrown away afterwards, so that its probabilities need not rank segments, as 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lofi_fast.budget import gigabytes
 from lofi_fast.data.dataset import Clip, jitter_pixels
+from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
+from lofi_fast.memory.step_bytes import Setting, pretrain_bytes
 from lofi_fast.run import events
 from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
@@ -23,6 +27,8 @@ from lofi_fast.stages import epochs
 from lofi_fast.stages.epochs import Outcome, optimizer_of, update
 
 LEAST_BATCH = 4  # below this the statistics of live BN are noise
+PLAN = "pretrain, clips a step"  # in the log
+REFUSAL = "raise --mem-budget, or give a smaller --fidelity, or leave the stage out with --stages joint,head,eval"
 
 
 def pretrain(run: Run, extra: Mapping[str, Any]) -> None:
@@ -48,25 +54,68 @@ class Pretrain:
         self.optimizer = optimizer_of(run, run.config.pretrain, run.encoder, classifier)
         self.modules: dict[str, nn.Module] = {"classifier": classifier}
         self._statistics = [buffer.clone() for buffer in run.encoder.buffers()]
+        self._ready: tuple[float, Tensor, list[Clip]] | None = None  # the first step's, see `_verify`
 
     def begin(self, epoch: int, first: int) -> int:
+        count = self._ask(epoch, first)
+        while (epoch, first) == (0, 0) and self.run.plans["pretrain"].get("peak", 0) is None:
+            if not self._verify():
+                count = self._ask(epoch, first)
+        return count
+
+    def _ask(self, epoch: int, first: int) -> int:
+        """Ask for the batches of an epoch from the one numbered `first` on; how many the epoch has."""
         batches = self.run.sampler.clip_epoch(epoch, self.run.plans["pretrain"]["batch"])
         self._clips = iter(batches[first:])
         self._batches = clip_batches(self.run, epoch, batches[first:])
         self._right, self._seen = torch.zeros((), device=self.run.machine.device), 0
         return len(batches)
 
-    def step(self, epoch: int, step: int) -> Outcome:
+    def _verify(self) -> bool:
+        """Take the gradients of the stage's first step, and measure what arithmetic has planned. Where it was too much,
+        they are dropped, the batch is halved, and False is the answer. Raises InputError when it cannot be halved.
+        """
+        run, plan = self.run, self.run.plans["pretrain"]
+        size, limit = plan["batch"], min(run.machine.budget, run.machine.meter.available())
+
+        def step() -> None:
+            self._ready = self._gradients()
+
+        peak = run.trials.measure(step, limit)
+        run.log.event(
+            events.Measured(plan=PLAN, candidate=str(size), peak=peak, predicted=plan["predicted"], budget=limit)
+        )
+        smallest = size // 2 < LEAST_BATCH
+        if fits := peak is not None and (smallest or peak <= limit):
+            plan["peak"] = peak
+        else:
+            self._ready = None
+            self.optimizer.zero_grad(set_to_none=True)
+            copy_each(self._statistics, run.encoder.buffers())
+            if smallest:
+                raise InputError(f"nothing fits: {size} clips a step need more than {gigabytes(limit)}; {REFUSAL}")
+            plan["batch"] = size // 2
+            run.log.say(f"{size} clips a step need more than {gigabytes(limit)}: {size // 2} from the first step on")
+        run.write_plans()
+        return fits
+
+    def _gradients(self) -> tuple[float, Tensor, list[Clip]]:
+        """(loss, number of right answers, clips) of the next batch, its gradients added to the parameters'."""
         run, (frames, shares), clips = self.run, next(self._batches), next(self._clips)
         copy_each(run.encoder.buffers(), self._statistics)
         loss, right = clip_loss(run, self.classifier, frames, shares)
         run.scaler.scale(loss).backward()
-        value = float(loss.detach())
+        return float(loss.detach()), right, clips
+
+    def step(self, epoch: int, step: int) -> Outcome:
+        run = self.run
+        value, right, clips = self._ready or self._gradients()
+        self._ready = None
         not_finite = update(run, self.optimizer, value, run.config.pretrain.clip)
         self.optimizer.zero_grad(set_to_none=True)
         if not_finite:  # forward has moved the statistics of live BN
             copy_each(self._statistics, run.encoder.buffers())
-        self._right, self._seen = self._right + right, self._seen + len(shares)
+        self._right, self._seen = self._right + right, self._seen + len(clips)
         accuracy = float(self._right) / self._seen
         videos = [clip.sample.window.video for clip in clips]
         return Outcome(value, videos, not_finite, f"loss {value:.3f} accuracy {accuracy:.2f}", {"accuracy": accuracy})
@@ -118,12 +167,13 @@ class ClipsPlan(TypedDict):
     """The stage's part of plan.json."""
 
     batch: int  # clips of a step
-    peak: int  # bytes, of the trial step
+    predicted: int  # bytes: the most that arithmetic expects, or the peak of a trial step
+    peak: int | None  # of a trial step, or of the first step; None before it
 
 
 def plan_pretrain(run: Run) -> ClipsPlan:
     """The largest batch of clips that fits: the asked one, or a half, a quarter ... of it. Leaves no trace."""
-    config = run.config.pretrain
+    config, setting = run.config.pretrain, run.setting()
     before = {name: value.clone() for name, value in run.encoder.state_dict().items()}
     run.encoder.freeze_batchnorm(False)
     run.encoder.train()
@@ -139,10 +189,13 @@ def plan_pretrain(run: Run) -> ClipsPlan:
             clip_loss(run, classifier, frames, shares)[0].backward()
             return  # the second batch was there to be decoded ahead, as in training
 
-    choice = run.trials.highest_fitting(
-        "pretrain, clips a step", sizes, float, step,
-        "raise --mem-budget, or give a smaller --fidelity, or leave the stage out with --stages joint,head,eval",
-    )  # fmt: skip
+    ledger = None if setting is None else partial(_ledger, setting, len(run.dataset.classes), run.config.full.side)
+    choice = run.trials.highest_fitting(PLAN, sizes, float, step, REFUSAL, ledger=ledger)
     optimizer.zero_grad(set_to_none=True)
     run.encoder.load_state_dict(before)  # the trial moved BN's running statistics
-    return {"batch": choice.candidate, "peak": choice.peak}
+    measured = choice.peak if choice.readings else None
+    return {"batch": choice.candidate, "predicted": choice.peak, "peak": measured}
+
+
+def _ledger(setting: Setting, num_classes: int, side: int, clips: int) -> int:
+    return pretrain_bytes(setting.encoder, num_classes, clips, side, setting.itemsize)
