@@ -34,7 +34,7 @@ from lofi_fast.data.pipeline import FramePipeline
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern
 from lofi_fast.memory.decision import Decision
 from lofi_fast.memory.governor import Governor
-from lofi_fast.memory.gpu import SEGMENT, GpuMeter
+from lofi_fast.memory.gpu import GpuMeter
 from lofi_fast.memory.plans import Plan
 from lofi_fast.memory.settle import open_meter
 from lofi_fast.precision import Precision, choose_precision
@@ -159,38 +159,35 @@ def plan_of(
 
 
 def measured_step(card: Card, run: Run, plan: Plan) -> dict[str, Any]:
-    """The last of two steps of the joint stage at a plan: operations, waits of the host, and bytes beyond what is
-    there between steps, by the ledger and by the allocator.
+    """A step of the joint stage at a plan, after one that loads code, and while frames of the next are there:
+    operations, waits of the host, and bytes beyond what is there between steps, by the ledger and by the allocator.
     """
     gc.collect()  # the stage of a plan before, with its frames
     run.planner = Fixed(plan, run.machine.budget)
     set_modes(run)
     stage = Joint(run)
+    stage.begin(0, 1)
+    stage.step(0, 1)
     stage.begin(0, 0)
     run.machine.meter.release()
-    found: dict[str, Any] = {}
-    for step in range(2):
-        stage.optimizer.zero_grad(set_to_none=True)
-        run.machine.meter.release()
-        stats = torch.cuda.memory_stats()
-        allocated = stats["allocated_bytes.all.current"] - run.pipeline.pending
-        requested = stats["requested_bytes.all.current"] - run.pipeline.pending
-        before, began = card.counts(), time.process_time()
-        taken = stage.step(0, step)
-        seconds = time.process_time() - began
-        after = card.counts()
-        stats = torch.cuda.memory_stats()
-        found = {
-            "operations": operations(before, after),
-            "parts": {name: after[name] - before[name] for name in after},
-            "synchronizations": after["synchronizations"] - before["synchronizations"],
-            "host": round(seconds, 2),
-            "allocated": stats["allocated_bytes.all.peak"] - allocated,
-            "requested": stats["requested_bytes.all.peak"] - requested,
-            "reserved": stats["reserved_bytes.all.peak"] - allocated,
-            "loss": taken.loss,
-        }
-    return found | {"ledger": ledger_of(run, [])(plan), "plan": str(plan)}
+    between, before, began = torch.cuda.memory_stats(), card.counts(), time.process_time()
+    loss = stage.step(0, 0).loss
+    seconds, after, stats = time.process_time() - began, card.counts(), torch.cuda.memory_stats()
+
+    def beyond(what: str, of: str) -> int:
+        return int(stats[f"{what}_bytes.all.peak"] - between[f"{of}_bytes.all.current"])
+
+    return {
+        "plan": str(plan),
+        "loss": loss,
+        "host": round(seconds, 2),
+        "operations": operations(before, after),
+        "parts": {name: after[name] - before[name] for name in after},
+        "synchronizations": after["synchronizations"] - before["synchronizations"],
+        "ledger": ledger_of(run, [])(plan),
+        "requested": beyond("requested", "requested"),
+        "reserved": beyond("reserved", "allocated"),
+    }
 
 
 def steps(scene: Scene, plans: list[dict[str, Any]], dtype: str | None = None, **settings: Any) -> Any:
@@ -200,17 +197,6 @@ def steps(scene: Scene, plans: list[dict[str, Any]], dtype: str | None = None, *
         "steps": [measured_step(scene.card, run, plan_of(**plan)) for plan in plans],
         "precision": str(run.machine.precision.dtype),
     }
-
-
-def capped(scene: Scene, plan: dict[str, Any], over: float, **settings: Any) -> Any:
-    """Steps under a cap of the ledger's bytes and a share `over` it."""
-    run = open_run(scene, scene.config(**settings))
-    chosen = plan_of(**plan)
-    meter = run.machine.meter
-    limit = meter.held() + SEGMENT + round((1 + over) * ledger_of(run, [])(chosen))
-    run.machine = replace(run.machine, budget=limit)
-    found = measured_step(scene.card, run, chosen)
-    return {"retries": meter.retries(), "peak": meter.peak(), "limit": limit, **found}
 
 
 def chosen(scene: Scene, **settings: Any) -> Any:
@@ -514,7 +500,7 @@ def job(scene: Scene, flags: list[str], out: str, video: str) -> Any:
 
 
 SCENARIOS: dict[str, Callable[..., Any]] = {
-    "steps": steps, "capped": capped, "chosen": chosen, "shortages": shortages, "neighbour": neighbour,
+    "steps": steps, "chosen": chosen, "shortages": shortages, "neighbour": neighbour,
     "foreign": foreign, "demo": demo_videos, "job": job,
 }  # fmt: skip
 

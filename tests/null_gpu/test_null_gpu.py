@@ -55,13 +55,12 @@ LEDGERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("network", LEDGERS)
 def test_the_ledger_is_what_the_allocator_allocates(machine: Machine, row: Row, network: str, expandable: bool) -> None:
     found = machine("steps", expandable=expandable, **LEDGERS[network])
-    for step in found["steps"]:
+    for plan, step in zip(LEDGERS[network]["plans"], found["steps"], strict=True):
         row(f"{network}: {step['plan']}", **numbers(step), segments="" if expandable else "plain")
         assert abs(step["requested"] / step["ledger"] - 1) <= REQUESTED, step
         if step["ledger"] >= LARGE:
-            over = step["reserved"] - step["ledger"]
-            most = max(RESERVED * step["ledger"], PIECES) if expandable else PLAIN * step["ledger"]
-            assert over <= most, step
+            share = FRAGMENTED if "chunk" in plan else RESERVED if expandable else PLAIN
+            assert step["reserved"] - step["ledger"] <= max(share * step["ledger"], PIECES if expandable else 0), step
 
 
 @pytest.mark.parametrize(
