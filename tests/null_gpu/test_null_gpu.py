@@ -14,7 +14,7 @@ OPERATIONS = 5_000  # that a step may ask the device for, by the planner's own c
 WAITS = 13  # of the host for the device in a step: its losses, its gradients' norm, its frames, its meter
 REQUESTED = 0.01  # that a step's tensors may differ from the ledger
 RESERVED, PLAIN = 0.03, 0.12  # beyond the ledger, at most; in expandable segments, and in plain ones
-FRAGMENTED = 0.15  # the same where graphs are large, whose tensors leave gaps that the next ones do not fit
+FRAGMENTED = 0.18  # the same where graphs are large, whose tensors leave gaps that the next ones do not fit
 PIECES = 5 * (20 << 20)  # bytes that may be reserved beyond the ledger in any case, in expandable segments
 LARGE = 1e9  # bytes of a step from which what is reserved is compared
 
@@ -93,7 +93,7 @@ def test_memory_that_runs_out_costs_a_rung_and_no_sample(
     assert found["left"] <= 0, "tensors of the step that failed"
     (reason,) = found["reasons"]
     assert ("GET was unable" if place.startswith("cudnn") else "CUDA out of memory") in reason
-    row(f"out of memory in {place}", survived="yes", seconds=found["seconds"])
+    row(f"out of memory in {place}, capability {capability}", survived="yes", seconds=found["seconds"])
 
 
 def test_a_library_that_fails_far_from_the_cap_is_not_short_of_memory(machine: Machine) -> None:
