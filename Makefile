@@ -9,8 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 CXX_FILES := $(wildcard kernels/*.h kernels/*/*.h kernels/*/*.cpp lofi_fast/memory/*.cpp)
+STUBS := $(wildcard tests/null_gpu/*.[ch] tests/null_gpu/*.cpp)
 
-.PHONY: train test check format report kernels-report clean distclean
+.PHONY: train test check format null-gpu report kernels-report clean distclean
 
 train: $(VENV)/installed
 	$(BIN)/python -m lofi_fast.train --mem-budget $(BUDGET) $(ARGS)
@@ -23,12 +24,12 @@ check: $(VENV)/tested-with
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(STUBS)
 
 format: $(VENV)/tested-with
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES) $(STUBS)
 
 # torch comes first: the kernels are built against its headers.
 $(VENV)/build-tools: constraints.txt
@@ -45,6 +46,20 @@ $(VENV)/tested-with: $(VENV)/installed
 	$(PIP) pytest hypothesis ruff mypy clang-format import-linter
 	@touch $@
 
+# The CUDA path without a card (tests/null_gpu/conftest.py says how). It needs the CUDA build of torch, some 3 GB, in an
+# environment of its own; NULL_GPU_VENV names one that is there already.
+NULL_GPU_VENV ?= .venv-cuda
+NULL_GPU_BUILD := $(abspath build/null_gpu)
+
+.venv-cuda/made: tests/null_gpu/requirements.txt
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --disable-pip-version-check --requirement $<
+	@touch $@
+
+null-gpu: $(if $(filter .venv-cuda,$(NULL_GPU_VENV)),.venv-cuda/made)
+	$(MAKE) -C tests/null_gpu PYTHON=$(abspath $(NULL_GPU_VENV))/bin/python BUILD=$(NULL_GPU_BUILD)
+	NULL_GPU=$(NULL_GPU_BUILD) $(NULL_GPU_VENV)/bin/python -m pytest tests/null_gpu $(ARGS)
+
 report: $(VENV)/installed
 	$(BIN)/python -m bench tables
 
@@ -57,4 +72,4 @@ clean:
 	rm -f $(VENV)/installed $(VENV)/tested-with
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-cuda

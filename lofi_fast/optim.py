@@ -93,6 +93,7 @@ def make_optimizer(config: StageConfig, parameters: Iterable[nn.Parameter], aske
             step = torch.zeros((), device="cpu" if apex else parameter.device)  # where each implementation counts
             optimizer.state[parameter] = {"step": step, **moments}
     optimizer.register_step_pre_hook(_lay_out_gradients)
+    optimizer.register_step_pre_hook(_begin_update)
     optimizer.register_load_state_dict_pre_hook(_keep_form)
     optimizer.register_load_state_dict_post_hook(_lay_out_moments)
     return optimizer
@@ -177,6 +178,15 @@ def _lay_out_gradients(optimizer: Optimizer, *_: object) -> None:
 def _lay_out_moments(optimizer: Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         state.update({name: _laid_out_as(parameter, state[name]) for name in (*MOMENTS, MOMENTUM) if name in state})
+
+
+def _begin_update(optimizer: Optimizer, *_: object) -> None:
+    """Count the update as torch counts other changes in place (`Tensor._version`), which fused kernels leave out: by
+    that count a step that fails is known to have changed something, or nothing.
+    """
+    torch.autograd.graph.increment_version(
+        [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    )
 
 
 def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:

@@ -538,6 +538,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
         return SimpleNamespace(backward=driver.backward if device.type == "cuda" else lambda: None)
 
     monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch, "empty", lambda size, **_: object())
     for name, function in {
         "get_device_properties": show, "synchronize": driver.synchronize, "mem_get_info": driver.mem_get_info,
         "memory_stats_as_nested_dict": driver.stats, "reset_peak_memory_stats": driver.reset_peak,

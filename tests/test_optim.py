@@ -195,6 +195,16 @@ def test_a_parameter_without_a_gradient_waits(form: Form, name: str) -> None:
     assert name == "sgd" or float(optimizer.state[learning[-1]]["step"]) == 0
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_an_update_changes_is_counted_as_changed(form: Form, name: Literal["sgd", "adam", "adamw"]) -> None:
+    changed, waiting = (nn.Parameter(torch.ones(3, device=form.device)) for _ in range(2))
+    optimizer = form.make(replace(STEP, optimizer=name), [changed, waiting])
+    changed.grad = torch.ones_like(changed)
+    before = changed._version, waiting._version
+    optimizer.step()
+    assert changed._version > before[0] and waiting._version == before[1]
+
+
 def test_apex_refuses_steps_that_it_would_count_wrongly() -> None:
     learning = parameters()
     optimizer = STAND_IN.make(COSINE, learning)

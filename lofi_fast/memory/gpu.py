@@ -20,6 +20,7 @@ OUTSIDE_AT_MOST = 1 << 30  # that libraries take during an event; more than that
 AGAIN_AT_MOST = 256 << 20  # that they take when it happens again: code of a few more kernels
 FIRST_NAMESPACE = "pid:[4026531836]"  # of a machine's own processes; the kernel fixes this number
 JUMP = 0.1  # of the device's memory: if others' memory changes by more between two readings, CUDA is asked too
+SPARE = 4 << 10  # bytes that are held for the backward pass by which a broken one is finished
 RETRY_SECONDS = 10.0  # after a failure of NVML
 NEAR = 0.9  # of what torch may hold: if it held so much, a library's ambiguous error is taken for out of memory
 
@@ -110,6 +111,7 @@ class GpuMeter:
             context = assumed_context((properties.major, properties.minor))
             self._faults.note("context", f"the CUDA context {seen}: assumed to hold {context / 1e9:.2f} GB")
         self.booked["context"] = context
+        self._spare: torch.Tensor | None = self._hold_spare()
         self.device = f"{properties.name}, {self.total() / 1e9:.1f} GB"
 
     @property
@@ -254,12 +256,17 @@ class GpuMeter:
 
     def release(self) -> None:
         """Finishes a backward pass that was broken off, waits for the device, and then empties torch's cache: a block
-        that is still in use cannot be given back.
+        that is still in use cannot be given back. It gets through where neither torch nor the card has memory left.
         """
         finish_backward(torch.device("cpu"))
+        self._spare = None  # its block serves the few numbers of the next line
         finish_backward(torch.device("cuda", self._index))
+        self._spare = self._hold_spare()
         torch.cuda.synchronize(self._index)
         torch.cuda.empty_cache()
+
+    def _hold_spare(self) -> torch.Tensor:
+        return torch.empty(SPARE, dtype=torch.uint8, device=torch.device("cuda", self._index))
 
     def reset_peak(self) -> None:
         torch.cuda.synchronize(self._index)

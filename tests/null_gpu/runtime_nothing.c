@@ -1,0 +1,56 @@
+// The rest of the CUDA runtime that torch links to: functions that succeed and do nothing, and those of CUDA graphs and
+// of memory shared between processes, which say that they are not supported. Without the runtime's header, since none
+// of them looks at its arguments.
+
+#define SUCCEEDS(name) \
+  int name(void) { return 0; }
+#define UNSUPPORTED(name) \
+  int name(void) { return 801; }
+
+SUCCEEDS(cudaDeviceEnablePeerAccess)
+SUCCEEDS(cudaDeviceReset)
+SUCCEEDS(cudaEventDestroy)
+SUCCEEDS(cudaEventQuery)
+SUCCEEDS(cudaEventRecord)
+SUCCEEDS(cudaEventRecordWithFlags)
+SUCCEEDS(cudaFuncSetAttribute)
+SUCCEEDS(cudaGetLastError)
+SUCCEEDS(cudaHostRegister)
+SUCCEEDS(cudaHostUnregister)
+SUCCEEDS(cudaIpcCloseMemHandle)
+SUCCEEDS(cudaLaunchCooperativeKernel)
+SUCCEEDS(cudaMemcpy2DAsync)
+SUCCEEDS(cudaMemcpyPeerAsync)
+SUCCEEDS(cudaMemcpyToSymbol)
+SUCCEEDS(cudaMemPoolGetAttribute)
+SUCCEEDS(cudaMemPoolSetAccess)
+SUCCEEDS(cudaMemPoolSetAttribute)
+SUCCEEDS(cudaMemPoolTrimTo)
+SUCCEEDS(cudaPeekAtLastError)
+SUCCEEDS(cudaProfilerStart)
+SUCCEEDS(cudaProfilerStop)
+SUCCEEDS(cudaSetDevice)
+SUCCEEDS(cudaStreamDestroy)
+SUCCEEDS(cudaStreamQuery)
+SUCCEEDS(cudaStreamWaitEvent)
+SUCCEEDS(cudaThreadExchangeStreamCaptureMode)
+SUCCEEDS(__cudaRegisterFatBinaryEnd)
+SUCCEEDS(__cudaRegisterFunction)
+SUCCEEDS(__cudaRegisterManagedVar)
+SUCCEEDS(__cudaRegisterVar)
+SUCCEEDS(__cudaUnregisterFatBinary)
+
+UNSUPPORTED(cudaGetDriverEntryPoint)
+UNSUPPORTED(cudaGraphDebugDotPrint)
+UNSUPPORTED(cudaGraphDestroy)
+UNSUPPORTED(cudaGraphExecDestroy)
+UNSUPPORTED(cudaGraphGetNodes)
+UNSUPPORTED(cudaGraphInstantiateWithFlags)
+UNSUPPORTED(cudaGraphLaunch)
+UNSUPPORTED(cudaGraphNodeGetDependencies)
+UNSUPPORTED(cudaIpcGetEventHandle)
+UNSUPPORTED(cudaIpcGetMemHandle)
+UNSUPPORTED(cudaIpcOpenEventHandle)
+UNSUPPORTED(cudaIpcOpenMemHandle)
+UNSUPPORTED(cudaStreamBeginCapture)
+UNSUPPORTED(cudaStreamEndCapture)
