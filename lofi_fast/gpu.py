@@ -136,6 +136,13 @@ def check_torch(device: torch.device) -> None:
         raise InputError(f"--device cuda: {name}: {misfit(card, build)}")
 
 
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on a device. The host does not wait for what the device still has to do: a copy out of ordinary
+    memory would, so the copy is made out of pinned memory.
+    """
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def dali_package() -> str:
     """The package of DALI for the version of CUDA that PyTorch was built for; the newest where that is none."""
     import torch
