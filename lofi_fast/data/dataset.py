@@ -34,6 +34,7 @@ from lofi_fast.data.survey import (
 from lofi_fast.data.windows import Window
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, select_snippets
+from lofi_fast.gpu import send
 
 SUBSETS = ("training", "validation")
 JITTER_PIXELS = 64 * 112 * 112  # of the frames that are jittered at once
@@ -155,8 +156,8 @@ def jitter_pixels(frames: torch.Tensor, jitters: Sequence[Jitter]) -> None:
     In pieces of whole frames: they are floats in between, and stay below the activations of a chunk of the encoder.
     """
     size = max(JITTER_PIXELS // (frames.shape[1] * frames.shape[2]), 1)
-    for part, jitter in zip(frames.chunk(len(jitters)), jitters, strict=True):
-        gain = torch.tensor(jitter.gain, device=frames.device)
+    gains = send(torch.tensor([jitter.gain for jitter in jitters]), frames.device)
+    for part, gain, jitter in zip(frames.chunk(len(jitters)), gains, jitters, strict=True):
         for piece in part.split(size):
             piece.copy_(piece.float().mul_(gain).add_(255 * jitter.offset).clamp_(0, 255))
 

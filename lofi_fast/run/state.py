@@ -27,6 +27,7 @@ from lofi_fast.data.pipeline import FramePipeline, pictures_of_a_run
 from lofi_fast.encoder.protocol import Encoder
 from lofi_fast.encoder.weights import load_encoder_weights
 from lofi_fast.errors import InputError
+from lofi_fast.gpu import DALI
 from lofi_fast.head.protocol import Head
 from lofi_fast.memory import allocator
 from lofi_fast.memory.decision import Planner
@@ -42,7 +43,7 @@ from lofi_fast.run.networks import Networks
 from lofi_fast.run.seeds import seed_of
 
 CHECKPOINT_SECONDS = 300.0  # between two checkpoints within an epoch; the end of each epoch is saved besides
-PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "numpy", "av", "nvidia-ml-py")
+PACKAGES = ("torch", "triton", *DALI.values(), "numpy", "av", "nvidia-ml-py")
 
 
 @dataclass(frozen=True)

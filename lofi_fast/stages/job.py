@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from lofi_fast import __version__
+from lofi_fast import __version__, gpu
 from lofi_fast import encoder as encoders
 from lofi_fast.budget import gigabytes, resolve_budget
 from lofi_fast.config import PLANNED_FOR, Config
@@ -80,18 +80,20 @@ def run_job(
     if resume and config.data.window == "labels":
         config = with_window(config, _window_of(Path(config.out)))
     device = choose_device(config.device)
+    gpu.check_dali(device)
     if config.threads:
         torch.set_num_threads(config.threads)
     precision = choose_precision(device)
     optimizers = choose_implementation(config.optimizer_impl, device)
     meter = open_meter(device)
+    gpu.check_triton(device)
     budget = resolve_budget(config.budget, meter.total(), meter.available())
     check_budget(config, budget, meter)
     if networks is None and config.encoder.weights:
         check_encoder_weights(lambda: encoders.build(config), Path(config.encoder.weights))
     with run_folder(config, resume) as (folder, going_on), closing(RunLog(folder / "log.jsonl")) as log:
         stop.folder = folder
-        introduce(log, config, meter, precision, optimizers, budget, argv)
+        introduce(log, config, device, meter, precision, optimizers, budget, argv)
         if networks is None and (warning := weights_warning(config)):
             log.say(warning)
         for note in notes:
@@ -174,12 +176,14 @@ def check_budget(config: Config, budget: int, meter: Meter) -> None:
 
 
 def introduce(
-    log: RunLog, config: Config, meter: Meter, precision: Precision, optimizers: Implementation, budget: int,
-    argv: Sequence[str],
+    log: RunLog, config: Config, device: torch.device, meter: Meter, precision: Precision, optimizers: Implementation,
+    budget: int, argv: Sequence[str],
 ) -> None:  # fmt: skip
     """Say what runs where, and in how much memory."""
+    if config.device == "auto" and device.type == "cpu" and (reason := gpu.unused()):
+        log.say(f"warning: {reason}. Training on the CPU")
     log.say(f"lofi_fast {__version__} · {meter.device} · {torch.get_num_threads()} threads · {precision}")
-    log.say(f"kernels: {library.describe()}")
+    log.say(f"kernels: {library.describe(device.type)}")
     log.say(f"optimisers: {optimizers}")
     room = meter.available()
     log.say(
