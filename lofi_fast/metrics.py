@@ -394,8 +394,8 @@ def load_predictions(path: Path) -> dict[str, list[tuple[float, float, str, floa
     """Detections of an ActivityNet JSON file: video -> [(start, end, label, score)], seconds.
 
     The file's form is {"results": {video: [{"segment": [start, end], "label": ..., "score": ...}]}}. Raises
-    InputError for unreadable files, missing keys and values that are no finite numbers. A prediction that ends before
-    it starts stays, and counts as a false positive.
+    InputError for unreadable files, missing keys, values that are no finite numbers, and predictions that end before
+    they start.
     """
     predictions: dict[str, list[tuple[float, float, str, float]]] = {}
     for name, items in read_object(path, "--predictions", "results").items():
@@ -404,6 +404,8 @@ def load_predictions(path: Path) -> dict[str, list[tuple[float, float, str, floa
         for i, (start, end, label, item) in enumerate(segments_of(items, where)):
             if "score" not in item:
                 raise InputError(f'{where}, segment {i}: "score" is missing.')
+            if start > end:
+                raise InputError(f"{where}, segment {i}: starts at {start} s, after its end at {end} s.")
             rows.append((start, end, label, _number(item["score"], f"{where}, segment {i}: score")))
         predictions[name] = rows
     return predictions

@@ -423,6 +423,7 @@ def test_bad_ground_truth_is_one_sentence(tmp_path, content, sentence):
         ([{"segment": [0, 1], "label": "a", "score": math.nan}], "segment 0: score is nan"),
         ([{"segment": [0, 1], "score": 1}], "label"),
         ([{"segment": 3, "label": "a", "score": 1}], "start, end"),
+        ([{"segment": [3, 1], "label": "a", "score": 1}], "after its end"),
         ({"segment": [0, 1]}, "list"),
         (["a"], "object"),
     ],

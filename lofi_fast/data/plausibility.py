@@ -13,9 +13,12 @@ LOST_SHARE = 0.2  # of all segments outside their videos, from which on training
 BEYOND_SHARE = 0.5  # of all segments outside or cut, from which on the same
 LONG_ENOUGH = 60.0  # seconds of videos of which a first sixtieth can be told from the rest
 
-# unit -> seconds of one of it, for a video
+# unit -> seconds of one of it, for a video; the rates are those at which videos are usually read for labelling
 _UNITS: dict[str, Callable[[VideoInfo], float]] = {
     "frame numbers": lambda info: 1 / max(info.fps, 1e-9),
+    "frame numbers at 25 frames a second, which the files do not have": lambda info: 1 / 25,
+    "frame numbers at 30 frames a second, which the files do not have": lambda info: 1 / 30,
+    "hundredths of a second": lambda info: 1e-2,
     "milliseconds": lambda info: 1e-3,
     "microseconds": lambda info: 1e-6,
     "minutes": lambda info: 60.0,
@@ -87,8 +90,10 @@ def _segments(videos: Sequence[Video], infos: Mapping[str, VideoInfo], where: st
     explained = all(v.duration is not None and s.end <= v.duration + _slack(v.duration) for v, s in outside + cut)
     looks = ""
     if not explained:
-        units = [unit for unit in _UNITS if _fits(pairs, infos, unit)]
-        looks = f"; the times look like {units[0]}" if units else ""
+        # smaller units fit too, and would leave most of each video without labels
+        largest = sorted(_UNITS, key=lambda unit: -_UNITS[unit](infos[video.name]))
+        unit = next((unit for unit in largest if _fits(pairs, infos, unit)), "")
+        looks = f"; the times look like {unit}" if unit else ""
     lost, beyond = len(outside) / len(pairs), (len(outside) + len(cut)) / len(pairs)
     if beyond >= BEYOND_SHARE or (lost >= LOST_SHARE and not explained):
         cause = "; the files seem to be cut off" if explained else looks
