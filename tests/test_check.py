@@ -181,8 +181,13 @@ def test_files_that_claim_one_name(data: Data, check: Check, tmp_path: Path) -> 
     (tmp_path / "videos").unlink()
     for camera in ("cam1", "cam2"):
         write_video(tmp_path / "videos" / camera / "a.mp4", 3)
-    status, said, _ = check(*data.flags(data.labels({"a": ("training", [(1, 2, "run")])})))
+    write_video(tmp_path / "videos" / "b.mp4", 4)
+    labelled = ("training", [(1.0, 2.0, "run")])
+    status, said, _ = check(*data.flags(data.labels({"a": labelled, "b": labelled, "absent": labelled})))
     assert status == 2 and "cam1/a.mp4" in said["refused"] and "cam2/a.mp4" in said["refused"]
+    assert said["videos"].keys() == {"b"} and said["videos"]["b"]["duration"] == 4.0
+    reasons = {one["name"]: one["reason"] for one in said["skipped"]}
+    assert reasons.keys() == {"a", "absent"} and "cam1/a.mp4, cam2/a.mp4" in reasons["a"]
 
 
 def test_without_data_of_ones_own_there_is_nothing_to_check(capfd: pytest.CaptureFixture[str]) -> None:

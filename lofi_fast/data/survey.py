@@ -21,7 +21,7 @@ from lofi_fast.config import Config
 from lofi_fast.data.annotations import UNASSIGNED, Annotations, Video, clip_to_duration, load_annotations
 from lofi_fast.data.cache import CacheRequest, Skipped, estimate_bytes
 from lofi_fast.data.grid import FOUND, Grid, Labelled, Share, best_tiou, choose_window, share, shares
-from lofi_fast.data.matching import find_videos
+from lofi_fast.data.matching import match_videos
 from lofi_fast.data.plausibility import check_times
 from lofi_fast.data.split import choose_validation
 from lofi_fast.data.video import VideoError, VideoInfo, probe
@@ -106,7 +106,7 @@ class Survey:
     def large_batch(self) -> str | None:
         """A sentence where a joint step takes more windows than there are."""
         count, batch = sum(len(self.windows[video.name]) for video in self.subset("training")), self.config.joint.batch
-        if batch <= count:
+        if batch <= count or not count:
             return None
         return f"--batch {batch} is more than the {count} training windows: an epoch of the joint stage is one step"
 
@@ -142,12 +142,15 @@ def survey(config: Config, annotations_path: Path, videos: Path, progress: Progr
     wanted, evaluated = _wanted(annotations, annotations_path)
     found = Survey(config, annotations_path, annotations, (), (), (*annotations.notes, *evaluated))
     try:
-        matches = find_videos(videos, [video.name for video in wanted])
+        matches = match_videos(videos, [video.name for video in wanted])
     except InputError as error:
         return replace(found, refused=str(error))
-    absent = [Skipped(name, str(videos / name), reason) for name, reason in matches.absent.items()]
+    absent = [Skipped(name, str(videos / name), why) for name, why in (matches.absent | matches.unclear).items()]
     infos, unreadable = _probe_all(matches.paths, progress)
     found = replace(found, skipped=(*absent, *unreadable), notes=(*found.notes, *matches.notes))
+    if matches.unclear:
+        more = f" (and {len(matches.unclear) - 1} more names that are as unclear)" if len(matches.unclear) > 1 else ""
+        found = replace(found, refused=f"{next(iter(matches.unclear.values()))}{more}")
     usable: list[Surveyed] = []
     clipped: list[str] = []
     for labelled in wanted:
@@ -171,7 +174,7 @@ def survey(config: Config, annotations_path: Path, videos: Path, progress: Progr
         require_usable([one.video for one in found.videos], found.skipped, config)
         notes += division
     except InputError as error:
-        return _with_window(replace(found, notes=(*found.notes, *notes), refused=str(error)))
+        return _with_window(replace(found, notes=(*found.notes, *notes), refused=found.refused or str(error)))
     return _with_window(replace(found, notes=(*found.notes, *notes)))
 
 
