@@ -21,6 +21,8 @@ import lofi_fast
 from lofi_fast import __main__ as program
 from lofi_fast.config import Config
 from lofi_fast.data.annotations import Segment, Video
+from lofi_fast.data.cache_size import LOOKED_AT
+from lofi_fast.data.dataset import cached_dataset
 from lofi_fast.data.survey import Overlaps, overlaps
 from lofi_fast.encoder.tsm import TSMEncoder
 from lofi_fast.errors import InputError
@@ -36,8 +38,11 @@ Spans = list[tuple[float, float, str]]
 KEY = "found_at_tiou_0.5"
 
 
-def write_video(path: Path, seconds: float, size: int = 48) -> None:
+def write_video(path: Path, seconds: float, size: int = 48, smooth: bool = False) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    if smooth:
+        picture = np.linspace(0, 255, size).astype(np.uint8)[:, None].repeat(size, axis=1)
+        picture = picture[:, :, None].repeat(3, axis=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"preset": "ultrafast", "crf": "35"})
@@ -138,6 +143,33 @@ def test_a_table_for_people(data: Data, capfd: pytest.CaptureFixture[str]) -> No
     assert lines[1].split()[:5] == ["a", "training", "40.00", "0.67", "0.00"]
     assert any("6 of 6 segments can be found" in line for line in lines)
     assert any(line.startswith("note: ") and "minutes" in line for line in lines)
+
+
+def test_the_size_of_the_cache_is_foretold(tmp_path: Path) -> None:
+    """Of noise, of smooth pictures, and of a container whose packets tell no times."""
+    names = ("noise.mp4", "large.mp4", "smooth.mp4", "noise.ts", "small.avi")
+    for name, size in zip(names, (64, 128, 96, 64, 32), strict=True):
+        write_video(tmp_path / name, 20, size, smooth=name == "smooth.mp4")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("video,start,end,label\n" + "".join(f"{name},2,5,run\n" for name in names))
+    checked = lofi_fast.check(annotations=labels, videos=tmp_path, preset="small", fidelity="16x56", window=8.0)
+    assert checked.survey is not None
+    cached_dataset(checked.survey, tmp_path / "cache", lambda *_: None)
+    for video, told in checked.to_json()["videos"].items():
+        written = sum(path.stat().st_size for path in (tmp_path / "cache").glob(f"{video}-*"))
+        assert told["cache_bytes"] == pytest.approx(written, rel=0.15), video
+
+
+def test_the_size_of_the_cache_of_many_videos_is_foretold_from_some(tmp_path: Path) -> None:
+    for k in range(2 * LOOKED_AT):
+        write_video(tmp_path / f"{k:02d}.mp4", 5, 48, smooth=k % 4 == 0)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("video,start,end,label\n" + "".join(f"{k:02d},2,4,run\n" for k in range(2 * LOOKED_AT)))
+    checked = lofi_fast.check(annotations=labels, videos=tmp_path, preset="small", fidelity="8x32")
+    assert checked.survey is not None
+    cached_dataset(checked.survey, tmp_path / "cache", lambda *_: None)
+    written = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir())
+    assert checked.to_json()["cache_bytes"] == pytest.approx(written, rel=0.15)
 
 
 def test_what_would_be_refused_is_shown_with_all_that_is_known(data: Data, check: Check) -> None:

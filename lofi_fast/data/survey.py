@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lofi_fast.config import Config
 from lofi_fast.data.annotations import UNASSIGNED, Annotations, Video, clip_to_duration, load_annotations
-from lofi_fast.data.cache import CacheRequest, Skipped, estimate_bytes
+from lofi_fast.data.cache import CacheRequest, Skipped
 from lofi_fast.data.grid import FOUND, Grid, Labelled, Share, best_tiou, choose_window, share, shares
 from lofi_fast.data.matching import match_videos
 from lofi_fast.data.plausibility import check_times
@@ -116,10 +116,6 @@ class Survey:
             full_grid(one.info, window, self.config.full.num_snippets, self.config.data.frame_stride)
             for window in self.windows[one.name]
         ]
-
-    def cache_bytes(self, one: Surveyed) -> int:
-        """An estimate, within about a factor of two, of what the frame cache will hold of a video."""
-        return estimate_bytes([cache_request(one, self.grids(one))], cache_side(self.config.full))
 
 
 def cache_request(one: Surveyed, grids: Sequence[NDArray[np.int64]]) -> CacheRequest:
