@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,8 +39,8 @@ Spans = list[tuple[float, float, str]]
 KEY = "found_at_tiou_0.5"
 
 
-def write_video(path: Path, seconds: float, size: int = 48, smooth: bool = False) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+def write_video(path: Path, seconds: float, size: int = 48, smooth: bool = False, seed: int = 0) -> None:
+    picture = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     if smooth:
         picture = np.linspace(0, 255, size).astype(np.uint8)[:, None].repeat(size, axis=1)
         picture = picture[:, :, None].repeat(3, axis=2)
@@ -220,6 +221,23 @@ def test_files_that_claim_one_name(data: Data, check: Check, tmp_path: Path) -> 
     assert said["videos"].keys() == {"b"} and said["videos"]["b"]["duration"] == 4.0
     reasons = {one["name"]: one["reason"] for one in said["skipped"]}
     assert reasons.keys() == {"a", "absent"} and "cam1/a.mp4, cam2/a.mp4" in reasons["a"]
+
+
+def test_one_file_under_several_names(data: Data, check: Check, tmp_path: Path) -> None:
+    """Warned of where what is evaluated is trained on too; other files of equal length are no such thing."""
+    (tmp_path / "videos").unlink()
+    for seed, name in enumerate("abc"):
+        write_video(tmp_path / "videos" / f"{name}.mp4", 8, seed=seed)
+    (tmp_path / "videos" / "link.mp4").symlink_to(tmp_path / "videos" / "a.mp4")
+    shutil.copyfile(tmp_path / "videos" / "b.mp4", tmp_path / "videos" / "copy.mp4")
+    subsets = {"a": "training", "link": "validation", "b": "training", "copy": "training", "c": "validation"}
+    segments: Spans = [(1.0, 3.0, "run")]
+    _, said, _ = check(*data.flags(data.labels({name: (subset, segments) for name, subset in subsets.items()})))
+    (warning,) = [note for note in said["notes"] if "what is evaluated is trained on" in note]
+    assert warning.startswith("WARNING") and "a (training) and link (validation)" in warning
+    (note,) = [note for note in said["notes"] if "count as those of several" in note]
+    assert "b (training) and copy (training)" in note
+    assert "c (" not in warning + note
 
 
 def test_without_data_of_ones_own_there_is_nothing_to_check(capfd: pytest.CaptureFixture[str]) -> None:
