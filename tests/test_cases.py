@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -402,3 +403,10 @@ def test_byte_order_mark(tmp_path: Path) -> None:
     """`evaluate` reads JSON with a byte order mark, as training does."""
     content = b"\xef\xbb\xbf" + json.dumps(truth_of([("b", "validation")])).encode()
     assert evaluated(tmp_path, content, (1, 3)) == 0
+
+
+def test_the_table_of_kinds_names_tests_that_exist() -> None:
+    folder = Path(__file__).resolve().parent
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (folder.parent / "docs" / "inputs.md").read_text())
+    missing = [(file, name) for file, name in named if f"\ndef {name}(" not in (folder / file).read_text()]
+    assert len(named) > 50 and not missing
