@@ -47,8 +47,10 @@ def test_times_that_fit_are_not_worth_a_word() -> None:
     [
         (25, 25, "frame numbers"),
         (29.97, 29.97, "frame numbers"),
-        (25, 10, "frame numbers at 25 frames a second, which the files do not have"),
-        (30, 10, "frame numbers at 30 frames a second, which the files do not have"),
+        (25, 25.02, "frame numbers"),
+        (30, 29.9, "frame numbers"),
+        (25, 10, "frame numbers at 25 or 30 a second, which is not the files' rate"),
+        (30, 10, "frame numbers at 25 or 30 a second, which is not the files' rate"),
         (100, 25, "hundredths of a second"),
         (1000, 25, "milliseconds"),
         (1e6, 25, "microseconds"),
