@@ -105,16 +105,16 @@ def test_a_name_of_several_files_is_refused(name: str, files: tuple[str, ...], t
 @pytest.mark.parametrize(
     ("name", "file", "rule"),
     [
-        ("/data/old/x.mp4", "x.mp4", "begin in another place"),
-        ("C:\\data\\cam1\\y.mp4", "cam1/y.mp4", "begin in another place"),
-        ("https://a.org/v/cam2/y.mp4", "cam2/y.mp4", "begin in another place"),
-        ("../z/x", "x.mp4", "begin in another place"),
+        ("/data/old/x.mp4", "x.mp4", "begins in another place"),
+        ("C:\\data\\cam1\\y.mp4", "cam1/y.mp4", "begins in another place"),
+        ("https://a.org/v/cam2/y.mp4", "cam2/y.mp4", "begins in another place"),
+        ("../z/x", "x.mp4", "begins in another place"),
         ("x ", "x.mp4", "white space"),
         ("\u00a0x.mp4", "x.mp4", "white space"),
         ("late", "late .mp4", "white space"),
         ("two  words", "two\u00a0words.mkv", "white space"),
-        ("x.MP4", "x.mp4", "extensions are in another case"),
-        ("cam1/y.Mp4", "cam1/y.mp4", "extensions are in another case"),
+        ("x.MP4", "x.mp4", "extension is in another case"),
+        ("cam1/y.Mp4", "cam1/y.mp4", "extension is in another case"),
     ],
 )
 def test_what_is_no_file_s_name_but_can_mean_one_only(name: str, file: str, rule: str, tmp_path: Path) -> None:

@@ -31,10 +31,10 @@ _COMPANIONS = frozenset((
 _ELSEWHERE = re.compile(r"(?:[A-Za-z][\w+.-]*:)?/+|(?:\.\./)+")  # what a path from another place begins with
 
 # Rules by which a name is matched that no file has, as a note tells them.
-_MOVED = "by the end of their paths, which begin in another place"
-_UNICODE = "though their letters are written in another Unicode form"
-_SPACE = "though they differ from it in white space"
-_EXTENSION_CASE = "though their extensions are in another case"
+_MOVED = "whose path begins in another place"
+_UNICODE = "whose letters are written in another Unicode form"
+_SPACE = "which differs from it in white space"
+_EXTENSION_CASE = "whose extension is in another case"
 _NOTHING = "no video file of this name"
 
 
@@ -99,8 +99,8 @@ def match_videos(folder: Path, names: Iterable[str]) -> Matches:
             if rule:
                 loose.setdefault(rule, []).append(name)
     notes = [
-        f"names in the labels that no file has are taken {rule}: {paths[those[0]]} for {those[0]!r}"
-        f"{f', and {len(those) - 1} more' if len(those) > 1 else ''}"
+        f"{paths[those[0]]} is taken for {those[0]!r}, {rule}"
+        f"{f' ({len(those) - 1} more names are matched so)' if len(those) > 1 else ''}"
         for rule, those in loose.items()
     ]
     return Matches(paths, absent, tuple(notes), unclear)
