@@ -361,14 +361,14 @@ def _subset(value: object, where: str) -> str:
 def _duration(value: object, where: str) -> float | None:
     if value is None:
         return None
-    duration = _seconds(value)
+    duration = seconds_of(value)
     if duration is None or duration <= 0:
         raise InputError(f"{where} has the duration {value!r}; it must be positive seconds")
     return duration
 
 
 def _segment(start: object, end: object, label: object, where: str) -> Segment:
-    start_s, end_s = _seconds(start), _seconds(end)
+    start_s, end_s = seconds_of(start), seconds_of(end)
     if start_s is None or end_s is None:
         raise InputError(f"{where} runs from {start!r} to {end!r}; both must be finite seconds, or hh:mm:ss.ff")
     if start_s > end_s:
@@ -384,7 +384,7 @@ _CLOCK = re.compile(r"(?:(?P<hours>\d{1,4}):)?(?P<minutes>\d{1,4}):(?P<seconds>\
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
 
-def _seconds(value: object) -> float | None:
+def seconds_of(value: object) -> float | None:
     """A finite number of seconds, or None: a number, or its text, also with a decimal comma, or as hh:mm:ss or mm:ss
     with or without a fraction. bool is an int to Python and never a time.
     """
