@@ -98,9 +98,10 @@ class DataConfig:
     video_scores: Annotated[
         str | None,
         Setting(
-            "class scores of whole videos, used instead of our own", "FILE", flag="--video-scores", unset="our own"
+            "class scores of whole videos, used instead of our own", "FILE", flag="--video-scores", unset="our own",
+            may_change=True,
         ),
-    ] = None
+    ] = None  # fmt: skip
     window: Annotated[
         float | Literal["labels"] | None,
         Setting(
@@ -141,7 +142,7 @@ class EncoderConfig:
         str | None,
         Setting(
             "torchvision ResNet, TSM or lofi_fast checkpoint to start from", "FILE", flag="--encoder-weights",
-            unset="random weights",
+            unset="random weights", may_change=True,
         ),
     ] = None  # fmt: skip
 

@@ -92,7 +92,7 @@ class Run:
         self.head = self.new_head("joint")
         self.scaler = self.machine.new_scaler()
         self.position = Position(self.config.stages[0])
-        self.data = trained_on.record_of(self.dataset)  # what the weights come from
+        self.data = trained_on.record_of(self.dataset, self.config)  # what the weights come from
         self._resumed_planner: dict[str, Any] = {}
         self._resumed_optimizer: dict[str, Any] | None = None
         self._last_saved = time.monotonic()
@@ -305,7 +305,7 @@ class Run:
 
     def _check_data(self, content: dict[str, Any], position: Position) -> None:
         """Raises InputError when what is to be trained on is not what it was; where only the evaluation is left, files
-        of videos may be others, since their features are made anew.
+        may be others: features of videos are made anew, and scores are used only there.
         """
         if content["data"] == trained_on.digest(self.data):
             return
@@ -316,7 +316,7 @@ class Run:
             changes = trained_on.changes_between(before, self.data)
             same_classes = content["classes"] == list(self.dataset.classes)
             if position.stage == "eval" and same_classes and not changes.labels:
-                self.log.say(f"note: since the run was trained, {changes.files[0]}")
+                self.log.say(f"note: since the run was trained, {'; '.join(changes.files)}")
                 self.data = before
                 return
             what = "; ".join((*changes.labels, *changes.files))
