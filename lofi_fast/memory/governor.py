@@ -132,9 +132,8 @@ class Governor:
         self._good: int | None = None  # the last plausible reading of what this process could hold
         self._free = self._base = self._learned = self._trials = 0
         self._last: Plan | None = None
-        self._tried: deque[Plan | None] = deque(
-            maxlen=2
-        )  # see `_rung_above`; a step is asked for before the last begins
+        # What `_rung_above` gave for the last two steps: one is asked for before the one before it begins.
+        self._tried: deque[Plan | None] = deque(maxlen=2)
         self._memory: int | None = None  # of the device
         self._faulty = False
         self._said: set[str] = set()
