@@ -95,6 +95,14 @@ class DataConfig:
             may_change=True,
         ),
     ] = None  # fmt: skip
+    decoder: Annotated[
+        Literal["auto", "pyav"],
+        Setting(
+            'what decodes videos for the frame cache; "auto": the video engine of the GPU where there is one (NVDEC), '
+            "and PyAV for what it cannot decode",
+            may_change=True,
+        ),
+    ] = "auto"
     video_scores: Annotated[
         str | None,
         Setting(

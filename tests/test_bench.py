@@ -188,6 +188,9 @@ def test_decoding_is_measured_beside_the_videos_themselves(tmp_path: Path) -> No
     assert forms == ["frame cache, DALI", *decoders.decoders()]
     assert all(row["frames"] == 256 and row["frames_a_second"] > 0 for row in rows if row["measured"] == "decode")
     assert 0 < rows[-1]["share"] < 1
+    filled = [row for row in rows if row["measured"] == "filling"]
+    assert len(filled) == 2 and "DALI on the CPU" in filled[0]["form"] and "PyAV" in filled[1]["form"]
+    assert all(row["frames"] == 4 and row["video_frames_a_second"] > 0 for row in filled)
     assert tables.section_of("data", rows) == "not measured\n"  # one video says nothing of speed
     said = tables.section_of("data", [row | {"quick": False} for row in rows])
     assert "| full: 32 snippets x 64 px | PyAV |" in said and "Filling the cache, once:" in said

@@ -518,6 +518,7 @@ def test_what_a_resumed_run_may_change_and_what_readings_of_memory_depend_on() -
     assert set(MAY_CHANGE) == planned | longer | {
         "stages", "threads", "device", "optimizer_impl", "out", "data.cache", "data.annotations", "data.videos",
         "data.video_scores", "encoder.weights",  # which are compared by content
+        "data.decoder",
     }  # fmt: skip
     config = config_of()
     key = memory_settings(config)

@@ -113,7 +113,7 @@ def data(setting: Setting, limit: float) -> Ended:
         print(f"left out: {' and '.join(missing)} not installed here, and nothing can be decoded without")
         return True, 0
     as_it_is = replace(setting, module="bench")  # no kernel of ours decodes: there is nothing to interpret
-    return on_device("data", as_it_is, limit, resumes=False)
+    return on_device("data", as_it_is, limit, resumes=False, options=["--skip-filling"])
 
 
 # Their seconds add up to `MINUTES`.

@@ -84,9 +84,9 @@ def load_dataset(config: Config, annotations: Path, videos: Path, cache: Path, p
     return cached_dataset(survey(config, annotations, videos), cache, progress)
 
 
-def cached_dataset(found: Survey, cache: Path, progress: Progress) -> Dataset:
+def cached_dataset(found: Survey, cache: Path, progress: Progress, engine: str | None = None) -> Dataset:
     """Fill the frame cache with what a survey has found, and cut windows. Videos that turn out to be bad are skipped
-    and counted.
+    and counted. `engine`: of which device the video engine decodes, see `cache.prepare`.
 
     Raises InputError where the survey says that no training can start, when nothing is left to train on, or when a
     validation class has no training segment left.
@@ -96,8 +96,10 @@ def cached_dataset(found: Survey, cache: Path, progress: Progress) -> Dataset:
     config = found.config
     grids = {one.name: found.grids(one) for one in found.videos}
     requests = [cache_request(one, grids[one.name]) for one in found.videos]
-    cached, undecodable = prepare(requests, cache, cache_side(config.full), progress=progress)
     notes = list(found.notes)
+    cached, undecodable = prepare(
+        requests, cache, cache_side(config.full), progress=progress, engine=engine, note=notes.append
+    )
     if undecodable:
         found, division = divided(replace(found, skipped=(*found.skipped, *undecodable)), cached)
         notes += division

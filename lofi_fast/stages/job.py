@@ -218,7 +218,7 @@ def prepare(config: Config, log: RunLog) -> Dataset:
         found = survey(config, annotations, videos, lambda done, total, name: advance(done, name, total))
     tell(found, log)
     with log.progress("frame cache", 1) as advance:
-        dataset = cached_dataset(found, root / "frames", lambda d, t, name: advance(d, name, t))
+        dataset = cached_dataset(found, root / "frames", lambda d, t, name: advance(d, name, t), video_engine(config))
     for note in dataset.notes[len(found.warnings) + len(found.notes) :]:
         log.say(f"note: {note}")
     for skipped in dataset.skipped:
@@ -233,6 +233,12 @@ def prepare(config: Config, log: RunLog) -> Dataset:
     log.say(f"data: {counts}, {len(dataset.classes)} classes, {len(dataset.skipped)} videos skipped")
     log.event(events.Data(classes=list(dataset.classes), skipped=len(dataset.skipped)))
     return dataset
+
+
+def video_engine(config: Config) -> str | None:
+    """The device whose video engine fills the frame cache; None where PyAV does."""
+    on_gpu = config.data.decoder == "auto" and choose_device(config.device).type == "cuda"
+    return f"cuda:{torch.cuda.current_device()}" if on_gpu else None
 
 
 def tell(found: Survey, log: RunLog) -> None:
