@@ -45,6 +45,7 @@ SNIPPETS, SIDE = 100, 112  # of the whole step
 GPU_SIDE = 224  # full fidelity
 GATED = (12, 112)  # snippets and side of the gate in float32 on a GPU; several chunks
 UNRELATED = 0.7  # gradients of a wrong formula differ by more
+COMPARED = ("lean, one graph", "lean", "lean, recompute", LEAN_EACH_SNIPPET)  # ours, beside what is compiled
 SECONDS, GPU_SECONDS = 60.0, 3.0  # that one form may take, at least three rounds
 
 
@@ -63,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
     sizes = ENCODER[:1] if args.short else ENCODER
     if args.tiny or device.type == "cuda":
         parts = (gpu_compiled,) if args.compiled else (gpu_steps,)
+    elif args.compiled:
+        parts = (compiled_steps,)
     else:
         parts = (partial(encoder_steps, sizes=sizes), whole_step)
     measured = (row for part in parts for row in part(device, stopwatch, args.rounds, args.quick or args.tiny))
@@ -85,6 +88,35 @@ def encoder_steps(
             what = f"encoder, {frames} frames of {side} px"
             work = encoder_work("tsm_r18", WIDTH, frames, side, DTYPES[dtype].itemsize)
             yield from _rows(what, dtype, calls, stopwatch, rounds, work, device)
+
+
+def compiled_steps(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bool) -> Iterator[Row]:
+    """The encoder's step on a CPU, time and peak: torch.compile of plain PyTorch, by itself and with budgets of
+    activations, beside checkpointing and ours. Inductor needs a C++ compiler; `quick` runs its graph as it is.
+    """
+    frames, side = (16, 64) if quick else ENCODER[0]
+    arguments = ("tsm_r18", frames, side, "float32", device, WIDTH, "aot_eager" if quick else "inductor")
+    case = Encoded.of(*arguments)  # type: ignore[arg-type]
+    names = ["plain PyTorch", COMPILED, *BUDGETS, CHECKPOINTED, EACH_SNIPPET, *COMPARED]
+    names = [name for name in names if name not in (COMPILED, *BUDGETS) or _compiles(name, case)]
+    case.gate(names[1:])
+    work = encoder_work("tsm_r18", WIDTH, frames, side, 4)
+    calls = {name: partial(case.step, name) for name in names}
+    what = f"encoder, {frames} frames of {side} px, compiled"
+    threads = torch.get_num_threads()
+    for row in list(_rows(what, "float32", calls, stopwatch, rounds, work, device)):
+        # Inductor does not work in copies of a process: each of these is one from the start.
+        row["peak"] = in_child(_encoder_peak, threads, row["form"], *arguments, cuda=True)
+        print(f"{row['form']}: {(row['peak'] or 0) / 2**20:.0f} MiB", flush=True)
+        yield row
+
+
+def _encoder_peak(threads: int, form: str, *case: Any) -> int:
+    torch.set_num_threads(threads)
+    encoded = Encoded.of(*case)
+    encoded.step(form)  # compiles
+    encoded.drop_gradients()
+    return peak_above_start(partial(encoded.step, form), encoded.frames.device, warm=False)
 
 
 def whole_step(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bool) -> Iterator[Row]:
@@ -290,6 +322,6 @@ def table(rows: Sequence[Row]) -> list[Section]:
 def _parser() -> argparse.ArgumentParser:
     parser = options("step", __doc__, "small cases: does everything run? says nothing of speed", 7)
     parser.add_argument("--tiny", action="store_true", help="a GPU's cases, small enough for Triton's interpreter")
-    parser.add_argument("--compiled", action="store_true", help="on a GPU: torch.compile beside plain PyTorch alone")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile of plain PyTorch, at several budgets")
     parser.add_argument("--short", action="store_true", help="one size of the encoder's step, and the whole step")
     return parser

@@ -63,17 +63,24 @@ class Encoded:
     encoder: TSMResNet
     frames: Tensor
     dtype: torch.dtype
+    backend: str | None = None  # of torch.compile; None: see `compiled`
 
     @staticmethod
     def of(
-        name: EncoderName, num_frames: int, side: int, dtype: str, device: torch.device, width: int = WIDTH
+        name: EncoderName,
+        num_frames: int,
+        side: int,
+        dtype: str,
+        device: torch.device,
+        width: int = WIDTH,
+        backend: str | None = None,
     ) -> Encoded:
         torch.manual_seed(0)
         encoder = TSMResNet(name, width)
         encoder.freeze_batchnorm()
         encoder.train().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         frames = torch.randint(0, 256, (num_frames, side, side, 3), dtype=torch.uint8, device=device)
-        return Encoded(encoder, frames, DTYPES[dtype])
+        return Encoded(encoder, frames, DTYPES[dtype], backend)
 
     def forms(self) -> dict[str, Callable[[], Tensor]]:
         """Name -> features. The first is plain PyTorch. What takes long on a CPU is there for a GPU alone."""
@@ -102,7 +109,7 @@ class Encoded:
 
     def compiled(self, form: str) -> Tensor:
         """Features by torch.compile of plain PyTorch."""
-        return compiled_features(form)(self.encoder, self.frames, FRAMES_PER_SNIPPET)
+        return compiled_features(form, self.backend)(self.encoder, self.frames, FRAMES_PER_SNIPPET)
 
     def step(self, form: str) -> None:
         """Forward and backward; the gradients of the step before are dropped first."""
@@ -230,23 +237,24 @@ def planned_chunk(snippets: int, side: int) -> int:
 
 
 @cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile of it, for one shape at a time. On a CPU its graph is taken and run as it is, which shows that it
-    can be compiled and says nothing of speed.
+def compiled(function: Callable[..., Any], backend: str | None = None) -> Callable[..., Any]:
+    """torch.compile of it, for one shape at a time. On a CPU, unless told a backend, its graph is taken and run as it
+    is, which shows that it can be compiled and says nothing of speed.
     """
-    return torch.compile(function, dynamic=False, backend="inductor" if torch.cuda.is_available() else "aot_eager")
+    backend = backend or ("inductor" if torch.cuda.is_available() else "aot_eager")
+    return torch.compile(function, dynamic=False, backend=backend)
 
 
 @cache
-def compiled_features(form: str) -> Callable[..., Tensor]:
+def compiled_features(form: str, backend: str | None = None) -> Callable[..., Tensor]:
     """`plain_features` by a form of torch.compile."""
     if form == COMPILED:
-        return compiled(plain_features)
+        return compiled(plain_features, backend)
     from torch._functorch import config
 
     # torch keeps what it compiled beside a function's code: another budget needs code of its own.
     code = plain_features.__code__.replace(co_name=f"plain_features_within_{BUDGETS[form]}".replace(".", "_"))
-    function = compiled(FunctionType(code, plain_features.__globals__, code.co_name))
+    function = compiled(FunctionType(code, plain_features.__globals__, code.co_name), backend)
 
     def features(*arguments: Any) -> Tensor:
         with config.patch(activation_memory_budget=BUDGETS[form]):
