@@ -47,7 +47,7 @@ _FORMAT_VERSION = 1
 
 _READY = b"ready"
 
-ENGINE_WORKERS = 4  # processes that decode by NVDEC; each has a CUDA context, and cards have one to seven engines
+ENGINE_WORKERS = 4  # processes that decode by NVDEC, at most; cards have one to seven engines
 MOST_DEATHS = 3  # of such processes; then PyAV decodes what is left
 
 LONGEST_NAME = 180  # bytes of a video's name in names of files; systems allow 255, and more is added
@@ -162,14 +162,15 @@ def prepare(
     progress: Callable[[int, int, str], None] | None = None,
     engine: str | None = None,
     note: Callable[[str], None] | None = None,
+    engine_workers: int = ENGINE_WORKERS,
 ) -> tuple[dict[str, CachedVideo], list[Skipped]]:
     """Makes every requested entry that `folder` lacks, and returns all entries by name and the videos that failed.
 
     `workers` processes (default: one for each core) take one video each; `progress` is called from this thread with
     (videos done, videos in all, what was just done). `engine` is the device whose video engine decodes, as "cuda:0" (or
-    "cpu", where DALI decodes VP9 and MJPEG); PyAV decodes what it cannot, and everything without one. `note` is told at
-    most once, which of the two decoded how many videos and why. May be killed at any time and run again. Several runs
-    may share a folder: they take turns.
+    "cpu", where DALI decodes VP9 and MJPEG), by default in `engine_workers` processes at most; PyAV decodes what it
+    cannot, and everything without one. `note` is told at most once, which of the two decoded how many videos and why.
+    May be killed at any time and run again. Several runs may share a folder: they take turns.
 
     Raises InputError when the folder cannot be written, the estimated size exceeds the free space, or an entry must be
     made without PyAV. ValueError for two requests of one name, no frames, or a short side below 2.
@@ -208,7 +209,7 @@ def prepare(
             if missing:
                 engine = None
             if workers is None:
-                workers = cores if engine is None else min(cores, ENGINE_WORKERS)
+                workers = cores if engine is None else min(cores, engine_workers)
             workers = min(workers, len(pending))
             results: Generator[tuple[CacheRequest, _Made]]
             # an engine always has processes: its device memory goes with them, and what kills one costs no more

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lofi_fast.config import Config, DataConfig
 from lofi_fast.data.annotations import Segment, Video
-from lofi_fast.data.cache import CachedVideo, Skipped, prepare
+from lofi_fast.data.cache import ENGINE_WORKERS, CachedVideo, Skipped, prepare
 from lofi_fast.data.pictures import Pictures
 from lofi_fast.data.pipeline import FrameRequest, View
 from lofi_fast.data.survey import (
@@ -84,7 +84,9 @@ def load_dataset(config: Config, annotations: Path, videos: Path, cache: Path, p
     return cached_dataset(survey(config, annotations, videos), cache, progress)
 
 
-def cached_dataset(found: Survey, cache: Path, progress: Progress, engine: str | None = None) -> Dataset:
+def cached_dataset(
+    found: Survey, cache: Path, progress: Progress, engine: str | None = None, engine_workers: int = ENGINE_WORKERS
+) -> Dataset:
     """Fill the frame cache with what a survey has found, and cut windows. Videos that turn out to be bad are skipped
     and counted. `engine`: of which device the video engine decodes, see `cache.prepare`.
 
@@ -98,7 +100,13 @@ def cached_dataset(found: Survey, cache: Path, progress: Progress, engine: str |
     requests = [cache_request(one, grids[one.name]) for one in found.videos]
     notes = list(found.notes)
     cached, undecodable = prepare(
-        requests, cache, cache_side(config.full), progress=progress, engine=engine, note=notes.append
+        requests,
+        cache,
+        cache_side(config.full),
+        progress=progress,
+        engine=engine,
+        note=notes.append,
+        engine_workers=engine_workers,
     )
     if undecodable:
         found, division = divided(replace(found, skipped=(*found.skipped, *undecodable)), cached)

@@ -21,7 +21,7 @@ from lofi_fast import __version__, gpu
 from lofi_fast import encoder as encoders
 from lofi_fast.budget import gigabytes, resolve_budget
 from lofi_fast.config import PLANNED_FOR, Config
-from lofi_fast.data import demo
+from lofi_fast.data import cache, demo, nvdec
 from lofi_fast.data.dataset import Dataset, cached_dataset
 from lofi_fast.data.packages import require_dali, require_pyav
 from lofi_fast.data.survey import Survey, survey
@@ -98,7 +98,7 @@ def run_job(
             log.say(warning)
         for note in notes:
             log.say(f"note: {note}")
-        dataset = prepare(config, log)
+        dataset = prepare(config, log, min(budget, meter.available()) - meter.own())
         config = with_window(config, dataset.window)
         run = open_run(config, dataset, Machine(device, precision, meter, budget), log, networks)
         run.stop = stop
@@ -204,8 +204,10 @@ def introduce(
     )  # fmt: skip
 
 
-def prepare(config: Config, log: RunLog) -> Dataset:
-    """Make the demo set if no data is given, look at the data, decode into the frame cache, and cut windows."""
+def prepare(config: Config, log: RunLog, room: int) -> Dataset:
+    """Make the demo set if no data is given, look at the data, decode into the frame cache, and cut windows. `room`:
+    bytes of the device that decoding may hold.
+    """
     root = cache_folder(config)
     if config.data.annotations and config.data.videos:
         annotations, videos = Path(config.data.annotations), Path(config.data.videos)
@@ -218,7 +220,9 @@ def prepare(config: Config, log: RunLog) -> Dataset:
         found = survey(config, annotations, videos, lambda done, total, name: advance(done, name, total))
     tell(found, log)
     with log.progress("frame cache", 1) as advance:
-        dataset = cached_dataset(found, root / "frames", lambda d, t, name: advance(d, name, t), video_engine(config))
+        dataset = cached_dataset(
+            found, root / "frames", lambda d, t, name: advance(d, name, t), *video_engine(config, room)
+        )
     for note in dataset.notes[len(found.warnings) + len(found.notes) :]:
         log.say(f"note: {note}")
     for skipped in dataset.skipped:
@@ -235,10 +239,14 @@ def prepare(config: Config, log: RunLog) -> Dataset:
     return dataset
 
 
-def video_engine(config: Config) -> str | None:
-    """The device whose video engine fills the frame cache; None where PyAV does."""
-    on_gpu = config.data.decoder == "auto" and choose_device(config.device).type == "cuda"
-    return f"cuda:{torch.cuda.current_device()}" if on_gpu else None
+def video_engine(config: Config, room: int) -> tuple[str | None, int]:
+    """(the device whose video engine fills the frame cache, processes that decode there in `room` bytes of its memory);
+    (None, 0) where PyAV decodes.
+    """
+    processes = min(room // nvdec.PROCESS_BYTES, cache.ENGINE_WORKERS)
+    if config.data.decoder == "pyav" or processes < 1 or choose_device(config.device).type != "cuda":
+        return None, 0
+    return f"cuda:{torch.cuda.current_device()}", processes
 
 
 def tell(found: Survey, log: RunLog) -> None:
