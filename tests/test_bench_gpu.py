@@ -44,7 +44,8 @@ def test_the_dry_run_goes_through_tests_and_decoding_and_resumes(
     files = found["file"].split(", ")
     assert {f"test_{operator}.py" for operator in tests.OPERATORS} < set(files) and "test_meter.py" in files
     assert found["failed"] == 0 and found["skipped"] > 40 and not found["failures"]
-    assert [(row["part"], row["complete"]) for row in read_rows(tmp_path / "gpu.jsonl")] == [
+    parts = [row for row in read_rows(tmp_path / "gpu.jsonl") if "target" not in row]
+    assert [(row["part"], row["complete"]) for row in parts] == [
         ("data", True), ("tests", True),
     ]  # fmt: skip
     again = subprocess.run([*command, "--resume"], cwd=ROOT, env=decoders_absent, capture_output=True, text=True)

@@ -400,8 +400,9 @@ class LeanEncoder:
 
         scale, bias = frozen_affine(encoder.bn1)
         stem = Convolution(2, 3, bias, GradientSum())
-        std = encoder.std.flatten() / (PIXELS if dtype is torch.float16 else 1)
-        weight = fold_normalization(encoder.conv1.weight * scale, std)
+        weight = fold_normalization(encoder.conv1.weight * scale, encoder.std.flatten())
+        if dtype is torch.float16:
+            weight = weight * PIXELS
         stem_weight = Tied((_placed(weight, dtype),), (_tie(weight, stem.total),))
         modules = [block for stage in encoder.stages for block in stage]
         blocks, weights = [], []
