@@ -366,7 +366,7 @@ def test_the_whole_job_with_true_and_with_rolled_labels(data: Path, tmp_path: Pa
     assert (true["average_map"], true["map_by_tiou"]) == (metrics["average_map"], metrics["map_by_tiou"])
     assert (rolled["average_map"], rolled["map_by_tiou"], set(rolled["plan"])) == (None, {}, {"pretrain"})
     plans = json.loads((keep / "tiny-true-seed0" / "plan.json").read_text())["plans"]
-    assert true["plan"]["pretrain"] == {"batch": plans["pretrain"]["batch"]}
+    assert true["plan"]["pretrain"] == {key: plans["pretrain"][key] for key in ("batch", "predicted")}
     assert true["plan"]["joint"].keys() == {"spatial", "temporal", "spatio_temporal"}
     for pattern, planned in true["plan"]["joint"].items():
         readings = {"measured", "ladder"}  # what the planner tried on the way
