@@ -93,7 +93,7 @@ def make_optimizer(config: StageConfig, parameters: Iterable[nn.Parameter], aske
             step = torch.zeros((), device="cpu" if apex else parameter.device)  # where each implementation counts
             optimizer.state[parameter] = {"step": step, **moments}
     optimizer.register_step_pre_hook(_lay_out_gradients)
-    optimizer.register_step_pre_hook(_begin_update)
+    optimizer.register_step_post_hook(_count_update)
     optimizer.register_load_state_dict_pre_hook(_keep_form)
     optimizer.register_load_state_dict_post_hook(_lay_out_moments)
     return optimizer
@@ -201,9 +201,10 @@ def _lay_out_moments(optimizer: Optimizer) -> None:
         state.update({name: _laid_out_as(parameter, state[name]) for name in (*MOMENTS, MOMENTUM) if name in state})
 
 
-def _begin_update(optimizer: Optimizer, *_: object) -> None:
+def _count_update(optimizer: Optimizer, *_: object) -> None:
     """Count the update as torch counts other changes in place (`Tensor._version`), which fused kernels leave out: by
-    that count a step that fails is known to have changed something, or nothing.
+    that count a step that fails is known to have changed something, or nothing. The kernels allocate nothing, so an
+    update is made as a whole, or memory ran out before it.
     """
     torch.autograd.graph.increment_version(
         [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
