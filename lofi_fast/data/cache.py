@@ -217,23 +217,24 @@ def prepare(
                 results = _in_processes(pending, folder, short_side, workers, max(1, cores // workers), lock, engine)
             else:
                 results = ((request, _make_entry(request, folder, short_side, cores, None)) for request in pending)
-            refused: list[tuple[str, str]] = []
+            decoded, refused = 0, []
             with contextlib.closing(results):
                 for request, made in results:
                     if isinstance(made.result, Skipped):
                         skipped.append(made.result)
                     else:
                         cached[request.name] = made.result
-                    if made.refused:
-                        refused.append((request.name, made.refused))
+                        decoded += 1
+                        if made.refused:
+                            refused.append((request.name, made.refused))
                     tell(request.name)
             if note is not None and pending and (missing or engine is not None):
-                note(_who_decoded(len(pending), missing, refused))
+                note(_who_decoded(decoded, missing, refused))
     return {name: cached[name] for name in names if name in cached}, skipped
 
 
 def _who_decoded(videos: int, missing: str, refused: Sequence[tuple[str, str]]) -> str:
-    """One sentence; `refused`: (name, reason) of the videos that the engine did not decode."""
+    """One sentence about the `videos` that were decoded; `refused`: (name, reason) of those that the engine left."""
     if missing:
         return f"PyAV decoded the videos, on the CPU: {missing}"
     if not refused:
