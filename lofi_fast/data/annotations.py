@@ -145,8 +145,7 @@ def _spellings(classes: Iterable[str], path: Path) -> list[str]:
     """A note about labels that are one word in several spellings, and so several classes."""
     alike: dict[str, list[str]] = {}
     for label in classes:
-        plain = re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", label).casefold()).strip()
-        alike.setdefault(plain, []).append(label)
+        alike.setdefault(plain_spelling(label), []).append(label)
     several = [spellings for spellings in alike.values() if len(spellings) > 1]
     if not several:
         return []
@@ -154,6 +153,11 @@ def _spellings(classes: Iterable[str], path: Path) -> list[str]:
     return [
         f"{path}: labels that are spelt almost alike are classes of their own: {shown}{'; ...' * bool(several[3:])}"
     ]
+
+
+def plain_spelling(label: str) -> str:
+    """What spellings of one word have in common: no case, and one space for white space, dashes and underscores."""
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", label).casefold()).strip()
 
 
 def num_videos(path: Path) -> int:

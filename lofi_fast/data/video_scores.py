@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from lofi_fast.data.annotations import once_each
+from lofi_fast.data.annotations import once_each, plain_spelling
 from lofi_fast.errors import InputError
 from lofi_fast.head.gtad_decoding import Floats
 
@@ -77,7 +76,7 @@ def load_video_scores(path: Path, names: Sequence[str], classes: Sequence[str]) 
     index = {label: k for k, label in enumerate(classes)}
     scores = {}
     known: set[str] = set()
-    unknown: dict[str, str] = {}  # without case -> as it is written
+    unknown: dict[str, str] = {}  # by its plain spelling -> as it is written
     for name in names:
         row = np.zeros(len(classes))
         for label, value in _labelled(rows[name], columns, f"{path}, video {name}"):
@@ -87,27 +86,23 @@ def load_video_scores(path: Path, names: Sequence[str], classes: Sequence[str]) 
                 )
             if not isinstance(label, str):
                 continue
-            if label.strip() in index:
-                known.add(label.strip())
-                row[index[label.strip()]] = value
+            if (known_as := label.strip()) in index:
+                known.add(known_as)
+                row[index[known_as]] = value
             else:
-                unknown[_plain(label)] = label
+                unknown[plain_spelling(label)] = label
         scores[name] = row
     if names and not known:
         raise InputError(
             f"{path} names none of the {len(classes)} classes, such as {classes[0]!r}; check --video-scores."
         )
     for label in classes:
-        if names and label not in known and _plain(label) in unknown:
+        if names and label not in known and (other := unknown.get(plain_spelling(label))) is not None:
             raise InputError(
-                f"{path} has no scores of the class {label!r}, but of {unknown[_plain(label)]!r}; write it as the "
-                "labels have it, or give other --video-scores."
+                f"{path} has no scores of the class {label!r}, but of {other!r}; write it as the labels have it, or "
+                "give other --video-scores."
             )
     return scores
-
-
-def _plain(label: str) -> str:
-    return unicodedata.normalize("NFKC", label).casefold().strip()
 
 
 def _labelled(row: object, columns: object, where: str) -> list[tuple[object, object]]:
