@@ -29,6 +29,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -304,14 +306,9 @@ class Governor:
         plan, room = plans[index], self._room(min(self._available))
         if len(self._available) < STEADY or self._last != plan or not self._verified(plan):
             return None
-        above = next((i for i in reversed(range(index)) if plans[i].omega > plan.omega), None)
-        while above is not None and above > 0 and plans[above - 1].omega == plans[above].omega:
-            above -= 1
-        if above is None:
-            return None
-        for higher in plans[above:index]:
-            if higher.omega == plan.omega:
-                break
+        rungs = groupby(reversed(plans[:index]), attrgetter("omega"))  # from the nearest on, each by falling cost
+        above = next((list(rung) for omega, rung in rungs if omega > plan.omega), [])
+        for higher in reversed(above):
             predicted = self.predict(higher)
             needed = predicted + math.ceil(self._known_errors * (predicted - self._base))
             untried = higher not in self._off and not self._verified(higher)
@@ -619,7 +616,7 @@ class Governor:
         self._base, self._learned = max(self._bases, default=0), _quantile(self._residuals, QUANTILE)
         self._good, self._trials = state["good"], state["trials"]
         self._last = None if state["last"] is None else Plan.from_json(state["last"])
-        self._tried = deque((None if key is None else Plan.from_json(key) for key in state.get("tried", ())), 2)
+        self._tried = deque((None if key is None else Plan.from_json(key) for key in state["tried"]), 2)
         self._refit()
 
 
