@@ -30,7 +30,6 @@ WIDTH, TINY_WIDTH = 64, 8  # channels of the first stage: the paper's, and what 
 COMPILED = "torch.compile"  # of plain PyTorch
 # It recomputes until that share of the activations is kept.
 BUDGETS = {f"torch.compile, activation budget {share}": share for share in (0.3, 0.1, 0.5)}
-COMPILED_LESS = next(iter(BUDGETS))
 CHECKPOINTED = "plain, checkpointed"
 EACH_SNIPPET = "plain, checkpointed, a snippet at a time"
 LEAN_EACH_SNIPPET = "lean, recompute, a snippet at a time"
