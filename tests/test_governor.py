@@ -300,6 +300,12 @@ def test_the_smallest_plan_is_tried_with_its_largest_chunk_first() -> None:
             ran.append(trial.plan.chunk)
             made.learn(trial, GB + in_chunks(trial.plan))
     assert ran == [3, 1]
+    # Where readings say it, the one that needs least is run next.
+    made = Governor(machine, BUDGET, in_chunks, plans, print)
+    smallest = made.warm_up().plan
+    made.learn(replace(made.warm_up(), plan=smallest), machine.base + in_chunks(smallest) + GB)
+    trial = made.probe()
+    assert trial is not None and trial.plan.chunk == 1
 
 
 def test_memory_that_is_a_little_short_costs_a_smaller_chunk_and_no_fidelity() -> None:
