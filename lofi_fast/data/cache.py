@@ -1,9 +1,10 @@
 """The frame cache: each video decoded once, the frames of the full-fidelity grid kept as JPEG pictures.
 
 An entry is `<name>-<hash>.mov`, intra-only MJPEG that any player opens, and `<name>-<hash>.npz`, its index, which says
-where in it each picture lies, and a checksum of each. Both are written under a temporary name and renamed, the index
-last: an entry is complete if and only if its index exists. The hash covers everything the pictures depend on, so a
-changed video or grid is a new entry. An index that is not what was written is treated as if it were not there.
+where in it each picture lies, and a checksum of each. Both are written below `partial/` and renamed, the index last: an
+entry is complete if and only if its index exists. The hash covers everything the pictures depend on, so a changed video
+or grid is a new entry; its first two digits name the folder that the entry is in, so that no folder holds more than a
+256th of the files. An index that is not what was written is treated as if it were not there.
 
 A picture is held against its checksum whenever it is read: bytes that have changed on the disk may still decode. Where
 it differs the entry's index is removed, so that the next run makes the entry anew.
@@ -14,16 +15,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import pickle
 import queue
+import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -32,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lofi_fast import files
 from lofi_fast.data.packages import require_pyav
 from lofi_fast.data.pictures import cached_size, write_pictures, written_pictures
 from lofi_fast.data.video import VideoError, VideoInfo
@@ -41,6 +47,9 @@ from lofi_fast.errors import InputError
 _FORMAT_VERSION = 1
 
 _READY = b"ready"
+
+PARTIAL = "partial"  # folder of the cache for files that are not whole yet
+ABANDONED = 86_400.0  # seconds since the last byte, after which a file that another machine was writing is removed
 
 LONGEST_NAME = 180  # bytes of a video's name in names of files; systems allow 255, and more is added
 
@@ -142,12 +151,15 @@ def prepare(
     short_side: int,
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    *,
+    alone: bool = True,
 ) -> tuple[dict[str, CachedVideo], list[Skipped]]:
     """Makes every requested entry that `folder` lacks, and returns all entries by name and the videos that failed.
 
     `workers` processes (default: one for each core) take one video each; `progress` is called from this thread with
     (videos done, videos in all, what was just done). May be killed at any time and run again. Several runs may share
-    a folder: they take turns.
+    a folder: they take turns. Where not `alone`, they work side by side, on this machine and on others, each in an
+    order of its own; an entry that two are making at once is kept of the one that ends first.
 
     Raises InputError when the folder cannot be written, the estimated size exceeds the free space, or an entry must be
     made without PyAV. ValueError for two requests of one name, no frames, or a short side below 2.
@@ -178,8 +190,12 @@ def prepare(
 
     pending = take_complete(requests)
     if pending:
-        with _lock(folder, tell) as lock:
+        with _held(folder, tell, alone) as lock:
             pending = take_complete(pending)
+            # the longest first, so that no long one is left for the end; side by side, not all the same one
+            pending.sort(key=lambda request: -len(request.info.pts))
+            if not alone:
+                random.shuffle(pending)
             _check_free_space(pending, folder, short_side)
             cores = len(os.sched_getaffinity(0))
             workers = min(cores if workers is None else workers, len(pending))
@@ -198,12 +214,19 @@ def prepare(
     return {name: cached[name] for name in names if name in cached}, skipped
 
 
-def _entry_path(request: CacheRequest, folder: Path, short_side: int) -> Path:
+def lookup(requests: Sequence[CacheRequest], folder: Path, short_side: int) -> dict[str, CachedVideo]:
+    """The entries that are there and complete, by name; nothing is made."""
+    found = {request.name: _load(request, folder, short_side) for request in requests}
+    return {name: entry for name, entry in found.items() if entry is not None}
+
+
+def entry_path(request: CacheRequest, folder: Path, short_side: int) -> Path:
+    """Where the pictures of a request are, once they are made."""
     info = request.info
     facts = f"{_FORMAT_VERSION}|{info.path.resolve()}|{info.size}|{info.mtime_ns}|{short_side}|"
     digest = hashlib.sha256(facts.encode("utf-8", "surrogateescape"))
     digest.update(np.ascontiguousarray(request.frames, dtype="<i8").tobytes())
-    return folder / f"{_readable(request.name)}-{digest.hexdigest()[:10]}.mov"
+    return folder / digest.hexdigest()[:2] / f"{_readable(request.name)}-{digest.hexdigest()[:10]}.mov"
 
 
 def _index_path(pictures: Path) -> Path:
@@ -230,7 +253,7 @@ def _readable(name: str) -> str:
 
 def _load(request: CacheRequest, folder: Path, short_side: int) -> CachedVideo | None:
     """The complete entry for `request`, or None where there is none, or where it does not fit its files."""
-    path = _entry_path(request, folder, short_side)
+    path = entry_path(request, folder, short_side)
     width, height = cached_size(request.info, short_side)
     try:
         with np.load(_index_path(path), allow_pickle=False) as index:
@@ -280,31 +303,67 @@ def _writing_to(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path, tell: Callable[[str], None]) -> Iterator[int]:
-    """Makes `folder` and holds it for this run alone; yields the descriptor that holds the lock.
+def _held(folder: Path, tell: Callable[[str], None], alone: bool) -> Iterator[int | None]:
+    """Makes `folder`, clears it of what killed runs have left, and, if `alone`, holds it for this run; then yields the
+    descriptor that holds the lock.
 
     The lock goes when the last process that has the descriptor ends, however it ends.
     """
     with contextlib.ExitStack() as stack:
         with _writing_to(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(folder / ".lock", "wb"))
+            (folder / PARTIAL).mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / ".lock", "wb")) if alone else None
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if file is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                assert file is not None
                 tell(f"waiting for another run that writes to {folder}")
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
-                # some network file systems have no locks; there, runs that share a folder must not overlap
+                # some network file systems have no locks; there, runs that share a folder work side by side
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                     raise
             _remove_partial(folder)
-        yield file.fileno()
+            _put_into_place(folder)
+        yield None if file is None else file.fileno()
+
+
+@functools.cache
+def _machine() -> str:
+    """Tells this machine, since it was started, and this container's processes from others that share a folder."""
+    facts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("|".join(facts).encode()).hexdigest()[:8]
+
+
+def _partial(path: Path, folder: Path) -> Path:
+    """Where this process writes a file before it gets its name."""
+    return folder / PARTIAL / f"{path.name}.{_machine()}-{os.getpid()}.partial"
 
 
 def _remove_partial(folder: Path) -> None:
-    for leftover in folder.glob("*.partial"):
-        leftover.unlink(missing_ok=True)
+    """Removes what killed runs have left: of this machine where the process has ended, of others after a day."""
+    for leftover in (*folder.glob("*.partial"), *(folder / PARTIAL).glob("*.partial")):
+        writer = re.fullmatch(r".*\.([0-9a-f]{8})-(\d+)\.partial", leftover.name)
+        with contextlib.suppress(OSError):
+            if writer is None or (
+                not files.is_alive(writer[2])
+                if writer[1] == _machine()
+                else time.time() - leftover.stat().st_mtime > ABANDONED
+            ):
+                leftover.unlink()
+
+
+def _put_into_place(folder: Path) -> None:
+    """Entries that lie in `folder` itself go to the folder of their hash."""
+    for index in folder.glob(f"*-{'[0-9a-f]' * 10}.npz"):
+        place = folder / index.stem[-10:-8]
+        with contextlib.suppress(FileNotFoundError):  # another run is doing the same
+            place.mkdir(exist_ok=True)
+            for path in (index.with_suffix(".mov"), index):
+                path.replace(place / path.name)
 
 
 def _check_free_space(requests: Sequence[CacheRequest], folder: Path, short_side: int) -> None:
@@ -321,9 +380,10 @@ def _make_entry(request: CacheRequest, folder: Path, short_side: int, threads: i
     require_pyav()
     import av
 
-    path = _entry_path(request, folder, short_side)
-    partial = path.with_name(path.name + ".partial")
-    partial_index = path.with_name(_index_path(path).name + ".partial")
+    path = entry_path(request, folder, short_side)
+    if (entry := _load(request, folder, short_side)) is not None:  # of a run beside this one
+        return entry
+    partial, partial_index = _partial(path, folder), _partial(_index_path(path), folder)
     try:
         with _writing_to(folder):
             write_pictures(request.info, request.frames, partial, short_side, threads)
@@ -341,8 +401,10 @@ def _make_entry(request: CacheRequest, folder: Path, short_side: int, threads: i
                 )
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
-            os.replace(partial_index, _index_path(path))
+            path.parent.mkdir(exist_ok=True)
+            if _load(request, folder, short_side) is None:
+                os.replace(partial, path)
+                os.replace(partial_index, _index_path(path))
     except VideoError as error:
         return Skipped(request.name, str(request.info.path), str(error))
     except av.FFmpegError as error:
@@ -358,16 +420,16 @@ def _make_entry(request: CacheRequest, folder: Path, short_side: int, threads: i
 
 
 def _in_processes(
-    pending: Sequence[CacheRequest], folder: Path, short_side: int, workers: int, threads: int, lock: int
+    pending: Sequence[CacheRequest], folder: Path, short_side: int, workers: int, threads: int, lock: int | None
 ) -> Generator[tuple[CacheRequest, CachedVideo | Skipped]]:
-    """Results in the order in which they are finished, from `workers` processes with `threads` decoder threads each.
+    """Results in the order in which they are finished, from `workers` processes with `threads` decoder threads each,
+    which take up `pending` in its order.
 
     Plain processes that run `serve_requests`, and not a pool of multiprocessing: that would import the caller's main
     module, and torch with it, into every worker, and could not tell which video crashed one. Workers hold the lock
     too, so when this process is killed no other run touches the folder before they have ended.
     """
-    # the longest first, so that no long one is left for the end
-    todo = sorted(pending, key=lambda request: len(request.info.pts))
+    todo = list(reversed(pending))
     finished: queue.SimpleQueue[tuple[CacheRequest, CachedVideo | Skipped] | BaseException] = queue.SimpleQueue()
     processes: list[subprocess.Popen[bytes]] = []
     changing = threading.Lock()
@@ -420,7 +482,7 @@ def _in_processes(
         _remove_partial(folder)
 
 
-def _start_worker(lock: int) -> subprocess.Popen[bytes]:
+def _start_worker(lock: int | None) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     # the package may be importable only through this process's own path, as in a checkout
     root = str(Path(__file__).resolve().parents[2])
@@ -430,7 +492,7 @@ def _start_worker(lock: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
-        pass_fds=(lock,),
+        pass_fds=() if lock is None else (lock,),
     )
     assert worker.stdout is not None
     if worker.stdout.read(len(_READY)) != _READY:

@@ -1,0 +1,337 @@
+"""The command `prepare`, and `lofi_fast.prepare`: fill the frame cache without training.
+
+    lofi-fast prepare --annotations a.json --videos v/ --cache c/
+    lofi-fast prepare ... --shard 3/64        # one of 64 tasks, on any machine that sees the folders
+    torchrun --nproc-per-node 4 -m lofi_fast.prepare ...
+
+Training with the same settings then decodes nothing. Any number of processes may work in one folder.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from rich.console import Console
+
+from lofi_fast.budget import duration
+from lofi_fast.command import INTERRUPTED, CallableModule, given, run
+from lofi_fast.config import Config
+from lofi_fast.data.cache import CacheRequest, Skipped, entry_path, estimate_bytes, lookup
+from lofi_fast.data.cache import prepare as fill
+from lofi_fast.data.inventory import Entry, cache_folder, inventory, of_run, remove
+from lofi_fast.data.packages import require_pyav
+from lofi_fast.data.pictures import hold_in_turn
+from lofi_fast.data.survey import Survey, cache_request, cache_side, survey
+from lofi_fast.data.video import VideoError
+from lofi_fast.errors import InputError, printable
+from lofi_fast.presets import FILE, configured, preset_note, shown_defaults
+from lofi_fast.run.log import Terminal
+from lofi_fast.settings import Section, Setting, read
+
+DESCRIPTION = (
+    "Fill the frame cache without training, on one machine or many; training with the same settings then decodes "
+    "nothing. Takes the flags of lofi-fast train too. The status is 1 where some videos could not be used."
+)
+PREPARE = "prepare"  # heading of --help
+SAMPLE_SECONDS = 10.0  # of a video, that are decoded for the forecast of the time
+SAMPLE_TRIES = 3  # videos, until one decodes
+OWN = ("shard", "verify", "list", "clean_run", "clean_days", "config")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part `number` (1 to `count`) of all videos."""
+
+    number: int = 1
+    count: int = 1
+
+    @staticmethod
+    def parse(text: str) -> Shard:
+        """ "3/64". Raises InputError."""
+        number, _, count = text.partition("/")
+        if not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit()):
+            raise InputError(f'--shard "{text}": write which of how many, like 3/64')
+        if len(text) > 20 or not 1 <= int(number) <= int(count):
+            raise InputError(f"--shard {text}: the shards of {count[:20]} are numbered from 1 to {count[:20]}")
+        return Shard(int(number), int(count))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def of_rank(self, rank: int, ranks: int) -> Shard:
+        """The part of this shard that one of several processes takes."""
+        return Shard((self.number - 1) * ranks + rank + 1, self.count * ranks)
+
+    def names(self, names: Sequence[str]) -> list[str]:
+        """The share of names, in their order; the shares of all shards are every name once."""
+        return sorted(names)[self.number - 1 :: self.count]
+
+
+@dataclass(frozen=True)
+class PrepareFlags:
+    """What the command line may say: what to do, and every setting of a run."""
+
+    settings: Annotated[Config, Section("settings", flat=True)]
+    shard: Annotated[
+        Shard | None,
+        Setting(
+            "take this part of the videos: K of N, from 1 on. Processes of torchrun share what is theirs", "K/N",
+            group=PREPARE, parse=Shard.parse, unset="all",
+        ),
+    ] = None  # fmt: skip
+    verify: Annotated[
+        bool, Setting("read all pictures that are there, name the damaged files, make them anew", group=PREPARE)
+    ] = False
+    list: Annotated[bool, Setting("say what the cache holds, for which runs; needs no data", group=PREPARE)] = False
+    clean_run: Annotated[
+        Path | None,
+        Setting("remove what the run in DIR has used and no other run does", "DIR", group=PREPARE, unset="nothing"),
+    ] = None
+    clean_days: Annotated[
+        float | None,
+        Setting("remove what no run has begun with for so many days", "DAYS", group=PREPARE, unset="nothing"),
+    ] = None
+    config: Annotated[Path | None, FILE] = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `lofi_fast.prepare` gives back, of the videos of its shard.
+
+    cache: the folder for `--cache`. complete: videos that are in it. made: those of them that were decoded now.
+    damaged: names of files that --verify found damaged and that were made anew where that could be done.
+    """
+
+    cache: Path
+    complete: int
+    made: int
+    skipped: tuple[Skipped, ...]
+    damaged: tuple[str, ...] = ()
+
+
+def prepare(
+    *, shard: str | None = None, verify: bool = False, config: str | Path | Config | None = None, **settings: Any
+) -> Prepared:
+    """Fill the frame cache as the command does: `lofi_fast.prepare(annotations="a.json", videos="v/", cache="c/")`.
+
+    `config` and `settings` as `lofi_fast.train` takes them, `shard` like "3/64". Raises InputError, with one sentence,
+    where no training could start with these data, and for a folder that cannot be written.
+    """
+    asked = read(Config, settings)
+    part = Shard() if shard is None else Shard.parse(shard)
+    terminal = Terminal(Console(quiet=True))
+    if isinstance(config, Config):
+        return _filled(configured(asked, base=config, cuda=_cuda), part, verify, terminal)
+    file = None if config is None else Path(config)
+    return _filled(configured(asked, file=file, cuda=_cuda), part, verify, terminal)
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _frames_of(config: Config) -> Path:
+    """The folder of entries that a training with these settings uses."""
+    return cache_folder(replace(config, out=config.out or str(Path("runs") / config.preset))) / "frames"
+
+
+def _filled(config: Config, shard: Shard, verify: bool, terminal: Terminal) -> Prepared:
+    """See `prepare`; tells `terminal` how it goes."""
+    if not config.data.annotations or not config.data.videos:
+        raise InputError("prepare decodes your videos: add --annotations FILE --videos DIR")
+    require_pyav()
+    shard, workers = _of_this_process(shard, config.threads)
+    with terminal.progress("looking at the videos", 1) as advance:
+        found = survey(
+            config, Path(config.data.annotations), Path(config.data.videos),
+            lambda done, total, name: advance(done, name, total),
+        )  # fmt: skip
+    for note in (*found.warnings, *(f"note: {note}" for note in found.notes)):
+        terminal.say(note)
+    if found.refused is not None:
+        raise InputError(found.refused)
+    folder, side = _frames_of(config), cache_side(config.full)
+    mine = set(shard.names([*(one.name for one in found.videos), *(one.name for one in found.skipped)]))
+    skipped = [one for one in found.skipped if one.name in mine]
+    requests = _requests(found, mine)
+
+    damaged = _damaged(requests, folder, side, workers, terminal) if verify else []
+    for sentence in damaged:
+        terminal.say(sentence)
+    there = lookup(requests, folder, side)
+    missing = [request for request in requests if request.name not in there]
+    part = f", shard {shard}" if shard.count > 1 else ""
+    terminal.say(f"frame cache {folder}{part}: {len(there)} of {len(requests)} videos are there")
+    if missing:
+        size, seconds = estimate_bytes(missing, side), _forecast(missing, side, workers)
+        told = "" if seconds is None else f", about {duration(seconds)} on {workers} core{'s' if workers > 1 else ''}"
+        terminal.say(f"to decode: {len(missing)} videos, up to {size / 1e6:,.0f} MB{told}")
+    began = time.monotonic()
+    with terminal.progress("frame cache", 1) as advance:
+        cached, undecodable = fill(
+            requests, folder, side, workers, lambda done, total, name: advance(done, name, total), alone=False
+        )
+    skipped += undecodable
+    for one in skipped:
+        terminal.say(f"skipped: {one.name}: {one.reason}")
+    made = len(set(cached) - set(there))
+    terminal.say(
+        f"{len(cached)} videos are in the frame cache, {made} of them decoded now in "
+        f"{duration(time.monotonic() - began)}; {len(skipped)} skipped"
+    )
+    return Prepared(folder.parent, len(cached), made, tuple(skipped), tuple(damaged))
+
+
+def _of_this_process(shard: Shard, threads: int | None) -> tuple[Shard, int]:
+    """(the part of a shard that is this process's own, how many processes may decode for it), by what torchrun and the
+    like say in the environment. Raises InputError for what they never say.
+    """
+    numbers = {}
+    for name, least, default in (("WORLD_SIZE", 1, 1), ("RANK", 0, 0), ("LOCAL_WORLD_SIZE", 1, 1)):
+        text = os.environ.get(name, str(default))
+        if not (text.isascii() and text.isdigit() and int(text) >= least):
+            raise InputError(f"{name}={text} in the environment: must be a whole number; unset it, or use torchrun")
+        numbers[name] = int(text)
+    rank, ranks = numbers["RANK"], numbers["WORLD_SIZE"]
+    if rank >= ranks:
+        raise InputError(f"RANK={rank} in the environment is not below WORLD_SIZE={ranks}; unset it, or use torchrun")
+    cores = len(os.sched_getaffinity(0))
+    return shard.of_rank(rank, ranks), threads or max(1, cores // numbers["LOCAL_WORLD_SIZE"])
+
+
+def _requests(found: Survey, names: set[str]) -> list[CacheRequest]:
+    return [cache_request(one, found.grids(one)) for one in found.videos if one.name in names]
+
+
+def _damaged(requests: Sequence[CacheRequest], folder: Path, side: int, workers: int, terminal: Terminal) -> list[str]:
+    """A sentence about each entry that is not as it was written. Its index is removed: it will be made anew."""
+    there = lookup(requests, folder, side)
+    sentences = []
+    for request in requests:
+        index = entry_path(request, folder, side).with_suffix(".npz")
+        if request.name not in there and index.exists():
+            sentences.append(f"damaged: {index} is not an index of its pictures; it is made anew")
+
+    def checked(name: str) -> str | None:
+        entry = there[name]
+        try:
+            for start in range(0, len(entry.frames), 64):
+                entry.read(np.arange(start, min(start + 64, len(entry.frames))))
+        except InputError as error:
+            entry.path.with_suffix(".npz").unlink(missing_ok=True)
+            return f"damaged: {error}".partition("; ")[0] + "; it is made anew"
+        return None
+
+    with terminal.progress("verifying", 1) as advance, ThreadPoolExecutor(workers) as pool:
+        for number, (name, sentence) in enumerate(zip(there, pool.map(checked, there), strict=True), 1):
+            if sentence is not None:
+                sentences.append(sentence)
+            advance(number, name, len(there))
+    return sentences
+
+
+def _forecast(requests: Sequence[CacheRequest], side: int, workers: int) -> float | None:
+    """Seconds that `workers` processes need for `requests`, by the first seconds of a middling video; None where
+    that says nothing.
+    """
+    work = {request.name: _work(request, len(request.frames)) for request in requests}
+    by_work = sorted(requests, key=lambda request: work[request.name])
+    middle = len(by_work) // 2
+    for request in islice((*by_work[middle:], *by_work[:middle]), SAMPLE_TRIES):
+        pts = request.info.pts[request.frames]
+        count = max(1, int((pts <= pts[0] + SAMPLE_SECONDS).sum()))
+        began = time.perf_counter()
+        try:
+            for _ in hold_in_turn(request.info, [request.frames[:count]], side, threads=1):
+                pass
+        except VideoError:
+            continue
+        rate = (time.perf_counter() - began) / _work(request, count)
+        return max(rate * sum(work.values()) / workers, rate * max(work.values()))
+    return None
+
+
+def _work(request: CacheRequest, count: int) -> float:
+    """Pixels that are decoded for the first `count` pictures: of all frames up to the last of them."""
+    return float(request.frames[count - 1] + 1) * request.info.width * request.info.height
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fill, list or clean; 0 when all videos are in the cache, 1 when some could not be used, 2 for what would be
+    refused.
+    """
+    return run(lambda: _command(argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    words = given(PrepareFlags, argv, prog="lofi-fast prepare", description=DESCRIPTION, shown=_shown_defaults)
+    own = read(PrepareFlags, {name: words.pop(name) for name in OWN if name in words})
+    keeps = own.get("list") or "clean_run" in own or "clean_days" in own
+    terminal = Terminal()
+    if keeps:
+        if clash := [f"--{name}" for name in ("shard", "verify") if own.get(name)]:
+            raise InputError(f"{clash[0]} fills the cache, and --list and --clean look after it: one at a time")
+        _keep(_frames_of(configured(words, file=own.get("config"), cuda=_cuda)), own, terminal)
+        return 0
+    config = configured(words, file=own.get("config"), cuda=_cuda)
+    for note in preset_note(words, own.get("config"), config):
+        terminal.say(f"note: {note}")
+    try:
+        done = _filled(config, own.get("shard") or Shard(), own.get("verify", False), terminal)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    return 1 if done.skipped else 0
+
+
+def _keep(frames: Path, own: Mapping[str, Any], terminal: Terminal) -> None:
+    """Remove what is asked for, and say what there is."""
+    entries = inventory(frames)
+    folder, days = own.get("clean_run"), own.get("clean_days")
+    if folder is not None or days is not None:
+        chosen = entries if folder is None else of_run(entries, folder)
+        if days is not None:
+            chosen = [entry for entry in chosen if entry.used < time.time() - 86_400 * days]
+        remove(frames, chosen)
+        terminal.say(f"{len(chosen)} entries removed, {sum(entry.bytes for entry in chosen) / 1e6:,.1f} MB")
+        entries = inventory(frames)
+    terminal.say(printable("\n".join(_listed(frames, entries))))
+
+
+def _listed(frames: Path, entries: Sequence[Entry]) -> list[str]:
+    total = sum(entry.bytes for entry in entries)
+    lines = [f"frame cache {frames}: {len(entries)} entries, {total / 1e6:,.1f} MB"]
+    for name in sorted({one for entry in entries for one in entry.runs}):
+        mine = [entry for entry in entries if name in entry.runs]
+        lines.append(f"{name}{'' if Path(name).is_dir() else ' (gone)'}: {_amount(mine)}")
+    if rest := [entry for entry in entries if not entry.runs]:
+        lines.append(f"of no run: {_amount(rest)}")
+    return lines
+
+
+def _amount(entries: Sequence[Entry]) -> str:
+    last = datetime.fromtimestamp(max(entry.used for entry in entries)).strftime("%Y-%m-%d %H:%M")
+    size = sum(entry.bytes for entry in entries)
+    return f"{len(entries)} entries, {size / 1e6:,.1f} MB, last used {last}"
+
+
+def _shown_defaults(words: Mapping[str, Any]) -> PrepareFlags:
+    return PrepareFlags(shown_defaults(words, "small"))
+
+
+sys.modules[__name__].__class__ = CallableModule
+
+if __name__ == "__main__":
+    sys.exit(main())
