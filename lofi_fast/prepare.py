@@ -28,10 +28,11 @@ from lofi_fast.command import INTERRUPTED, CallableModule, given, run
 from lofi_fast.config import Config
 from lofi_fast.data.cache import CacheRequest, Skipped, entry_path, estimate_bytes, lookup
 from lofi_fast.data.cache import prepare as fill
+from lofi_fast.data.catalogue import Catalogue
 from lofi_fast.data.inventory import Entry, cache_folder, inventory, of_run, remove
 from lofi_fast.data.packages import require_pyav
 from lofi_fast.data.pictures import hold_in_turn
-from lofi_fast.data.survey import Survey, cache_request, cache_side, survey
+from lofi_fast.data.survey import Requests, cache_side, survey
 from lofi_fast.data.video import VideoError
 from lofi_fast.errors import InputError, printable
 from lofi_fast.presets import FILE, configured, preset_note, shown_defaults
@@ -152,25 +153,27 @@ def _filled(config: Config, shard: Shard, verify: bool, terminal: Terminal) -> P
     if not config.data.annotations or not config.data.videos:
         raise InputError("prepare decodes your videos: add --annotations FILE --videos DIR")
     require_pyav()
+    folder, side = _frames_of(config), cache_side(config.full)
+    known = Catalogue(folder)
     shard, workers = _of_this_process(shard, config.threads)
     with terminal.progress("looking at the videos", 1) as advance:
         found = survey(
             config, Path(config.data.annotations), Path(config.data.videos),
-            lambda done, total, name: advance(done, name, total),
+            lambda done, total, name: advance(done, name, total), known,
         )  # fmt: skip
     for note in (*found.warnings, *(f"note: {note}" for note in found.notes)):
         terminal.say(note)
     if found.refused is not None:
         raise InputError(found.refused)
-    folder, side = _frames_of(config), cache_side(config.full)
+    known.save()
     mine = set(shard.names([*(one.name for one in found.videos), *(one.name for one in found.skipped)]))
     skipped = [one for one in found.skipped if one.name in mine]
-    requests = _requests(found, mine)
+    requests = Requests(found, frozenset(mine - {one.name for one in skipped}))
 
     damaged = _damaged(requests, folder, side, workers, terminal) if verify else []
     for sentence in damaged:
         terminal.say(sentence)
-    there = lookup(requests, folder, side)
+    there = lookup(requests, folder, side, known)
     missing = [request for request in requests if request.name not in there]
     part = f", shard {shard}" if shard.count > 1 else ""
     terminal.say(f"frame cache {folder}{part}: {len(there)} of {len(requests)} videos are there")
@@ -181,8 +184,10 @@ def _filled(config: Config, shard: Shard, verify: bool, terminal: Terminal) -> P
     began = time.monotonic()
     with terminal.progress("frame cache", 1) as advance:
         cached, undecodable = fill(
-            requests, folder, side, workers, lambda done, total, name: advance(done, name, total), alone=False
-        )
+            requests, folder, side, workers, lambda done, total, name: advance(done, name, total), alone=False,
+            known=known,
+        )  # fmt: skip
+    known.save()
     skipped += undecodable
     for one in skipped:
         terminal.say(f"skipped: {one.name}: {one.reason}")
@@ -211,11 +216,7 @@ def _of_this_process(shard: Shard, threads: int | None) -> tuple[Shard, int]:
     return shard.of_rank(rank, ranks), threads or max(1, cores // numbers["LOCAL_WORLD_SIZE"])
 
 
-def _requests(found: Survey, names: set[str]) -> list[CacheRequest]:
-    return [cache_request(one, found.grids(one)) for one in found.videos if one.name in names]
-
-
-def _damaged(requests: Sequence[CacheRequest], folder: Path, side: int, workers: int, terminal: Terminal) -> list[str]:
+def _damaged(requests: Requests, folder: Path, side: int, workers: int, terminal: Terminal) -> list[str]:
     """A sentence about each entry that is not as it was written. Its index is removed: it will be made anew."""
     there = lookup(requests, folder, side)
     sentences = []

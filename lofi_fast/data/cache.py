@@ -31,13 +31,14 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lofi_fast import files
+from lofi_fast.data.catalogue import Catalogue, Stamps, real_path
 from lofi_fast.data.packages import require_pyav
 from lofi_fast.data.pictures import cached_size, write_pictures, written_pictures
 from lofi_fast.data.video import VideoError, VideoInfo
@@ -51,6 +52,8 @@ _READY = b"ready"
 PARTIAL = "partial"  # folder of the cache for files that are not whole yet
 ABANDONED = 86_400.0  # seconds since the last byte, after which a file that another machine was writing is removed
 
+INDICES_HELD = 256  # indices of entries in memory, some 30 kB each
+
 LONGEST_NAME = 180  # bytes of a video's name in names of files; systems allow 255, and more is added
 
 
@@ -59,28 +62,53 @@ class CachedVideo:
     """A complete entry: picture p of the .mov at `path` is source frame frames[p], shown at pts[p] seconds.
 
     frames, offsets, sizes (n,) int64, checksums (n,) uint32, pts (n,) float64: source frame indices (ascending), where
-    each JPEG lies in the file, how many bytes it has, and their CRC-32. width, height: pixels of the pictures.
-    duration: seconds that the source video's clock shows at its end.
+    each JPEG lies in the file, how many bytes it has, and their CRC-32. They are read from the file `index` (last
+    changed at `changed` ns) when they are asked for, and those of the entries used last are held. width, height: pixels
+    of the pictures. info: of the source video.
     """
 
     name: str
     path: Path
-    frames: np.ndarray
-    pts: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-    checksums: np.ndarray
+    index: Path
+    changed: int
     width: int
     height: int
-    duration: float
+    info: VideoInfo
+
+    @property
+    def frames(self) -> np.ndarray:
+        return _held_index(self.index, self.changed).frames
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return _held_index(self.index, self.changed).offsets
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return _held_index(self.index, self.changed).sizes
+
+    @property
+    def checksums(self) -> np.ndarray:
+        return _held_index(self.index, self.changed).checksums
+
+    @property
+    def pts(self) -> np.ndarray:
+        # of the probe, not of the index: an entry may be older than what is known of the file's clock
+        times: np.ndarray = self.info.pts[self.frames]
+        return times
+
+    @property
+    def duration(self) -> float:
+        """Seconds that the source video's clock shows at its end."""
+        return self.info.duration
 
     def positions(self, frames: np.ndarray) -> np.ndarray:
         """Positions (int64, same shape) of source frames; ValueError if one of them is not in the cache."""
-        frames = np.asarray(frames, dtype=np.int64)
-        positions = np.minimum(np.searchsorted(self.frames, frames), len(self.frames) - 1)
-        absent = frames[self.frames[positions] != frames]
+        frames, cached = np.asarray(frames, dtype=np.int64), self.frames
+        positions = np.minimum(np.searchsorted(cached, frames), len(cached) - 1)
+        absent = frames[cached[positions] != frames]
         if absent.size:
-            raise ValueError(f"frame {absent.flat[0]} of {self.name} is not among the {len(self.frames)} cached ones")
+            raise ValueError(f"frame {absent.flat[0]} of {self.name} is not among the {len(cached)} cached ones")
         return positions.astype(np.int64)
 
     def read(self, positions: np.ndarray) -> list[np.ndarray]:
@@ -90,15 +118,16 @@ class CachedVideo:
         when a picture is not what was written; the entry is then made anew by the next `prepare`.
         """
         pictures = []
+        index = _held_index(self.index, self.changed)
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 for position in np.asarray(positions, dtype=np.int64):
-                    size = int(self.sizes[position])
-                    picture = os.pread(descriptor, size, int(self.offsets[position]))
+                    size = int(index.sizes[position])
+                    picture = os.pread(descriptor, size, int(index.offsets[position]))
                     if len(picture) != size:
                         raise InputError(f"cache file {self.path} is cut off; delete it and run again")
-                    if zlib.crc32(picture) != self.checksums[position]:
+                    if zlib.crc32(picture) != index.checksums[position]:
                         raise self._damaged(int(position))
                     pictures.append(np.frombuffer(picture, dtype=np.uint8))
             finally:
@@ -115,6 +144,50 @@ class CachedVideo:
         except OSError:
             mend = "delete the file and run again, it will be made anew"
         return InputError(f"picture {position} of the cache file {self.path} is damaged; {mend}")
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """What the index of an entry holds; see `CachedVideo`. size: pixels, width and height."""
+
+    frames: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    checksums: np.ndarray
+    size: tuple[int, int]
+
+
+def _read_index(path: Path, length: int | None = None) -> Index | None:
+    """The index in a file, or None where it is none, or not of pictures in `length` bytes."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            frames, offsets, sizes = (content[name] for name in ("frames", "offsets", "sizes"))
+            checksums = content["checksums"]
+            size = int(content["width"]), int(content["height"])
+    except Exception:  # damaged bytes can make the readers of .npz and .npy raise anything
+        return None
+    shape = frames.shape
+    if not (
+        len(shape) == 1
+        and all(numbers.dtype == np.int64 and numbers.shape == shape for numbers in (frames, offsets, sizes))
+        and checksums.dtype == np.uint32
+        and checksums.shape == shape
+        and bool(np.all((sizes > 0) & (offsets >= 0)))
+        and (length is None or bool(np.all((sizes <= length) & (offsets <= length - sizes))))
+    ):
+        return None
+    return Index(frames, offsets, sizes, checksums, size)
+
+
+@functools.lru_cache(INDICES_HELD)
+def _held_index(path: Path, changed: int) -> Index:
+    """The index of an entry that was found complete. Raises InputError where it is no more."""
+    index = _read_index(path)
+    if index is None:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise InputError(f"the index {path} of the frame cache is damaged or gone; run again, and it is made anew")
+    return index
 
 
 @dataclass(frozen=True)
@@ -146,30 +219,30 @@ def estimate_bytes(requests: Sequence[CacheRequest], side: int) -> int:
 
 
 def prepare(
-    requests: Sequence[CacheRequest],
+    requests: Collection[CacheRequest],
     folder: Path,
     short_side: int,
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     *,
     alone: bool = True,
+    known: Catalogue | None = None,
 ) -> tuple[dict[str, CachedVideo], list[Skipped]]:
     """Makes every requested entry that `folder` lacks, and returns all entries by name and the videos that failed.
 
     `workers` processes (default: one for each core) take one video each; `progress` is called from this thread with
     (videos done, videos in all, what was just done). May be killed at any time and run again. Several runs may share
     a folder: they take turns. Where not `alone`, they work side by side, on this machine and on others, each in an
-    order of its own; an entry that two are making at once is kept of the one that ends first.
+    order of its own; an entry that two are making at once is kept of the one that ends first. Entries that the
+    catalogue `known` holds are not opened.
 
     Raises InputError when the folder cannot be written, the estimated size exceeds the free space, or an entry must be
     made without PyAV. ValueError for two requests of one name, no frames, or a short side below 2.
     """
     folder = Path(folder)
-    names = [request.name for request in requests]
-    if len(set(names)) < len(names):
-        raise ValueError("two requests have the same name")
-    if short_side < 2 or any(len(request.frames) == 0 for request in requests):
-        raise ValueError("short_side must be at least 2, and each request needs at least one frame")
+    if short_side < 2:
+        raise ValueError("short_side must be at least 2")
+    names: dict[str, None] = {}
     cached: dict[str, CachedVideo] = {}
     skipped: list[Skipped] = []
 
@@ -177,10 +250,10 @@ def prepare(
         if progress is not None:
             progress(len(cached) + len(skipped), len(requests), what)
 
-    def take_complete(waiting: Sequence[CacheRequest]) -> list[CacheRequest]:
+    def take_complete(waiting: Iterable[CacheRequest]) -> list[CacheRequest]:
         pending = []
         for request in waiting:
-            entry = _load(request, folder, short_side)
+            entry = _load(request, folder, short_side, known)
             if entry is None:
                 pending.append(request)
             else:
@@ -188,7 +261,16 @@ def prepare(
                 tell(request.name)
         return pending
 
-    pending = take_complete(requests)
+    def sound() -> Iterator[CacheRequest]:
+        for request in requests:
+            if request.name in names:
+                raise ValueError("two requests have the same name")
+            if len(request.frames) == 0:
+                raise ValueError("each request needs at least one frame")
+            names[request.name] = None
+            yield request
+
+    pending = take_complete(sound())
     if pending:
         with _held(folder, tell, alone) as lock:
             pending = take_complete(pending)
@@ -214,16 +296,18 @@ def prepare(
     return {name: cached[name] for name in names if name in cached}, skipped
 
 
-def lookup(requests: Sequence[CacheRequest], folder: Path, short_side: int) -> dict[str, CachedVideo]:
+def lookup(
+    requests: Iterable[CacheRequest], folder: Path, short_side: int, known: Catalogue | None = None
+) -> dict[str, CachedVideo]:
     """The entries that are there and complete, by name; nothing is made."""
-    found = {request.name: _load(request, folder, short_side) for request in requests}
+    found = {request.name: _load(request, folder, short_side, known) for request in requests}
     return {name: entry for name, entry in found.items() if entry is not None}
 
 
 def entry_path(request: CacheRequest, folder: Path, short_side: int) -> Path:
     """Where the pictures of a request are, once they are made."""
     info = request.info
-    facts = f"{_FORMAT_VERSION}|{info.path.resolve()}|{info.size}|{info.mtime_ns}|{short_side}|"
+    facts = f"{_FORMAT_VERSION}|{real_path(info.path)}|{info.size}|{info.mtime_ns}|{short_side}|"
     digest = hashlib.sha256(facts.encode("utf-8", "surrogateescape"))
     digest.update(np.ascontiguousarray(request.frames, dtype="<i8").tobytes())
     return folder / digest.hexdigest()[:2] / f"{_readable(request.name)}-{digest.hexdigest()[:10]}.mov"
@@ -251,40 +335,25 @@ def _readable(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
 
 
-def _load(request: CacheRequest, folder: Path, short_side: int) -> CachedVideo | None:
+def _load(request: CacheRequest, folder: Path, short_side: int, known: Catalogue | None = None) -> CachedVideo | None:
     """The complete entry for `request`, or None where there is none, or where it does not fit its files."""
     path = entry_path(request, folder, short_side)
-    width, height = cached_size(request.info, short_side)
+    index_path = _index_path(path)
     try:
-        with np.load(_index_path(path), allow_pickle=False) as index:
-            frames, offsets, sizes = (index[name] for name in ("frames", "offsets", "sizes"))
-            checksums = index["checksums"]
-            size = int(index["width"]), int(index["height"])
-        length = path.stat().st_size
-    except Exception:  # damaged bytes can make the readers of .npz and .npy raise anything
+        stamps = Stamps.of(index_path, path)
+    except OSError:
         return None
-    if not (
-        all(numbers.dtype == np.int64 and numbers.shape == request.frames.shape for numbers in (frames, offsets, sizes))
-        and checksums.dtype == np.uint32
-        and checksums.shape == frames.shape
-        and np.array_equal(frames, request.frames)
-        and bool(np.all((sizes > 0) & (sizes <= length) & (offsets >= 0) & (offsets <= length - sizes)))
-        and size == (width, height)
-    ):
-        return None
+    width, height = cached_size(request.info, short_side)
+    if known is None or not known.holds(path.stem, stamps):
+        index = _read_index(index_path, stamps.of_pictures[0])
+        if index is None or not np.array_equal(index.frames, request.frames) or index.size != (width, height):
+            return None
+        if known is not None:
+            known.add_entry(path.stem, stamps)
     return CachedVideo(
-        name=request.name,
-        path=path,
-        frames=frames,
-        # of the probe, not of the index: an entry may be older than what is known of the file's clock
-        pts=request.info.pts[request.frames],
-        offsets=offsets,
-        sizes=sizes,
-        checksums=checksums,
-        width=width,
-        height=height,
-        duration=request.info.duration,
-    )
+        name=request.name, path=path, index=index_path, changed=stamps.of_index[1], width=width, height=height,
+        info=request.info,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from lofi_fast import encoder as encoders
 from lofi_fast.budget import gigabytes, resolve_budget
 from lofi_fast.config import PLANNED_FOR, Config
 from lofi_fast.data import demo
+from lofi_fast.data.catalogue import Catalogue
 from lofi_fast.data.dataset import Dataset, cached_dataset
 from lofi_fast.data.inventory import cache_folder, record_use
 from lofi_fast.data.packages import require_dali, require_pyav
@@ -212,8 +213,10 @@ def prepare(config: Config, log: RunLog) -> Dataset:
                 root / "demo", progress=lambda done, total, name: advance(done, name, total)
             )
     with log.progress("looking at the videos", 1) as advance:
-        found = survey(config, annotations, videos, lambda done, total, name: advance(done, name, total))
+        known = Catalogue(root / "frames")
+        found = survey(config, annotations, videos, lambda done, total, name: advance(done, name, total), known)
     tell(found, log)
+    known.save()
     with log.progress("frame cache", 1) as advance:
         dataset = cached_dataset(found, root / "frames", lambda d, t, name: advance(d, name, t))
     record_use(root / "frames", Path(config.out), {s.cached.path for of in dataset.samples.values() for s in of})
