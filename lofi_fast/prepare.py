@@ -41,7 +41,8 @@ from lofi_fast.settings import Section, Setting, read
 
 DESCRIPTION = (
     "Fill the frame cache without training, on one machine or many; training with the same settings then decodes "
-    "nothing. Takes the flags of lofi-fast train too. The status is 1 where some videos could not be used."
+    "nothing. Takes the flags of lofi-fast train too. The status is 1 where some videos could not be used "
+    "(0 in a rank of torchrun, which would end the others)."
 )
 PREPARE = "prepare"  # heading of --help
 SAMPLE_SECONDS = 10.0  # of a video, that are decoded for the forecast of the time
@@ -294,7 +295,8 @@ def _command(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
-    return 1 if done.skipped else 0
+    # a launcher ends all ranks at the first status that is not 0, and the others have videos to decode
+    return 1 if done.skipped and os.environ.get("WORLD_SIZE", "1") == "1" else 0
 
 
 def _keep(frames: Path, own: Mapping[str, Any], terminal: Terminal) -> None:

@@ -14,8 +14,10 @@ import pytest
 from test_prepare import write_video
 
 from bench.commands import start
-from lofi_fast.data.cache import CacheRequest, prepare
+from lofi_fast.data.cache import CachedVideo, CacheRequest, lookup, prepare
 from lofi_fast.data.catalogue import MANY, Catalogue, Stamps, real_path
+from lofi_fast.data.dataset import cached_dataset
+from lofi_fast.data.survey import Requests, Survey, cache_side, survey
 from lofi_fast.data.video import VideoInfo, probe
 
 
@@ -178,12 +180,43 @@ def test_an_entry_counts_while_its_files_are_as_they_were(tmp_path: Path) -> Non
     stamps = Stamps.of(entry.index, entry.path)
     assert known.holds(entry.path.stem, stamps)
     pictures = [bytes(picture) for picture in entry.read(np.arange(8))]
-    entry.index.write_bytes(b"x")
+    Path(entry.index).write_bytes(b"x")
     again = prepare([wanted], cache, 32, known=known)[0]["v"]
     assert [bytes(picture) for picture in again.read(np.arange(8))] == pictures
     os.truncate(again.path, 100)
     again = prepare([wanted], cache, 32, known=known)[0]["v"]
     assert [bytes(picture) for picture in again.read(np.arange(8))] == pictures
+
+
+def test_a_full_cache_is_known_without_finding_its_frames(tmp_path: Path) -> None:
+    start.make(tmp_path, 30, None, None)
+    config, cache = start.config_of(tmp_path), tmp_path / "cache" / "frames"
+    for path in cache.rglob("v_*"):
+        os.utime(path, (1, 1))
+
+    def looked_at(**changes: int) -> tuple[Survey, dict[str, CachedVideo]]:
+        changed = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))  # type: ignore[arg-type]
+        found = survey(changed, tmp_path / "labels.json", tmp_path / "videos", known=Catalogue(cache))
+        return found, found.remembered(cache)
+
+    found, remembered = looked_at()
+    assert remembered == {}
+    dataset = cached_dataset(found, cache, lambda *_: None)
+    found, remembered = looked_at()
+    assert len(remembered) == 30
+    made = {sample.window.video: sample.cached for of in dataset.samples.values() for sample in of}
+    for name, entry in lookup(Requests(found), cache, cache_side(config.full)).items():
+        ours = remembered[name]
+        assert (ours.path, ours.index, ours.changed) == (entry.path, entry.index, entry.changed)
+        assert (ours.width, ours.height, ours.duration) == (entry.width, entry.height, entry.duration)
+        assert np.array_equal(ours.frames, entry.frames) and made[name].path == entry.path
+    assert looked_at(frame_stride=4)[1] == {}
+    video = found.videos[0].info.path
+    os.utime(video, (1, 1))
+    os.utime(remembered[found.videos[1].name].index, (2, 2))
+    remembered[found.videos[2].name].path.unlink()
+    assert {one.name for one in found.videos} - set(looked_at()[1]) >= {one.name for one in found.videos[1:3]}
+    assert not video.exists() or Catalogue(cache).info(video) is None
 
 
 def test_starts_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

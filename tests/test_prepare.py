@@ -202,6 +202,8 @@ def test_broken_videos_are_named_and_the_rest_is_done(
         prepare(mixed, tmp_path / "cache", "--shard", f"{number}/3")
         told.append(capsys.readouterr().out.count("skipped: "))
     assert sum(told) == 2, "by one shard each"
+    rank = started(mixed, tmp_path / "cache", RANK="0", WORLD_SIZE="2")
+    assert "skipped: " in rank.communicate(timeout=60)[0] and rank.returncode == 0, "or its launcher ends the others"
 
 
 def test_training_afterwards_decodes_nothing(data: Path, whole: Path, tmp_path: Path) -> None:

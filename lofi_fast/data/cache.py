@@ -69,7 +69,7 @@ class CachedVideo:
 
     name: str
     path: Path
-    index: Path
+    index: str
     changed: int
     width: int
     height: int
@@ -157,7 +157,7 @@ class Index:
     size: tuple[int, int]
 
 
-def _read_index(path: Path, length: int | None = None) -> Index | None:
+def _read_index(path: str, length: int | None = None) -> Index | None:
     """The index in a file, or None where it is none, or not of pictures in `length` bytes."""
     try:
         with np.load(path, allow_pickle=False) as content:
@@ -180,23 +180,26 @@ def _read_index(path: Path, length: int | None = None) -> Index | None:
 
 
 @functools.lru_cache(INDICES_HELD)
-def _held_index(path: Path, changed: int) -> Index:
+def _held_index(path: str, changed: int) -> Index:
     """The index of an entry that was found complete. Raises InputError where it is no more."""
     index = _read_index(path)
     if index is None:
         with contextlib.suppress(OSError):
-            path.unlink()
+            os.unlink(path)
         raise InputError(f"the index {path} of the frame cache is damaged or gone; run again, and it is made anew")
     return index
 
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """Keep the source frames `frames` (int64, sorted, unique, not empty) of one probed video under `name`."""
+    """Keep the source frames `frames` (int64, sorted, unique, not empty) of one probed video under `name`. `grid`: a
+    text that says how the frames are chosen of any video; empty where nothing does.
+    """
 
     name: str
     info: VideoInfo
     frames: np.ndarray
+    grid: str = ""
 
 
 @dataclass(frozen=True)
@@ -296,6 +299,26 @@ def prepare(
     return {name: cached[name] for name in names if name in cached}, skipped
 
 
+def remembered(
+    name: str, info: VideoInfo, grid: str, folder: Path, short_side: int, known: Catalogue
+) -> CachedVideo | None:
+    """The entry that a catalogue knows a video to have for a grid, without finding the grid's frames; None where it
+    knows none, or the files have changed.
+    """
+    stem = known.stem_of(info, grid)
+    if stem is None:
+        return None
+    base = os.path.join(folder, stem[-10:-8], stem)
+    try:
+        stamps = Stamps.of(f"{base}.npz", f"{base}.mov")
+    except OSError:
+        return None
+    if not known.holds(stem, stamps):
+        return None
+    width, height = cached_size(info, short_side)
+    return CachedVideo(name, Path(f"{base}.mov"), f"{base}.npz", stamps.of_index[1], width, height, info)
+
+
 def lookup(
     requests: Iterable[CacheRequest], folder: Path, short_side: int, known: Catalogue | None = None
 ) -> dict[str, CachedVideo]:
@@ -345,15 +368,12 @@ def _load(request: CacheRequest, folder: Path, short_side: int, known: Catalogue
         return None
     width, height = cached_size(request.info, short_side)
     if known is None or not known.holds(path.stem, stamps):
-        index = _read_index(index_path, stamps.of_pictures[0])
+        index = _read_index(str(index_path), stamps.of_pictures[0])
         if index is None or not np.array_equal(index.frames, request.frames) or index.size != (width, height):
             return None
         if known is not None:
-            known.add_entry(path.stem, stamps)
-    return CachedVideo(
-        name=request.name, path=path, index=index_path, changed=stamps.of_index[1], width=width, height=height,
-        info=request.info,
-    )  # fmt: skip
+            known.add_entry(path.stem, stamps, request.info, request.grid)
+    return CachedVideo(request.name, path, str(index_path), stamps.of_index[1], width, height, request.info)
 
 
 @contextlib.contextmanager

@@ -128,6 +128,8 @@ class Catalogue:
         self._bases: dict[tuple[int, int], Fraction] = {}
         self._videos: dict[str, Any] = {}
         self._entries: dict[str, Stamps] = {}
+        # grid -> real path of a video -> (its file then, stem of the entry)
+        self._of_grid: dict[str, dict[str, tuple[int, str]]] = {}
         self._new_videos: set[str] = set()
         self._new_entries: set[str] = set()
         self._files: list[Path] = []
@@ -209,11 +211,21 @@ class Catalogue:
         """Whether the entry was found to be complete when its files had these stamps."""
         return self._entries.get(stem) == stamps
 
-    def add_entry(self, stem: str, stamps: Stamps) -> None:
-        """An entry is complete. One that has only just been written is not taken down: it might change unnoticed."""
+    def stem_of(self, info: VideoInfo, grid: str) -> str | None:
+        """The entry that a video was found to have for a grid of frames."""
+        of_grid = self._of_grid.get(grid)
+        found = of_grid.get(real_path(info.path)) if of_grid else None
+        return found[1] if found is not None and found[0] == _file(info) else None
+
+    def add_entry(self, stem: str, stamps: Stamps, info: VideoInfo | None = None, grid: str = "") -> None:
+        """An entry is complete, and is what `info` has for `grid`, a text that says how its frames are chosen. One that
+        has only just been written is not taken down: it might change unnoticed.
+        """
         if time.time() - max(stamps.of_index[1], stamps.of_pictures[1]) / 1e9 > FRESH:
             self._entries[stem] = stamps
             self._new_entries.add(stem)
+            if info is not None and grid:
+                self._of_grid.setdefault(grid, {})[real_path(info.path)] = (_file(info), stem)
 
     # Files
 
@@ -242,6 +254,12 @@ class Catalogue:
             table[name] = np.where(table[name] == _NONE, _NONE, np.searchsorted(used, table[name]))
         series = [self._series.series[number] for number in used]
         steps = [np.diff(numbers, prepend=np.int64(0)) for numbers in series]
+        owned = [
+            (number, real, file, stem)
+            for number, of_grid in enumerate(self._of_grid.values())
+            for real, (file, stem) in of_grid.items()
+            if stem in entries
+        ]
         content: dict[str, Any] = {
             "format": np.int64(_FORMAT),
             "words": _packed(self._words),
@@ -251,6 +269,10 @@ class Catalogue:
             "steps": _deflated(np.concatenate([np.empty(0, dtype=np.int64), *steps])),
             "entries": _packed(entries),
             "entry_table": np.array(list(entries.values()), dtype=np.int64).reshape(-1, 2, 2),
+            "grids": _packed(self._of_grid),
+            "owners": _packed(real for _, real, _, _ in owned),
+            "owned": _packed(stem for *_, stem in owned),
+            "owned_table": np.array([(number, file) for number, _, file, _ in owned], dtype=np.int64).reshape(-1, 2),
         }
         np.savez(file, **content)
 
@@ -262,12 +284,19 @@ class Catalogue:
             lengths, steps = content["lengths"], np.frombuffer(zlib.decompress(content["steps"]), dtype=np.int64)
             words, names, table = _unpacked(content["words"]), _unpacked(content["videos"]), content["video_table"]
             stems, stamps = _unpacked(content["entries"]), content["entry_table"]
+            grids, owners, owned = (_unpacked(content[name]) for name in ("grids", "owners", "owned"))
+            owned_table = content["owned_table"].tolist()
         ends = np.cumsum(lengths)
         numbers = np.empty(len(lengths) + 1, dtype=np.int64)
         numbers[_NONE] = _NONE
         for k, (length, end) in enumerate(zip(lengths.tolist(), ends.tolist(), strict=True)):
             numbers[k] = self._series.add(np.cumsum(steps[end - length : end]))[0]
-        if len(names) != len(table) or len(stems) != len(stamps) or (len(ends) and ends[-1] != len(steps)):
+        if (
+            len(names) != len(table)
+            or len(stems) != len(stamps)
+            or (len(ends) and ends[-1] != len(steps))
+            or not (len(owners) == len(owned) == len(owned_table))
+        ):
             raise ValueError(f"{file} is not a catalogue")
         for name in ("times", "keys", "places"):
             table[name] = numbers[table[name]]
@@ -278,6 +307,13 @@ class Catalogue:
         self._entries.update(
             (stem, Stamps((a, b), (c, d))) for stem, ((a, b), (c, d)) in zip(stems, stamps.tolist(), strict=True)
         )
+        for real, stem, (number, when) in zip(owners, owned, owned_table, strict=True):
+            self._of_grid.setdefault(grids[number], {})[real] = (when, stem)
+
+
+def _file(info: VideoInfo) -> int:
+    """One number for the size and the time of change of a video's file."""
+    return (info.mtime_ns * 1_000_003 + info.size) % 2**63
 
 
 def _bits(seconds: NDArray[np.float64]) -> Numbers:

@@ -114,7 +114,10 @@ def cached_dataset(found: Survey, cache: Path, progress: Progress) -> Dataset:
     if found.refused is not None:
         raise InputError(found.refused)
     config = found.config
-    cached, undecodable = prepare(Requests(found), cache, cache_side(config.full), progress=progress, known=found.known)
+    cached = found.remembered(cache)
+    rest = Requests(found, frozenset(one.name for one in found.videos if one.name not in cached))
+    more, undecodable = prepare(rest, cache, cache_side(config.full), progress=progress, known=found.known)
+    cached |= more
     found.known.save()
     notes = list(found.notes)
     if undecodable:

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lofi_fast import __version__
 from lofi_fast.config import Config
 from lofi_fast.data.annotations import UNASSIGNED, Annotations, Video, clip_to_duration, load_annotations
-from lofi_fast.data.cache import CacheRequest, Skipped, estimate_bytes
+from lofi_fast.data.cache import CachedVideo, CacheRequest, Skipped, estimate_bytes, remembered
 from lofi_fast.data.catalogue import Catalogue
 from lofi_fast.data.grid import FOUND, Grid, Labelled, Share, best_tiou, choose_window, share, shares
 from lofi_fast.data.matching import find_videos
@@ -122,6 +123,18 @@ class Survey:
             for window in self.windows[one.name]
         ]
 
+    @property
+    def grid_text(self) -> str:
+        """How the frames of any video are chosen, as a catalogue has it."""
+        of = self.config
+        return f"{__version__} {self.window} {of.data.overlap} {of.full} {of.data.frame_stride} {cache_side(of.full)}"
+
+    def remembered(self, cache: Path) -> dict[str, CachedVideo]:
+        """The entries that are there by what the catalogue knows; for those of other videos frames must be found."""
+        grid, side = self.grid_text, cache_side(self.config.full)
+        found = ((one.name, remembered(one.name, one.info, grid, cache, side, self.known)) for one in self.videos)
+        return {name: entry for name, entry in found if entry is not None}
+
     def cache_bytes(self, one: Surveyed) -> int:
         """An estimate, within about a factor of two, of what the frame cache will hold of a video."""
         return estimate_bytes([cache_request(one, self.grids(one))], cache_side(self.config.full))
@@ -145,7 +158,7 @@ class Requests:
     def __iter__(self) -> Iterator[CacheRequest]:
         for one in self.found.videos:
             if self.names is None or one.name in self.names:
-                yield cache_request(one, self.found.grids(one))
+                yield replace(cache_request(one, self.found.grids(one)), grid=self.found.grid_text)
 
 
 def cache_request(one: Surveyed, grids: Sequence[NDArray[np.int64]]) -> CacheRequest:
