@@ -371,8 +371,8 @@ def _load(request: CacheRequest, folder: Path, short_side: int, known: Catalogue
         index = _read_index(str(index_path), stamps.of_pictures[0])
         if index is None or not np.array_equal(index.frames, request.frames) or index.size != (width, height):
             return None
-        if known is not None:
-            known.add_entry(path.stem, stamps, request.info, request.grid)
+    if known is not None:
+        known.add_entry(path.stem, stamps, request.info, request.grid)
     return CachedVideo(request.name, path, str(index_path), stamps.of_index[1], width, height, request.info)
 
 
