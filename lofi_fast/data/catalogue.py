@@ -221,6 +221,8 @@ class Catalogue:
         """An entry is complete, and is what `info` has for `grid`, a text that says how its frames are chosen. One that
         has only just been written is not taken down: it might change unnoticed.
         """
+        if self.holds(stem, stamps) and (info is None or not grid or self.stem_of(info, grid) == stem):
+            return
         if time.time() - max(stamps.of_index[1], stamps.of_pictures[1]) / 1e9 > FRESH:
             self._entries[stem] = stamps
             self._new_entries.add(stem)
