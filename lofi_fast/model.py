@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lofi_fast import __version__
+from lofi_fast import __version__, gpu
 from lofi_fast import encoder as encoders
 from lofi_fast import head as heads
 from lofi_fast.budget import Budget, gigabytes, resolve_budget
@@ -299,10 +299,14 @@ class Session:
         require_dali()
         self.detector, self.config, self._say = detector, detector.config, say
         self.device = choose_device(device)
+        gpu.check_dali(self.device)
+        if device == "auto" and self.device.type == "cpu" and (reason := gpu.unused()):
+            say(f"warning: {reason}. Detecting on the CPU")
         self.precision = choose_precision(self.device)
         for note in settle_here():
             say(f"note: {note}")
         self.meter = open_meter(self.device)
+        gpu.check_triton(self.device)
         self.budget = resolve_budget(budget, self.meter.total(), self.meter.available())
         if self.config.data.video_scores:
             say(f"note: classes are the head's own, and not those of {self.config.data.video_scores}")

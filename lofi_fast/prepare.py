@@ -9,6 +9,7 @@ Training with the same settings then decodes nothing. Any number of processes ma
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -23,11 +24,12 @@ from typing import Annotated, Any
 import numpy as np
 from rich.console import Console
 
-from lofi_fast.budget import duration
+from lofi_fast.budget import duration, resolve_budget
 from lofi_fast.command import INTERRUPTED, CallableModule, given, run
 from lofi_fast.config import Config
-from lofi_fast.data.cache import CacheRequest, Skipped, entry_path, estimate_bytes, lookup
+from lofi_fast.data.cache import CacheRequest, Skipped, entry_path, lookup
 from lofi_fast.data.cache import prepare as fill
+from lofi_fast.data.cache_size import cache_bytes
 from lofi_fast.data.catalogue import Catalogue
 from lofi_fast.data.inventory import Entry, cache_folder, inventory, of_run, remove
 from lofi_fast.data.packages import require_pyav
@@ -35,6 +37,7 @@ from lofi_fast.data.pictures import hold_in_turn
 from lofi_fast.data.survey import Requests, cache_side, survey
 from lofi_fast.data.video import VideoError
 from lofi_fast.errors import InputError, printable
+from lofi_fast.precision import choose_device
 from lofi_fast.presets import FILE, configured, preset_note, shown_defaults
 from lofi_fast.run.log import Terminal
 from lofi_fast.settings import Section, Setting, read
@@ -156,7 +159,8 @@ def _filled(config: Config, shard: Shard, verify: bool, terminal: Terminal) -> P
     require_pyav()
     folder, side = _frames_of(config), cache_side(config.full)
     known = Catalogue(folder)
-    shard, workers = _of_this_process(shard, config.threads)
+    here = _Place.of_environment(config.threads)
+    shard, workers = shard.of_rank(here.rank, here.ranks), here.workers
     with terminal.progress("looking at the videos", 1) as advance:
         found = survey(
             config, Path(config.data.annotations), Path(config.data.videos),
@@ -176,18 +180,25 @@ def _filled(config: Config, shard: Shard, verify: bool, terminal: Terminal) -> P
         terminal.say(sentence)
     there = lookup(requests, folder, side, known)
     missing = [request for request in requests if request.name not in there]
+    engine, engine_workers = _engine(config, here) if missing else (None, 0)
     part = f", shard {shard}" if shard.count > 1 else ""
     terminal.say(f"frame cache {folder}{part}: {len(there)} of {len(requests)} videos are there")
     if missing:
-        size, seconds = estimate_bytes(missing, side), _forecast(missing, side, workers)
+        size = sum(cache_bytes(found, {request.name for request in missing}).values())
+        seconds = _forecast(missing, side, workers)
         told = "" if seconds is None else f", about {duration(seconds)} on {workers} core{'s' if workers > 1 else ''}"
-        terminal.say(f"to decode: {len(missing)} videos, up to {size / 1e6:,.0f} MB{told}")
+        if told and engine is not None:
+            told += f" alone; the video engine of {engine} decodes what it can"
+        terminal.say(f"to decode: {len(missing)} videos, about {size / 1e6:,.1f} MB{told}")
     began = time.monotonic()
+    notes: list[str] = []
     with terminal.progress("frame cache", 1) as advance:
         cached, undecodable = fill(
-            requests, folder, side, workers, lambda done, total, name: advance(done, name, total), alone=False,
-            known=known,
+            requests, folder, side, workers if engine is None else min(workers, engine_workers),
+            lambda done, total, name: advance(done, name, total), engine, notes.append, alone=False, known=known,
         )  # fmt: skip
+    for note in notes:
+        terminal.say(f"note: {note}")
     known.save()
     skipped += undecodable
     for one in skipped:
@@ -200,21 +211,59 @@ def _filled(config: Config, shard: Shard, verify: bool, terminal: Terminal) -> P
     return Prepared(folder.parent, len(cached), made, tuple(skipped), tuple(damaged))
 
 
-def _of_this_process(shard: Shard, threads: int | None) -> tuple[Shard, int]:
-    """(the part of a shard that is this process's own, how many processes may decode for it), by what torchrun and the
-    like say in the environment. Raises InputError for what they never say.
+@dataclass(frozen=True)
+class _Place:
+    """This process among those of torchrun and the like: `rank` of `ranks`, `local_rank` of the `neighbours` on this
+    machine, and how many processes may decode for it.
     """
-    numbers = {}
-    for name, least, default in (("WORLD_SIZE", 1, 1), ("RANK", 0, 0), ("LOCAL_WORLD_SIZE", 1, 1)):
-        text = os.environ.get(name, str(default))
-        if not (text.isascii() and text.isdigit() and int(text) >= least):
-            raise InputError(f"{name}={text} in the environment: must be a whole number; unset it, or use torchrun")
-        numbers[name] = int(text)
-    rank, ranks = numbers["RANK"], numbers["WORLD_SIZE"]
-    if rank >= ranks:
-        raise InputError(f"RANK={rank} in the environment is not below WORLD_SIZE={ranks}; unset it, or use torchrun")
-    cores = len(os.sched_getaffinity(0))
-    return shard.of_rank(rank, ranks), threads or max(1, cores // numbers["LOCAL_WORLD_SIZE"])
+
+    rank: int
+    ranks: int
+    local_rank: int
+    neighbours: int
+    workers: int
+
+    @staticmethod
+    def of_environment(threads: int | None) -> _Place:
+        """`threads`: what the settings say, or None. Raises InputError for what launchers never say."""
+        numbers = {}
+        for name, least, default in (
+            ("WORLD_SIZE", 1, 1), ("RANK", 0, 0), ("LOCAL_WORLD_SIZE", 1, 1), ("LOCAL_RANK", 0, 0)
+        ):  # fmt: skip
+            text = os.environ.get(name, str(default))
+            if not (text.isascii() and text.isdigit() and int(text) >= least):
+                raise InputError(f"{name}={text} in the environment: must be a whole number; unset it, or use torchrun")
+            numbers[name] = int(text)
+        for which, count in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+            if numbers[which] >= numbers[count]:
+                raise InputError(
+                    f"{which}={numbers[which]} in the environment is not below {count}={numbers[count]}; unset it, or "
+                    "use torchrun"
+                )
+        cores, neighbours = len(os.sched_getaffinity(0)), numbers["LOCAL_WORLD_SIZE"]
+        return _Place(
+            numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], neighbours,
+            threads or max(1, cores // neighbours),
+        )  # fmt: skip
+
+
+def _engine(config: Config, here: _Place) -> tuple[str | None, int]:
+    """What decodes, as in training: (device of a video engine, processes that decode there), (None, 0) for PyAV. The
+    processes of a machine take its cards in turn, and share the memory of one.
+    """
+    if config.data.decoder == "pyav" or choose_device(config.device).type != "cuda":
+        return None, 0
+    import torch
+
+    from lofi_fast.memory.settle import open_meter
+    from lofi_fast.stages.job import video_engine
+
+    cards = torch.cuda.device_count()
+    torch.cuda.set_device(here.local_rank % cards)
+    meter = open_meter(torch.device("cuda", here.local_rank % cards))
+    budget = resolve_budget(config.budget, meter.total(), meter.available())
+    room = min(budget, meter.available()) - meter.own()
+    return video_engine(config, room // math.ceil(here.neighbours / cards))
 
 
 def _damaged(requests: Requests, folder: Path, side: int, workers: int, terminal: Terminal) -> list[str]:

@@ -107,6 +107,39 @@ def test_frames_of_unequal_height_and_width_and_one_frame_snippets() -> None:
         assert largest_error(gradients(encoder, features), gradients(encoder, plain)) <= 1e-12
 
 
+def test_in_float16_the_stems_gradient_is_as_large_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a scaler of gradients sees of it: in float16 the largest gradient decides the scale of all."""
+    encoder = frozen(width=32, dtype=torch.float32)
+    x = frames(4 * 4, side=64)
+
+    def largest(dtype: torch.dtype, pixels: float) -> tuple[float, float, Tensor, Tensor]:
+        """Largest entries of the folded gradients: the stem's, and of all others; features and the stem's gradient."""
+        monkeypatch.setattr(lean, "PIXELS", pixels)
+        with torch.autocast("cpu", dtype=dtype):
+            network = lean.LeanEncoder.of(encoder, 4, False)
+            totals = [network.stem.total, *(c.total for block in network.blocks for c in block.branch)]
+            sizes: list[float] = []
+            for total in totals:
+                monkeypatch.setattr(total, "take", lambda total=total: sizes.append(float(total._sum.abs().max())))
+            features = network(x, 2, False)
+        features.sum().backward()
+        stem, *others = reversed(sizes)
+        encoder.zero_grad()
+        with torch.autocast("cpu", dtype=dtype):
+            features = encode(encoder, x, 4)
+        (grad,) = torch.autograd.grad(features.sum(), [encoder.conv1.weight])
+        return stem, max(others), features, grad
+
+    before, others, _, _ = largest(torch.float16, 1.0)
+    scaled, same, features, grad = largest(torch.float16, 64.0)
+    assert before / scaled == pytest.approx(64, rel=0.05) and same == pytest.approx(others, rel=0.05)
+    assert scaled < 5 * others < before
+    exact = encoder(x, 4)
+    assert torch.allclose(features, exact, rtol=2e-2, atol=2e-2)
+    (expected,) = torch.autograd.grad(exact.sum(), [encoder.conv1.weight])
+    assert (grad - expected).norm() < 0.1 * expected.norm()
+
+
 def test_blocks_that_are_not_shifted() -> None:
     encoder = frozen()
     for stage in encoder.stages:

@@ -183,6 +183,23 @@ def test_a_gradient_of_another_memory_layout_is_the_same_gradient(form: Form, na
 
 
 @pytest.mark.parametrize("name", PLAIN)
+def test_parameters_of_any_order_of_dimensions_in_memory(form: Form, name: str) -> None:
+    """As the head's weights of align_linear have them; apex's kernels refuse them as they are."""
+    values = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0)).to(form.device)
+    ordinary, permuted = (
+        nn.Parameter(values.clone()),
+        nn.Parameter(values.permute(1, 2, 0).contiguous().permute(2, 0, 1)),
+    )
+    assert not permuted.is_contiguous()
+    for parameter in (ordinary, permuted):
+        optimizer = form.make(stage(name), [parameter])
+        for step in range(3):
+            parameter.grad = torch.sin(values + step)
+            optimizer.step()
+    assert torch.equal(ordinary, permuted)
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_parameter_without_a_gradient_waits(form: Form, name: str) -> None:
     learning, alone = parameters(form.device), parameters(form.device)[:-1]
     idle = learning[-1].detach().clone()

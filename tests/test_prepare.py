@@ -107,7 +107,7 @@ def test_forecast_progress_and_what_was_done(data: Path, tmp_path: Path, capsys:
         window="video",
     ).to_json()["cache_bytes"]  # fmt: skip
     assert f"0 of {COUNT} videos are there" in said
-    assert f"to decode: {COUNT} videos, up to {forecast / 1e6:,.0f} MB, about " in said
+    assert f"to decode: {COUNT} videos, about {forecast / 1e6:,.1f} MB, about " in said
     assert f"frame cache: {COUNT}/{COUNT}" in said
     assert f"{COUNT} videos are in the frame cache, {COUNT} of them decoded now" in said
     made = contents(tmp_path)

@@ -203,7 +203,7 @@ def measured(folder: Path) -> Row:
             folder / "cache" / "frames", folder / "run", {s.cached.path for of in dataset.samples.values() for s in of}
         )
     with part("record of data"):
-        digest(record_of(dataset))
+        digest(record_of(dataset, config))
     with part("first batch"):
         sampler = Sampler(dataset, config.data, config.full, 0)
         for sample in sampler.epoch("joint", 0, config.joint.batch)[0]:

@@ -6,6 +6,10 @@ entry is complete if and only if its index exists. The hash covers everything th
 or grid is a new entry; its first two digits name the folder that the entry is in, so that no folder holds more than a
 256th of the files. An index that is not what was written is treated as if it were not there.
 
+Videos are decoded by PyAV, or by a GPU's video engine (data/nvdec.py) where there is one. The hash does not tell the
+two apart: their pictures differ about as much as a JPEG differs from its source, so that an entry is as good for
+either, and a cache that was filled on one machine serves on another.
+
 A picture is held against its checksum whenever it is read: bytes that have changed on the disk may still decode. Where
 it differs the entry's index is removed, so that the next run makes the entry anew.
 """
@@ -32,12 +36,13 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from lofi_fast import files
+from lofi_fast.data import nvdec
 from lofi_fast.data.catalogue import Catalogue, Stamps, real_path
 from lofi_fast.data.packages import require_pyav
 from lofi_fast.data.pictures import cached_size, write_pictures, written_pictures
@@ -53,6 +58,8 @@ PARTIAL = "partial"  # folder of the cache for files that are not whole yet
 ABANDONED = 86_400.0  # seconds since the last byte, after which a file that another machine was writing is removed
 
 INDICES_HELD = 256  # indices of entries in memory, some 30 kB each
+ENGINE_WORKERS = 4  # processes that decode by NVDEC, at most; cards have one to seven engines
+MOST_DEATHS = 3  # of such processes; then PyAV decodes what is left
 
 LONGEST_NAME = 180  # bytes of a video's name in names of files; systems allow 255, and more is added
 
@@ -211,6 +218,16 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What became of a request. `refused`: why the engine that was to decode it did not; "" where it did, or there was
+    none.
+    """
+
+    result: CachedVideo | Skipped
+    refused: str = ""
+
+
 def estimate_bytes(requests: Sequence[CacheRequest], side: int) -> int:
     """Bytes on disk that entries for `requests` at the short side `side` take, within about a factor of two."""
     total = 0.0
@@ -227,6 +244,9 @@ def prepare(
     short_side: int,
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    engine: str | None = None,
+    note: Callable[[str], None] | None = None,
+    engine_workers: int = ENGINE_WORKERS,
     *,
     alone: bool = True,
     known: Catalogue | None = None,
@@ -234,10 +254,12 @@ def prepare(
     """Makes every requested entry that `folder` lacks, and returns all entries by name and the videos that failed.
 
     `workers` processes (default: one for each core) take one video each; `progress` is called from this thread with
-    (videos done, videos in all, what was just done). May be killed at any time and run again. Several runs may share
-    a folder: they take turns. Where not `alone`, they work side by side, on this machine and on others, each in an
-    order of its own; an entry that two are making at once is kept of the one that ends first. Entries that the
-    catalogue `known` holds are not opened.
+    (videos done, videos in all, what was just done). `engine` is the device whose video engine decodes, as "cuda:0" (or
+    "cpu", where DALI decodes VP9 and MJPEG), by default in `engine_workers` processes at most; PyAV decodes what it
+    cannot, and everything without one. `note` is told at most once, which of the two decoded how many videos and why.
+    May be killed at any time and run again. Several runs may share a folder: they take turns. Where not `alone`, they
+    work side by side, on this machine and on others, each in an order of its own; an entry that two are making at once
+    is kept of the one that ends first. Entries that the catalogue `known` holds are not opened.
 
     Raises InputError when the folder cannot be written, the estimated size exceeds the free space, or an entry must be
     made without PyAV. ValueError for two requests of one name, no frames, or a short side below 2.
@@ -283,20 +305,46 @@ def prepare(
                 random.shuffle(pending)
             _check_free_space(pending, folder, short_side)
             cores = len(os.sched_getaffinity(0))
-            workers = min(cores if workers is None else workers, len(pending))
-            results: Generator[tuple[CacheRequest, CachedVideo | Skipped]]
-            if workers > 1:
-                results = _in_processes(pending, folder, short_side, workers, max(1, cores // workers), lock)
+            missing = nvdec.missing(engine) if engine is not None else ""
+            if missing:
+                engine = None
+            if workers is None:
+                workers = cores if engine is None else min(cores, engine_workers)
+            workers = min(workers, len(pending))
+            results: Generator[tuple[CacheRequest, _Made]]
+            # an engine always has processes: its device memory goes with them, and what kills one costs no more
+            if workers > 1 or (pending and engine is not None):
+                results = _in_processes(pending, folder, short_side, workers, max(1, cores // workers), lock, engine)
             else:
-                results = ((request, _make_entry(request, folder, short_side, cores)) for request in pending)
+                results = ((request, _make_entry(request, folder, short_side, cores, None)) for request in pending)
+            decoded, refused = 0, []
             with contextlib.closing(results):
-                for request, result in results:
-                    if isinstance(result, Skipped):
-                        skipped.append(result)
+                for request, made in results:
+                    if isinstance(made.result, Skipped):
+                        skipped.append(made.result)
                     else:
-                        cached[request.name] = result
+                        cached[request.name] = made.result
+                        decoded += 1
+                        if made.refused:
+                            refused.append((request.name, made.refused))
                     tell(request.name)
+            if note is not None and pending and (missing or engine is not None):
+                note(_who_decoded(decoded, missing, refused))
     return {name: cached[name] for name in names if name in cached}, skipped
+
+
+def _who_decoded(videos: int, missing: str, refused: Sequence[tuple[str, str]]) -> str:
+    """One sentence about the `videos` that were decoded; `refused`: (name, reason) of those that the engine left."""
+    if missing:
+        return f"PyAV decoded the videos, on the CPU: {missing}"
+    if not refused:
+        return f"the GPU's video engine (NVDEC) decoded {videos} of {videos} videos"
+    names: dict[str, list[str]] = {}
+    for name, reason in refused:
+        names.setdefault(reason, []).append(name)
+    reasons = "; ".join(f"{reason} ({len(of)}, such as {of[0]})" for reason, of in names.items())
+    done = videos - len(refused)
+    return f"the GPU's video engine (NVDEC) decoded {done} of {videos} videos, PyAV the others: {reasons}"
 
 
 def remembered(
@@ -464,18 +512,25 @@ def _check_free_space(requests: Sequence[CacheRequest], folder: Path, short_side
         )
 
 
-def _make_entry(request: CacheRequest, folder: Path, short_side: int, threads: int) -> CachedVideo | Skipped:
+def _make_entry(
+    request: CacheRequest, folder: Path, short_side: int, threads: int, engine: nvdec.VideoEngine | None
+) -> _Made:
     """Decodes, encodes and indexes one video. OSError or InputError where the folder cannot be written."""
     require_pyav()
     import av
 
+    refused = ""
     path = entry_path(request, folder, short_side)
     if (entry := _load(request, folder, short_side)) is not None:  # of a run beside this one
-        return entry
+        return _Made(entry)
     partial, partial_index = _partial(path, folder), _partial(_index_path(path), folder)
     try:
         with _writing_to(folder):
-            write_pictures(request.info, request.frames, partial, short_side, threads)
+            try:
+                write_pictures(request.info, request.frames, partial, short_side, threads, engine)
+            except nvdec.Unsuitable as unsuitable:
+                refused = str(unsuitable)
+                write_pictures(request.info, request.frames, partial, short_side, threads)
             offsets, sizes, checksums = written_pictures(partial, len(request.frames))
             width, height = cached_size(request.info, short_side)
             with open(partial_index, "wb") as file:
@@ -495,34 +550,43 @@ def _make_entry(request: CacheRequest, folder: Path, short_side: int, threads: i
                 os.replace(partial, path)
                 os.replace(partial_index, _index_path(path))
     except VideoError as error:
-        return Skipped(request.name, str(request.info.path), str(error))
+        return _Made(Skipped(request.name, str(request.info.path), str(error)), refused)
     except av.FFmpegError as error:
         # not an OSError, which concerns the folder: a pixel format or size that cannot be converted
-        return Skipped(request.name, str(request.info.path), f"video {request.info.path} cannot be converted: {error}")
+        reason = f"video {request.info.path} cannot be converted: {error}"
+        return _Made(Skipped(request.name, str(request.info.path), reason), refused)
     finally:
         partial.unlink(missing_ok=True)
         partial_index.unlink(missing_ok=True)
     entry = _load(request, folder, short_side)
     if entry is None:
         raise InputError(f"the cache folder {folder} does not keep what is written to it; --cache names another")
-    return entry
+    return _Made(entry, refused)
 
 
 def _in_processes(
-    pending: Sequence[CacheRequest], folder: Path, short_side: int, workers: int, threads: int, lock: int | None
-) -> Generator[tuple[CacheRequest, CachedVideo | Skipped]]:
+    pending: Sequence[CacheRequest],
+    folder: Path,
+    short_side: int,
+    workers: int,
+    threads: int,
+    lock: int | None,
+    engine: str | None = None,
+) -> Generator[tuple[CacheRequest, _Made]]:
     """Results in the order in which they are finished, from `workers` processes with `threads` decoder threads each,
     which take up `pending` in its order.
 
     Plain processes that run `serve_requests`, and not a pool of multiprocessing: that would import the caller's main
     module, and torch with it, into every worker, and could not tell which video crashed one. Workers hold the lock
-    too, so when this process is killed no other run touches the folder before they have ended.
+    too, so when this process is killed no other run touches the folder before they have ended. A video whose worker
+    dies while `engine` decodes is decoded once more, by PyAV.
     """
     todo = list(reversed(pending))
-    finished: queue.SimpleQueue[tuple[CacheRequest, CachedVideo | Skipped] | BaseException] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[tuple[CacheRequest, _Made] | BaseException] = queue.SimpleQueue()
     processes: list[subprocess.Popen[bytes]] = []
     changing = threading.Lock()
     stopped = False
+    died: dict[str, str] = {}  # name -> how the process ended in which the engine decoded it
 
     def feed_one_worker() -> None:
         worker: subprocess.Popen[bytes] | None = None
@@ -535,16 +599,28 @@ def _in_processes(
                     if worker is None:
                         worker = _start_worker(lock)
                         processes.append(worker)
+                    refused = died.get(request.name, "")
+                    if not refused and len(died) >= MOST_DEATHS:
+                        refused = "it ended several processes"
+                    by = None if refused else engine
                 assert worker.stdin is not None and worker.stdout is not None
                 try:
-                    pickle.dump((request, folder, short_side, threads), worker.stdin)
+                    pickle.dump((request, folder, short_side, threads, by), worker.stdin)
                     worker.stdin.flush()
-                    result = pickle.load(worker.stdout)
+                    made = pickle.load(worker.stdout)
                 except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-                    reason = f"the process that decoded video {request.info.path} died ({_fate(worker.wait())})"
+                    fate = _fate(worker.wait())
                     worker = None
-                    result = Skipped(request.name, str(request.info.path), reason)
-                finished.put(result if isinstance(result, BaseException) else (request, result))
+                    if by is not None:
+                        with changing:
+                            died[request.name] = f"the process that used it died ({fate})"
+                            todo.append(request)
+                        continue
+                    reason = f"the process that decoded video {request.info.path} died ({fate})"
+                    made = _Made(Skipped(request.name, str(request.info.path), reason))
+                if isinstance(made, _Made) and engine is not None and refused:
+                    made = replace(made, refused=refused)
+                finished.put(made if isinstance(made, BaseException) else (request, made))
         except BaseException as error:
             finished.put(error)
         finally:
@@ -557,10 +633,10 @@ def _in_processes(
         for feeder in feeders:
             feeder.start()
         for _ in pending:
-            result = finished.get()
-            if isinstance(result, BaseException):
-                raise result
-            yield result
+            made = finished.get()
+            if isinstance(made, BaseException):
+                raise made
+            yield made
     finally:
         with changing:
             stopped = True
@@ -598,6 +674,7 @@ def serve_requests() -> None:
     # Ctrl-C reaches the whole group; the parent decides when a worker ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests = sys.stdin.buffer
+    engine: nvdec.VideoEngine | None = None
     # nothing but results may reach the parent through stdout
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)
@@ -605,15 +682,17 @@ def serve_requests() -> None:
         answers.flush()
         while True:
             try:
-                request, folder, short_side, threads = pickle.load(requests)
+                request, folder, short_side, threads, device = pickle.load(requests)
             except EOFError:
                 return
-            result: CachedVideo | Skipped | Exception
+            if engine is None and device is not None:
+                engine = nvdec.VideoEngine(device)
+            made: _Made | Exception
             try:
-                result = _make_entry(request, folder, short_side, threads)
+                made = _make_entry(request, folder, short_side, threads, None if device is None else engine)
             except InputError as error:
-                result = error
+                made = error
             except Exception:
-                result = RuntimeError(f"a worker of the frame cache failed\n{traceback.format_exc()}")
-            pickle.dump(result, answers)
+                made = RuntimeError(f"a worker of the frame cache failed\n{traceback.format_exc()}")
+            pickle.dump(made, answers)
             answers.flush()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lofi_fast.config import Config, DataConfig
 from lofi_fast.data.annotations import Segment, Video
-from lofi_fast.data.cache import CachedVideo, Skipped, prepare
+from lofi_fast.data.cache import ENGINE_WORKERS, CachedVideo, Skipped, prepare
 from lofi_fast.data.pictures import Pictures
 from lofi_fast.data.pipeline import FrameRequest, View
 from lofi_fast.data.survey import (
@@ -34,6 +34,7 @@ from lofi_fast.data.survey import (
 from lofi_fast.data.windows import Window, full_grid
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, select_snippets
+from lofi_fast.gpu import send
 
 SUBSETS = ("training", "validation")
 JITTER_PIXELS = 64 * 112 * 112  # of the frames that are jittered at once
@@ -104,9 +105,11 @@ def load_dataset(config: Config, annotations: Path, videos: Path, cache: Path, p
     return cached_dataset(survey(config, annotations, videos), cache, progress)
 
 
-def cached_dataset(found: Survey, cache: Path, progress: Progress) -> Dataset:
+def cached_dataset(
+    found: Survey, cache: Path, progress: Progress, engine: str | None = None, engine_workers: int = ENGINE_WORKERS
+) -> Dataset:
     """Fill the frame cache with what a survey has found, and cut windows. Videos that turn out to be bad are skipped
-    and counted.
+    and counted. `engine`: of which device the video engine decodes, see `cache.prepare`.
 
     Raises InputError where the survey says that no training can start, when nothing is left to train on, or when a
     validation class has no training segment left.
@@ -114,12 +117,20 @@ def cached_dataset(found: Survey, cache: Path, progress: Progress) -> Dataset:
     if found.refused is not None:
         raise InputError(found.refused)
     config = found.config
+    notes = list(found.notes)
     cached = found.remembered(cache)
-    rest = Requests(found, frozenset(one.name for one in found.videos if one.name not in cached))
-    more, undecodable = prepare(rest, cache, cache_side(config.full), progress=progress, known=found.known)
+    more, undecodable = prepare(
+        Requests(found, frozenset(one.name for one in found.videos if one.name not in cached)),
+        cache,
+        cache_side(config.full),
+        progress=progress,
+        engine=engine,
+        note=notes.append,
+        engine_workers=engine_workers,
+        known=found.known,
+    )
     cached |= more
     found.known.save()
-    notes = list(found.notes)
     if undecodable:
         found, division = divided(replace(found, skipped=(*found.skipped, *undecodable)), cached)
         notes += division
@@ -178,8 +189,8 @@ def jitter_pixels(frames: torch.Tensor, jitters: Sequence[Jitter]) -> None:
     In pieces of whole frames: they are floats in between, and stay below the activations of a chunk of the encoder.
     """
     size = max(JITTER_PIXELS // (frames.shape[1] * frames.shape[2]), 1)
-    for part, jitter in zip(frames.chunk(len(jitters)), jitters, strict=True):
-        gain = torch.tensor(jitter.gain, device=frames.device)
+    gains = send(torch.tensor([jitter.gain for jitter in jitters]), frames.device)
+    for part, gain, jitter in zip(frames.chunk(len(jitters)), gains, jitters, strict=True):
         for piece in part.split(size):
             piece.copy_(piece.float().mul_(gain).add_(255 * jitter.offset).clamp_(0, 255))
 

@@ -6,6 +6,7 @@ which segments fit them, what the grid can express, which window, and whether a 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections import Counter
@@ -21,10 +22,10 @@ from numpy.typing import NDArray
 from lofi_fast import __version__
 from lofi_fast.config import Config
 from lofi_fast.data.annotations import UNASSIGNED, Annotations, Video, clip_to_duration, load_annotations
-from lofi_fast.data.cache import CachedVideo, CacheRequest, Skipped, estimate_bytes, remembered
+from lofi_fast.data.cache import CachedVideo, CacheRequest, Skipped, remembered
 from lofi_fast.data.catalogue import Catalogue
 from lofi_fast.data.grid import FOUND, Grid, Labelled, Share, best_tiou, choose_window, share, shares
-from lofi_fast.data.matching import find_videos
+from lofi_fast.data.matching import match_videos
 from lofi_fast.data.plausibility import check_times
 from lofi_fast.data.split import choose_validation
 from lofi_fast.data.video import VideoError, VideoInfo, probe
@@ -39,6 +40,7 @@ LOST_WARNED = 0.1  # share of the training segments that cannot be found, from w
 LEAST_FOUND = 0.05  # share of the training segments that must be found; with fewer, training teaches little but rests
 REPEATS = 8  # times that each frame of the longest window is shown, from which on there are far too many snippets
 SAVED_EVERY = 60.0  # seconds of probing, after which what was found out is kept, should the run be stopped
+GLANCE = 65_536  # bytes of a file that are compared with another's at three places
 Progress = Callable[[int, int, str], None]
 
 
@@ -112,7 +114,7 @@ class Survey:
     def large_batch(self) -> str | None:
         """A sentence where a joint step takes more windows than there are."""
         count, batch = sum(len(self.windows[video.name]) for video in self.subset("training")), self.config.joint.batch
-        if batch <= count:
+        if batch <= count or not count:
             return None
         return f"--batch {batch} is more than the {count} training windows: an epoch of the joint stage is one step"
 
@@ -134,10 +136,6 @@ class Survey:
         grid, side = self.grid_text, cache_side(self.config.full)
         found = ((one.name, remembered(one.name, one.info, grid, cache, side, self.known)) for one in self.videos)
         return {name: entry for name, entry in found if entry is not None}
-
-    def cache_bytes(self, one: Surveyed) -> int:
-        """An estimate, within about a factor of two, of what the frame cache will hold of a video."""
-        return estimate_bytes([cache_request(one, self.grids(one))], cache_side(self.config.full))
 
 
 @dataclass(frozen=True)
@@ -189,12 +187,15 @@ def survey(
     known = known or Catalogue()
     found = Survey(config, annotations_path, annotations, (), (), (*annotations.notes, *evaluated), known=known)
     try:
-        matches = find_videos(videos, [video.name for video in wanted])
+        matches = match_videos(videos, [video.name for video in wanted])
     except InputError as error:
         return replace(found, refused=str(error))
-    absent = [Skipped(name, str(videos / name), reason) for name, reason in matches.absent.items()]
+    absent = [Skipped(name, str(videos / name), why) for name, why in (matches.absent | matches.unclear).items()]
     infos, unreadable = _probe_all(matches.paths, progress, known)
     found = replace(found, skipped=(*absent, *unreadable), notes=(*found.notes, *matches.notes))
+    if matches.unclear:
+        more = f" (and {len(matches.unclear) - 1} more names that are as unclear)" if len(matches.unclear) > 1 else ""
+        found = replace(found, refused=f"{next(iter(matches.unclear.values()))}{more}")
     usable: list[Surveyed] = []
     clipped: list[str] = []
     for labelled in wanted:
@@ -217,8 +218,11 @@ def survey(
         found, division = divided(found, [one.name for one in usable])
         require_usable([one.video for one in found.videos], found.skipped, config)
         notes += division
+        repeated, trained_on_too = _repeated(found.videos)
+        notes += repeated
+        found = replace(found, warnings=(*found.warnings, *trained_on_too))
     except InputError as error:
-        return _with_window(replace(found, notes=(*found.notes, *notes), refused=str(error)))
+        return _with_window(replace(found, notes=(*found.notes, *notes), refused=found.refused or str(error)))
     return _with_window(replace(found, notes=(*found.notes, *notes)))
 
 
@@ -303,6 +307,46 @@ def _lost_frames(infos: dict[str, VideoInfo]) -> list[str]:
         for name, info in infos.items()
         if info.lost
     ]
+
+
+def _repeated(videos: Sequence[Surveyed]) -> tuple[list[str], list[str]]:
+    """(notes, warnings) about files of the same content under several names; a warning where one is evaluated on that
+    another of them trains.
+    """
+    by_size: dict[tuple[int, int, float], list[Surveyed]] = {}
+    for one in videos:
+        by_size.setdefault((one.info.size, len(one.info.pts), one.info.duration), []).append(one)
+    by_content: dict[bytes, list[Surveyed]] = {}
+    for alike in by_size.values():
+        if len(alike) > 1:
+            for one in alike:
+                by_content.setdefault(_glance(one.info), []).append(one)
+    groups = [same for same in by_content.values() if len(same) > 1]
+    sentences: tuple[list[str], list[str]] = ([], [])
+    for across, what in (
+        (False, "their segments count as those of several"),
+        (True, "what is evaluated is trained on"),
+    ):
+        those = [same for same in groups if (len({one.video.subset for one in same}) > 1) == across]
+        if those:
+            shown = " and ".join(f"{one.name} ({one.video.subset})" for one in those[0][:3])
+            more = f", and {len(those) - 1} more files" if those[1:] else ""
+            start = "WARNING: " if across else ""
+            sentences[across].append(f"{start}one file under several names: {shown} are the same video{more}; {what}")
+    return sentences
+
+
+def _glance(info: VideoInfo) -> bytes:
+    """A digest of a file's length, beginning, middle and end."""
+    digest = hashlib.blake2b(str(info.size).encode())
+    try:
+        with info.path.open("rb") as file:
+            for place in (0, info.size // 2, max(info.size - GLANCE, 0)):
+                file.seek(place)
+                digest.update(file.read(GLANCE))
+    except OSError:
+        return str(info.path).encode()
+    return digest.digest()
 
 
 def _wanted(annotations: Annotations, path: Path) -> tuple[list[Video], list[str]]:

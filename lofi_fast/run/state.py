@@ -28,6 +28,7 @@ from lofi_fast.data.pipeline import FramePipeline, pictures_of_a_run
 from lofi_fast.encoder.protocol import Encoder
 from lofi_fast.encoder.weights import load_encoder_weights
 from lofi_fast.errors import InputError
+from lofi_fast.gpu import DALI
 from lofi_fast.head.protocol import Head
 from lofi_fast.memory import allocator
 from lofi_fast.memory.decision import Planner
@@ -42,7 +43,7 @@ from lofi_fast.run.networks import Networks
 from lofi_fast.run.seeds import seed_of
 
 CHECKPOINT_SECONDS = 300.0  # between two checkpoints within an epoch; the end of each epoch is saved besides
-PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "numpy", "av", "nvidia-ml-py")
+PACKAGES = ("torch", "triton", *DALI.values(), "numpy", "av", "nvidia-ml-py")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Run:
         self.head = self.new_head("joint")
         self.scaler = self.machine.new_scaler()
         self.position = Position(self.config.stages[0])
-        self.data = trained_on.record_of(self.dataset)  # what the weights come from
+        self.data = trained_on.record_of(self.dataset, self.config)  # what the weights come from
         self._resumed_planner: dict[str, Any] = {}
         self._resumed_optimizer: dict[str, Any] | None = None
         self._last_saved = time.monotonic()
@@ -304,7 +305,7 @@ class Run:
 
     def _check_data(self, content: dict[str, Any], position: Position) -> None:
         """Raises InputError when what is to be trained on is not what it was; where only the evaluation is left, files
-        of videos may be others, since their features are made anew.
+        may be others: features of videos are made anew, and scores are used only there.
         """
         if content["data"] == trained_on.digest(self.data):
             return
@@ -315,7 +316,7 @@ class Run:
             changes = trained_on.changes_between(before, self.data)
             same_classes = content["classes"] == list(self.dataset.classes)
             if position.stage == "eval" and same_classes and not changes.labels:
-                self.log.say(f"note: since the run was trained, {changes.files[0]}")
+                self.log.say(f"note: since the run was trained, {'; '.join(changes.files)}")
                 self.data = before
                 return
             what = "; ".join((*changes.labels, *changes.files))
