@@ -94,7 +94,7 @@ def measure(
         yield {
             "measured": "cache", "case": "filled once", "form": OURS, "frames": kept, "seconds": round(seconds, 3),
             "frames_a_second": round(kept / seconds, 1),
-            "bytes": sum(path.stat().st_size for path in (folder / "frames").iterdir()),
+            "bytes": sum(path.stat().st_size for path in (folder / "frames").rglob("*") if path.is_file()),
         }  # fmt: skip
         largest = max(sample.cached.width * sample.cached.height for sample in samples)
         pipeline = FramePipeline(pictures_of_a_run(largest, device.type), device.type, num_threads=threads)

@@ -1,9 +1,10 @@
 """The frame cache: each video decoded once, the frames of the full-fidelity grid kept as JPEG pictures.
 
 An entry is `<name>-<hash>.mov`, intra-only MJPEG that any player opens, and `<name>-<hash>.npz`, its index, which says
-where in it each picture lies, and a checksum of each. Both are written under a temporary name and renamed, the index
-last: an entry is complete if and only if its index exists. The hash covers everything the pictures depend on, so a
-changed video or grid is a new entry. An index that is not what was written is treated as if it were not there.
+where in it each picture lies, and a checksum of each. Both are written below `partial/` and renamed, the index last: an
+entry is complete if and only if its index exists. The hash covers everything the pictures depend on, so a changed video
+or grid is a new entry; its first two digits name the folder that the entry is in, so that no folder holds more than a
+256th of the files. An index that is not what was written is treated as if it were not there.
 
 Videos are decoded by PyAV, or by a GPU's video engine (data/nvdec.py) where there is one. The hash does not tell the
 two apart: their pictures differ about as much as a JPEG differs from its source, so that an entry is as good for
@@ -18,25 +19,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import pickle
 import queue
+import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from lofi_fast import files
 from lofi_fast.data import nvdec
+from lofi_fast.data.catalogue import Catalogue, Stamps, real_path
 from lofi_fast.data.packages import require_pyav
 from lofi_fast.data.pictures import cached_size, write_pictures, written_pictures
 from lofi_fast.data.video import VideoError, VideoInfo
@@ -47,6 +54,10 @@ _FORMAT_VERSION = 1
 
 _READY = b"ready"
 
+PARTIAL = "partial"  # folder of the cache for files that are not whole yet
+ABANDONED = 86_400.0  # seconds since the last byte, after which a file that another machine was writing is removed
+
+INDICES_HELD = 256  # indices of entries in memory, some 30 kB each
 ENGINE_WORKERS = 4  # processes that decode by NVDEC, at most; cards have one to seven engines
 MOST_DEATHS = 3  # of such processes; then PyAV decodes what is left
 
@@ -58,28 +69,53 @@ class CachedVideo:
     """A complete entry: picture p of the .mov at `path` is source frame frames[p], shown at pts[p] seconds.
 
     frames, offsets, sizes (n,) int64, checksums (n,) uint32, pts (n,) float64: source frame indices (ascending), where
-    each JPEG lies in the file, how many bytes it has, and their CRC-32. width, height: pixels of the pictures.
-    duration: seconds that the source video's clock shows at its end.
+    each JPEG lies in the file, how many bytes it has, and their CRC-32. They are read from the file `index` (last
+    changed at `changed` ns) when they are asked for, and those of the entries used last are held. width, height: pixels
+    of the pictures. info: of the source video.
     """
 
     name: str
     path: Path
-    frames: np.ndarray
-    pts: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-    checksums: np.ndarray
+    index: str
+    changed: int
     width: int
     height: int
-    duration: float
+    info: VideoInfo
+
+    @property
+    def frames(self) -> np.ndarray:
+        return _held_index(self.index, self.changed).frames
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return _held_index(self.index, self.changed).offsets
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return _held_index(self.index, self.changed).sizes
+
+    @property
+    def checksums(self) -> np.ndarray:
+        return _held_index(self.index, self.changed).checksums
+
+    @property
+    def pts(self) -> np.ndarray:
+        # of the probe, not of the index: an entry may be older than what is known of the file's clock
+        times: np.ndarray = self.info.pts[self.frames]
+        return times
+
+    @property
+    def duration(self) -> float:
+        """Seconds that the source video's clock shows at its end."""
+        return self.info.duration
 
     def positions(self, frames: np.ndarray) -> np.ndarray:
         """Positions (int64, same shape) of source frames; ValueError if one of them is not in the cache."""
-        frames = np.asarray(frames, dtype=np.int64)
-        positions = np.minimum(np.searchsorted(self.frames, frames), len(self.frames) - 1)
-        absent = frames[self.frames[positions] != frames]
+        frames, cached = np.asarray(frames, dtype=np.int64), self.frames
+        positions = np.minimum(np.searchsorted(cached, frames), len(cached) - 1)
+        absent = frames[cached[positions] != frames]
         if absent.size:
-            raise ValueError(f"frame {absent.flat[0]} of {self.name} is not among the {len(self.frames)} cached ones")
+            raise ValueError(f"frame {absent.flat[0]} of {self.name} is not among the {len(cached)} cached ones")
         return positions.astype(np.int64)
 
     def read(self, positions: np.ndarray) -> list[np.ndarray]:
@@ -89,15 +125,16 @@ class CachedVideo:
         when a picture is not what was written; the entry is then made anew by the next `prepare`.
         """
         pictures = []
+        index = _held_index(self.index, self.changed)
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 for position in np.asarray(positions, dtype=np.int64):
-                    size = int(self.sizes[position])
-                    picture = os.pread(descriptor, size, int(self.offsets[position]))
+                    size = int(index.sizes[position])
+                    picture = os.pread(descriptor, size, int(index.offsets[position]))
                     if len(picture) != size:
                         raise InputError(f"cache file {self.path} is cut off; delete it and run again")
-                    if zlib.crc32(picture) != self.checksums[position]:
+                    if zlib.crc32(picture) != index.checksums[position]:
                         raise self._damaged(int(position))
                     pictures.append(np.frombuffer(picture, dtype=np.uint8))
             finally:
@@ -116,13 +153,60 @@ class CachedVideo:
         return InputError(f"picture {position} of the cache file {self.path} is damaged; {mend}")
 
 
+@dataclass(frozen=True, eq=False)
+class Index:
+    """What the index of an entry holds; see `CachedVideo`. size: pixels, width and height."""
+
+    frames: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    checksums: np.ndarray
+    size: tuple[int, int]
+
+
+def _read_index(path: str, length: int | None = None) -> Index | None:
+    """The index in a file, or None where it is none, or not of pictures in `length` bytes."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            frames, offsets, sizes = (content[name] for name in ("frames", "offsets", "sizes"))
+            checksums = content["checksums"]
+            size = int(content["width"]), int(content["height"])
+    except Exception:  # damaged bytes can make the readers of .npz and .npy raise anything
+        return None
+    shape = frames.shape
+    if not (
+        len(shape) == 1
+        and all(numbers.dtype == np.int64 and numbers.shape == shape for numbers in (frames, offsets, sizes))
+        and checksums.dtype == np.uint32
+        and checksums.shape == shape
+        and bool(np.all((sizes > 0) & (offsets >= 0)))
+        and (length is None or bool(np.all((sizes <= length) & (offsets <= length - sizes))))
+    ):
+        return None
+    return Index(frames, offsets, sizes, checksums, size)
+
+
+@functools.lru_cache(INDICES_HELD)
+def _held_index(path: str, changed: int) -> Index:
+    """The index of an entry that was found complete. Raises InputError where it is no more."""
+    index = _read_index(path)
+    if index is None:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise InputError(f"the index {path} of the frame cache is damaged or gone; run again, and it is made anew")
+    return index
+
+
 @dataclass(frozen=True)
 class CacheRequest:
-    """Keep the source frames `frames` (int64, sorted, unique, not empty) of one probed video under `name`."""
+    """Keep the source frames `frames` (int64, sorted, unique, not empty) of one probed video under `name`. `grid`: a
+    text that says how the frames are chosen of any video; empty where nothing does.
+    """
 
     name: str
     info: VideoInfo
     frames: np.ndarray
+    grid: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,7 +239,7 @@ def estimate_bytes(requests: Sequence[CacheRequest], side: int) -> int:
 
 
 def prepare(
-    requests: Sequence[CacheRequest],
+    requests: Collection[CacheRequest],
     folder: Path,
     short_side: int,
     workers: int | None = None,
@@ -163,6 +247,9 @@ def prepare(
     engine: str | None = None,
     note: Callable[[str], None] | None = None,
     engine_workers: int = ENGINE_WORKERS,
+    *,
+    alone: bool = True,
+    known: Catalogue | None = None,
 ) -> tuple[dict[str, CachedVideo], list[Skipped]]:
     """Makes every requested entry that `folder` lacks, and returns all entries by name and the videos that failed.
 
@@ -170,17 +257,17 @@ def prepare(
     (videos done, videos in all, what was just done). `engine` is the device whose video engine decodes, as "cuda:0" (or
     "cpu", where DALI decodes VP9 and MJPEG), by default in `engine_workers` processes at most; PyAV decodes what it
     cannot, and everything without one. `note` is told at most once, which of the two decoded how many videos and why.
-    May be killed at any time and run again. Several runs may share a folder: they take turns.
+    May be killed at any time and run again. Several runs may share a folder: they take turns. Where not `alone`, they
+    work side by side, on this machine and on others, each in an order of its own; an entry that two are making at once
+    is kept of the one that ends first. Entries that the catalogue `known` holds are not opened.
 
     Raises InputError when the folder cannot be written, the estimated size exceeds the free space, or an entry must be
     made without PyAV. ValueError for two requests of one name, no frames, or a short side below 2.
     """
     folder = Path(folder)
-    names = [request.name for request in requests]
-    if len(set(names)) < len(names):
-        raise ValueError("two requests have the same name")
-    if short_side < 2 or any(len(request.frames) == 0 for request in requests):
-        raise ValueError("short_side must be at least 2, and each request needs at least one frame")
+    if short_side < 2:
+        raise ValueError("short_side must be at least 2")
+    names: dict[str, None] = {}
     cached: dict[str, CachedVideo] = {}
     skipped: list[Skipped] = []
 
@@ -188,10 +275,10 @@ def prepare(
         if progress is not None:
             progress(len(cached) + len(skipped), len(requests), what)
 
-    def take_complete(waiting: Sequence[CacheRequest]) -> list[CacheRequest]:
+    def take_complete(waiting: Iterable[CacheRequest]) -> list[CacheRequest]:
         pending = []
         for request in waiting:
-            entry = _load(request, folder, short_side)
+            entry = _load(request, folder, short_side, known)
             if entry is None:
                 pending.append(request)
             else:
@@ -199,10 +286,23 @@ def prepare(
                 tell(request.name)
         return pending
 
-    pending = take_complete(requests)
+    def sound() -> Iterator[CacheRequest]:
+        for request in requests:
+            if request.name in names:
+                raise ValueError("two requests have the same name")
+            if len(request.frames) == 0:
+                raise ValueError("each request needs at least one frame")
+            names[request.name] = None
+            yield request
+
+    pending = take_complete(sound())
     if pending:
-        with _lock(folder, tell) as lock:
+        with _held(folder, tell, alone) as lock:
             pending = take_complete(pending)
+            # the longest first, so that no long one is left for the end; side by side, not all the same one
+            pending.sort(key=lambda request: -len(request.info.pts))
+            if not alone:
+                random.shuffle(pending)
             _check_free_space(pending, folder, short_side)
             cores = len(os.sched_getaffinity(0))
             missing = nvdec.missing(engine) if engine is not None else ""
@@ -247,12 +347,41 @@ def _who_decoded(videos: int, missing: str, refused: Sequence[tuple[str, str]]) 
     return f"the GPU's video engine (NVDEC) decoded {done} of {videos} videos, PyAV the others: {reasons}"
 
 
-def _entry_path(request: CacheRequest, folder: Path, short_side: int) -> Path:
+def remembered(
+    name: str, info: VideoInfo, grid: str, folder: Path, short_side: int, known: Catalogue
+) -> CachedVideo | None:
+    """The entry that a catalogue knows a video to have for a grid, without finding the grid's frames; None where it
+    knows none, or the files have changed.
+    """
+    stem = known.stem_of(info, grid)
+    if stem is None:
+        return None
+    base = os.path.join(folder, stem[-10:-8], stem)
+    try:
+        stamps = Stamps.of(f"{base}.npz", f"{base}.mov")
+    except OSError:
+        return None
+    if not known.holds(stem, stamps):
+        return None
+    width, height = cached_size(info, short_side)
+    return CachedVideo(name, Path(f"{base}.mov"), f"{base}.npz", stamps.of_index[1], width, height, info)
+
+
+def lookup(
+    requests: Iterable[CacheRequest], folder: Path, short_side: int, known: Catalogue | None = None
+) -> dict[str, CachedVideo]:
+    """The entries that are there and complete, by name; nothing is made."""
+    found = {request.name: _load(request, folder, short_side, known) for request in requests}
+    return {name: entry for name, entry in found.items() if entry is not None}
+
+
+def entry_path(request: CacheRequest, folder: Path, short_side: int) -> Path:
+    """Where the pictures of a request are, once they are made."""
     info = request.info
-    facts = f"{_FORMAT_VERSION}|{info.path.resolve()}|{info.size}|{info.mtime_ns}|{short_side}|"
+    facts = f"{_FORMAT_VERSION}|{real_path(info.path)}|{info.size}|{info.mtime_ns}|{short_side}|"
     digest = hashlib.sha256(facts.encode("utf-8", "surrogateescape"))
     digest.update(np.ascontiguousarray(request.frames, dtype="<i8").tobytes())
-    return folder / f"{_readable(request.name)}-{digest.hexdigest()[:10]}.mov"
+    return folder / digest.hexdigest()[:2] / f"{_readable(request.name)}-{digest.hexdigest()[:10]}.mov"
 
 
 def _index_path(pictures: Path) -> Path:
@@ -277,40 +406,22 @@ def _readable(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
 
 
-def _load(request: CacheRequest, folder: Path, short_side: int) -> CachedVideo | None:
+def _load(request: CacheRequest, folder: Path, short_side: int, known: Catalogue | None = None) -> CachedVideo | None:
     """The complete entry for `request`, or None where there is none, or where it does not fit its files."""
-    path = _entry_path(request, folder, short_side)
-    width, height = cached_size(request.info, short_side)
+    path = entry_path(request, folder, short_side)
+    index_path = _index_path(path)
     try:
-        with np.load(_index_path(path), allow_pickle=False) as index:
-            frames, offsets, sizes = (index[name] for name in ("frames", "offsets", "sizes"))
-            checksums = index["checksums"]
-            size = int(index["width"]), int(index["height"])
-        length = path.stat().st_size
-    except Exception:  # damaged bytes can make the readers of .npz and .npy raise anything
+        stamps = Stamps.of(index_path, path)
+    except OSError:
         return None
-    if not (
-        all(numbers.dtype == np.int64 and numbers.shape == request.frames.shape for numbers in (frames, offsets, sizes))
-        and checksums.dtype == np.uint32
-        and checksums.shape == frames.shape
-        and np.array_equal(frames, request.frames)
-        and bool(np.all((sizes > 0) & (sizes <= length) & (offsets >= 0) & (offsets <= length - sizes)))
-        and size == (width, height)
-    ):
-        return None
-    return CachedVideo(
-        name=request.name,
-        path=path,
-        frames=frames,
-        # of the probe, not of the index: an entry may be older than what is known of the file's clock
-        pts=request.info.pts[request.frames],
-        offsets=offsets,
-        sizes=sizes,
-        checksums=checksums,
-        width=width,
-        height=height,
-        duration=request.info.duration,
-    )
+    width, height = cached_size(request.info, short_side)
+    if known is None or not known.holds(path.stem, stamps):
+        index = _read_index(str(index_path), stamps.of_pictures[0])
+        if index is None or not np.array_equal(index.frames, request.frames) or index.size != (width, height):
+            return None
+    if known is not None:
+        known.add_entry(path.stem, stamps, request.info, request.grid)
+    return CachedVideo(request.name, path, str(index_path), stamps.of_index[1], width, height, request.info)
 
 
 @contextlib.contextmanager
@@ -329,31 +440,67 @@ def _writing_to(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path, tell: Callable[[str], None]) -> Iterator[int]:
-    """Makes `folder` and holds it for this run alone; yields the descriptor that holds the lock.
+def _held(folder: Path, tell: Callable[[str], None], alone: bool) -> Iterator[int | None]:
+    """Makes `folder`, clears it of what killed runs have left, and, if `alone`, holds it for this run; then yields the
+    descriptor that holds the lock.
 
     The lock goes when the last process that has the descriptor ends, however it ends.
     """
     with contextlib.ExitStack() as stack:
         with _writing_to(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(folder / ".lock", "wb"))
+            (folder / PARTIAL).mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / ".lock", "wb")) if alone else None
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if file is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                assert file is not None
                 tell(f"waiting for another run that writes to {folder}")
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
-                # some network file systems have no locks; there, runs that share a folder must not overlap
+                # some network file systems have no locks; there, runs that share a folder work side by side
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                     raise
             _remove_partial(folder)
-        yield file.fileno()
+            _put_into_place(folder)
+        yield None if file is None else file.fileno()
+
+
+@functools.cache
+def _machine() -> str:
+    """Tells this machine, since it was started, and this container's processes from others that share a folder."""
+    facts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("|".join(facts).encode()).hexdigest()[:8]
+
+
+def _partial(path: Path, folder: Path) -> Path:
+    """Where this process writes a file before it gets its name."""
+    return folder / PARTIAL / f"{path.name}.{_machine()}-{os.getpid()}.partial"
 
 
 def _remove_partial(folder: Path) -> None:
-    for leftover in folder.glob("*.partial"):
-        leftover.unlink(missing_ok=True)
+    """Removes what killed runs have left: of this machine where the process has ended, of others after a day."""
+    for leftover in (*folder.glob("*.partial"), *(folder / PARTIAL).glob("*.partial")):
+        writer = re.fullmatch(r".*\.([0-9a-f]{8})-(\d+)\.partial", leftover.name)
+        with contextlib.suppress(OSError):
+            if writer is None or (
+                not files.is_alive(writer[2])
+                if writer[1] == _machine()
+                else time.time() - leftover.stat().st_mtime > ABANDONED
+            ):
+                leftover.unlink()
+
+
+def _put_into_place(folder: Path) -> None:
+    """Entries that lie in `folder` itself go to the folder of their hash."""
+    for index in folder.glob(f"*-{'[0-9a-f]' * 10}.npz"):
+        place = folder / index.stem[-10:-8]
+        with contextlib.suppress(FileNotFoundError):  # another run is doing the same
+            place.mkdir(exist_ok=True)
+            for path in (index.with_suffix(".mov"), index):
+                path.replace(place / path.name)
 
 
 def _check_free_space(requests: Sequence[CacheRequest], folder: Path, short_side: int) -> None:
@@ -373,9 +520,10 @@ def _make_entry(
     import av
 
     refused = ""
-    path = _entry_path(request, folder, short_side)
-    partial = path.with_name(path.name + ".partial")
-    partial_index = path.with_name(_index_path(path).name + ".partial")
+    path = entry_path(request, folder, short_side)
+    if (entry := _load(request, folder, short_side)) is not None:  # of a run beside this one
+        return _Made(entry)
+    partial, partial_index = _partial(path, folder), _partial(_index_path(path), folder)
     try:
         with _writing_to(folder):
             try:
@@ -397,8 +545,10 @@ def _make_entry(
                 )
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
-            os.replace(partial_index, _index_path(path))
+            path.parent.mkdir(exist_ok=True)
+            if _load(request, folder, short_side) is None:
+                os.replace(partial, path)
+                os.replace(partial_index, _index_path(path))
     except VideoError as error:
         return _Made(Skipped(request.name, str(request.info.path), str(error)), refused)
     except av.FFmpegError as error:
@@ -420,18 +570,18 @@ def _in_processes(
     short_side: int,
     workers: int,
     threads: int,
-    lock: int,
+    lock: int | None,
     engine: str | None = None,
 ) -> Generator[tuple[CacheRequest, _Made]]:
-    """Results in the order in which they are finished, from `workers` processes with `threads` decoder threads each.
+    """Results in the order in which they are finished, from `workers` processes with `threads` decoder threads each,
+    which take up `pending` in its order.
 
     Plain processes that run `serve_requests`, and not a pool of multiprocessing: that would import the caller's main
     module, and torch with it, into every worker, and could not tell which video crashed one. Workers hold the lock
     too, so when this process is killed no other run touches the folder before they have ended. A video whose worker
     dies while `engine` decodes is decoded once more, by PyAV.
     """
-    # the longest first, so that no long one is left for the end
-    todo = sorted(pending, key=lambda request: len(request.info.pts))
+    todo = list(reversed(pending))
     finished: queue.SimpleQueue[tuple[CacheRequest, _Made] | BaseException] = queue.SimpleQueue()
     processes: list[subprocess.Popen[bytes]] = []
     changing = threading.Lock()
@@ -497,7 +647,7 @@ def _in_processes(
         _remove_partial(folder)
 
 
-def _start_worker(lock: int) -> subprocess.Popen[bytes]:
+def _start_worker(lock: int | None) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     # the package may be importable only through this process's own path, as in a checkout
     root = str(Path(__file__).resolve().parents[2])
@@ -507,7 +657,7 @@ def _start_worker(lock: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
-        pass_fds=(lock,),
+        pass_fds=() if lock is None else (lock,),
     )
     assert worker.stdout is not None
     if worker.stdout.read(len(_READY)) != _READY:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from lofi_fast.data.cache import estimate_bytes
@@ -15,25 +17,29 @@ OF_A_PICTURE = 40  # bytes beside it, in the index and in the file's own tables
 OF_A_VIDEO = 3000  # bytes beside its pictures
 
 
-def cache_bytes(found: Survey) -> dict[str, int]:
-    """Bytes on the disk by name of the video, within some 15% of the whole.
+def cache_bytes(found: Survey, names: Collection[str] | None = None) -> dict[str, int]:
+    """Bytes on the disk by name of the video (of those in `names` alone), within some 15% of the whole.
 
     Pictures of a size differ by a factor of five in bytes, by what they show. So a few are made, of `LOOKED_AT` videos
     at most; their ratio to what their size alone lets expect (`estimate_bytes`) holds for all others.
     """
     side = cache_side(found.config.full)
-    requests = {one.name: cache_request(one, found.grids(one)) for one in found.videos}
-    expected = {name: estimate_bytes([request], side) for name, request in requests.items()}
-    places = np.linspace(0, len(found.videos) - 1, min(LOOKED_AT, len(found.videos))).round().astype(int)
+    videos = [one for one in found.videos if names is None or one.name in names]
+    expected: dict[str, int] = {}
+    pictures: dict[str, int] = {}
+    for one in videos:
+        request = cache_request(one, found.grids(one))
+        expected[one.name], pictures[one.name] = estimate_bytes([request], side), len(request.frames)
+    places = np.linspace(0, len(videos) - 1, min(LOOKED_AT, len(videos))).round().astype(int)
     ratios: dict[str, float] = {}
-    for one in (found.videos[place] for place in places):
+    for one in (videos[place] for place in places):
         mean = _mean_bytes(one, side)
         if mean is not None:
-            ratios[one.name] = mean * len(requests[one.name].frames) / expected[one.name]
+            ratios[one.name] = mean * pictures[one.name] / expected[one.name]
     usual = float(np.mean(list(ratios.values()))) if ratios else 1.0
     return {
-        name: round(expected[name] * ratios.get(name, usual)) + OF_A_PICTURE * len(request.frames) + OF_A_VIDEO
-        for name, request in requests.items()
+        name: round(expected[name] * ratios.get(name, usual)) + OF_A_PICTURE * count + OF_A_VIDEO
+        for name, count in pictures.items()
     }
 
 

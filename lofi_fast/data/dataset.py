@@ -24,14 +24,14 @@ from lofi_fast.data.pipeline import FrameRequest, View
 from lofi_fast.data.survey import (
     CROP_OF_CACHED,
     Progress,
+    Requests,
     Survey,
-    cache_request,
     cache_side,
     divided,
     require_usable,
     survey,
 )
-from lofi_fast.data.windows import Window
+from lofi_fast.data.windows import Window, full_grid
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, select_snippets
 from lofi_fast.gpu import send
@@ -43,6 +43,22 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class FullGrid:
+    """The positions in the cache of a window's full grid, (num_snippets, 8), found when they are asked for: those of
+    all videos would be gigabytes.
+    """
+
+    cached: CachedVideo
+    window: Window
+    num_snippets: int
+    frame_stride: int
+
+    def positions(self) -> NDArray[np.int64]:
+        frames = full_grid(self.cached.info, self.window, self.num_snippets, self.frame_stride)
+        return self.cached.positions(frames)
+
+
+@dataclass(frozen=True)
 class Sample:
     """One window of one video: its frames in the cache and its labels."""
 
@@ -51,7 +67,12 @@ class Sample:
     segments: Array  # (G, 2) seconds, those that touch the window
     labels: NDArray[np.int64]  # (G,) indices into the class list
     cached: CachedVideo
-    grid: NDArray[np.int64]  # (L, 8) positions in the cache, full fidelity
+    places: NDArray[np.int64] | FullGrid  # what `grid` is, or is made of
+
+    @property
+    def grid(self) -> NDArray[np.int64]:
+        """(L, 8) positions in the cache, full fidelity."""
+        return self.places.positions() if isinstance(self.places, FullGrid) else self.places
 
 
 @dataclass(frozen=True)
@@ -96,18 +117,20 @@ def cached_dataset(
     if found.refused is not None:
         raise InputError(found.refused)
     config = found.config
-    grids = {one.name: found.grids(one) for one in found.videos}
-    requests = [cache_request(one, grids[one.name]) for one in found.videos]
     notes = list(found.notes)
-    cached, undecodable = prepare(
-        requests,
+    cached = found.remembered(cache)
+    more, undecodable = prepare(
+        Requests(found, frozenset(one.name for one in found.videos if one.name not in cached)),
         cache,
         cache_side(config.full),
         progress=progress,
         engine=engine,
         note=notes.append,
         engine_workers=engine_workers,
+        known=found.known,
     )
+    cached |= more
+    found.known.save()
     if undecodable:
         found, division = divided(replace(found, skipped=(*found.skipped, *undecodable)), cached)
         notes += division
@@ -122,11 +145,11 @@ def cached_dataset(
         kept[video.subset].append(video)
         segments = np.array([(s.start, s.end) for s in video.segments], dtype=np.float64).reshape(-1, 2)
         labels = np.array([classes.index(s.label) for s in video.segments], dtype=np.int64)
-        for window, frames in zip(found.windows[video.name], grids[video.name], strict=True):
+        for window in found.windows[video.name]:
             touching = (segments[:, 1] > window.start) & (segments[:, 0] < window.end)
             entry = cached[video.name]
-            positions = entry.positions(frames.ravel()).reshape(frames.shape)
-            samples[video.subset].append(Sample(index, window, segments[touching], labels[touching], entry, positions))
+            grid = FullGrid(entry, window, config.full.num_snippets, config.data.frame_stride)
+            samples[video.subset].append(Sample(index, window, segments[touching], labels[touching], entry, grid))
             index += 1
     return Dataset(
         classes,

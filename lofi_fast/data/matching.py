@@ -276,4 +276,4 @@ def _files_below(folder: Path, wanted: Callable[[Path], bool], flag: str = "") -
             continue
         visited.add(real)
         found += [path for path in (Path(root, file) for file in files) if wanted(path)]
-    return sorted(found)
+    return sorted(found, key=lambda path: path.parts)  # compared as paths are, but taken apart once

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lofi_fast import __version__
 from lofi_fast.config import Config
 from lofi_fast.data.annotations import UNASSIGNED, Annotations, Video, clip_to_duration, load_annotations
-from lofi_fast.data.cache import CacheRequest, Skipped
+from lofi_fast.data.cache import CachedVideo, CacheRequest, Skipped, remembered
+from lofi_fast.data.catalogue import Catalogue
 from lofi_fast.data.grid import FOUND, Grid, Labelled, Share, best_tiou, choose_window, share, shares
 from lofi_fast.data.matching import match_videos
 from lofi_fast.data.plausibility import check_times
@@ -36,6 +39,7 @@ CROP_OF_CACHED = 7 / 8  # a 224 px crop out of a 256 px frame, and the same shar
 LOST_WARNED = 0.1  # share of the training segments that cannot be found, from which on it is a warning
 LEAST_FOUND = 0.05  # share of the training segments that must be found; with fewer, training teaches little but rests
 REPEATS = 8  # times that each frame of the longest window is shown, from which on there are far too many snippets
+SAVED_EVERY = 60.0  # seconds of probing, after which what was found out is kept, should the run be stopped
 GLANCE = 65_536  # bytes of a file that are compared with another's at three places
 Progress = Callable[[int, int, str], None]
 
@@ -61,7 +65,8 @@ class Survey:
     """What is known of a data set before anything is decoded.
 
     window: seconds, None for whole videos. tried: what other windows would make of the training segments. warnings:
-    notes that are to be shown loudly. refused: why no training can start, in one sentence, or None.
+    notes that are to be shown loudly. refused: why no training can start, in one sentence, or None. known: what was
+    found out about files, now or before.
     """
 
     config: Config
@@ -74,6 +79,7 @@ class Survey:
     refused: str | None = None
     window: float | None = None
     tried: tuple[Share, ...] = ()
+    known: Catalogue = field(default_factory=Catalogue)
 
     @property
     def grid(self) -> Grid:
@@ -119,6 +125,39 @@ class Survey:
             for window in self.windows[one.name]
         ]
 
+    @property
+    def grid_text(self) -> str:
+        """How the frames of any video are chosen, as a catalogue has it."""
+        of = self.config
+        return f"{__version__} {self.window} {of.data.overlap} {of.full} {of.data.frame_stride} {cache_side(of.full)}"
+
+    def remembered(self, cache: Path) -> dict[str, CachedVideo]:
+        """The entries that are there by what the catalogue knows; for those of other videos frames must be found."""
+        grid, side = self.grid_text, cache_side(self.config.full)
+        found = ((one.name, remembered(one.name, one.info, grid, cache, side, self.known)) for one in self.videos)
+        return {name: entry for name, entry in found if entry is not None}
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What the cache is asked for, for each video of a survey (`names`: of these). They are made one at a time: their
+    frames would be gigabytes.
+    """
+
+    found: Survey
+    names: frozenset[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.found.videos if self.names is None else self.names)
+
+    def __contains__(self, request: object) -> bool:
+        return any(request == other for other in self)
+
+    def __iter__(self) -> Iterator[CacheRequest]:
+        for one in self.found.videos:
+            if self.names is None or one.name in self.names:
+                yield replace(cache_request(one, self.found.grids(one)), grid=self.found.grid_text)
+
 
 def cache_request(one: Surveyed, grids: Sequence[NDArray[np.int64]]) -> CacheRequest:
     """The frames of a video that the cache keeps: those of the grids of all its windows."""
@@ -130,21 +169,29 @@ def cache_side(full: Fidelity) -> int:
     return 2 * round(full.side / CROP_OF_CACHED / 2)
 
 
-def survey(config: Config, annotations_path: Path, videos: Path, progress: Progress = lambda *_: None) -> Survey:
+def survey(
+    config: Config,
+    annotations_path: Path,
+    videos: Path,
+    progress: Progress = lambda *_: None,
+    known: Catalogue | None = None,
+) -> Survey:
     """Read the labels, find and probe the files, and see whether a training as `config` says could start.
 
-    `progress` is told (files probed, files in all, name). What no training can start with is in `Survey.refused`, with
-    all else that could be found out. Raises InputError for labels that cannot be read, and without PyAV.
+    `progress` is told (files probed, files in all, name). Files that a catalogue knows are not opened. What no training
+    can start with is in `Survey.refused`, with all else that could be found out. Raises InputError for labels that
+    cannot be read, and without PyAV.
     """
     annotations = load_annotations(annotations_path, clip=False)
     wanted, evaluated = _wanted(annotations, annotations_path)
-    found = Survey(config, annotations_path, annotations, (), (), (*annotations.notes, *evaluated))
+    known = known or Catalogue()
+    found = Survey(config, annotations_path, annotations, (), (), (*annotations.notes, *evaluated), known=known)
     try:
         matches = match_videos(videos, [video.name for video in wanted])
     except InputError as error:
         return replace(found, refused=str(error))
     absent = [Skipped(name, str(videos / name), why) for name, why in (matches.absent | matches.unclear).items()]
-    infos, unreadable = _probe_all(matches.paths, progress)
+    infos, unreadable = _probe_all(matches.paths, progress, known)
     found = replace(found, skipped=(*absent, *unreadable), notes=(*found.notes, *matches.notes))
     if matches.unclear:
         more = f" (and {len(matches.unclear) - 1} more names that are as unclear)" if len(matches.unclear) > 1 else ""
@@ -186,20 +233,31 @@ def _probe(path: Path) -> VideoInfo | VideoError:
         return error
 
 
-def _probe_all(paths: Mapping[str, Path], progress: Progress) -> tuple[dict[str, VideoInfo], list[Skipped]]:
+def _probe_all(
+    paths: Mapping[str, Path], progress: Progress, known: Catalogue
+) -> tuple[dict[str, VideoInfo], list[Skipped]]:
     """What can be used, and what cannot be read or holds less than a snippet."""
-    infos: dict[str, VideoInfo] = {}
+    infos = {name: info for name, path in paths.items() if (info := known.info(path)) is not None}
+    new = {name: path for name, path in paths.items() if name not in infos}
+    if infos:
+        progress(len(infos), len(paths), f"{len(infos)} that are known")
     skipped, short = [], []
-    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1) or 1) as pool:
-        results = pool.map(_probe, paths.values())
-        for number, ((name, path), result) in enumerate(zip(paths.items(), results, strict=True), 1):
+    saved = time.monotonic()
+    with ThreadPoolExecutor(min(len(new), os.cpu_count() or 1) or 1) as pool:
+        results = pool.map(_probe, new.values())
+        for number, ((name, path), result) in enumerate(zip(new.items(), results, strict=True), len(paths) - len(new)):
             if isinstance(result, VideoError):
                 skipped.append(Skipped(name, str(path), str(result)))
-            elif len(result.pts) < FRAMES_PER_SNIPPET:
-                short.append(Skipped(name, str(path), f"{len(result.pts)} frames are less than one snippet of 8"))
             else:
-                infos[name] = result
-            progress(number, len(paths), name)
+                infos[name] = known.add_info(result)
+            progress(number + 1, len(paths), name)
+            if time.monotonic() - saved > SAVED_EVERY:
+                known.save()
+                saved = time.monotonic()
+    for name, path in paths.items():
+        if name in infos and len(infos[name].pts) < FRAMES_PER_SNIPPET:
+            number = len(infos.pop(name).pts)
+            short.append(Skipped(name, str(path), f"{number} frames are less than one snippet of 8"))
     return infos, [*skipped, *sorted(short, key=lambda one: one.name)]
 
 

@@ -23,6 +23,7 @@ from lofi_fast import __version__, files
 from lofi_fast.budget import gigabytes
 from lofi_fast.config import STAGES, Config, memory_settings
 from lofi_fast.data.dataset import Dataset, Sampler
+from lofi_fast.data.inventory import cache_folder
 from lofi_fast.data.pipeline import FramePipeline, pictures_of_a_run
 from lofi_fast.encoder.protocol import Encoder
 from lofi_fast.encoder.weights import load_encoder_weights
@@ -37,7 +38,6 @@ from lofi_fast.memory.trial import Choice, Reading, Trials
 from lofi_fast.precision import Precision
 from lofi_fast.run import checkpoint, events, trained_on
 from lofi_fast.run.checkpoint import Position
-from lofi_fast.run.folder import cache_folder
 from lofi_fast.run.log import RunLog
 from lofi_fast.run.networks import Networks
 from lofi_fast.run.seeds import seed_of

@@ -22,7 +22,9 @@ from lofi_fast import encoder as encoders
 from lofi_fast.budget import gigabytes, resolve_budget
 from lofi_fast.config import PLANNED_FOR, Config
 from lofi_fast.data import cache, demo, nvdec
+from lofi_fast.data.catalogue import Catalogue
 from lofi_fast.data.dataset import Dataset, cached_dataset
+from lofi_fast.data.inventory import cache_folder, record_use
 from lofi_fast.data.packages import require_dali, require_pyav
 from lofi_fast.data.survey import Survey, survey
 from lofi_fast.encoder.weights import check_encoder_weights
@@ -37,7 +39,7 @@ from lofi_fast.optim import Implementation, choose_implementation
 from lofi_fast.precision import Precision, choose_device, choose_precision
 from lofi_fast.presets import weights_warning
 from lofi_fast.run import events
-from lofi_fast.run.folder import cache_folder, choose_folder, run_folder
+from lofi_fast.run.folder import choose_folder, run_folder
 from lofi_fast.run.log import RunLog
 from lofi_fast.run.networks import Networks
 from lofi_fast.run.state import Machine, Run, environment, open_run
@@ -217,12 +219,15 @@ def prepare(config: Config, log: RunLog, room: int) -> Dataset:
                 root / "demo", progress=lambda done, total, name: advance(done, name, total)
             )
     with log.progress("looking at the videos", 1) as advance:
-        found = survey(config, annotations, videos, lambda done, total, name: advance(done, name, total))
+        known = Catalogue(root / "frames")
+        found = survey(config, annotations, videos, lambda done, total, name: advance(done, name, total), known)
     tell(found, log)
+    known.save()
     with log.progress("frame cache", 1) as advance:
         dataset = cached_dataset(
             found, root / "frames", lambda d, t, name: advance(d, name, t), *video_engine(config, room)
         )
+    record_use(root / "frames", Path(config.out), {s.cached.path for of in dataset.samples.values() for s in of})
     for note in dataset.notes[len(found.warnings) + len(found.notes) :]:
         log.say(f"note: {note}")
     for skipped in dataset.skipped:
