@@ -205,7 +205,7 @@ def measured(folder: Path) -> Row:
         dataset = cached_dataset(found, folder / "cache" / "frames", lambda *_: None)
     with part("record of use"):
         record_use(
-            folder / "cache" / "frames", folder / "run", {s.cached.path for of in dataset.samples.values() for s in of}
+            folder / "cache" / "frames", folder / "run", (s.cached.place for of in dataset.samples.values() for s in of)
         )
     with part("record of data"):
         digest(record_of(dataset, config))
