@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -19,9 +20,14 @@ from av.video.frame import VideoFrame
 
 import lofi_fast
 from lofi_fast import __main__ as program
+from lofi_fast.config import Config
+from lofi_fast.data.catalogue import Catalogue
 from lofi_fast.data.inventory import inventory, record_use
+from lofi_fast.data.survey import survey
 from lofi_fast.errors import InputError
 from lofi_fast.prepare import Shard
+from lofi_fast.presets import configured
+from lofi_fast.settings import read
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 16
@@ -227,6 +233,18 @@ def test_training_afterwards_decodes_nothing(data: Path, whole: Path, tmp_path: 
     assert {entry.runs for entry in entries} == {(str(tmp_path / "run"),)}
 
 
+def test_a_start_afterwards_opens_no_entry(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made is in the catalogue, but for what was made so late that it might still change unnoticed."""
+    monkeypatch.setattr("lofi_fast.data.catalogue.FRESH", -1.0)  # as if every entry had aged
+    settings: dict[str, Any] = {"preset": "small", "fidelity": "16x48", "frame_stride": 1, "window": "video"}
+    where = {"annotations": data / "labels.json", "videos": data / "videos"}
+    assert lofi_fast.prepare(**where, cache=tmp_path, **settings).made == COUNT
+    frames = tmp_path / "frames"
+    config = configured(read(Config, {**where, **settings}), cuda=lambda: False)
+    found = survey(config, where["annotations"], where["videos"], known=Catalogue(frames))
+    assert len(found.remembered(frames)) == COUNT
+
+
 def test_list_and_clean(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = tmp_path / "cache"
     assert prepare(data, cache) == 0
@@ -234,8 +252,8 @@ def test_list_and_clean(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     entries = inventory(frames)
     first, second = tmp_path / "first", tmp_path / "second"
     second.mkdir()
-    record_use(frames, first, [entry.stem.with_suffix(".mov") for entry in entries[:10]])
-    record_use(frames, second, [entry.stem.with_suffix(".mov") for entry in entries[6:12]])
+    record_use(frames, first, [str(entry.stem) for entry in entries[:10]])
+    record_use(frames, second, [str(entry.stem) for entry in entries[6:12]])
     capsys.readouterr()
 
     assert program.main(["prepare", "--cache", str(cache), "--list"]) == 0

@@ -2,7 +2,7 @@
 videos.
 
 The labels are ActivityNet's where `--annotations` names its file, repeated under other names as often as is needed, or
-made up. Videos and cache entries are made up: files of one byte, what a probe would have found out about them, and
+made up. Videos and cache entries are made up: files of zeros, what a probe would have found out about them, and
 indices of pictures that are not there. Everything that a training does before it plans its stages is done with them.
 """
 
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ COUNTS = (1_000, 20_000)
 RATE, TICK = 30, 512  # frames a second, and ticks of 1/15360 s from one to the next
 KEY_EVERY = 60  # frames from one key frame to the next
 PICTURE = 9000  # bytes of one that is not there
+SMALLEST = 1_000_000  # bytes of a video, that takes none on the disk; each has another size
 LINKS = 30_000  # names of one file; ext4 allows 65,000
 A_FOLDER = 4_000  # videos in one
 
@@ -102,7 +104,8 @@ def make(folder: Path, count: int, annotations: Path | None, seconds: float | No
         path = folder / "videos" / f"{number // A_FOLDER:04d}" / f"{name}.mp4"
         if number % A_FOLDER == 0:
             path.parent.mkdir(parents=True)
-        path.write_bytes(b"x")
+        path.touch()
+        os.truncate(path, SMALLEST + number)
         if video["duration"] not in infos:
             info = _info(video["duration"])
             [window] = cut_windows(name, info.duration, None, 0.5)
@@ -111,7 +114,8 @@ def make(folder: Path, count: int, annotations: Path | None, seconds: float | No
             )  # fmt: skip
         info, wanted = infos[video["duration"]]
         info = known.add_info(_at(info, path))
-        _entry(entry_path(CacheRequest(name, info, wanted), frames, cache_side(config.full)), wanted, number, firsts)
+        entry = entry_path(CacheRequest(name, info, wanted), frames, cache_side(config.full))
+        _entry(entry, wanted, number, firsts)
     known.save()
 
 
@@ -146,7 +150,8 @@ def _info(duration: float) -> VideoInfo:
 
 
 def _at(info: VideoInfo, path: Path) -> VideoInfo:
-    return VideoInfo(**{**vars(info), "path": path, "mtime_ns": path.stat().st_mtime_ns})
+    status = path.stat()
+    return replace(info, path=path, size=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
 def _entry(path: Path, wanted: NDArray[np.int64], number: int, firsts: dict[tuple[int, int], Path]) -> None:
@@ -200,7 +205,7 @@ def measured(folder: Path) -> Row:
         dataset = cached_dataset(found, folder / "cache" / "frames", lambda *_: None)
     with part("record of use"):
         record_use(
-            folder / "cache" / "frames", folder / "run", {s.cached.path for of in dataset.samples.values() for s in of}
+            folder / "cache" / "frames", folder / "run", (s.cached.place for of in dataset.samples.values() for s in of)
         )
     with part("record of data"):
         digest(record_of(dataset, config))

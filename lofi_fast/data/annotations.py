@@ -17,10 +17,11 @@ import json
 import math
 import os
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ _COLUMNS = ("video", "start", "end", "label")  # that a table of labels must hav
 UNASSIGNED = "unassigned"  # the subset of every video of labels that tell none
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Segment:
     """One action: `start` and `end` in seconds on the file's clock, start <= end."""
 
@@ -44,7 +45,7 @@ class Segment:
     label: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Video:
     """One annotated video. `subset`: training, validation, testing, or UNASSIGNED. `duration` is in seconds, None where
     the labels do not tell it.
@@ -175,6 +176,10 @@ def clip_to_duration(video: Video, duration: float) -> tuple[Video, tuple[str, .
     """
     if not (math.isfinite(duration) and duration > 0):
         raise ValueError(f"duration of {video.name} must be positive seconds, not {duration}")
+    if all(0 <= segment.start < segment.end <= duration for segment in video.segments) and (
+        len({segment.start for segment in video.segments}) == len(video.segments)
+    ):
+        return replace(video, duration=duration), ()  # most are: nothing to repair
     repairs = _Repairs()
     segments = _repaired(video.segments, duration, repairs)
     # zero-length segments were told of when the file was read
@@ -195,7 +200,7 @@ def _repaired(segments: Iterable[Segment], duration: float | None, repairs: _Rep
         if start > end or (start == end and given.start < given.end):
             repairs.counts["outside"] += 1
             continue
-        segment = Segment(start, end, given.label)
+        segment = given if (start, end) == (given.start, given.end) else Segment(start, end, given.label)
         if segment in kept:
             repairs.counts["duplicate"] += 1
             continue
@@ -381,7 +386,7 @@ def _segment(start: object, end: object, label: object, where: str) -> Segment:
         raise InputError(f"{where} needs a label, not {label!r}")
     if any("\ud800" <= character <= "\udfff" for character in label):
         raise InputError(f"{where} has the label {label!r}, which holds half a character")
-    return Segment(start_s, end_s, label.strip())
+    return Segment(start_s, end_s, sys.intern(label.strip()))
 
 
 _CLOCK = re.compile(r"(?:(?P<hours>\d{1,4}):)?(?P<minutes>\d{1,4}):(?P<seconds>\d{1,2}(?:[.,]\d*)?)", re.ASCII)

@@ -21,6 +21,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import io
 import os
 import pickle
 import queue
@@ -29,20 +30,23 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lofi_fast import files
-from lofi_fast.data import nvdec
+from lofi_fast.data import catalogue, nvdec
 from lofi_fast.data.catalogue import Catalogue, Stamps, real_path
 from lofi_fast.data.packages import require_pyav
 from lofi_fast.data.pictures import cached_size, write_pictures, written_pictures
@@ -64,23 +68,30 @@ MOST_DEATHS = 3  # of such processes; then PyAV decodes what is left
 LONGEST_NAME = 180  # bytes of a video's name in names of files; systems allow 255, and more is added
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CachedVideo:
     """A complete entry: picture p of the .mov at `path` is source frame frames[p], shown at pts[p] seconds.
 
-    frames, offsets, sizes (n,) int64, checksums (n,) uint32, pts (n,) float64: source frame indices (ascending), where
-    each JPEG lies in the file, how many bytes it has, and their CRC-32. They are read from the file `index` (last
-    changed at `changed` ns) when they are asked for, and those of the entries used last are held. width, height: pixels
-    of the pictures. info: of the source video.
+    place: the paths of the entry's two files without their suffixes. frames, offsets, sizes (n,) int64, checksums (n,)
+    uint32, pts (n,) float64: source frame indices (ascending), where each JPEG lies in the file, how many bytes it has,
+    and their CRC-32. They are read from the file `index` (last changed at `changed` ns) when they are asked for, and
+    those of the entries used last are held. width, height: pixels of the pictures. info: of the source video.
     """
 
     name: str
-    path: Path
-    index: str
+    place: str
     changed: int
     width: int
     height: int
     info: VideoInfo
+
+    @property
+    def path(self) -> Path:
+        return Path(f"{self.place}.mov")
+
+    @property
+    def index(self) -> str:
+        return f"{self.place}.npz"
 
     @property
     def frames(self) -> np.ndarray:
@@ -167,11 +178,12 @@ class Index:
 def _read_index(path: str, length: int | None = None) -> Index | None:
     """The index in a file, or None where it is none, or not of pictures in `length` bytes."""
     try:
-        with np.load(path, allow_pickle=False) as content:
-            frames, offsets, sizes = (content[name] for name in ("frames", "offsets", "sizes"))
-            checksums = content["checksums"]
-            size = int(content["width"]), int(content["height"])
-    except Exception:  # damaged bytes can make the readers of .npz and .npy raise anything
+        with open(path, "rb") as file:
+            content = _arrays(file.read())
+        frames, offsets, sizes = (content[name] for name in ("frames", "offsets", "sizes"))
+        checksums = content["checksums"]
+        size = int(content["width"]), int(content["height"])
+    except Exception:  # damaged bytes can make the reader raise anything
         return None
     shape = frames.shape
     if not (
@@ -186,6 +198,45 @@ def _read_index(path: str, length: int | None = None) -> Index | None:
     return Index(frames, offsets, sizes, checksums, size)
 
 
+_MEMBER = struct.Struct("<4s5H3I2H")  # what a member of a ZIP file begins with, before its name
+_LONG = 0xFFFFFFFF  # the size of a member whose size is elsewhere
+
+
+def _arrays(content: bytes) -> dict[str, np.ndarray]:
+    """The arrays in an uncompressed .npz as `np.savez` writes it, in a tenth of the time that `np.load` takes: a start
+    may read a million. Raises anything for other bytes.
+    """
+    arrays = {}
+    at = 0
+    while content.startswith(b"PK\x03\x04", at):
+        _, _, flags, method, _, _, checksum, size, _, len_name, len_extra = _MEMBER.unpack_from(content, at)
+        name_at = at + _MEMBER.size
+        if size == _LONG:
+            (size,) = struct.unpack_from("<Q", content, name_at + len_name + 12)
+        start = name_at + len_name + len_extra
+        member = content[start : start + size]
+        if flags or method or len(member) < size or zlib.crc32(member) != checksum:
+            raise ValueError("not a member as np.savez writes it")
+        header_end = 10 + int.from_bytes(member[8:10], "little")
+        dtype, shape = _array_header(member[:header_end])
+        array = np.frombuffer(member, dtype, offset=header_end).reshape(shape)
+        arrays[content[name_at : name_at + len_name].decode("ascii").removesuffix(".npy")] = array
+        at = start + size
+    return arrays
+
+
+@functools.lru_cache(4096)
+def _array_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """What the beginning of an .npy file says of the array."""
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of .npy")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or len(shape) > 1:
+        raise ValueError("not an array of an index")
+    return dtype, shape
+
+
 @functools.lru_cache(INDICES_HELD)
 def _held_index(path: str, changed: int) -> Index:
     """The index of an entry that was found complete. Raises InputError where it is no more."""
@@ -197,7 +248,7 @@ def _held_index(path: str, changed: int) -> Index:
     return index
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CacheRequest:
     """Keep the source frames `frames` (int64, sorted, unique, not empty) of one probed video under `name`. `grid`: a
     text that says how the frames are chosen of any video; empty where nothing does.
@@ -209,7 +260,7 @@ class CacheRequest:
     grid: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Skipped:
     """A video that could not be used, its file, and one sentence that says why."""
 
@@ -259,7 +310,8 @@ def prepare(
     cannot, and everything without one. `note` is told at most once, which of the two decoded how many videos and why.
     May be killed at any time and run again. Several runs may share a folder: they take turns. Where not `alone`, they
     work side by side, on this machine and on others, each in an order of its own; an entry that two are making at once
-    is kept of the one that ends first. Entries that the catalogue `known` holds are not opened.
+    is kept of the one that ends first. Entries that the catalogue `known` holds are not opened; it learns of the
+    others, but for those that were made within the last two seconds.
 
     Raises InputError when the folder cannot be written, the estimated size exceeds the free space, or an entry must be
     made without PyAV. ValueError for two requests of one name, no frames, or a short side below 2.
@@ -318,6 +370,7 @@ def prepare(
             else:
                 results = ((request, _make_entry(request, folder, short_side, cores, None)) for request in pending)
             decoded, refused = 0, []
+            made_at: deque[tuple[float, CacheRequest]] = deque()
             with contextlib.closing(results):
                 for request, made in results:
                     if isinstance(made.result, Skipped):
@@ -325,9 +378,13 @@ def prepare(
                     else:
                         cached[request.name] = made.result
                         decoded += 1
+                        made_at.append((time.monotonic(), request))
                         if made.refused:
                             refused.append((request.name, made.refused))
                     tell(request.name)
+                    # what has aged enough to be taken down is looked at once more, so that the next run need not
+                    while made_at and time.monotonic() - made_at[0][0] > catalogue.FRESH:
+                        _load(made_at.popleft()[1], folder, short_side, known)
             if note is not None and pending and (missing or engine is not None):
                 note(_who_decoded(decoded, missing, refused))
     return {name: cached[name] for name in names if name in cached}, skipped
@@ -348,23 +405,25 @@ def _who_decoded(videos: int, missing: str, refused: Sequence[tuple[str, str]]) 
 
 
 def remembered(
-    name: str, info: VideoInfo, grid: str, folder: Path, short_side: int, known: Catalogue
-) -> CachedVideo | None:
-    """The entry that a catalogue knows a video to have for a grid, without finding the grid's frames; None where it
-    knows none, or the files have changed.
+    infos: Mapping[str, VideoInfo], grid: str, folder: Path, short_side: int, known: Catalogue
+) -> dict[str, CachedVideo]:
+    """The entries that a catalogue knows videos (by name) to have for a grid, without finding the grid's frames. Those
+    whose files have changed are left out.
     """
-    stem = known.stem_of(info, grid)
-    if stem is None:
-        return None
-    base = os.path.join(folder, stem[-10:-8], stem)
-    try:
-        stamps = Stamps.of(f"{base}.npz", f"{base}.mov")
-    except OSError:
-        return None
-    if not known.holds(stem, stamps):
-        return None
-    width, height = cached_size(info, short_side)
-    return CachedVideo(name, Path(f"{base}.mov"), f"{base}.npz", stamps.of_index[1], width, height, info)
+    entries = {}
+    for (name, info), entry in zip(infos.items(), known.entries(infos.values(), grid), strict=True):
+        if entry is None:
+            continue
+        stem, stamps = entry
+        place = os.path.join(folder, stem[-10:-8], stem)
+        try:
+            if Stamps.of(f"{place}.npz", f"{place}.mov") != stamps:
+                continue
+        except OSError:
+            continue
+        width, height = cached_size(info, short_side)
+        entries[name] = CachedVideo(name, place, stamps.of_index[1], width, height, info)
+    return entries
 
 
 def lookup(
@@ -377,11 +436,17 @@ def lookup(
 
 def entry_path(request: CacheRequest, folder: Path, short_side: int) -> Path:
     """Where the pictures of a request are, once they are made."""
+    return Path(f"{_place(request, folder, short_side)}.mov")
+
+
+def _place(request: CacheRequest, folder: Path, short_side: int) -> str:
+    """The paths of both files of an entry without their suffixes."""
     info = request.info
     facts = f"{_FORMAT_VERSION}|{real_path(info.path)}|{info.size}|{info.mtime_ns}|{short_side}|"
     digest = hashlib.sha256(facts.encode("utf-8", "surrogateescape"))
     digest.update(np.ascontiguousarray(request.frames, dtype="<i8").tobytes())
-    return folder / digest.hexdigest()[:2] / f"{_readable(request.name)}-{digest.hexdigest()[:10]}.mov"
+    number = digest.hexdigest()[:10]
+    return os.path.join(folder, number[:2], f"{_readable(request.name)}-{number}")
 
 
 def _index_path(pictures: Path) -> Path:
@@ -408,20 +473,20 @@ def _readable(name: str) -> str:
 
 def _load(request: CacheRequest, folder: Path, short_side: int, known: Catalogue | None = None) -> CachedVideo | None:
     """The complete entry for `request`, or None where there is none, or where it does not fit its files."""
-    path = entry_path(request, folder, short_side)
-    index_path = _index_path(path)
+    place = _place(request, folder, short_side)
+    stem = os.path.basename(place)
     try:
-        stamps = Stamps.of(index_path, path)
+        stamps = Stamps.of(f"{place}.npz", f"{place}.mov")
     except OSError:
         return None
     width, height = cached_size(request.info, short_side)
-    if known is None or not known.holds(path.stem, stamps):
-        index = _read_index(str(index_path), stamps.of_pictures[0])
+    if known is None or not known.holds(stem, stamps):
+        index = _read_index(f"{place}.npz", stamps.of_pictures[0])
         if index is None or not np.array_equal(index.frames, request.frames) or index.size != (width, height):
             return None
     if known is not None:
-        known.add_entry(path.stem, stamps, request.info, request.grid)
-    return CachedVideo(request.name, path, str(index_path), stamps.of_index[1], width, height, request.info)
+        known.add_entry(stem, stamps, request.info, request.grid)
+    return CachedVideo(request.name, place, stamps.of_index[1], width, height, request.info)
 
 
 @contextlib.contextmanager

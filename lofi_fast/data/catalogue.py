@@ -12,10 +12,12 @@ Frame times of most videos are the beginning of one and the same series (30 fram
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import stat
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +34,8 @@ from lofi_fast.files import replacing
 FOLDER, SUFFIX = "known", ".catalogue"
 _FORMAT = 1  # raise it when `probe` would find something else in the same file
 MANY = 16  # files of a catalogue, from which on they are put together
+AT_ONCE = 4096  # rows that are made into records at once
+VIEWS_HELD = 65_536
 FRESH = 2.0  # seconds after a change of a file in which another one could have the same time
 _NONE = -1
 
@@ -41,7 +45,6 @@ _VIDEO = np.dtype([
     ("denominator", "<i8"), ("lost", "<i8"), ("stamped", "?"), ("times", "<i4"), ("times_n", "<i4"),
     ("keys", "<i4"), ("keys_n", "<i4"), ("places", "<i4"), ("places_n", "<i4"),
 ])  # fmt: skip
-_ENTRY = np.dtype([("index", "<i8", (2,)), ("pictures", "<i8", (2,))])
 Numbers = NDArray[np.int64]
 
 
@@ -69,6 +72,27 @@ def real_path(path: Path) -> str:
         return os.path.realpath(path)
     where = folder if os.path.isabs(folder) else os.path.join(os.getcwd(), folder)
     return os.path.join(_real_folder(where, status.st_dev, status.st_ino), name)
+
+
+def real_paths(paths: Iterable[Path]) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Of each path what `real_path` gives, and the state of its file, None where there is none; each folder is looked
+    at once.
+    """
+    folders: dict[str, str] = {}
+    for path in paths:
+        text = os.fspath(path)
+        folder, name = os.path.split(text)
+        try:
+            status = os.lstat(text)
+            if stat.S_ISLNK(status.st_mode) or name in ("", ".", ".."):
+                yield os.path.realpath(text), os.stat(text)
+                continue
+        except OSError:
+            yield os.path.realpath(text), None
+            continue
+        if (real := folders.get(folder)) is None:
+            real = folders[folder] = os.path.join(os.path.realpath(folder or "."), "")
+        yield real + name, status
 
 
 @lru_cache(65_536)
@@ -126,12 +150,16 @@ class Catalogue:
         self._series = _Series()
         self._words: list[str] = []
         self._bases: dict[tuple[int, int], Fraction] = {}
-        self._videos: dict[str, Any] = {}
-        self._entries: dict[str, Stamps] = {}
-        # grid -> real path of a video -> (its file then, stem of the entry)
-        self._of_grid: dict[str, dict[str, tuple[int, str]]] = {}
+        self._views: dict[tuple[int, int, float | None], NDArray[Any]] = {}
+        self._rows: dict[str, int] = {}  # real path of a video -> row of the table
+        self._table = _Column(np.empty(0, dtype=_VIDEO))
+        self._stems: list[str] = []  # of entries
+        self._stamps = _Column(np.empty((0, 2, 2), dtype=np.int64))  # of the same
+        self._numbers: dict[str, int] | None = {}  # stem -> the last of its places in both; None: to be made
+        self._owned: dict[str, NDArray[np.int32]] = {}  # grid -> number of the entry of each row of the table
         self._new_videos: set[str] = set()
         self._new_entries: set[str] = set()
+        self._new_owned: list[tuple[str, str, int, str]] = []  # grid, real path, its file then, stem
         self._files: list[Path] = []
         if self._folder is not None:
             self._files = sorted(self._folder.glob(f"*{SUFFIX}"))
@@ -143,16 +171,25 @@ class Catalogue:
 
     def info(self, path: Path) -> VideoInfo | None:
         """What is known of a video, if its file is the same as then."""
-        row = self._videos.get(real_path(path)) if self._videos else None
-        if row is None:
-            return None
-        try:
-            status = os.stat(path)
-        except OSError:
-            return None
-        if row["size"] != status.st_size or row["mtime_ns"] != status.st_mtime_ns:
-            return None
-        return self._made(path, row)
+        return self.infos({"": path}).get("")
+
+    def infos(self, paths: Mapping[str, Path]) -> dict[str, VideoInfo]:
+        """The same for many videos, by the names that they have here; those that are not known are left out."""
+        if not self._rows:
+            return {}
+        found: list[tuple[str, Path, int, int, int]] = []
+        for (name, path), (real, status) in zip(paths.items(), real_paths(paths.values()), strict=True):
+            row = self._rows.get(real)
+            if row is not None and status is not None:
+                found.append((name, path, row, status.st_size, status.st_mtime_ns))
+        infos = {}
+        for start in range(0, len(found), AT_ONCE):
+            part = found[start : start + AT_ONCE]
+            rows = self._table.values[[row for _, _, row, _, _ in part]].tolist()
+            for (name, path, _, size, mtime_ns), row in zip(part, rows, strict=True):
+                if row[:2] == (size, mtime_ns):
+                    infos[name] = self._made(path, row)
+        return infos
 
     def add_info(self, info: VideoInfo) -> VideoInfo:
         """Keep what was found out; returns the same, in less memory."""
@@ -160,16 +197,13 @@ class Catalogue:
         times, count = self._series.add(_bits(info.pts) if info.ticks is None else info.ticks)
         keys, num_keys = self._series.add(info.key_ticks)
         places, num_places = (_NONE, 0) if info.places is None else self._series.add(info.places)
-        row = np.array(
-            (
-                info.size, info.mtime_ns, info.start, info.duration, info.width, info.height, info.rotation,
-                info.mirrored, self._word(info.codec), self._word(info.pixel_format), info.time_base.numerator,
-                info.time_base.denominator, _NONE if info.lost is None else info.lost, info.ticks is not None, times,
-                count, keys, num_keys, places, num_places,
-            ),
-            dtype=_VIDEO,
-        )[()]  # fmt: skip
-        self._videos[real] = row
+        row = (
+            info.size, info.mtime_ns, info.start, info.duration, info.width, info.height, info.rotation,
+            info.mirrored, self._word(info.codec), self._word(info.pixel_format), info.time_base.numerator,
+            info.time_base.denominator, _NONE if info.lost is None else info.lost, info.ticks is not None, times,
+            count, keys, num_keys, places, num_places,
+        )  # fmt: skip
+        self._rows[real] = self._table.add(np.array([row], dtype=_VIDEO))
         self._new_videos.add(real)
         return self._made(info.path, row)
 
@@ -178,14 +212,13 @@ class Catalogue:
             self._words.append(text)
         return self._words.index(text)
 
-    def _made(self, path: Path, row: Any) -> VideoInfo:
+    def _made(self, path: Path, row: tuple[Any, ...]) -> VideoInfo:
         (
             size, mtime_ns, start, duration, width, height, rotation, mirrored, codec, pixel_format, numerator,
             denominator, lost, stamped, times, count, keys, num_keys, places, num_places,
-        ) = row.item()  # fmt: skip
+        ) = row  # fmt: skip
         base = self._bases.setdefault((numerator, denominator), Fraction(numerator, denominator))
-        series = self._series.series
-        pts = self._series.seconds(times, count, base, start) if stamped else series[times].view(np.float64)[:count]
+        pts = self._seconds(times, count, base, start) if stamped else self._view(times, count).view(np.float64)
         return VideoInfo(
             path=path,
             pts=pts,
@@ -198,36 +231,100 @@ class Catalogue:
             size=size,
             mtime_ns=mtime_ns,
             time_base=base,
-            ticks=series[times][:count] if stamped else None,
-            key_ticks=series[keys][:num_keys],
+            ticks=self._view(times, count) if stamped else None,
+            key_ticks=self._view(keys, num_keys),
             mirrored=mirrored,
             lost=None if lost == _NONE else lost,
-            places=None if places == _NONE else series[places][:num_places],
+            places=None if places == _NONE else self._view(places, num_places),
         )
+
+    def _seconds(self, times: int, count: int, base: Fraction, start: float) -> NDArray[np.float64]:
+        return self._shared((times, count, start), lambda: self._series.seconds(times, count, base, start))
+
+    def _view(self, number: int, count: int) -> Numbers:
+        return self._shared((number, count, None), lambda: self._series.series[number][:count])
+
+    def _shared(self, key: tuple[int, int, float | None], make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """One view for all videos that are as long; each view is as large as a short text."""
+        view = self._views.get(key)
+        if view is None:
+            view = make()
+            if len(self._views) < VIEWS_HELD:
+                self._views[key] = view
+        return view
 
     # Entries
 
     def holds(self, stem: str, stamps: Stamps) -> bool:
         """Whether the entry was found to be complete when its files had these stamps."""
-        return self._entries.get(stem) == stamps
+        number = self._number(stem)
+        return number is not None and self._stamps_of(number) == stamps
 
-    def stem_of(self, info: VideoInfo, grid: str) -> str | None:
-        """The entry that a video was found to have for a grid of frames."""
-        of_grid = self._of_grid.get(grid)
-        found = of_grid.get(real_path(info.path)) if of_grid else None
-        return found[1] if found is not None and found[0] == _file(info) else None
+    def entries(self, infos: Iterable[VideoInfo], grid: str) -> Iterator[tuple[str, Stamps] | None]:
+        """The entry that each video was found to have for a grid of frames, and the stamps of its files then."""
+        owned = self._owned.get(grid)
+        if owned is None:
+            yield from (None for _ in infos)
+            return
+        first, second = itertools.tee(infos)
+        sizes, changes = self._table.values["size"], self._table.values["mtime_ns"]
+        for info, (real, _) in zip(first, real_paths(info.path for info in second), strict=True):
+            row = self._rows.get(real, len(owned))
+            if row < len(owned) and owned[row] != _NONE and (info.size, info.mtime_ns) == (sizes[row], changes[row]):
+                number = int(owned[row])
+                yield self._stems[number], self._stamps_of(number)
+            else:
+                yield None
 
     def add_entry(self, stem: str, stamps: Stamps, info: VideoInfo | None = None, grid: str = "") -> None:
         """An entry is complete, and is what `info` has for `grid`, a text that says how its frames are chosen. One that
         has only just been written is not taken down: it might change unnoticed.
         """
-        if self.holds(stem, stamps) and (info is None or not grid or self.stem_of(info, grid) == stem):
+        real = "" if info is None or not grid else real_path(info.path)
+        owner = None if info is None else self._row(real, info)
+        if self.holds(stem, stamps) and (owner is None or self._owned_by(owner, grid) == stem):
             return
         if time.time() - max(stamps.of_index[1], stamps.of_pictures[1]) / 1e9 > FRESH:
-            self._entries[stem] = stamps
+            self._add_entries([stem], np.array([stamps], dtype=np.int64))
             self._new_entries.add(stem)
-            if info is not None and grid:
-                self._of_grid.setdefault(grid, {})[real_path(info.path)] = (_file(info), stem)
+            if info is not None and owner is not None:
+                self._own(grid, [owner], [len(self._stems) - 1])
+                self._new_owned.append((grid, real, _file(info.size, info.mtime_ns), stem))
+
+    def _number(self, stem: str) -> int | None:
+        if self._numbers is None:
+            self._numbers = {name: number for number, name in enumerate(self._stems)}
+        return self._numbers.get(stem)
+
+    def _stamps_of(self, number: int) -> Stamps:
+        (a, b), (c, d) = self._stamps.values[number].tolist()
+        return Stamps((a, b), (c, d))
+
+    def _row(self, real: str, info: VideoInfo) -> int | None:
+        """Where the table holds the video of a real path as `info` has it."""
+        row = self._rows.get(real)
+        same = row is not None and self._table.values[row].item()[:2] == (info.size, info.mtime_ns)
+        return row if same else None
+
+    def _owned_by(self, row: int, grid: str) -> str | None:
+        owned = self._owned.get(grid)
+        return None if owned is None or row >= len(owned) or owned[row] == _NONE else self._stems[owned[row]]
+
+    def _add_entries(self, stems: Sequence[str], stamps: Numbers) -> int:
+        first = self._stamps.add(stamps)
+        self._stems += stems
+        if self._numbers is not None:
+            self._numbers.update((stem, first + k) for k, stem in enumerate(stems))
+        return first
+
+    def _own(self, grid: str, rows: Sequence[int], numbers: Sequence[int]) -> None:
+        owned = self._owned.get(grid)
+        if owned is None or len(owned) < len(self._table.values):
+            room = max(2 * len(self._table.values), 64)
+            grown = np.full(room, _NONE, dtype=np.int32)
+            grown[: 0 if owned is None else len(owned)] = _NONE if owned is None else owned
+            owned = self._owned[grid] = grown
+        owned[np.asarray(rows, dtype=np.int64)] = numbers
 
     # Files
 
@@ -236,32 +333,39 @@ class Catalogue:
         if self._folder is None or not (self._new_videos or self._new_entries):
             return
         together = len(self._files) >= MANY
-        videos = self._videos if together else {real: self._videos[real] for real in self._new_videos}
-        entries = self._entries if together else {stem: self._entries[stem] for stem in self._new_entries}
         path = self._folder / f"{time.time_ns():020d}-{uuid4().hex[:8]}{SUFFIX}"
         with contextlib.suppress(InputError), replacing(path) as file:
-            self._write(file, videos, entries)
-            self._new_videos, self._new_entries = set(), set()
+            if together:
+                self._write(file, list(self._rows), list(dict.fromkeys(self._stems)), self._all_owned())
+            else:
+                self._write(file, sorted(self._new_videos), sorted(self._new_entries), self._new_owned)
+            self._new_videos, self._new_entries, self._new_owned = set(), set(), []
         if together and path.exists():
             for old in self._files:
                 with contextlib.suppress(OSError):
                     old.unlink()
         self._files = [path] if together else [*self._files, path]
 
-    def _write(self, file: Any, videos: dict[str, Any], entries: dict[str, Stamps]) -> None:
-        table = np.array(list(videos.values()), dtype=_VIDEO)
+    def _all_owned(self) -> list[tuple[str, str, int, str]]:
+        table = self._table.values
+        return [
+            (grid, real, _file(int(table["size"][row]), int(table["mtime_ns"][row])), self._stems[owned[row]])
+            for grid, owned in self._owned.items()
+            for real, row in self._rows.items()
+            if row < len(owned) and owned[row] != _NONE
+        ]
+
+    def _write(
+        self, file: Any, videos: Sequence[str], stems: Sequence[str], owned: Sequence[tuple[str, str, int, str]]
+    ) -> None:
+        table = self._table.values[[self._rows[real] for real in videos]]
         used = np.unique(np.concatenate([table[name] for name in ("times", "keys", "places")]))
         used = used[used != _NONE]
         for name in ("times", "keys", "places"):
             table[name] = np.where(table[name] == _NONE, _NONE, np.searchsorted(used, table[name]))
         series = [self._series.series[number] for number in used]
         steps = [np.diff(numbers, prepend=np.int64(0)) for numbers in series]
-        owned = [
-            (number, real, file, stem)
-            for number, of_grid in enumerate(self._of_grid.values())
-            for real, (file, stem) in of_grid.items()
-            if stem in entries
-        ]
+        grids = {grid: number for number, grid in enumerate(dict.fromkeys(grid for grid, *_ in owned))}
         content: dict[str, Any] = {
             "format": np.int64(_FORMAT),
             "words": _packed(self._words),
@@ -269,12 +373,12 @@ class Catalogue:
             "video_table": table,
             "lengths": np.array([len(numbers) for numbers in series], dtype=np.int64),
             "steps": _deflated(np.concatenate([np.empty(0, dtype=np.int64), *steps])),
-            "entries": _packed(entries),
-            "entry_table": np.array(list(entries.values()), dtype=np.int64).reshape(-1, 2, 2),
-            "grids": _packed(self._of_grid),
+            "entries": _packed(stems),
+            "entry_table": self._stamps.values[np.array([self._number(stem) for stem in stems], dtype=np.int64)],
+            "grids": _packed(grids),
             "owners": _packed(real for _, real, _, _ in owned),
             "owned": _packed(stem for *_, stem in owned),
-            "owned_table": np.array([(number, file) for number, _, file, _ in owned], dtype=np.int64).reshape(-1, 2),
+            "owned_table": np.array([(grids[grid], then) for grid, _, then, _ in owned], np.int64).reshape(-1, 2),
         }
         np.savez(file, **content)
 
@@ -287,12 +391,8 @@ class Catalogue:
             words, names, table = _unpacked(content["words"]), _unpacked(content["videos"]), content["video_table"]
             stems, stamps = _unpacked(content["entries"]), content["entry_table"]
             grids, owners, owned = (_unpacked(content[name]) for name in ("grids", "owners", "owned"))
-            owned_table = content["owned_table"].tolist()
+            owned_table = content["owned_table"]
         ends = np.cumsum(lengths)
-        numbers = np.empty(len(lengths) + 1, dtype=np.int64)
-        numbers[_NONE] = _NONE
-        for k, (length, end) in enumerate(zip(lengths.tolist(), ends.tolist(), strict=True)):
-            numbers[k] = self._series.add(np.cumsum(steps[end - length : end]))[0]
         if (
             len(names) != len(table)
             or len(stems) != len(stamps)
@@ -300,22 +400,54 @@ class Catalogue:
             or not (len(owners) == len(owned) == len(owned_table))
         ):
             raise ValueError(f"{file} is not a catalogue")
+        numbers = np.empty(len(lengths) + 1, dtype=np.int64)
+        numbers[_NONE] = _NONE
+        for k, (length, end) in enumerate(zip(lengths.tolist(), ends.tolist(), strict=True)):
+            numbers[k] = self._series.add(np.cumsum(steps[end - length : end]))[0]
         for name in ("times", "keys", "places"):
             table[name] = numbers[table[name]]
         known = np.array([self._word(word) for word in words], dtype=np.int16)
         for name in ("codec", "pixel_format"):
             table[name] = known[table[name]]
-        self._videos.update(zip(names, table, strict=True))
-        self._entries.update(
-            (stem, Stamps((a, b), (c, d))) for stem, ((a, b), (c, d)) in zip(stems, stamps.tolist(), strict=True)
-        )
-        for real, stem, (number, when) in zip(owners, owned, owned_table, strict=True):
-            self._of_grid.setdefault(grids[number], {})[real] = (when, stem)
+        first = self._table.add(table)
+        self._rows.update((name, first + k) for k, name in enumerate(names))
+        self._numbers = None
+        first = self._add_entries(stems, stamps)
+        places = {stem: first + k for k, stem in enumerate(stems)}
+        files = [_file(size, mtime_ns) for size, mtime_ns in self._table.values[["size", "mtime_ns"]].tolist()]
+        for number, grid in enumerate(grids):
+            found = [
+                (row, places[owned[k]])
+                for k in np.flatnonzero(owned_table[:, 0] == number).tolist()
+                if (row := self._rows.get(owners[k])) is not None and files[row] == owned_table[k, 1]
+            ]
+            self._own(grid, [row for row, _ in found], [place for _, place in found])
 
 
-def _file(info: VideoInfo) -> int:
+class _Column:
+    """Rows of an array that grows."""
+
+    def __init__(self, empty: NDArray[Any]) -> None:
+        self._held, self._count = empty, 0
+
+    @property
+    def values(self) -> NDArray[Any]:
+        return self._held[: self._count]
+
+    def add(self, rows: NDArray[Any]) -> int:
+        """The number of the first of them."""
+        first, self._count = self._count, self._count + len(rows)
+        if self._count > len(self._held):
+            held = np.empty((max(2 * first, self._count), *self._held.shape[1:]), dtype=self._held.dtype)
+            held[:first] = self._held[:first]
+            self._held = held
+        self._held[first : self._count] = rows
+        return first
+
+
+def _file(size: int, mtime_ns: int) -> int:
     """One number for the size and the time of change of a video's file."""
-    return (info.mtime_ns * 1_000_003 + info.size) % 2**63
+    return (mtime_ns * 1_000_003 + size) % 2**63
 
 
 def _bits(seconds: NDArray[np.float64]) -> Numbers:

@@ -27,6 +27,7 @@ from lofi_fast.data.survey import (
     Requests,
     Survey,
     cache_side,
+    collector_paused,
     divided,
     require_usable,
     survey,
@@ -42,7 +43,7 @@ SQUASH_LEAST = 0.85  # share of each side that a random crop keeps when the whol
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FullGrid:
     """The positions in the cache of a window's full grid, (num_snippets, 8), found when they are asked for: those of
     all videos would be gigabytes.
@@ -58,7 +59,7 @@ class FullGrid:
         return self.cached.positions(frames)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One window of one video: its frames in the cache and its labels."""
 
@@ -75,7 +76,7 @@ class Sample:
         return self.places.positions() if isinstance(self.places, FullGrid) else self.places
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """What tells a video's file from another one, wherever it lies, and its segments as the labels have them."""
 
@@ -105,6 +106,7 @@ def load_dataset(config: Config, annotations: Path, videos: Path, cache: Path, p
     return cached_dataset(survey(config, annotations, videos), cache, progress)
 
 
+@collector_paused()
 def cached_dataset(
     found: Survey, cache: Path, progress: Progress, engine: str | None = None, engine_workers: int = ENGINE_WORKERS
 ) -> Dataset:
@@ -136,15 +138,15 @@ def cached_dataset(
         notes += division
         require_usable([one.video for one in found.videos], found.skipped, config)
 
-    readable = [one.video for one in found.videos]
     classes = found.classes
+    number = {label: k for k, label in enumerate(classes)}
     samples: dict[str, list[Sample]] = {subset: [] for subset in SUBSETS}
     kept: dict[str, list[Video]] = {subset: [] for subset in SUBSETS}
     index = 0
-    for video in readable:
+    for video in (one.video for one in found.videos):
         kept[video.subset].append(video)
         segments = np.array([(s.start, s.end) for s in video.segments], dtype=np.float64).reshape(-1, 2)
-        labels = np.array([classes.index(s.label) for s in video.segments], dtype=np.int64)
+        labels = np.array([number[s.label] for s in video.segments], dtype=np.int64)
         for window in found.windows[video.name]:
             touching = (segments[:, 1] > window.start) & (segments[:, 0] < window.end)
             entry = cached[video.name]

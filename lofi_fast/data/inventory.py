@@ -39,12 +39,12 @@ def cache_folder(config: Config) -> Path:
     return Path(config.data.cache) if config.data.cache else Path(config.out).parent / "cache"
 
 
-def record_use(cache: Path, run: Path, entries: Iterable[Path]) -> None:
-    """Leave word that the run in the folder `run` uses `entries` (the paths of their pictures). A cache that this user
-    may only read gets none.
+def record_use(cache: Path, run: Path, places: Iterable[str]) -> None:
+    """Leave word that the run in the folder `run` uses the entries at `places` (their paths without suffixes). A cache
+    that this user may only read gets none.
     """
     where = str(run.absolute())
-    lines = [where, *sorted(path.stem for path in entries)]
+    lines = [where, *sorted({os.path.basename(place) for place in places})]
     name = hashlib.sha256(os.fsencode(where)).hexdigest()[:16]
     with contextlib.suppress(InputError):
         write_bytes(cache / USES / name, "\n".join(lines).encode("utf-8", "surrogateescape"))

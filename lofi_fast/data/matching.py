@@ -71,12 +71,12 @@ def match_videos(folder: Path, names: Iterable[str]) -> Matches:
     Raises InputError when the folder cannot be listed.
     """
     folder = Path(folder)
-    files = _Files(folder, _files_below(folder, lambda path: path.suffix.lower() not in _COMPANIONS, "--videos "))
+    files = _Files(folder, _files_below(folder, lambda suffix: suffix not in _COMPANIONS, "--videos "))
     paths: dict[str, Path] = {}
     absent: dict[str, str] = {}
     unclear: dict[str, str] = {}
     loose: dict[str, list[str]] = {}  # rule -> names
-    taken: dict[Path, str] = {}
+    taken: dict[str, str] = {}  # file -> name
     for name in names:
         found, rule = files.of(name), ""
         if not found:
@@ -89,12 +89,11 @@ def match_videos(folder: Path, names: Iterable[str]) -> Matches:
                 f"the labels' video {name!r} may be any of {len(found)} files below --videos {folder}: {shown}; "
                 f"write it with its folder and extension, like {found[0].relative_to(folder).as_posix()!r}"
             )
-        elif found[0] in taken and taken[found[0]] != name:
+        elif (other := taken.setdefault(str(found[0]), name)) != name:
             unclear[name] = (
-                f"{found[0]} is meant by two names in the labels, {taken[found[0]]!r} and {name!r}; give it one of them"
+                f"{found[0]} is meant by two names in the labels, {other!r} and {name!r}; give it one of them"
             )
         else:
-            taken[found[0]] = name
             paths[name] = found[0]
             if rule:
                 loose.setdefault(rule, []).append(name)
@@ -108,7 +107,7 @@ def match_videos(folder: Path, names: Iterable[str]) -> Matches:
 
 def list_videos(folder: Path) -> list[Path]:
     """All files below `folder` that have the extension of a video, sorted. InputError when it cannot be listed."""
-    return _files_below(Path(folder), lambda path: path.suffix.lower() in EXTENSIONS)
+    return _files_below(Path(folder), lambda suffix: suffix in EXTENSIONS)
 
 
 class _Files:
@@ -120,10 +119,14 @@ class _Files:
         self.videos: dict[str, list[Path]] = {}
         self.others: dict[str, list[Path]] = {}
         self._indices: dict[Callable[[str], str], dict[str, list[Path]]] = {}
+        self._above = folder.absolute().parts
         for path in files:
-            index = self.videos if path.suffix.lower() in EXTENSIONS else self.others
-            for key in {path.name, path.stem}:
-                index.setdefault(key, []).append(path)
+            name = path.name
+            stem, suffix = _split(name)
+            index = self.videos if suffix.lower() in EXTENSIONS else self.others
+            index.setdefault(name, []).append(path)
+            if stem != name:
+                index.setdefault(stem, []).append(path)
 
     def of(self, name: str) -> list[Path]:
         """The files that a name may mean: none, the one, or several that are as likely."""
@@ -191,14 +194,17 @@ class _Files:
             if path.is_relative_to(self.folder.absolute()):
                 name = path.relative_to(self.folder.absolute()).as_posix()
         parts = tuple(part for part in name.split("/") if part not in ("", "."))
-        above = self.folder.absolute().parts
         for count in range(len(parts) - 1, 0, -1):  # written from beside the folder, or from above it
-            if parts[:count] == above[-count:] and not (self.folder / parts[0]).exists():
+            if parts[:count] == self._above[-count:] and not (self.folder / parts[0]).exists():
                 return parts[count:]
         return parts
 
     def _best(self, index: Mapping[str, list[Path]], wanted: tuple[str, ...]) -> list[Path]:
-        candidates = [path for path in index.get(wanted[-1], []) if path.parts[-len(wanted) : -1] == wanted[:-1]]
+        candidates = index.get(wanted[-1], [])
+        if len(wanted) > 1:
+            candidates = [path for path in candidates if path.parts[-len(wanted) : -1] == wanted[:-1]]
+        if len(candidates) < 2:
+            return candidates
         named = [path for path in candidates if path.name == wanted[-1]]
         for group in (named, candidates):
             whole = [path for path in group if path.parent == self.folder.joinpath(*wanted[:-1])]
@@ -259,7 +265,14 @@ def _opens_as_video(path: Path) -> bool:
         return False
 
 
-def _files_below(folder: Path, wanted: Callable[[Path], bool], flag: str = "") -> list[Path]:
+def _split(name: str) -> tuple[str, str]:
+    """Stem and suffix of a file name, as those of its Path, which take ten times as long."""
+    dot = name.rfind(".")
+    return (name[:dot], name[dot:]) if 0 < dot < len(name) - 1 else (name, "")
+
+
+def _files_below(folder: Path, wanted: Callable[[str], bool], flag: str = "") -> list[Path]:
+    """The files whose suffix, in lower case, is `wanted`, sorted."""
     if not folder.is_dir():
         raise InputError(f"{flag}{folder} is not a folder")
     try:
@@ -275,5 +288,6 @@ def _files_below(folder: Path, wanted: Callable[[Path], bool], flag: str = "") -
             folders.clear()
             continue
         visited.add(real)
-        found += [path for path in (Path(root, file) for file in files) if wanted(path)]
-    return sorted(found, key=lambda path: path.parts)  # compared as paths are, but taken apart once
+        base = Path(root)
+        found += [base / file for file in files if wanted(_split(file)[1].lower())]
+    return sorted(found, key=lambda path: str(path).replace(os.sep, "\0"))  # by the parts of the paths

@@ -6,12 +6,14 @@ which segments fit them, what the grid can express, which window, and whether a 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +46,7 @@ GLANCE = 65_536  # bytes of a file that are compared with another's at three pla
 Progress = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Surveyed:
     """One video that can be used. `labelled`: as the labels have it. `video`: in the subset that it is used in, with
     its own duration and segments clipped to it. `repairs`: sentences on what was clipped or dropped.
@@ -133,9 +135,8 @@ class Survey:
 
     def remembered(self, cache: Path) -> dict[str, CachedVideo]:
         """The entries that are there by what the catalogue knows; for those of other videos frames must be found."""
-        grid, side = self.grid_text, cache_side(self.config.full)
-        found = ((one.name, remembered(one.name, one.info, grid, cache, side, self.known)) for one in self.videos)
-        return {name: entry for name, entry in found if entry is not None}
+        infos = {one.name: one.info for one in self.videos}
+        return remembered(infos, self.grid_text, cache, cache_side(self.config.full), self.known)
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,18 @@ class Requests:
         return any(request == other for other in self)
 
     def __iter__(self) -> Iterator[CacheRequest]:
+        grid = self.found.grid_text
         for one in self.found.videos:
             if self.names is None or one.name in self.names:
-                yield replace(cache_request(one, self.found.grids(one)), grid=self.found.grid_text)
+                yield cache_request(one, self.found.grids(one), grid)
 
 
-def cache_request(one: Surveyed, grids: Sequence[NDArray[np.int64]]) -> CacheRequest:
-    """The frames of a video that the cache keeps: those of the grids of all its windows."""
-    return CacheRequest(one.name, one.info, np.unique(np.concatenate([grid.ravel() for grid in grids])))
+def cache_request(one: Surveyed, grids: Sequence[NDArray[np.int64]], grid: str = "") -> CacheRequest:
+    """The frames of a video that the cache keeps: those of the grids of all its windows. `grid`: see `CacheRequest`."""
+    kept = np.zeros(len(one.info.pts), dtype=np.bool_)
+    for frames in grids:
+        kept[frames] = True
+    return CacheRequest(one.name, one.info, np.flatnonzero(kept), grid)
 
 
 def cache_side(full: Fidelity) -> int:
@@ -169,6 +174,21 @@ def cache_side(full: Fidelity) -> int:
     return 2 * round(full.side / CROP_OF_CACHED / 2)
 
 
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Python does not look for unused cycles of objects meanwhile: where millions are made that stay, each look at all
+    of them would be in vain, and together they take longer than making them.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@collector_paused()
 def survey(
     config: Config,
     annotations_path: Path,
@@ -237,7 +257,7 @@ def _probe_all(
     paths: Mapping[str, Path], progress: Progress, known: Catalogue
 ) -> tuple[dict[str, VideoInfo], list[Skipped]]:
     """What can be used, and what cannot be read or holds less than a snippet."""
-    infos = {name: info for name, path in paths.items() if (info := known.info(path)) is not None}
+    infos = known.infos(paths)
     new = {name: path for name, path in paths.items() if name not in infos}
     if infos:
         progress(len(infos), len(paths), f"{len(infos)} that are known")

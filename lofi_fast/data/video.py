@@ -46,7 +46,7 @@ class VideoError(InputError):
     """One video cannot be used; the sentence names it and says why. Others are unaffected."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class VideoInfo:
     """What `probe` found out about a file's best video stream.
 

@@ -15,7 +15,7 @@ from lofi_fast.data.video import VideoInfo
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Window:
     """`start` and `end` in seconds; `end` may pass the video's end, where the last frame is repeated."""
 
@@ -53,7 +53,9 @@ def full_grid(info: VideoInfo, window: Window, num_snippets: int, frame_stride: 
     """Source frame indices (num_snippets, 8) of the full-fidelity grid: around the frame nearest to each snippet
     centre, 8 frames `frame_stride` apart, clamped to the video.
     """
-    halfway = (info.pts[1:] + info.pts[:-1]) / 2
-    centres = np.searchsorted(halfway, window.centres(num_snippets))
+    times = window.centres(num_snippets)
+    after = np.searchsorted(info.pts, times)
+    before, after = np.maximum(after - 1, 0), np.minimum(after, len(info.pts) - 1)
+    centres = np.where((info.pts[before] + info.pts[after]) / 2 < times, after, before)
     offsets = (np.arange(FRAMES_PER_SNIPPET) - FRAMES_PER_SNIPPET // 2) * frame_stride
-    return (centres[:, None] + offsets[None, :]).clip(0, len(info.pts) - 1)
+    return np.minimum(np.maximum(centres[:, None] + offsets[None, :], 0), len(info.pts) - 1)

@@ -227,7 +227,7 @@ def prepare(config: Config, log: RunLog, room: int) -> Dataset:
         dataset = cached_dataset(
             found, root / "frames", lambda d, t, name: advance(d, name, t), *video_engine(config, room)
         )
-    record_use(root / "frames", Path(config.out), {s.cached.path for of in dataset.samples.values() for s in of})
+    record_use(root / "frames", Path(config.out), (s.cached.place for of in dataset.samples.values() for s in of))
     for note in dataset.notes[len(found.warnings) + len(found.notes) :]:
         log.say(f"note: {note}")
     for skipped in dataset.skipped:
