@@ -164,15 +164,16 @@ def _count_steps(optimizer: Optimizer, *_: object) -> None:
     """
     for group in optimizer.param_groups:
         counts = [optimizer.state[p]["step"] for p in group["params"] if p.grad is not None]
-        done = {int(count) for count in counts}
+        if not counts:
+            continue
+        done = {int(count) for count in torch.stack(counts).tolist()}
         if len(done) > 1:
             raise RuntimeError(
                 f"apex counts the steps of all parameters together, and these have had {sorted(done)} gradients: "
                 "use --optimizer-impl torch"
             )
-        group["step"] = max(done, default=0)  # apex adds this step
-        for count in counts:
-            count += 1
+        group["step"] = max(done)  # apex adds this step
+        torch._foreach_add_(counts, 1)
 
 
 def _keep_form(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

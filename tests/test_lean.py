@@ -29,9 +29,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def frozen(name: EncoderName = "tsm_r18", width: int = 16, dtype: torch.dtype = torch.float64) -> TSMResNet:
+def frozen(
+    name: EncoderName = "tsm_r18", width: int = 16, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> TSMResNet:
     encoder = TSMResNet(name, width)
-    fill(encoder)
+    fill(encoder, seed)
     encoder.freeze_batchnorm()
     return encoder.train().to(dtype).to(memory_format=torch.channels_last)
 
@@ -307,7 +309,7 @@ def test_gradient_scaler_sees_what_plain_autograd_gives() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)], ids=["3x3", "3x3_stride_2", "1x1"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_cudnn_adds_bias_and_relu_within_two_roundings(dtype: torch.dtype, kernel: int, stride: int) -> None:
+def test_cudnn_adds_bias_and_relu_within_three_roundings(dtype: torch.dtype, kernel: int, stride: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
         torch.randn(shape, generator=generator).cuda()
@@ -316,35 +318,40 @@ def test_cudnn_adds_bias_and_relu_within_two_roundings(dtype: torch.dtype, kerne
     x, weight = (t.to(dtype, memory_format=torch.channels_last) for t in (x, weight / (8 * kernel)))
     assert lean._cudnn_adds_bias(x.device, dtype)
     convolution = lean.Convolution(stride, kernel // 2, bias, bias.to(dtype))
-    exact = torch.conv2d(x.double(), weight.double(), bias.double(), stride, kernel // 2).relu()
-    # What the result's memory held before has no part in it.
-    poisoned = torch.full_like(exact, torch.nan, dtype=dtype)
-    address = poisoned.data_ptr()
+    sums = torch.conv2d(x.double(), weight.double(), None, stride, kernel // 2)
+    exact = (sums + bias.double().view(-1, 1, 1)).relu()
+    # What the result's memory held before has no part in it: all that torch has at hand for it holds no number.
+    poisoned = [torch.full_like(exact, torch.nan, dtype=dtype) for _ in range(64)]
     del poisoned
+    assert torch.empty_like(exact, dtype=dtype).isnan().all()
     out = convolution.forward_relu(x, weight)
     assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
-    assert out.data_ptr() == address
     unit = torch.finfo(dtype).eps / 2
     products = torch.conv2d(x.double().abs(), weight.double().abs(), None, stride, kernel // 2)
-    sums = weight[0].numel() * 2.0**-24 * products  # of float32 sums, in any order
-    allowed = unit * (bias.double().abs().view(-1, 1, 1) + exact) * 1.01 + sums
+    summed = weight[0].numel() * 2.0**-24 * products  # what float32 sums err by, in any order
+    allowed = unit * (bias.double().abs().view(-1, 1, 1) + sums.abs() + exact) * 1.01 + summed
     assert ((out.double() - exact).abs() <= allowed).all()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["tsm_r18", "tsm_r50"])
 def test_bfloat16_on_the_gpu_is_as_good_as_plain_autocast(name: EncoderName) -> None:
-    exact = frozen(name).cuda()
-    single = copy.deepcopy(exact).float()
+    """Over several networks: with the weights of one, whose roundings all frames share, either may come out ahead."""
     x = frames(16, side=64).cuda()
-    expected_features = exact(x, 8)
-    expected = gradients(exact, expected_features)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        plain, ours = single(x, 8), encode(single, x, 8, chunk=1)
-
-    def error(found: dict[str, Tensor]) -> float:
-        differences = [(found[k].double() - expected[k]).norm() / expected[k].norm() for k in expected]
-        return float(torch.stack(differences).mean())
-
-    assert (ours.double() - expected_features).norm() <= 1.5 * (plain.double() - expected_features).norm()
-    assert error(gradients(single, ours)) <= 1.5 * error(gradients(single, plain))
+    of_features, of_gradients = torch.zeros(2), torch.zeros(2)
+    for seed in range(6):
+        exact = frozen(name, seed=seed).cuda()
+        single = copy.deepcopy(exact).float()
+        expected_features = exact(x, 8)
+        expected = gradients(exact, expected_features)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            both = encode(single, x, 8, chunk=1), single(x, 8)
+        for form, features in enumerate(both):
+            found = gradients(single, features)
+            of_features[form] += ((features.double() - expected_features).norm() / expected_features.norm()).item()
+            differences = [(found[k].double() - expected[k]).norm() / expected[k].norm() for k in expected]
+            of_gradients[form] += torch.stack(differences).mean().item()
+    ours, plain = of_features.tolist()
+    assert ours <= 1.5 * plain
+    ours, plain = of_gradients.tolist()
+    assert ours <= 1.5 * plain

@@ -247,13 +247,18 @@ def test_scaled_gradients_and_a_step_left_out(form: Form, name: str) -> None:
     scaler.scale(torch.zeros((), device=form.device))
     train(optimizer, learning, range(3), scaler)
     train(other, unscaled, range(3))
-    assert bits_equal(learning, unscaled) and bits_equal(moments(optimizer), moments(other))
+    scaled, plain = [*learning, *moments(optimizer)], [*unscaled, *moments(other)]
+    if form == TORCH_CUDA:  # its kernel multiplies, unscales and adds weight decay in another order, and rounds so
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(scaled, plain, strict=True))
+    else:
+        assert bits_equal(scaled, plain)
 
+    before = [x.clone() for x in (*learning, *moments(optimizer))]
     give_gradients(learning, 3, SCALE)
     learning[4].grad[3, 2, 1, 0] = math.inf
     scaler.step(optimizer)
     scaler.update()
-    assert bits_equal(learning, unscaled) and bits_equal(moments(optimizer), moments(other))
+    assert bits_equal([*learning, *moments(optimizer)], before)
     assert scaler.get_scale() == SCALE / 2
 
 

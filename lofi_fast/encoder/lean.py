@@ -122,8 +122,8 @@ class Convolution:
     def forward_relu(self, x: Tensor, weight: Tensor) -> Tensor:
         """With the bias, and a ReLU after it: in one kernel where there is one.
 
-        cuDNN's adds the rounded bias to the unrounded sum and rounds once; residual_shift adds the exact bias to the
-        rounded sum and rounds again. Either errs by two roundings to the activations' dtype.
+        residual_shift adds the exact bias to the rounded sum and rounds again: two roundings to the activations' dtype.
+        cuDNN's adds the rounded bias, and may round the sum before as well, as it did on an H100: three.
         """
         if self._takes_conv3x3(x, weight):
             return conv3x3(x, weight, self.bias, relu=True)

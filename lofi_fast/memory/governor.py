@@ -479,9 +479,13 @@ class Governor:
         index = agree(index, lambda i: self.need(plans[i]) <= room, len(plans))
         if index < len(plans):
             return plans[index]
-        alike = self._smallest(pattern)
-        untried = (i for i, plan in enumerate(alike) if self._least(plan) <= room and not self._verified(plan))
-        index = highest_of_all(next(untried, len(alike)))
+        alike, limit = self._smallest(pattern), min(self.budget, self._free)
+        untried = [i for i, plan in enumerate(alike) if self._least(plan) <= room and not self._verified(plan)]
+        index = next(iter(untried), len(alike))
+        if untried and any(record.runs for record in self._records.values()) and self.predict(alike[index]) > limit:
+            # More is known than the careful prior, and no cap holds back what libraries take for themselves.
+            index = min(untried, key=lambda i: self.predict(alike[i]))
+        index = highest_of_all(index)
         if index == len(alike):
             raise NothingFits(self._refusal(pattern))
         return alike[index]
