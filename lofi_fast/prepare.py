@@ -113,8 +113,9 @@ class PrepareFlags:
 class Prepared:
     """What `lofi_fast.prepare` gives back, of the videos of its shard.
 
-    cache: the folder for `--cache`. complete: videos that are in it. made: those of them that were decoded now.
-    damaged: names of files that --verify found damaged and that were made anew where that could be done.
+    cache: the folder for `--cache`. complete: videos that are in it. made: those of them that were decoded meanwhile,
+    here or by processes beside this one. damaged: names of files that --verify found damaged and that were made anew
+    where that could be done.
     """
 
     cache: Path
@@ -205,7 +206,7 @@ def _filled(config: Config, shard: Shard, verify: bool, terminal: Terminal) -> P
         terminal.say(f"skipped: {one.name}: {one.reason}")
     made = len(set(cached) - set(there))
     terminal.say(
-        f"{len(cached)} videos are in the frame cache, {made} of them decoded now in "
+        f"{len(cached)} videos are in the frame cache, {made} of them decoded now, here or by others beside, in "
         f"{duration(time.monotonic() - began)}; {len(skipped)} skipped"
     )
     return Prepared(folder.parent, len(cached), made, tuple(skipped), tuple(damaged))

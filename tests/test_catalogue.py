@@ -223,7 +223,7 @@ def test_starts_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     results = tmp_path / "start.jsonl"
     assert start.main(["--quick", "--results", str(results), "--folder", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [row["state"] for row in rows] == ["catalogue as made", "catalogue of the run before"]
+    assert [row["state"] for row in rows] == ["entries not in the catalogue", "entries in the catalogue"]
     for row in rows:
         assert row["videos"] == 50 and row["quick"] and row["peak"] >= row["parts"]["imports"][1] > 0
         assert row["seconds"] >= sum(seconds for seconds, _ in row["parts"].values()) - 0.1

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="bench-start-", dir=args.folder, ignore_cleanup_errors=True) as name:
             make(Path(name), count, args.annotations, args.seconds)
             command = [sys.executable, "-m", "bench", "start", "--measured", name]
-            for state in ("catalogue as made", "catalogue of the run before"):
+            for state in ("entries not in the catalogue", "entries in the catalogue"):
                 done = subprocess.run(
                     command,
                     cwd=ROOT,
@@ -176,9 +176,9 @@ def _entry(path: Path, wanted: NDArray[np.int64], number: int, firsts: dict[tupl
 
 
 def measured(folder: Path) -> Row:
-    """Seconds of each part, and the peak of this process's memory after it, MB."""
+    """Seconds of each part, and the peak of this process's memory after it, MB; seconds, and CPU seconds, of all."""
     parts: dict[str, tuple[float, float]] = {}
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
 
     @contextmanager
     def part(name: str) -> Iterator[None]:
@@ -215,6 +215,7 @@ def measured(folder: Path) -> Row:
             sampler.request(sample, config.full, sampler.view(sample, "joint", 0)[0])
     return {
         "seconds": round(time.perf_counter() - began, 2),
+        "cpu": round(time.process_time() - used, 2),
         "peak": parts["first batch"][1],
         "after": round(psutil.Process().memory_info().rss / 1e6, 1),
         "parts": parts,

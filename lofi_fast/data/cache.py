@@ -387,6 +387,8 @@ def prepare(
                         _load(made_at.popleft()[1], folder, short_side, known)
             if note is not None and pending and (missing or engine is not None):
                 note(_who_decoded(decoded, missing, refused))
+    if not alone:
+        _remove_partial(folder)  # of those that were killed meanwhile
     return {name: cached[name] for name in names if name in cached}, skipped
 
 

@@ -157,15 +157,13 @@ class Catalogue:
         self._stamps = _Column(np.empty((0, 2, 2), dtype=np.int64))  # of the same
         self._numbers: dict[str, int] | None = {}  # stem -> the last of its places in both; None: to be made
         self._owned: dict[str, NDArray[np.int32]] = {}  # grid -> number of the entry of each row of the table
-        self._new_videos: set[str] = set()
-        self._new_entries: set[str] = set()
-        self._new_owned: list[tuple[str, str, int, str]] = []  # grid, real path, its file then, stem
         self._files: list[Path] = []
         if self._folder is not None:
             self._files = sorted(self._folder.glob(f"*{SUFFIX}"))
             for file in self._files:
                 with contextlib.suppress(Exception):  # damaged bytes can make the reader of .npz raise anything
                     self._read(file)
+        self._saved = len(self._table.values), len(self._stems)  # rows and entries that are in the files
 
     # Videos
 
@@ -204,7 +202,6 @@ class Catalogue:
             count, keys, num_keys, places, num_places,
         )  # fmt: skip
         self._rows[real] = self._table.add(np.array([row], dtype=_VIDEO))
-        self._new_videos.add(real)
         return self._made(info.path, row)
 
     def _word(self, text: str) -> int:
@@ -286,10 +283,8 @@ class Catalogue:
             return
         if time.time() - max(stamps.of_index[1], stamps.of_pictures[1]) / 1e9 > FRESH:
             self._add_entries([stem], np.array([stamps], dtype=np.int64))
-            self._new_entries.add(stem)
-            if info is not None and owner is not None:
+            if owner is not None:
                 self._own(grid, [owner], [len(self._stems) - 1])
-                self._new_owned.append((grid, real, _file(info.size, info.mtime_ns), stem))
 
     def _number(self, stem: str) -> int | None:
         if self._numbers is None:
@@ -330,42 +325,46 @@ class Catalogue:
 
     def save(self) -> None:
         """Add what is new to the folder; one that cannot be written is left as it is."""
-        if self._folder is None or not (self._new_videos or self._new_entries):
+        held = len(self._table.values), len(self._stems)
+        if self._folder is None or held == self._saved:
             return
         together = len(self._files) >= MANY
         path = self._folder / f"{time.time_ns():020d}-{uuid4().hex[:8]}{SUFFIX}"
-        with contextlib.suppress(InputError), replacing(path) as file:
-            if together:
-                self._write(file, list(self._rows), list(dict.fromkeys(self._stems)), self._all_owned())
-            else:
-                self._write(file, sorted(self._new_videos), sorted(self._new_entries), self._new_owned)
-            self._new_videos, self._new_entries, self._new_owned = set(), set(), []
-        if together and path.exists():
+        try:
+            with replacing(path) as file:
+                self._write(file, *((0, 0) if together else self._saved))
+        except InputError:
+            return
+        self._saved = held
+        if together:
             for old in self._files:
                 with contextlib.suppress(OSError):
                     old.unlink()
         self._files = [path] if together else [*self._files, path]
 
-    def _all_owned(self) -> list[tuple[str, str, int, str]]:
-        table = self._table.values
-        return [
-            (grid, real, _file(int(table["size"][row]), int(table["mtime_ns"][row])), self._stems[owned[row]])
-            for grid, owned in self._owned.items()
-            for real, row in self._rows.items()
-            if row < len(owned) and owned[row] != _NONE
-        ]
-
-    def _write(
-        self, file: Any, videos: Sequence[str], stems: Sequence[str], owned: Sequence[tuple[str, str, int, str]]
-    ) -> None:
-        table = self._table.values[[self._rows[real] for real in videos]]
+    def _write(self, file: Any, first_row: int, first_entry: int) -> None:
+        """What the rows and entries from these on say."""
+        names, rows = list(self._rows), np.fromiter(self._rows.values(), dtype=np.int64, count=len(self._rows))
+        videos = [names[k] for k in np.flatnonzero(rows >= first_row).tolist()]
+        table = self._table.values[rows[rows >= first_row]]
+        stems = list(dict.fromkeys(self._stems[first_entry:]))
+        owners: list[str] = []
+        owned: list[str] = []
+        owned_table: list[tuple[int, int]] = []
+        for number, of_row in enumerate(self._owned.values()):
+            entries = np.full(len(self._table.values), _NONE, dtype=np.int32)
+            entries[: len(of_row)] = of_row[: len(entries)]
+            new = np.flatnonzero(entries[rows] >= first_entry)
+            owners += [names[k] for k in new.tolist()]
+            owned += [self._stems[entry] for entry in entries[rows[new]].tolist()]
+            files = self._table.values[["size", "mtime_ns"]][rows[new]]
+            owned_table += [(number, _file(size, mtime_ns)) for size, mtime_ns in files.tolist()]
         used = np.unique(np.concatenate([table[name] for name in ("times", "keys", "places")]))
         used = used[used != _NONE]
         for name in ("times", "keys", "places"):
             table[name] = np.where(table[name] == _NONE, _NONE, np.searchsorted(used, table[name]))
         series = [self._series.series[number] for number in used]
         steps = [np.diff(numbers, prepend=np.int64(0)) for numbers in series]
-        grids = {grid: number for number, grid in enumerate(dict.fromkeys(grid for grid, *_ in owned))}
         content: dict[str, Any] = {
             "format": np.int64(_FORMAT),
             "words": _packed(self._words),
@@ -375,10 +374,10 @@ class Catalogue:
             "steps": _deflated(np.concatenate([np.empty(0, dtype=np.int64), *steps])),
             "entries": _packed(stems),
             "entry_table": self._stamps.values[np.array([self._number(stem) for stem in stems], dtype=np.int64)],
-            "grids": _packed(grids),
-            "owners": _packed(real for _, real, _, _ in owned),
-            "owned": _packed(stem for *_, stem in owned),
-            "owned_table": np.array([(grids[grid], then) for grid, _, then, _ in owned], np.int64).reshape(-1, 2),
+            "grids": _packed(self._owned),
+            "owners": _packed(owners),
+            "owned": _packed(owned),
+            "owned_table": np.array(owned_table, dtype=np.int64).reshape(-1, 2),
         }
         np.savez(file, **content)
 
