@@ -87,6 +87,26 @@ class RunLog(Terminal):
         self._file.close()
 
 
+class SilentLog(RunLog):
+    """Of a process that another one speaks for: nothing is written or shown."""
+
+    def __init__(self) -> None:
+        Terminal.__init__(self, Console(quiet=True))
+
+    @contextmanager
+    def progress(self, title: str, total: int, start: int = 0) -> Iterator[Advance]:
+        def advance(done: int, note: str, total: int | None = None) -> None:
+            pass
+
+        yield advance
+
+    def event(self, event: Event) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _ends_torn(path: Path) -> bool:
     """Whether a killed run left its last line without an end; only the last byte is read, for logs grow large."""
     if not path.exists() or path.stat().st_size == 0:

@@ -7,7 +7,7 @@ is thrown away afterwards, so that its probabilities need not rank segments, as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypedDict
 
@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 from lofi_fast.budget import gigabytes
 from lofi_fast.data.dataset import Clip, jitter_pixels
+from lofi_fast.encoder.shared_batchnorm import share_statistics
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
+from lofi_fast.memory.ranks import highest_of_all, lowest_of_all
 from lofi_fast.memory.step_bytes import Setting, pretrain_bytes
+from lofi_fast.memory.trial import Choice
 from lofi_fast.run import events
 from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
 from lofi_fast.stages import epochs
-from lofi_fast.stages.epochs import Outcome, optimizer_of, update
+from lofi_fast.stages.epochs import Outcome, gradients_of_all, optimizer_of, update
 
 LEAST_BATCH = 4  # below this the statistics of live BN are noise
 PLAN = "pretrain, clips a step"  # in the log
@@ -40,6 +43,8 @@ def pretrain(run: Run, extra: Mapping[str, Any]) -> None:
         classifier.load_state_dict(extra["classifier"])
     run.encoder.freeze_batchnorm(False)
     run.encoder.train()
+    if run.processes.several:
+        share_statistics(run.encoder, run.processes.group_of(run.machine.device))
     epochs.train(run, Pretrain(run, classifier), run.config.pretrain)
 
 
@@ -67,7 +72,7 @@ class Pretrain:
         """Ask for the batches of an epoch from the one numbered `first` on; how many the epoch has."""
         batches = self.run.sampler.clip_epoch(epoch, self.run.plans["pretrain"]["batch"])
         self._clips = iter(batches[first:])
-        self._batches = clip_batches(self.run, epoch, batches[first:])
+        self._batches = clip_batches(self.run, epoch, [list(self.run.processes.share(b)) for b in batches[first:]])
         self._right, self._seen = torch.zeros((), device=self.run.machine.device), 0
         return len(batches)
 
@@ -76,12 +81,14 @@ class Pretrain:
         they are dropped, the batch is halved, and False is the answer. Raises InputError when it cannot be halved.
         """
         run, plan = self.run, self.run.plans["pretrain"]
-        size, limit = plan["batch"], min(run.machine.budget, run.machine.meter.available())
+        size, limit = plan["batch"], lowest_of_all(min(run.machine.budget, run.machine.meter.available()))
 
         def step() -> None:
             self._ready = self._gradients()
 
         peak = run.trials.measure(step, limit)
+        if run.processes.several:
+            peak = self._of_all(peak)
         run.log.event(
             events.Measured(plan=PLAN, candidate=str(size), peak=peak, predicted=plan["predicted"], budget=limit)
         )
@@ -99,13 +106,33 @@ class Pretrain:
         run.write_plans()
         return fits
 
+    def _of_all(self, peak: int | None) -> int:
+        """The highest peak of all processes. Raises InputError where memory ran out in this one: the others wait for
+        its statistics, and cannot be asked to take the step again.
+        """
+        if peak is None:
+            raise InputError(
+                f"process {self.run.processes.rank} ran out of memory in the first step of pretraining; give a smaller "
+                "--pretrain.batch, or a smaller --fidelity"
+            )
+        return highest_of_all(peak)
+
     def _gradients(self) -> tuple[float, Tensor, list[Clip]]:
         """(loss, number of right answers, clips) of the next batch, its gradients added to the parameters'."""
         run, (frames, shares), clips = self.run, next(self._batches), next(self._clips)
         copy_each(run.encoder.buffers(), self._statistics)
-        loss, right = clip_loss(run, self.classifier, frames, shares)
-        run.scaler.scale(loss).backward()
-        return float(loss.detach()), right, clips
+        if not run.processes.several:
+            loss, right = clip_loss(run, self.classifier, frames, shares)
+            run.scaler.scale(loss).backward()
+            return float(loss.detach()), right, clips
+
+        def share() -> tuple[float, dict[str, float]]:
+            part, named = clip_loss(run, self.classifier, frames, shares, of=len(clips))
+            run.scaler.scale(part).backward()
+            return float(part.detach()), {"right": float(named)}
+
+        value, terms = gradients_of_all(run, self.optimizer, share)
+        return value, torch.tensor(terms["right"], device=run.machine.device), clips
 
     def step(self, epoch: int, step: int) -> Outcome:
         run = self.run
@@ -139,12 +166,17 @@ def clip_batches(run: Run, epoch: int, batches: list[list[Clip]]) -> Iterator[tu
     stream = run.pipeline.stream(
         [sampler.clip_request(clip, view) for clip, (view, _) in zip(clips, augmented, strict=True)]
         for clips, augmented in zip(batches, views, strict=True)
+        if clips
     )
-    for frames, clips, augmented in zip(stream, batches, views, strict=True):
+    side = run.config.full.side
+    for clips, augmented in zip(batches, views, strict=True):
+        # A process may have no part in a last small batch, and still has to run the encoder with the others.
+        empty = torch.empty(0, side, side, 3, dtype=torch.uint8, device=run.machine.device)
+        frames = next(stream) if clips else empty
         shares = torch.zeros(len(clips), len(run.dataset.classes))
         for row, clip in zip(shares, clips, strict=True):
             row[list(clip.labels)] = 1 / len(clip.labels)
-        if run.config.data.jitter:
+        if clips and run.config.data.jitter:
             jitter_pixels(frames, [jitter for _, jitter in augmented])
         yield frames, shares.to(run.machine.device)
 
@@ -155,12 +187,19 @@ def new_classifier(run: Run) -> nn.Linear:
     return nn.Linear(run.encoder.num_features, len(run.dataset.classes)).to(run.machine.device)
 
 
-def clip_loss(run: Run, classifier: nn.Linear, frames: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """(cross-entropy, number of right answers) of a batch of clips, where any class of a clip is a right answer."""
+def clip_loss(
+    run: Run, classifier: nn.Linear, frames: Tensor, shares: Tensor, of: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(cross-entropy, number of right answers) of a batch of clips, where any class of a clip is a right answer. `of`:
+    how many clips the step has in all, where these are a part of them, or none.
+    """
     with run.machine.autocast():
         logits = classifier(run.encoder(frames, FRAMES_PER_SNIPPET))
     answers = logits.argmax(dim=1, keepdim=True)
-    return F.cross_entropy(logits.float(), shares), (shares.gather(1, answers) > 0).sum()
+    right = (shares.gather(1, answers) > 0).sum()
+    if of is None:
+        return F.cross_entropy(logits.float(), shares), right
+    return F.cross_entropy(logits.float(), shares, reduction="sum") / of, right
 
 
 class ClipsPlan(TypedDict):
@@ -184,13 +223,21 @@ def plan_pretrain(run: Run) -> ClipsPlan:
         sizes.append(sizes[-1] // 2)
 
     def step(size: int) -> None:
-        clips = (run.sampler.clip_epoch(0, size)[0] * size)[:size]
+        clips = (run.sampler.clip_epoch(0, size)[0] * size)[: run.processes.largest_share(size)]
         for frames, shares in clip_batches(run, 0, [clips, clips]):
             clip_loss(run, classifier, frames, shares)[0].backward()
             return  # the second batch was there to be decoded ahead, as in training
 
-    ledger = None if setting is None else partial(_ledger, setting, len(run.dataset.classes), run.config.full.side)
-    choice = run.trials.highest_fitting(PLAN, sizes, float, step, REFUSAL, ledger=ledger)
+    def ledger_of(setting: Setting) -> Callable[[int], int]:
+        ledger = partial(_ledger, setting, len(run.dataset.classes), run.config.full.side)
+        return lambda size: ledger(run.processes.largest_share(size))
+
+    ledger = None if setting is None else ledger_of(setting)
+
+    def choose() -> Choice[int]:
+        return run.trials.highest_fitting(PLAN, sizes, float, step, REFUSAL, ledger=ledger)
+
+    choice = min(run.processes.together(PLAN, choose, patient=True), key=lambda one: (one.candidate, -one.peak))
     optimizer.zero_grad(set_to_none=True)
     run.encoder.load_state_dict(before)  # the trial moved BN's running statistics
     measured = choice.peak if choice.readings else None
