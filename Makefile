@@ -31,6 +31,9 @@ format: $(VENV)/tested-with
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES) $(STUBS)
 
+# The version of CUDA whose DALI is installed: cuda13, or cuda12 for older cards and drivers (README.md).
+CUDA ?= cuda13
+
 # torch comes first: the kernels are built against its headers.
 $(VENV)/build-tools: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,7 +41,7 @@ $(VENV)/build-tools: constraints.txt
 	@touch $@
 
 $(VENV)/installed: $(VENV)/build-tools pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
-	$(PIP) --no-build-isolation --editable .
+	$(PIP) --no-build-isolation --editable ".[$(CUDA)]"
 	@$(BIN)/python -c "from lofi_fast.kernels import describe; print('kernels:', describe())"
 	@touch $@
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "tests": ("[options]", "the tests that say something of a GPU, the operators' first"),
     "launches": ("[options]", "on a GPU: what the host pays for a call, and device operations of a step"),
     "gpu_planner": ("[options]", "the planner on a GPU beside a neighbour, on frames made up there"),
+    "start": ("[options]", "how long a training takes to begin, and its memory, over the number of videos"),
     "faults": ("[options]", "kills, damaged checkpoints and damaged files: is all noticed, and nothing lost?"),
     "job": ("[options] -- <arguments of lofi_fast.train>", "train as a user would and append a row for each seed"),
     "recipes": (

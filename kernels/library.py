@@ -26,6 +26,10 @@ LIBRARY = torch.library.Library("lofi_fast", "DEF")
 # Device type -> operator -> the form that runs, filled by each operator's package as it is imported.
 forms: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {}}
 
+# What `operator` calls past the dispatcher: Triton forms, and autograd functions around those that have a derivative.
+_triton: dict[str, Callable[..., Any]] = {}
+_recorded: dict[str, Callable[..., Any]] = {}
+
 
 def _setting() -> str:
     value = os.environ.get("LOFI_FAST_NATIVE", "auto")
@@ -114,19 +118,61 @@ def define(
             forms["cpu"][name] = f"reference (not in {native_path}: rebuild it)"
     if triton is not None and triton_version is not None:
         LIBRARY.impl(name, triton, "CUDA")
+        _triton[name] = triton
         forms["cuda"][name] = f"Triton {triton_version}"
     elif triton is not None:
         LIBRARY.impl(name, reference, "CUDA")
         forms["cuda"][name] = "reference (Triton is not installed)"
 
 
-def direct(x: Tensor) -> bool:
-    """Whether a public function may call its Triton form for ``x`` itself, past the dispatcher.
+def differentiate(
+    name: str, backward: Callable[..., Any], setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None
+) -> None:
+    """Give a defined operator its derivative. ``backward`` and ``setup_context`` are those of an autograd function."""
+    torch.library.register_autograd(f"lofi_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    if name not in _triton:
+        return
+    form = _triton[name]
 
-    So it may on a GPU while no graph is recorded, as inside autograd functions written by hand, for ordinary tensors:
-    torch.library's layer for autograd is Python, and costs the host more than the launch.
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = form(*arguments)
+        if setup_context is not None:
+            setup_context(ctx, arguments, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(name, (torch.autograd.Function,), members)
+    _recorded[name] = function.apply
+
+
+def operator(name: str, *tensors: Tensor | None) -> Callable[..., Any]:
+    """What a public function calls for the operator: a form that costs the host least.
+
+    For ordinary tensors on a GPU that is the Triton form itself, or an autograd function around it where a graph is
+    recorded: torch.library's layers are Python, and cost the host more than the launch. Everything else goes through
+    the dispatcher: what is compiled, transformed (torch.func) or watched (a dispatch mode) must be seen by it.
+
+    Args:
+        tensors: the arguments that may need a gradient; the first is on the device that counts.
     """
-    return x.is_cuda and type(x) is Tensor and triton_version is not None and not torch.is_grad_enabled()
+    first = tensors[0]
+    if (
+        name not in _triton
+        or not first.is_cuda  # type: ignore[union-attr]
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return getattr(torch.ops.lofi_fast, name)  # type: ignore[no-any-return]
+    needs_gradient = False
+    for tensor in tensors:
+        if tensor is not None:
+            if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+                return getattr(torch.ops.lofi_fast, name)  # type: ignore[no-any-return]
+            needs_gradient |= tensor.requires_grad
+    if needs_gradient and torch.is_grad_enabled():
+        return _recorded.get(name) or getattr(torch.ops.lofi_fast, name)
+    return _triton[name]
 
 
 def describe(device: str = "cpu") -> str:

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-__all__ = ["Config", "Detector", "check", "evaluate", "load", "plan", "train"]
+__all__ = ["Config", "Detector", "check", "evaluate", "load", "plan", "prepare", "train"]
 
 if TYPE_CHECKING:
     from lofi_fast.check import check as check
@@ -22,11 +22,18 @@ if TYPE_CHECKING:
     from lofi_fast.evaluate import evaluate as evaluate
     from lofi_fast.model import Detector as Detector
     from lofi_fast.plan import plan as plan
+    from lofi_fast.prepare import prepare as prepare
     from lofi_fast.train import train as train
 
     load = Detector.load
 
-_COMMANDS = ("check", "evaluate", "plan", "train")  # modules that are functions too, see command.CallableModule
+_COMMANDS = (
+    "check",
+    "evaluate",
+    "plan",
+    "prepare",
+    "train",
+)  # functions too: see command.CallableModule
 _NAMES = {"Config": "lofi_fast.config", "Detector": "lofi_fast.model"}
 
 

@@ -13,6 +13,7 @@ from lofi_fast.errors import InputError
 COMMANDS = {  # name: (module with `main`, what it does)
     "train": ("lofi_fast.train", "train a detector within a memory budget"),
     "check": ("lofi_fast.check", "what labels and videos say of each other, before training"),
+    "prepare": ("lofi_fast.prepare", "fill the frame cache without training, on one machine or many"),
     "plan": ("lofi_fast.plan", "what will fit a budget? Needs no GPU and no data"),
     "detect": ("lofi_fast.detect", "find actions in videos with a trained detector"),
     "evaluate": ("lofi_fast.evaluate", "mAP of any predictions against any ground truth"),

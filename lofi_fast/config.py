@@ -95,12 +95,21 @@ class DataConfig:
             may_change=True,
         ),
     ] = None  # fmt: skip
+    decoder: Annotated[
+        Literal["auto", "pyav"],
+        Setting(
+            'what decodes videos for the frame cache; "auto": the video engine of the GPU where there is one (NVDEC), '
+            "and PyAV for what it cannot decode",
+            may_change=True,
+        ),
+    ] = "auto"
     video_scores: Annotated[
         str | None,
         Setting(
-            "class scores of whole videos, used instead of our own", "FILE", flag="--video-scores", unset="our own"
+            "class scores of whole videos, used instead of our own", "FILE", flag="--video-scores", unset="our own",
+            may_change=True,
         ),
-    ] = None
+    ] = None  # fmt: skip
     window: Annotated[
         float | Literal["labels"] | None,
         Setting(
@@ -141,7 +150,7 @@ class EncoderConfig:
         str | None,
         Setting(
             "torchvision ResNet, TSM or lofi_fast checkpoint to start from", "FILE", flag="--encoder-weights",
-            unset="random weights",
+            unset="random weights", may_change=True,
         ),
     ] = None  # fmt: skip
 

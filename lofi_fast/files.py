@@ -107,11 +107,12 @@ def sweep(folder: Path) -> None:
     """Remove the `.partial` files that processes of this machine left in `folder` when they were killed."""
     for partial in folder.glob("*.partial"):
         with suppress(OSError):
-            if not _is_alive(partial.name.split(".")[-2]):
+            if not is_alive(partial.name.split(".")[-2]):
                 partial.unlink()
 
 
-def _is_alive(pid: str) -> bool:
+def is_alive(pid: str) -> bool:
+    """Whether a process of this machine has the number `pid`."""
     try:
         os.kill(int(pid), 0)
     except PermissionError:  # another user's

@@ -353,7 +353,7 @@ def read_object(
     return dict(content[key])
 
 
-def _number(value: object, where: str) -> float:
+def number_of(value: object, where: str) -> float:
     """A finite float from a JSON number, or from a string that holds one (THUMOS files)."""
     number = math.nan
     if isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -366,10 +366,13 @@ def _number(value: object, where: str) -> float:
     return number
 
 
-def segments_of(items: object, where: str) -> list[tuple[float, float, str, dict[str, Any]]]:
+def segments_of(
+    items: object, where: str, seconds: Callable[[object, str], float] = number_of
+) -> list[tuple[float, float, str, dict[str, Any]]]:
     """(start, end, label, the whole entry) of a list of {"segment": [start, end], "label": ...}.
 
-    White space around a label is no part of it. Raises InputError, which begins with `where`, for any other list.
+    White space around a label is no part of it. `seconds` reads a start or an end, as `number_of` does. Raises
+    InputError, which begins with `where`, for any other list.
     """
     if not isinstance(items, list):
         raise InputError(f"{where}: expected a list of segments.")
@@ -385,7 +388,7 @@ def segments_of(items: object, where: str) -> list[tuple[float, float, str, dict
             raise InputError(f'{place}: "label" is missing or is not a text.')
         if any("\ud800" <= character <= "\udfff" for character in label):
             raise InputError(f"{place}: the label {label!r} holds half a character.")
-        start, end = (_number(value, f"{place}: {name}") for value, name in zip(segment, ("start", "end"), strict=True))
+        start, end = (seconds(value, f"{place}: {name}") for value, name in zip(segment, ("start", "end"), strict=True))
         entries.append((start, end, label.strip(), item))
     return entries
 
@@ -394,8 +397,8 @@ def load_predictions(path: Path) -> dict[str, list[tuple[float, float, str, floa
     """Detections of an ActivityNet JSON file: video -> [(start, end, label, score)], seconds.
 
     The file's form is {"results": {video: [{"segment": [start, end], "label": ..., "score": ...}]}}. Raises
-    InputError for unreadable files, missing keys and values that are no finite numbers. A prediction that ends before
-    it starts stays, and counts as a false positive.
+    InputError for unreadable files, missing keys, values that are no finite numbers, and predictions that end before
+    they start.
     """
     predictions: dict[str, list[tuple[float, float, str, float]]] = {}
     for name, items in read_object(path, "--predictions", "results").items():
@@ -404,7 +407,9 @@ def load_predictions(path: Path) -> dict[str, list[tuple[float, float, str, floa
         for i, (start, end, label, item) in enumerate(segments_of(items, where)):
             if "score" not in item:
                 raise InputError(f'{where}, segment {i}: "score" is missing.')
-            rows.append((start, end, label, _number(item["score"], f"{where}, segment {i}: score")))
+            if start > end:
+                raise InputError(f"{where}, segment {i}: starts at {start} s, after its end at {end} s.")
+            rows.append((start, end, label, number_of(item["score"], f"{where}, segment {i}: score")))
         predictions[name] = rows
     return predictions
 

@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lofi_fast import __version__
+from lofi_fast import __version__, gpu
 from lofi_fast import encoder as encoders
 from lofi_fast import head as heads
 from lofi_fast.budget import Budget, gigabytes, resolve_budget
@@ -50,7 +50,9 @@ from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.files import write_bytes
 from lofi_fast.head.decoding import Candidates, best, candidates
 from lofi_fast.head.protocol import Head, NotFiniteOutput
+from lofi_fast.ledger import EncoderLedger
 from lofi_fast.memory.settle import open_meter, settle_here
+from lofi_fast.memory.step_bytes import features_bytes
 from lofi_fast.memory.trial import Trials
 from lofi_fast.precision import choose_device, choose_precision
 
@@ -87,6 +89,7 @@ class Detector:
 
     def __init__(self, encoder: Encoder, head: Head, classes: Sequence[str], config: Config) -> None:
         self.encoder, self.head, self.classes, self.config = encoder, head, tuple(classes), config
+        self.ledger: EncoderLedger | None = None  # of an encoder that the settings name; others are planned by running
 
     @staticmethod
     def load(
@@ -119,6 +122,7 @@ class Detector:
             except (ValueError, RuntimeError) as error:
                 raise InputError(f"{file}: no network can be made from its settings ({error})") from None
         detector = Detector(made_encoder, made_head, classes, config)
+        detector.ledger = encoders.ledger_of(config.encoder) if encoder is encoders.build else None
         detector._load_weights(file, metadata.get("networks", ""))
         detector.encoder.eval()
         detector.encoder.freeze_batchnorm()
@@ -299,10 +303,14 @@ class Session:
         require_dali()
         self.detector, self.config, self._say = detector, detector.config, say
         self.device = choose_device(device)
+        gpu.check_dali(self.device)
+        if device == "auto" and self.device.type == "cpu" and (reason := gpu.unused()):
+            say(f"warning: {reason}. Detecting on the CPU")
         self.precision = choose_precision(self.device)
         for note in settle_here():
             say(f"note: {note}")
         self.meter = open_meter(self.device)
+        gpu.check_triton(self.device)
         self.budget = resolve_budget(budget, self.meter.total(), self.meter.available())
         if self.config.data.video_scores:
             say(f"note: classes are the head's own, and not those of {self.config.data.video_scores}")
@@ -478,10 +486,12 @@ class Session:
 
     def _plan(self, requests: Callable[[int], Iterator[list[FrameRequest]]], pipeline: FramePipeline) -> None:
         """How many windows the head sees and how many snippets are encoded at once: the most that fit the budget, up
-        to what training had. Raises InputError when nothing fits.
+        to what training had. The head, whose steps are quick, is run; a ledger tells what the encoder needs, where
+        there is one. Raises InputError when nothing fits.
         """
-        length = self.config.full.num_snippets
-        num_features = self.detector.encoder.num_features
+        length, side = self.config.full.num_snippets, self.config.full.side
+        num_features, ledger = self.detector.encoder.num_features, self.detector.ledger
+        itemsize = self.precision.dtype.itemsize
 
         @torch.no_grad()
         def propose(rows: int) -> None:
@@ -498,18 +508,22 @@ class Session:
                     self.detector.encoder.encode(frames, FRAMES_PER_SNIPPET, chunk=size)
 
         rows = _halves(self.config.head_stage.batch)
-        self.rows, _ = self._highest("windows", rows, propose)
-        self.chunk, peak = self._highest("snippets", _halves(min(LARGEST_CHUNK, length)), encode)
-        self._say(
-            f"plan: {self.chunk} snippets and {self.rows} windows at once, peak {gigabytes(peak)} of "
-            f"{gigabytes(self.budget)}"
-        )
 
-    def _highest(self, what: str, sizes: Sequence[int], step: Callable[[int], None]) -> tuple[int, int]:
-        """The largest of `sizes` whose step fits, and its peak in bytes."""
+        def encoding(size: int) -> int:
+            assert ledger is not None
+            return features_bytes(ledger, length, 2 * size, size, side, itemsize)
+
         trials = Trials(self.meter, self.budget, lambda *_: None, lambda *_: None)
-        choice = trials.highest_fitting(f"detection, {what} at once", sizes, float, step, REFUSAL)
-        return choice.candidate, choice.peak
+        self.rows = trials.highest_fitting("detection, windows at once", rows, float, propose, REFUSAL).candidate
+        sizes = _halves(min(LARGEST_CHUNK, length))
+        encoded = trials.highest_fitting(
+            "detection, snippets at once", sizes, float, encode, REFUSAL, ledger=encoding if ledger else None
+        )
+        self.chunk = encoded.candidate
+        peak = f"{'' if encoded.readings else 'at most '}{gigabytes(encoded.peak)}"
+        self._say(
+            f"plan: {self.chunk} snippets and {self.rows} windows at once, peak {peak} of {gigabytes(self.budget)}"
+        )
 
 
 def _halves(largest: int) -> list[int]:

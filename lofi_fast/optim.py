@@ -8,7 +8,7 @@ the size of all parameters. Both keep their state in torch's form, so a checkpoi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.machinery import PathFinder
@@ -93,7 +93,7 @@ def make_optimizer(config: StageConfig, parameters: Iterable[nn.Parameter], aske
             step = torch.zeros((), device="cpu" if apex else parameter.device)  # where each implementation counts
             optimizer.state[parameter] = {"step": step, **moments}
     optimizer.register_step_pre_hook(_lay_out_gradients)
-    optimizer.register_step_pre_hook(_begin_update)
+    optimizer.register_step_post_hook(_count_update)
     optimizer.register_load_state_dict_pre_hook(_keep_form)
     optimizer.register_load_state_dict_post_hook(_lay_out_moments)
     return optimizer
@@ -130,11 +130,32 @@ def _apex_optimizer(config: StageConfig, learning: Sequence[nn.Parameter]) -> Op
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         fused_sgd = type("FusedSGD", (_ApexForm, apex.FusedSGD), {})
-        return cast(Optimizer, fused_sgd(learning, momentum=config.momentum, **settings))
+        optimizer = cast(Any, fused_sgd(learning, momentum=config.momentum, **settings))
+        optimizer.multi_tensor_sgd = _by_memory(optimizer.multi_tensor_sgd)
+        return cast(Optimizer, optimizer)
     fused_adam = type("FusedAdam", (_ApexForm, apex.FusedAdam), {})
-    optimizer = cast(Optimizer, fused_adam(learning, adam_w_mode=config.optimizer == "adamw", **settings))
+    optimizer = cast(Any, fused_adam(learning, adam_w_mode=config.optimizer == "adamw", **settings))
+    optimizer.multi_tensor_adam = _by_memory(optimizer.multi_tensor_adam)
     optimizer.register_step_pre_hook(_count_steps)
-    return optimizer
+    return cast(Optimizer, optimizer)
+
+
+def _by_memory(kernel: Callable[..., object]) -> Callable[..., object]:
+    """One of apex's kernels for tensors of any order of dimensions in memory. It walks memory by one index, and refuses
+    all but contiguous and channels-last ones. Those of one parameter lie alike (`_lay_out_gradients`), so of the others
+    it is given the numbers in a row.
+    """
+
+    def run(chunk_size: int, flag: Tensor, lists: Sequence[Sequence[Tensor]], *rest: object) -> object:
+        return kernel(chunk_size, flag, [[_in_a_row(tensor) for tensor in tensors] for tensors in lists], *rest)
+
+    return run
+
+
+def _in_a_row(tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+        return tensor
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def _count_steps(optimizer: Optimizer, *_: object) -> None:
@@ -143,15 +164,16 @@ def _count_steps(optimizer: Optimizer, *_: object) -> None:
     """
     for group in optimizer.param_groups:
         counts = [optimizer.state[p]["step"] for p in group["params"] if p.grad is not None]
-        done = {int(count) for count in counts}
+        if not counts:
+            continue
+        done = {int(count) for count in torch.stack(counts).tolist()}
         if len(done) > 1:
             raise RuntimeError(
                 f"apex counts the steps of all parameters together, and these have had {sorted(done)} gradients: "
                 "use --optimizer-impl torch"
             )
-        group["step"] = max(done, default=0)  # apex adds this step
-        for count in counts:
-            count += 1
+        group["step"] = max(done)  # apex adds this step
+        torch._foreach_add_(counts, 1)
 
 
 def _keep_form(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -180,9 +202,10 @@ def _lay_out_moments(optimizer: Optimizer) -> None:
         state.update({name: _laid_out_as(parameter, state[name]) for name in (*MOMENTS, MOMENTUM) if name in state})
 
 
-def _begin_update(optimizer: Optimizer, *_: object) -> None:
+def _count_update(optimizer: Optimizer, *_: object) -> None:
     """Count the update as torch counts other changes in place (`Tensor._version`), which fused kernels leave out: by
-    that count a step that fails is known to have changed something, or nothing.
+    that count a step that fails is known to have changed something, or nothing. The kernels allocate nothing, so an
+    update is made as a whole, or memory ran out before it.
     """
     torch.autograd.graph.increment_version(
         [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

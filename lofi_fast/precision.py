@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lofi_fast import gpu
 from lofi_fast.errors import InputError
 
 if TYPE_CHECKING:  # imported where it is used: the command `plan` reads this file, and answers without torch
@@ -15,14 +16,20 @@ BF16_CAPABILITY = (8, 0)  # Ampere; a Turing card (the 11 GB 2080 Ti) has fp16 t
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto", "cuda" or "cpu". Raises InputError when a GPU is asked for and none can be used."""
+    """ "auto", "cuda" or "cpu". Raises InputError when a GPU is asked for and none can be used, and when PyTorch shows
+    one that it has no code for. Where "auto" is the CPU although a card is here, `gpu.unused` says why.
+    """
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no usable GPU here; check the driver, or use --device cpu")
+        reason = gpu.unused() or "PyTorch sees no usable GPU here; check the driver"
+        raise InputError(f"--device cuda: {reason}; or use --device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        gpu.check_torch(device)
+    return device
 
 
 @dataclass(frozen=True)

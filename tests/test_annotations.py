@@ -223,11 +223,32 @@ def test_csv(tmp_path: Path) -> None:
         '\ufeffvideo,start,end,label\na,"1,0","2,5","x, y"\n',
         'video,start,end,label\na,00:00:01,0:00:02.50,"x, y"\n',
         "video;start;end;label\na;0:01;00:00:02,5;x, y\n",
+        '\n\n# made by a tool, on a day\n , , \nvideo,start,end,label\n# first\na,1,2.5,"x, y"\n# end, of it\n',
+        "\ufeff# tabs\n#\nvideo\tstart\tend\tlabel\na\t1\t2.5\tx, y\n#\t\n",
+        '# video,start,end,label\ra,1,2.5,"x, y"\r',
+        '#video;start;end;label\r\n\r\na;1;2.5;"x, y"\r\n',
     ],
 )
 def test_csv_as_spreadsheets_write_it(text: str, tmp_path: Path) -> None:
     (video,) = load_csv(tmp_path, text).videos
     assert (video.name, video.segments) == ("a", (Segment(1.0, 2.5, "x, y"),))
+
+
+def test_lines_are_counted_as_editors_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="line 5: video a, segment 0 runs from 'x'"):
+        load_csv(tmp_path, "# one\n\nsep=;\nvideo;start;end;label\na;x;2;run\n")
+
+
+def test_a_name_may_begin_like_a_comment(tmp_path: Path) -> None:
+    assert [video.name for video in load_csv(tmp_path, "video,start,end,label\n#1,1,2,x\n").videos] == ["#1"]
+
+
+def test_labels_in_several_spellings_are_noted(tmp_path: Path) -> None:
+    labels = ("Run", "run", "high jump", "high  jump", "high_jump", "caf\u00e9", "cafe\u0301", "swim")
+    (note,) = load_json(tmp_path, {"x": entry(*((i, i + 1, label) for i, label in enumerate(labels)))}).notes
+    for part in ("'Run' and 'run'", "'high  jump' and 'high jump' and 'high_jump'", "classes of their own"):
+        assert part in note
+    assert "swim" not in note
 
 
 @pytest.mark.parametrize(

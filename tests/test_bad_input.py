@@ -22,6 +22,7 @@ import torch
 from av.video.frame import VideoFrame
 
 import lofi_fast
+from lofi_fast.encoder.tsm import TSMEncoder
 from lofi_fast.run import checkpoint
 from lofi_fast.run.folder import locked
 from lofi_fast.train import main
@@ -711,6 +712,34 @@ def test_resume_says_that_a_video_is_another_file_and_trains_no_further_on_it(
     (run / "checkpoints" / "previous.pt").replace(run / "checkpoints" / "last.pt")
     refusal = train("--resume", "--cache", str(tmp_path / "cache"), videos=videos)
     refusal.refused("1 video is another file (b: ", f"{SECONDS * RATE} frames", "--out")
+
+
+def test_resume_goes_on_where_weights_and_scores_have_moved_and_names_those_that_were_edited(
+    train: Train, tmp_path: Path
+) -> None:
+    weights, scores = tmp_path / "w.pth", tmp_path / "s.json"
+    torch.save(TSMEncoder("tsm_r18", 8).state_dict(), weights)
+    scores.write_text(json.dumps({"d": {"jump": 0.5, "run": 0.5}}))
+    run = tmp_path / "run"
+    assert train("--encoder-weights", str(weights), "--video-scores", str(scores)).status == 0
+    whole = (run / "metrics.json").read_bytes()
+    assert set(json.loads((run / "data.json").read_text())["files"]) == {"--encoder-weights", "--video-scores"}
+    last, previous = (run / "checkpoints" / f"{name}.pt" for name in ("last", "previous"))
+    assert checkpoint.load(previous)["position"]["stage"] == "head"
+    shutil.copyfile(previous, last)
+    moved = [weights.rename(tmp_path / "moved.pth"), scores.rename(tmp_path / "moved.json")]
+    flags = ["--resume", "--encoder-weights", str(moved[0]), "--video-scores", str(moved[1])]
+    train("--resume").refused("--encoder-weights", str(weights), "no such file")
+    done = train(*flags)
+    assert (done.status, done.err) == (0, "")
+    assert (run / "metrics.json").read_bytes() == whole
+
+    moved[1].write_text(json.dumps({"d": {"jump": 0.9, "run": 0.1}}))
+    assert "since the run was trained, --video-scores is another file" in train(*flags).out, "evaluation alone is left"
+    shutil.copyfile(previous, last)
+    train(*flags).refused("is not what it was started with, --video-scores is another file")
+    torch.save(TSMEncoder("tsm_r18", 8).state_dict(), moved[0])
+    train(*flags).refused("--encoder-weights is another file; --video-scores is another file")
 
 
 def test_resume_takes_another_cache_and_other_cuts(train: Train, run: Path, tmp_path: Path) -> None:

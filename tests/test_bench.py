@@ -188,6 +188,9 @@ def test_decoding_is_measured_beside_the_videos_themselves(tmp_path: Path) -> No
     assert forms == ["frame cache, DALI", *decoders.decoders()]
     assert all(row["frames"] == 256 and row["frames_a_second"] > 0 for row in rows if row["measured"] == "decode")
     assert 0 < rows[-1]["share"] < 1
+    filled = [row for row in rows if row["measured"] == "filling"]
+    assert len(filled) == 2 and "DALI on the CPU" in filled[0]["form"] and "PyAV" in filled[1]["form"]
+    assert all(row["frames"] == 4 and row["video_frames_a_second"] > 0 for row in filled)
     assert tables.section_of("data", rows) == "not measured\n"  # one video says nothing of speed
     said = tables.section_of("data", [row | {"quick": False} for row in rows])
     assert "| full: 32 snippets x 64 px | PyAV |" in said and "Filling the cache, once:" in said
@@ -347,7 +350,8 @@ def test_the_whole_job_with_true_and_with_rolled_labels(data: Path, tmp_path: Pa
     assert [(r["name"], r["labels"], r["seed"]) for r in (true, rolled)] == [("tiny", "true", 0), ("tiny", "rolled", 3)]
     for found, folder in ((true, keep / "tiny-true-seed0"), (rolled, keep / "tiny-rolled-seed3")):
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        assert found["peak"] == max(event.get("peak") or 0 for event in log)
+        measured = [event for event in log if event.get("measured", True)]  # a plan by arithmetic is a prediction
+        assert found["peak"] == max(event.get("peak") or 0 for event in measured)
         assert found["budget"] == 4_000_000_000
         assert found["resident_peak"] > 100_000_000  # what importing torch alone takes
         assert found["seconds"] > found["training_seconds"] > 0 and found["seconds"] > found["prepare_seconds"] >= 0
@@ -362,7 +366,7 @@ def test_the_whole_job_with_true_and_with_rolled_labels(data: Path, tmp_path: Pa
     assert (true["average_map"], true["map_by_tiou"]) == (metrics["average_map"], metrics["map_by_tiou"])
     assert (rolled["average_map"], rolled["map_by_tiou"], set(rolled["plan"])) == (None, {}, {"pretrain"})
     plans = json.loads((keep / "tiny-true-seed0" / "plan.json").read_text())["plans"]
-    assert true["plan"]["pretrain"] == {"batch": plans["pretrain"]["batch"]}
+    assert true["plan"]["pretrain"] == {key: plans["pretrain"][key] for key in ("batch", "predicted")}
     assert true["plan"]["joint"].keys() == {"spatial", "temporal", "spatio_temporal"}
     for pattern, planned in true["plan"]["joint"].items():
         readings = {"measured", "ladder"}  # what the planner tried on the way

@@ -17,7 +17,7 @@ import torch
 
 from bench.__main__ import main
 from bench.commands import gpu, tables, tests
-from bench.tools import logs, parts
+from bench.tools import logs, networks, parts, targets
 from bench.tools.rows import ROOT, Row, append_row, read_rows
 from lofi_fast.run import events
 
@@ -44,7 +44,8 @@ def test_the_dry_run_goes_through_tests_and_decoding_and_resumes(
     files = found["file"].split(", ")
     assert {f"test_{operator}.py" for operator in tests.OPERATORS} < set(files) and "test_meter.py" in files
     assert found["failed"] == 0 and found["skipped"] > 40 and not found["failures"]
-    assert [(row["part"], row["complete"]) for row in read_rows(tmp_path / "gpu.jsonl")] == [
+    parts = [row for row in read_rows(tmp_path / "gpu.jsonl") if "target" not in row]
+    assert [(row["part"], row["complete"]) for row in parts] == [
         ("data", True), ("tests", True),
     ]  # fmt: skip
     again = subprocess.run([*command, "--resume"], cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
@@ -259,6 +260,63 @@ def test_the_summary_says_what_matters_in_few_characters(tmp_path: Path) -> None
         append_row(tmp_path / "step.jsonl", step(f"form {number}", 30.0, 3.0, 3 * 10**9))
     assert len(gpu.summary(tmp_path, START)) <= gpu.LONGEST < 12_000
     assert gpu.summary(tmp_path / "nothing", START) == ""
+
+
+def test_targets_are_met_missed_or_not_measured(tmp_path: Path) -> None:
+    def step(form: str, faster: float, peak: int, ms: float = 20.0, name: str = targets.WHOLE) -> Row:
+        return gpu_row(
+            step=name, dtype="bfloat16", form=form, ms=[ms] * 3, faster_than_plain=[faster] * 3, peak=peak,
+            times_floor=None, floor={"gbs": 3000.4, "tflops": 700.2},
+        )  # fmt: skip
+
+    less, more, _ = networks.BUDGETS
+    for row in (
+        step("plain PyTorch", 1.0, 11 * 10**9), step(targets.LEAN, 2.2, 3 * 10**9),
+        step(networks.COMPILED, 2.0, 8 * 10**9), step(less, 1.5, 4 * 10**9), step(more, 2.4, 4 * 10**9),
+        step(networks.EACH_SNIPPET, 0.1, 100, 1000.0, targets.ENCODER),
+        step(networks.LEAN_EACH_SNIPPET, 0.2, 90, 400.0, targets.ENCODER),
+    ):  # fmt: skip
+        append_row(tmp_path / "step.jsonl", row)
+    call = {"measured": "call", "dtype": "bfloat16"}
+    for row in (
+        {"measured": "operations", "what": targets.WHOLE, "form": targets.LEAN, "operations": 900, "dtype": "bfloat16"},
+        {"measured": "host", "what": targets.WHOLE, "form": targets.LEAN, "us": [21e3] * 3, "dtype": "bfloat16"},
+        {**call, "what": "stem 4x4", "form": "Triton 3.6.0", "us": [20.0] * 3},
+        {**call, "what": "stem 4x4", "form": "PyTorch", "us": [90.0] * 3},
+        {**call, "what": "align_linear L=3", "form": "Triton 3.6.0", "us": [99.0] * 3},
+    ):
+        append_row(tmp_path / "launches.jsonl", gpu_row(**row))
+    moved = {"forward": {"of_roof": 0.95}, "forward_backward": {"of_roof": 0.85}, "ours": True, "form": "Triton"}
+    append_row(
+        tmp_path / "ops.jsonl", gpu_row(op="temporal_shift", shape="56x56x64, 64 frames", dtype="bfloat16", **moved)
+    )
+    lines = [" ".join(line.split()) for line in gpu.summary(tmp_path, START).splitlines()]
+    assert lines.index("== targets") == len(lines) - len(targets.judged(lambda name: [])) - 2
+    assert "3000 700" in lines
+    for line in (
+        "whole step at full fidelity against plain PyTorch >= 2x 2.20x met",
+        "whole step at full fidelity against torch.compile >= 1.3x 1.10x missed",
+        f"whole step: ahead of {less} in time and peak both 1.47x, 1.33x less met",
+        f"whole step: ahead of {more} in time and peak both 0.92x, 1.33x less missed",
+        "recompute a snippet at a time against plain checkpointing: peak, time <= 1.15x, 0.5x 0.90x, 0.40x met",
+        "one video at full fidelity, peak <= 4.3 GB 3.00 GB met",
+        "16 videos at full fidelity with recompute, peak <= 5.5 GB not measured",
+        "device operations, 100 snippets of 224 px <= 5000 900 met",
+        "host's time below the step's, 100 snippets of 224 px below 21.0 of 20.0 ms missed",
+        "host's time of one operator call <= 25 us 20.0 us at most (stem) met",
+        "temporal_shift of 56 px, of the copy bandwidth >= 90% 85 to 95% missed",
+    ):
+        assert line in lines, line
+    rows = [gpu_row(**row) for row in targets.judged(lambda name: read_rows(tmp_path / f"{name}.jsonl"))]
+    said = tables.section_of("gpu", [*rows, gpu_row(part="step", complete=True, status=0, seconds=1.0)])
+    assert "| step | done | 1 |" in said
+    assert "| one video at full fidelity, peak | <= 4.3 GB | 3.00 GB | met |" in said
+
+
+def test_lean_forms_take_the_planners_chunk() -> None:
+    assert networks.planned_chunk(100, 224) == 62 and networks.planned_chunk(3, 224) == 3
+    case = networks.WholeStep.of("tsm_r18", 3, 32, "float32", torch.device("cpu"), width=networks.TINY_WIDTH)
+    case.gate(networks.PLANNED)
 
 
 def test_what_the_host_pays_is_counted(tmp_path: Path) -> None:

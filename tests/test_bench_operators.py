@@ -89,7 +89,7 @@ def test_larger_chunks_give_the_same_gradients_and_a_budget_keeps_less() -> None
     step = networks.WholeStep.of("tsm_r18", 5, 112, "float32", device, width=networks.TINY_WIDTH)
     step.gate(networks.LARGER)
     case = networks.Encoded.of("tsm_r18", 16, 32, "float32", device, networks.TINY_WIDTH)
-    forms = (networks.COMPILED, networks.COMPILED_LESS)
+    forms = (networks.COMPILED, next(iter(networks.BUDGETS)))
     case.gate(forms)
     whole, less = (networks.kept_bytes(case.encoder, partial(case.features, form)) for form in forms)
     assert less < 0.6 * whole

@@ -95,7 +95,7 @@ def decoded(jpeg: np.ndarray) -> np.ndarray:
 
 
 def contents(folder: Path) -> set[str]:
-    return {path.suffix for path in folder.iterdir() if path.name != ".lock"}
+    return {path.suffix for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def test_pictures_times_and_positions(tmp_path: Path) -> None:
@@ -448,7 +448,7 @@ def test_names_that_no_file_system_likes(tmp_path: Path) -> None:
     names = ["a/b", "../up", "é" * 300, "x\n", "."]
     cached, _ = prepare([dataclasses.replace(wanted, name=name) for name in names], tmp_path / "cache", 32, workers=1)
     assert list(cached) == names
-    assert all(video.path.parent == tmp_path / "cache" for video in cached.values())
+    assert all(video.path.parent.parent == tmp_path / "cache" for video in cached.values())
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -540,13 +540,13 @@ def test_a_killed_run_is_continued(workers: int, tmp_path: Path) -> None:
     assert run.returncode == -signal.SIGKILL
     cache = tmp_path / "cache"
     (cache / "v9-0123456789.mov.partial").write_bytes(b"left by a killed run")
-    complete = {path: path.stat().st_mtime_ns for path in cache.glob("*.npz")}
+    complete = {path: path.stat().st_mtime_ns for path in cache.rglob("*.npz")}
     assert complete
     # workers of the killed run may still be finishing a video; they hold the lock, and this run waits for them
     cached, skipped = prepare([request(path) for path in paths], cache, 32, workers=1)
     assert len(cached) == 4 and skipped == []
     assert {path: path.stat().st_mtime_ns for path in complete} == complete
-    assert contents(cache) == {".mov", ".npz"} and len(list(cache.glob("*.mov"))) == 4
+    assert contents(cache) == {".mov", ".npz"} and len(list(cache.rglob("*.mov"))) == 4
     for video in cached.values():
         assert [number_of(decoded(jpeg)) for jpeg in video.read(np.arange(30))] == list(range(30))
 
@@ -568,7 +568,7 @@ def test_two_runs_take_turns(tmp_path: Path) -> None:
     other = dataclasses.replace(wanted, name="other")
     thread = threading.Thread(target=prepare, args=([wanted], cache, 32, 1, first_run))
     thread.start()
-    while thread.is_alive() and not list(cache.glob("*.npz")):
+    while thread.is_alive() and not list(cache.rglob("*.npz")):
         time.sleep(0.01)
     cached, _ = prepare([other], cache, 32, 1, second_run)
     thread.join()

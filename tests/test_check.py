@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,8 @@ import lofi_fast
 from lofi_fast import __main__ as program
 from lofi_fast.config import Config
 from lofi_fast.data.annotations import Segment, Video
+from lofi_fast.data.cache_size import LOOKED_AT
+from lofi_fast.data.dataset import cached_dataset
 from lofi_fast.data.survey import Overlaps, overlaps
 from lofi_fast.encoder.tsm import TSMEncoder
 from lofi_fast.errors import InputError
@@ -36,8 +39,11 @@ Spans = list[tuple[float, float, str]]
 KEY = "found_at_tiou_0.5"
 
 
-def write_video(path: Path, seconds: float, size: int = 48) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+def write_video(path: Path, seconds: float, size: int = 48, smooth: bool = False, seed: int = 0) -> None:
+    picture = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    if smooth:
+        picture = np.linspace(0, 255, size).astype(np.uint8)[:, None].repeat(size, axis=1)
+        picture = picture[:, :, None].repeat(3, axis=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"preset": "ultrafast", "crf": "35"})
@@ -140,6 +146,33 @@ def test_a_table_for_people(data: Data, capfd: pytest.CaptureFixture[str]) -> No
     assert any(line.startswith("note: ") and "minutes" in line for line in lines)
 
 
+def test_the_size_of_the_cache_is_foretold(tmp_path: Path) -> None:
+    """Of noise, of smooth pictures, and of a container whose packets tell no times."""
+    names = ("noise.mp4", "large.mp4", "smooth.mp4", "noise.ts", "small.avi")
+    for name, size in zip(names, (64, 128, 96, 64, 32), strict=True):
+        write_video(tmp_path / name, 20, size, smooth=name == "smooth.mp4")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("video,start,end,label\n" + "".join(f"{name},2,5,run\n" for name in names))
+    checked = lofi_fast.check(annotations=labels, videos=tmp_path, preset="small", fidelity="16x56", window=8.0)
+    assert checked.survey is not None
+    cached_dataset(checked.survey, tmp_path / "cache", lambda *_: None)
+    for video, told in checked.to_json()["videos"].items():
+        written = sum(path.stat().st_size for path in (tmp_path / "cache").glob(f"*/{video}-*"))
+        assert told["cache_bytes"] == pytest.approx(written, rel=0.15), video
+
+
+def test_the_size_of_the_cache_of_many_videos_is_foretold_from_some(tmp_path: Path) -> None:
+    for k in range(2 * LOOKED_AT):
+        write_video(tmp_path / f"{k:02d}.mp4", 5, 48, smooth=k % 4 == 0)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("video,start,end,label\n" + "".join(f"{k:02d},2,4,run\n" for k in range(2 * LOOKED_AT)))
+    checked = lofi_fast.check(annotations=labels, videos=tmp_path, preset="small", fidelity="8x32")
+    assert checked.survey is not None
+    cached_dataset(checked.survey, tmp_path / "cache", lambda *_: None)
+    written = sum(path.stat().st_size for path in (tmp_path / "cache").glob("??/*"))
+    assert checked.to_json()["cache_bytes"] == pytest.approx(written, rel=0.15)
+
+
 def test_what_would_be_refused_is_shown_with_all_that_is_known(data: Data, check: Check) -> None:
     frames = [(s * RATE * 4, e * RATE * 4, x) for s, e, x in SHORT]
     labels = data.labels({"a": ("training", frames), "v": ("validation", SHORT), "absent": ("training", SHORT)})
@@ -181,8 +214,30 @@ def test_files_that_claim_one_name(data: Data, check: Check, tmp_path: Path) -> 
     (tmp_path / "videos").unlink()
     for camera in ("cam1", "cam2"):
         write_video(tmp_path / "videos" / camera / "a.mp4", 3)
-    status, said, _ = check(*data.flags(data.labels({"a": ("training", [(1, 2, "run")])})))
+    write_video(tmp_path / "videos" / "b.mp4", 4)
+    labelled = ("training", [(1.0, 2.0, "run")])
+    status, said, _ = check(*data.flags(data.labels({"a": labelled, "b": labelled, "absent": labelled})))
     assert status == 2 and "cam1/a.mp4" in said["refused"] and "cam2/a.mp4" in said["refused"]
+    assert said["videos"].keys() == {"b"} and said["videos"]["b"]["duration"] == 4.0
+    reasons = {one["name"]: one["reason"] for one in said["skipped"]}
+    assert reasons.keys() == {"a", "absent"} and "cam1/a.mp4, cam2/a.mp4" in reasons["a"]
+
+
+def test_one_file_under_several_names(data: Data, check: Check, tmp_path: Path) -> None:
+    """Warned of where what is evaluated is trained on too; other files of equal length are no such thing."""
+    (tmp_path / "videos").unlink()
+    for seed, name in enumerate("abc"):
+        write_video(tmp_path / "videos" / f"{name}.mp4", 8, seed=seed)
+    (tmp_path / "videos" / "link.mp4").symlink_to(tmp_path / "videos" / "a.mp4")
+    shutil.copyfile(tmp_path / "videos" / "b.mp4", tmp_path / "videos" / "copy.mp4")
+    subsets = {"a": "training", "link": "validation", "b": "training", "copy": "training", "c": "validation"}
+    segments: Spans = [(1.0, 3.0, "run")]
+    _, said, _ = check(*data.flags(data.labels({name: (subset, segments) for name, subset in subsets.items()})))
+    (warning,) = [note for note in said["notes"] if "what is evaluated is trained on" in note]
+    assert warning.startswith("WARNING") and "a (training) and link (validation)" in warning
+    (note,) = [note for note in said["notes"] if "count as those of several" in note]
+    assert "b (training) and copy (training)" in note
+    assert "c (" not in warning + note
 
 
 def test_without_data_of_ones_own_there_is_nothing_to_check(capfd: pytest.CaptureFixture[str]) -> None:

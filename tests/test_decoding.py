@@ -292,6 +292,8 @@ def test_video_scores_in_three_forms(tmp_path, content):
         ("{", "not valid JSON"),
         ("[]", "no scores by video"),
         ('{"x": {"a": 1}}', r"no scores for 1 of 1 videos, for example 'v'"),
+        ('{"v": {"A": 0.5, "b": 0.5}}', "no scores of the class 'a', but of 'A'"),
+        ('{"v": {"a": 1}, "v": {"b": 1}}', "'v' appears twice"),
         ('{"v": {"z": 1}}', r"none of the 2 classes, such as 'a'"),
         ('{"v": {"a": -1}}', "number >= 0"),
         ('{"v": {"a": NaN}}', "number >= 0"),
@@ -307,6 +309,12 @@ def test_bad_video_scores_are_one_sentence(tmp_path, text, sentence):
     with pytest.raises(InputError, match=sentence) as caught:
         load_video_scores(path, ["v"], ["a", "b"])
     assert str(path) in str(caught.value)
+
+
+def test_white_space_around_a_class_is_no_part_of_it(tmp_path):
+    path = tmp_path / "scores.json"
+    path.write_text('{"v": {"a ": 0.75, "\\tb": 0.25, "A": 1}}')
+    assert load_video_scores(path, ["v"], ["a", "b"])["v"].tolist() == [0.75, 0.25]
 
 
 def test_missing_video_scores_name_the_flag(tmp_path):

@@ -300,6 +300,14 @@ def test_the_smallest_plan_is_tried_with_its_largest_chunk_first() -> None:
             ran.append(trial.plan.chunk)
             made.learn(trial, GB + in_chunks(trial.plan))
     assert ran == [3, 1]
+    # Where a reading says that none of them fits, it is the one that needs least.
+    machine.left = round(least[15] / (1 - SMALLEST_MARGIN)) + MB
+    made = Governor(machine, BUDGET, in_chunks, plans, print)
+    first = made.warm_up()
+    assert first.plan.chunk == 15
+    made.learn(first, GB + least[15])
+    trial = made.probe()
+    assert trial is not None and trial.plan.chunk == 1
 
 
 def test_memory_that_is_a_little_short_costs_a_smaller_chunk_and_no_fidelity() -> None:

@@ -14,11 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lofi_fast.config import HeadConfig
+from lofi_fast.data.dataset import Jitter, jitter_pixels
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.head.dropout import video_dropout
 from lofi_fast.head.gtad import GTAD, GCNeXt, HeadOutput, gather_neighbours, nearest_neighbours
+from lofi_fast.head.gtad_head import GTADHead
 from lofi_fast.head.loss import Counts, tal_loss
 from lofi_fast.head.targets import Targets, make_targets, valid_cells
+from lofi_fast.kernels import proposal_grid
 
 SMALL = HeadConfig(hidden=16, groups=4, inner_bins=8, context_bins=4, map_channels=16, class_bins=4)
 THUMOS = replace(SMALL, inner_bins=4, max_duration=5, middle_kernel=3)
@@ -392,3 +395,29 @@ def test_windows_of_a_batch_do_not_mix() -> None:
     for name in ("start_BL", "end_BL", "proposals_B2N", "classes_BKN"):
         torch.testing.assert_close(getattr(ours, name)[0], getattr(theirs, name)[0], rtol=0, atol=1e-12)
         assert (getattr(ours, name)[1] - getattr(theirs, name)[1]).abs().max() > 1e-3
+
+
+def test_cells_are_placed_on_a_device_once() -> None:
+    grid = proposal_grid(6, 4, 3)
+    device = torch.device("cpu")
+    assert grid.cells_on(device) is grid.cells_on(device) and torch.equal(grid.cells_on(device), grid.cells)
+
+
+@pytest.mark.gpu
+def test_jitter_labels_and_cells_do_not_make_the_host_wait() -> None:
+    torch.use_deterministic_algorithms(False)  # filling with NaN waits
+    device = torch.device("cuda")
+    frames = torch.zeros((4, 32, 32, 3), dtype=torch.uint8, device=device)
+    head = GTADHead(SMALL, FEATURES, CLASSES, FULL).to(device)
+    x = torch.zeros((2, FEATURES, FULL), device=device)
+    random = np.random.default_rng(0)
+    labels = [head.targets(np.arange(FULL + 1.0), np.array([[1.0, 3.0]]), np.array([0]), random) for _ in range(2)]
+    counts = head.counts(labels)
+    try:
+        for mode in ("default", "error"):  # grids are placed at the first call
+            torch.cuda.set_sync_debug_mode(mode)
+            jitter_pixels(frames, [Jitter((1.1, 0.9, 1.0), 0.1), Jitter((1.0, 1.0, 0.9), 0.0)])
+            terms = head.loss(head(x), labels, counts, 1.0)
+            torch.stack(list(terms.values())).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

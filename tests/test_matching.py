@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from av.video.frame import VideoFrame
 
-from lofi_fast.data.matching import find_videos, list_videos
+from lofi_fast.data.matching import find_videos, list_videos, match_videos
 from lofi_fast.data.video import decode, probe
 from lofi_fast.errors import InputError
 
@@ -100,6 +100,66 @@ def test_a_name_of_several_files_is_refused(name: str, files: tuple[str, ...], t
     with pytest.raises(InputError) as caught:
         find_videos(tmp_path, [name])
     assert repr(name) in str(caught.value) and all(file in str(caught.value) for file in files)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "rule"),
+    [
+        ("/data/old/x.mp4", "x.mp4", "begins in another place"),
+        ("C:\\data\\cam1\\y.mp4", "cam1/y.mp4", "begins in another place"),
+        ("https://a.org/v/cam2/y.mp4", "cam2/y.mp4", "begins in another place"),
+        ("../z/x", "x.mp4", "begins in another place"),
+        ("x ", "x.mp4", "white space"),
+        ("\u00a0x.mp4", "x.mp4", "white space"),
+        ("late", "late .mp4", "white space"),
+        ("two  words", "two\u00a0words.mkv", "white space"),
+        ("x.MP4", "x.mp4", "extension is in another case"),
+        ("cam1/y.Mp4", "cam1/y.mp4", "extension is in another case"),
+    ],
+)
+def test_what_is_no_file_s_name_but_can_mean_one_only(name: str, file: str, rule: str, tmp_path: Path) -> None:
+    touch(tmp_path, "x.mp4", "cam1/y.mp4", "cam2/y.mp4", "late .mp4", "two\u00a0words.mkv")
+    found = find_videos(tmp_path, [name])
+    assert found.paths == {name: tmp_path / file}
+    assert len(found.notes) == 1 and rule in found.notes[0] and repr(name) in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("x.avi", "but there is x.mp4; leave the extension out in the labels if it is that one"),
+        ("cam3/x", "in that folder, but there is x.mp4"),
+        ("folder", "but a folder, folder.mp4"),
+        ("folder.mp4", "but a folder, folder.mp4"),
+        ("a.b", ""),
+    ],
+)
+def test_what_comes_near_is_hinted_at(name: str, hint: str, tmp_path: Path) -> None:
+    touch(tmp_path, "x.mp4", "folder.mp4/inside.mp4", "a.b.c.mp4")
+    found = find_videos(tmp_path, [name])
+    assert not found.paths and not found.notes
+    assert found.absent[name].startswith("no video file of this name") and found.absent[name].endswith(hint)
+
+
+def test_names_from_above_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "videos" / "train"
+    touch(folder, "x.mp4", "cam/y.mp4")
+    names = ["videos/train/x", "train/cam/y.mp4"]
+    assert find_videos(folder, names).paths == dict(zip(names, (folder / "x.mp4", folder / "cam/y.mp4"), strict=True))
+
+
+def test_names_that_are_unclear_are_told_beside_all_others(tmp_path: Path) -> None:
+    touch(tmp_path, "1/x.mp4", "2/x.mp4", "3/x.mp4", "y.mp4", "z.mp4")
+    found = match_videos(tmp_path, ["x", "y", "y ", "z", "/old/x.mp4"])
+    assert found.paths == {"y": tmp_path / "y.mp4", "z": tmp_path / "z.mp4"}
+    assert found.unclear.keys() == {"x", "y ", "/old/x.mp4"} and not found.absent
+    assert all(f"{folder}/x.mp4" in found.unclear["x"] for folder in "123")
+    assert "'y' and 'y '" in found.unclear["y "]
+
+
+def test_a_pipe_without_extension_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x")
+    assert find_videos(tmp_path, ["x"]).absent.keys() == {"x"}
 
 
 def test_links_to_one_file_are_one_file(tmp_path: Path) -> None:

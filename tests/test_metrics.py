@@ -371,6 +371,11 @@ def test_ground_truth_is_what_training_reads(tmp_path):
         assert result.average == 1.0 and result.classes == ("run", "jump")
 
 
+def test_times_are_read_as_training_reads_them(tmp_path):
+    for start, end in (("0:01", "00:00:03.50"), ("1,0", "3,5"), ("1", 3.5)):
+        assert load_ground_truth(write(tmp_path / "gt.json", one((start, end)))) == {"v": [(1.0, 3.5, "a")]}
+
+
 def test_a_video_named_twice_is_refused_as_training_does(tmp_path):
     entry = json.dumps(video("validation", (0, 1, "a")))
     path = write(tmp_path / "gt.json", f'{{"database": {{"v": {entry}, "v": {entry}}}}}')
@@ -423,6 +428,7 @@ def test_bad_ground_truth_is_one_sentence(tmp_path, content, sentence):
         ([{"segment": [0, 1], "label": "a", "score": math.nan}], "segment 0: score is nan"),
         ([{"segment": [0, 1], "score": 1}], "label"),
         ([{"segment": 3, "label": "a", "score": 1}], "start, end"),
+        ([{"segment": [3, 1], "label": "a", "score": 1}], "after its end"),
         ({"segment": [0, 1]}, "list"),
         (["a"], "object"),
     ],

@@ -183,6 +183,23 @@ def test_a_gradient_of_another_memory_layout_is_the_same_gradient(form: Form, na
 
 
 @pytest.mark.parametrize("name", PLAIN)
+def test_parameters_of_any_order_of_dimensions_in_memory(form: Form, name: str) -> None:
+    """As the head's weights of align_linear have them; apex's kernels refuse them as they are."""
+    values = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0)).to(form.device)
+    ordinary, permuted = (
+        nn.Parameter(values.clone()),
+        nn.Parameter(values.permute(1, 2, 0).contiguous().permute(2, 0, 1)),
+    )
+    assert not permuted.is_contiguous()
+    for parameter in (ordinary, permuted):
+        optimizer = form.make(stage(name), [parameter])
+        for step in range(3):
+            parameter.grad = torch.sin(values + step)
+            optimizer.step()
+    assert torch.equal(ordinary, permuted)
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_parameter_without_a_gradient_waits(form: Form, name: str) -> None:
     learning, alone = parameters(form.device), parameters(form.device)[:-1]
     idle = learning[-1].detach().clone()
@@ -230,13 +247,18 @@ def test_scaled_gradients_and_a_step_left_out(form: Form, name: str) -> None:
     scaler.scale(torch.zeros((), device=form.device))
     train(optimizer, learning, range(3), scaler)
     train(other, unscaled, range(3))
-    assert bits_equal(learning, unscaled) and bits_equal(moments(optimizer), moments(other))
+    scaled, plain = [*learning, *moments(optimizer)], [*unscaled, *moments(other)]
+    if form == TORCH_CUDA:  # its kernel multiplies, unscales and adds weight decay in another order, and rounds so
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(scaled, plain, strict=True))
+    else:
+        assert bits_equal(scaled, plain)
 
+    before = [x.clone() for x in (*learning, *moments(optimizer))]
     give_gradients(learning, 3, SCALE)
     learning[4].grad[3, 2, 1, 0] = math.inf
     scaler.step(optimizer)
     scaler.update()
-    assert bits_equal(learning, unscaled) and bits_equal(moments(optimizer), moments(other))
+    assert bits_equal([*learning, *moments(optimizer)], before)
     assert scaler.get_scale() == SCALE / 2
 
 

@@ -44,7 +44,17 @@ def test_times_that_fit_are_not_worth_a_word() -> None:
 
 @pytest.mark.parametrize(
     ("factor", "fps", "unit"),
-    [(25, 25, "frame numbers"), (29.97, 29.97, "frame numbers"), (1000, 25, "milliseconds"), (1e6, 25, "microseconds")],
+    [
+        (25, 25, "frame numbers"),
+        (29.97, 29.97, "frame numbers"),
+        (25, 25.02, "frame numbers"),
+        (30, 29.9, "frame numbers"),
+        (25, 10, "frame numbers at 25 or 30 a second, which is not the files' rate"),
+        (30, 10, "frame numbers at 25 or 30 a second, which is not the files' rate"),
+        (100, 25, "hundredths of a second"),
+        (1000, 25, "milliseconds"),
+        (1e6, 25, "microseconds"),
+    ],
 )
 def test_another_unit_is_refused_by_its_name(factor: float, fps: float, unit: str) -> None:
     with pytest.raises(InputError, match=f"a.json: .* of 5 segments lie outside .* look like {unit}; .* in seconds"):
@@ -67,7 +77,14 @@ def test_minutes_and_shares_of_a_video_are_noted() -> None:
 
 @pytest.mark.parametrize(
     ("duration", "looks"),
-    [(0.2, "minutes"), (300.0, "frame numbers"), (12_000.0, "milliseconds"), (40.0, "cut off"), (5.0, "files count")],
+    [
+        (0.2, "minutes"),
+        (300.0, "frame numbers"),
+        (1200.0, "hundredths"),
+        (12_000.0, "milliseconds"),
+        (40.0, "cut off"),
+        (5.0, "files count"),
+    ],
 )
 def test_another_duration_is_noted(duration: float, looks: str) -> None:
     (note,) = check(SECONDS, 12.0, duration=duration)

@@ -284,7 +284,7 @@ def opened(config: Config) -> Iterator[Run]:
     device = torch.device("cpu")
     with closing(RunLog(folder / "log.jsonl")) as log:
         machine = Machine(device, choose_precision(device), open_meter(device), 4_000_000_000)
-        run = open_run(config, prepare(config, log), machine, log)
+        run = open_run(config, prepare(config, log, 0), machine, log)
         with closing(run.pipeline):
             yield run
 

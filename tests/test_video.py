@@ -107,6 +107,33 @@ def test_decodes_exactly_the_frame_asked_for(case: str, tmp_path: Path) -> None:
         assert all_numbers(info, frames) == [(int(i), int(i)) for i in frames]
 
 
+@pytest.mark.parametrize(
+    ("codec", "options"), [("libx264", {"bf": "0"}), ("libx264", X264_B), ("mpeg4", {}), ("mjpeg", {})]
+)
+def test_an_avi_with_empty_chunks(codec: str, options: dict[str, str], tmp_path: Path) -> None:
+    """The picture before them stays on the screen. A cut by stream copy begins so, where its sound begins first."""
+    path = tmp_path / "v.avi"
+    ticks = [0, *range(41, 60), *range(70, 90)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = BITS * SQUARE, 48, "yuv420p"
+        if codec == "mjpeg":
+            stream.pix_fmt = "yuvj420p"
+        for i, tick in enumerate(ticks):
+            frame = numbered(i)
+            frame.pts = tick
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    info = probe(path)
+    assert len(info.pts) == 40 and info.start == 0.0
+    # a chunk has its place in the order of coding, and pictures have none of their own
+    leeway = 0.121 if options is X264_B else 1e-6
+    assert np.median(np.abs(info.pts - np.array(ticks) / 25)) <= leeway
+    if options is not X264_B:
+        np.testing.assert_allclose(info.pts, np.array(ticks) / 25, atol=1e-6)
+    assert all_numbers(info, np.array([0, 1, 20, 39])) == [(i, i) for i in (0, 1, 20, 39)]
+
+
 def test_pts_are_exact_for_ntsc_rates(tmp_path: Path) -> None:
     rate = Fraction(30000, 1001)
     info = probe(write_video(tmp_path / "v.mp4", 30, rate=rate, options=X264_B))

@@ -4,11 +4,16 @@ Every form gives the frames of the same snippets, as squares of the planned side
 pixels are near ours, and nearer than those of neighbouring frames. CPU seconds are those of all threads. What filling
 the cache costs, once, has a row of its own; so has the share of decoding in a training step of the demo (lean encoder,
 head and loss, without the update of the weights).
+
+Filling the cache from larger videos is measured by the video engine of a GPU and by PyAV in as many processes as there
+are cores, processes started and all. On the CPU, DALI's own decoder stands in for the engine, with VP9.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import torch
+from av.video.frame import VideoFrame
 from torch import Tensor
 
 from bench.peers.decoders import decoders, squares
@@ -30,11 +38,13 @@ from bench.tools.record import options, record
 from bench.tools.rows import Row, environment, software
 from bench.tools.table import Section, Table, by_place, newest, when
 from lofi_fast.config import Config
-from lofi_fast.data import demo
+from lofi_fast.data import demo, nvdec
+from lofi_fast.data.cache import ENGINE_WORKERS, CacheRequest, prepare
 from lofi_fast.data.dataset import Sample, Sampler, load_dataset
 from lofi_fast.data.matching import find_videos
 from lofi_fast.data.pipeline import FramePipeline, pictures_of_a_run
 from lofi_fast.data.survey import CROP_OF_CACHED
+from lofi_fast.data.video import probe
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, select_snippets
 from lofi_fast.precision import choose_device
@@ -43,6 +53,10 @@ from lofi_fast.presets import demo as demo_config
 OURS = "frame cache, DALI"
 VIDEOS = 8
 CUTS = {"full": (1, 1), "spatial cut 4": (1, 2), "temporal cut 4": (4, 1)}  # name -> (snippets, side) divided by
+FILLED = {(320, 240): 1500, (1280, 720): 750}  # pixels of the videos that fill a cache -> frames of each
+COPIES = {"cuda": 16, "cpu": 2}  # of each such video
+FILLED_EVERY = 4  # frames, about what a grid of 100 snippets takes of two minutes
+FILLED_SIDE = 256
 LARGEST = 8.0  # mean difference of pixels, of 255: the cache is resized twice, and compressed between
 
 
@@ -57,13 +71,15 @@ def main(argv: Sequence[str]) -> int:
     old = read_against(args.against)
     start = environment() | software(device, args.threads) | {"quick": quick}
     count, rounds = (1, 1) if quick else (args.videos, args.rounds)
-    measured = measure(device, count, rounds, args.threads, quick)
+    measured = measure(device, count, rounds, args.threads, quick, not args.skip_filling)
     values = {"frames/s": ("frames_a_second",), "CPU ms a frame": ("cpu_ms_a_frame",), "share": ("share",)}
     return record("data", measured, start, args, old, table, ("measured", "case", "form"), values, line)
 
 
-def measure(device: torch.device, count: int, rounds: int, threads: int, quick: bool) -> Iterator[Row]:
-    """Of `count` videos."""
+def measure(
+    device: torch.device, count: int, rounds: int, threads: int, quick: bool, fill: bool
+) -> Iterator[Row]:  # fmt: skip
+    """Of `count` videos of the demo; `fill`: and of larger ones, how fast they go into the cache."""
     config = demo_config()
     config = replace(config, data=replace(config.data, jitter=0.0))
     with tempfile.TemporaryDirectory(prefix="bench-data-", ignore_cleanup_errors=True) as name:
@@ -78,7 +94,7 @@ def measure(device: torch.device, count: int, rounds: int, threads: int, quick: 
         yield {
             "measured": "cache", "case": "filled once", "form": OURS, "frames": kept, "seconds": round(seconds, 3),
             "frames_a_second": round(kept / seconds, 1),
-            "bytes": sum(path.stat().st_size for path in (folder / "frames").iterdir()),
+            "bytes": sum(path.stat().st_size for path in (folder / "frames").rglob("*") if path.is_file()),
         }  # fmt: skip
         largest = max(sample.cached.width * sample.cached.height for sample in samples)
         pipeline = FramePipeline(pictures_of_a_run(largest, device.type), device.type, num_threads=threads)
@@ -86,7 +102,69 @@ def measure(device: torch.device, count: int, rounds: int, threads: int, quick: 
             for case, (fewer, smaller) in list(CUTS.items())[: 1 if quick else None]:
                 fidelity = Fidelity(config.full.num_snippets // fewer, config.full.side // smaller)
                 yield from decoded(case, fidelity, config, dataset, paths, samples, pipeline, device, rounds, threads)
+            if fill:
+                yield from filling(device, quick)
             yield share(config, Sampler(dataset, config.data, config.full, 0), samples, pipeline, device, rounds, quick)
+
+
+def filling(device: torch.device, quick: bool) -> Iterator[Row]:
+    """The cache from videos of usual sizes, by each way to decode them."""
+    engine = f"cuda:{device.index or 0}" if device.type == "cuda" else "cpu"
+    if missing := nvdec.missing(engine):
+        print(f"no video engine: {missing}")
+        return
+    codec, suffix = ("libx264", ".mp4") if device.type == "cuda" else ("libvpx-vp9", ".webm")
+    cores = len(os.sched_getaffinity(0))
+    by_engine = f"{'NVDEC' if device.type == 'cuda' else 'DALI on the CPU'}, {min(cores, ENGINE_WORKERS)} processes"
+    for (width, height), num_frames in list(FILLED.items())[: 1 if quick else None]:
+        if quick:
+            num_frames = 16
+        elif device.type == "cpu":
+            num_frames //= 10  # VP9 takes long to encode
+        copies = 1 if quick else COPIES[device.type]
+        with tempfile.TemporaryDirectory(prefix="bench-data-", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            first = folder / f"0{suffix}"
+            write_video(first, codec, width, height, num_frames)
+            paths = [first, *(folder / f"{number}{suffix}" for number in range(1, copies))]
+            for path in paths[1:]:
+                shutil.copyfile(first, path)
+            frames = np.arange(0, num_frames, FILLED_EVERY)
+            requests = [CacheRequest(path.stem, probe(path), frames) for path in paths]
+            for form, by in ((by_engine, engine), (f"PyAV, {cores} processes", None)):
+                notes: list[str] = []
+                began = time.perf_counter()
+                made, skipped = prepare(requests, folder / form, FILLED_SIDE, engine=by, note=notes.append)
+                seconds = time.perf_counter() - began
+                if skipped or any("PyAV" in note for note in notes):
+                    raise GateError(f"{form}: {'; '.join([*notes, *(one.reason for one in skipped)])}")
+                kept = sum(len(video.frames) for video in made.values())
+                yield {
+                    "measured": "filling", "case": f"{width}x{height} {codec}, {copies} videos", "form": form,
+                    "frames": kept, "seconds": round(seconds, 3), "frames_a_second": round(kept / seconds, 1),
+                    "video_frames_a_second": round(copies * num_frames / seconds, 1),
+                }  # fmt: skip
+
+
+def write_video(path: Path, codec: str, width: int, height: int, num_frames: int) -> None:
+    """A texture of muted colours that a window moves over, with grain, so that it is as much to decode as what a
+    camera took. 25 frames a second.
+    """
+    random = np.random.default_rng(0)
+    coarse = random.integers(64, 192, (height // 8, width // 4, 3), dtype=np.uint8)
+    texture = coarse.repeat(16, 0).repeat(16, 1)
+    grain = random.integers(0, 12, (height + 64, width + 64, 1), dtype=np.uint8)
+    options = {"preset": "veryfast"} if codec == "libx264" else {"deadline": "realtime", "cpu-used": "8"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options | {"g": "50"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(num_frames):
+            top, left = number % height, 2 * number % width
+            down, across = random.integers(0, 64, 2)
+            pixels = texture[top : top + height, left : left + width]
+            pixels = pixels + grain[down : down + height, across : across + width]
+            container.mux(stream.encode(VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
 
 
 def decoded(
@@ -204,6 +282,12 @@ def table(rows: Sequence[Row]) -> list[Section]:
             if row["measured"] == "cache":
                 rate, size = row["frames_a_second"], row["bytes"] / row["frames"]
                 parts.append(f"Filling the cache, once: {rate:,.0f} frames a second, {size:,.0f} bytes a frame.")
+            if row["measured"] == "filling":
+                kept, passed = row["frames_a_second"], row["video_frames_a_second"]
+                parts.append(
+                    f"Filling the cache from {row['case']}, {row['form']}: {kept:,.0f} pictures a second, of "
+                    f"{passed:,.0f} frames of the videos."
+                )
             if row["measured"] == "share":
                 parts.append(f"Decoding takes {100 * row['share']:.1f}% of a step's CPU seconds ({row['case']}).")
     return parts
@@ -212,6 +296,9 @@ def table(rows: Sequence[Row]) -> list[Section]:
 def _parser() -> argparse.ArgumentParser:
     parser = options("data", __doc__, "one video: does everything run?", 5)
     parser.add_argument("--videos", type=int, default=VIDEOS, help=f"of the demo set (default: {VIDEOS})")
+    parser.add_argument(
+        "--skip-filling", action="store_true", help="without filling a cache from larger videos, which takes a minute"
+    )
     parser.add_argument(
         "--tiny", action="store_true", help="the same as --quick, as a dry run of `bench gpu` asks for it"
     )

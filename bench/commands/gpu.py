@@ -1,9 +1,10 @@
-"""Everything that matters on a GPU, in at most 5 minutes: steps, the planner, memory, operators, tests, decoding.
+"""Everything that matters on a GPU, in at most 6 minutes: steps, what the host pays, the planner, torch.compile,
+memory, operators, tests, decoding.
 
 The most telling comes first. Go on after a cut-off with --resume, or take one --part at a time (`bench.tools.parts`).
 What each part said is kept in logs/ beside the rows, and the last thing printed is a summary of all rows that these
-results hold of this commit. Nothing but PyTorch, Triton, NumPy, psutil, msgspec, for the planner rich and for the tests
-pytest has to be installed.
+results hold of this commit; it ends with the targets: met, missed or not measured (`bench.tools.targets`). Nothing but
+PyTorch, Triton, NumPy, psutil, msgspec, for the planner rich and for the tests pytest has to be installed.
 
 `--dry-run` goes through all of it without a GPU, at tiny sizes, with the Triton kernels under Triton's interpreter.
 """
@@ -17,20 +18,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.commands.tests import installed
+from bench.tools import targets
 from bench.tools.parts import Ended, Part, Setting, chosen, introduce, measured, run_parts
-from bench.tools.rows import RESULTS, Row, alike, environment, read_rows, software
+from bench.tools.rows import RESULTS, Row, alike, append_row, environment, read_rows, software
 from bench.tools.table import Section, Table, aligned, by_place, newest, when
 from lofi_fast.errors import InputError
 from lofi_fast.precision import choose_device
 
 USAGE = "python -m bench gpu [options]"
-MINUTES = 5.0
+MINUTES = 6.0
 DALI = "nvidia.dali"
 LONGEST = 10_000  # characters of the summary, so that whoever sees only the end of the output sees all of it
 WIDEST = 220  # characters of one of its lines
@@ -60,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
         )  # fmt: skip
         introduce(start)
         status = run_parts(PARTS, names, setting, 60 * args.minutes)
+        for target in targets.judged(partial(_rows, setting.results, start)):
+            append_row(setting.results / "gpu.jsonl", {"bench": "gpu", **target} | start)
         print(f"\n{summary(setting.results, start)}")
         return status
 
@@ -75,8 +80,14 @@ def step(setting: Setting, limit: float) -> Ended:
     return on_device("step", setting, limit, resumes=False, options=["--rounds", "1" if setting.quick else "15"])
 
 
+def compiled(setting: Setting, limit: float) -> Ended:
+    options = ["--compiled", "--rounds", "1" if setting.quick else "7"]
+    return on_device("step", setting, limit, resumes=False, options=options)
+
+
 def planner(setting: Setting, limit: float) -> Ended:
-    options = ["--budgets", "900MB,800MB", "--seconds", "3"] if setting.quick else ["--budgets", "11GB,4GB"]
+    options = ["--budgets", "900MB,800MB"] if setting.quick else ["--budgets", "11GB,4GB"]
+    options += ["--seconds", "3" if setting.quick else "9"]
     return on_device("gpu_planner", setting, limit, options=[*options, "--logs", str(setting.results / "logs")])
 
 
@@ -102,27 +113,31 @@ def data(setting: Setting, limit: float) -> Ended:
         print(f"left out: {' and '.join(missing)} not installed here, and nothing can be decoded without")
         return True, 0
     as_it_is = replace(setting, module="bench")  # no kernel of ours decodes: there is nothing to interpret
-    return on_device("data", as_it_is, limit, resumes=False)
+    return on_device("data", as_it_is, limit, resumes=False, options=["--skip-filling"])
 
 
 # Their seconds add up to `MINUTES`.
 PARTS = {
-    "step": Part("lean beside plain PyTorch and torch.compile of it", 75, step),
-    "planner": Part("two budgets beside a neighbour that takes and frees memory", 70, planner),
-    "memory": Part("peaks of whole steps, by the allocator and by the driver", 55, memory),
-    "ops": Part("every operator beside its peers, and its share of the copy bandwidth", 35, ops),
-    "tests": Part("tests marked gpu, then the operators' others of Triton", 50, tests),
-    "launches": Part("what the host pays for a call, and device operations of a step", 12, launches),
+    "step": Part("lean beside plain PyTorch", 55, step),
+    "launches": Part("what the host pays for a call and a step, and device operations of a step", 28, launches),
+    "planner": Part("two budgets beside a neighbour that takes and frees memory", 68, planner),
+    "compiled": Part("torch.compile of plain PyTorch, with budgets of activations too", 110, compiled),
+    "memory": Part("peaks of whole steps, by the allocator and by the driver", 48, memory),
+    "ops": Part("every operator beside its peers, and its share of the copy bandwidth", 26, ops),
+    "tests": Part("tests marked gpu, then the operators' others of Triton", 22, tests),
     "data": Part("decoding", 3, data),
 }
 
 
 def table(rows: Sequence[Row]) -> list[Section]:
-    """What became of each part, newest run of each device."""
+    """What became of each part, and of each target, newest run of each device."""
     parts: list[Section] = []
-    for where, here in by_place(newest(rows, ("part",))):
+    for where, here in by_place(newest([row for row in rows if "part" in row], ("part",))):
         lines = [(row["part"], _became(row), f"{row['seconds']:.0f}") for row in here]
         parts.append(Table(f"{where}; {when(here)}:", ("part", "", "seconds"), lines))
+    for where, here in by_place(newest([row for row in rows if "target" in row], ("target",))):
+        title = f"Targets; {where}; {when(here)}:"
+        parts.append(Table(title, targets.HEADER, [targets.cells(row) for row in here]))
     return parts
 
 
@@ -136,13 +151,13 @@ def _became(row: Row) -> str:
 def summary(results: Path, start: Row) -> str:
     """What the rows in the folder of results say of this commit and device, in at most `LONGEST` characters."""
 
-    def rows(name: str) -> list[Row]:
-        return alike(read_rows(results / f"{name}.jsonl"), start)
-
-    became = [(row["part"], _became(row), f"{row['seconds']:.0f}") for row in newest(rows("gpu"), ("part",))]
+    rows = partial(_rows, results, start)
+    parts = [row for row in rows("gpu") if "part" in row]
+    became = [(row["part"], _became(row), f"{row['seconds']:.0f}") for row in newest(parts, ("part",))]
     peaks = [row for row in rows("memory") if row["measured"] == "step"]
     sections = [  # the least telling last, as the end is what is cut
         _section("parts", [("part", "", "seconds"), *became]),
+        _section("roofs", _roofs(rows("step"))),
         _section("steps", _steps(newest(rows("step"), ("step", "dtype", "form")))),
         _section("planner", _planner(newest(rows("gpu_planner"), ("budget",)))),
         _section("violations of the budget", _violations(rows("gpu_planner"))),
@@ -152,8 +167,24 @@ def summary(results: Path, start: Row) -> str:
         _section("operators: how many times as long as ours the others take", _operators(rows("ops"))),
         _section("device operations, host's microseconds", _launches(rows("launches"))),
     ]
-    text = "\n\n".join(filter(None, sections))
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]}\n..."
+    judged = [targets.cells(row) for row in targets.judged(rows)]
+    last = _section("targets", [targets.HEADER, *judged]) if any(map(rows, targets.MEASURED_BY)) else ""
+    text, room = "\n\n".join(filter(None, sections)), LONGEST - len(last) - 6
+    return "\n\n".join(filter(None, (text if len(text) <= room else f"{text[:room]}\n...", last)))
+
+
+def _rows(results: Path, start: Row, name: str) -> list[Row]:
+    """Of a command, of this commit and device."""
+    return alike(read_rows(results / f"{name}.jsonl"), start)
+
+
+def _roofs(rows: Sequence[Row]) -> list[Sequence[str]]:
+    """What was measured among the steps as the most that the device does."""
+    floors = [row["floor"] for row in rows if row.get("floor")]
+    if not floors:
+        return []
+    copy, products = max(floor["gbs"] for floor in floors), max(floor["tflops"] for floor in floors)
+    return [("copy GB/s", "matrix products and convolutions TFLOP/s"), (f"{copy:.0f}", f"{products:.0f}")]
 
 
 def _section(title: str, lines: Sequence[Sequence[str]]) -> str:

@@ -20,7 +20,7 @@ from bench.tools.against import add_against, read_against
 from bench.tools.cases import cases, form_of, forward, gate
 from bench.tools.dtypes import DTYPES, half_of
 from bench.tools.measure import spread
-from bench.tools.networks import TINY_WIDTH, WIDTH, Encoded, WholeStep
+from bench.tools.networks import PLANNED, TINY_WIDTH, WIDTH, Encoded, WholeStep, planned_chunk
 from bench.tools.record import record
 from bench.tools.rows import RESULTS, Row, environment, software
 from bench.tools.table import Section, Table, by_place, newest, when
@@ -31,7 +31,9 @@ from lofi_fast.precision import choose_device
 
 USAGE = "python -m bench launches [options]"
 CALLS, REPEATS = 100, 9
-SNIPPETS, SIDE = 100, 224  # full fidelity
+STEPS = ((1, 100, 224), (16, 50, 158))  # videos, snippets, side: full fidelity, and the paper's batch at a cut of 4
+SMALL = 32  # pixels
+FEW = 800  # frames, up to which plain PyTorch is counted too
 KEY = ("measured", "what", "dtype", "form")
 
 
@@ -51,22 +53,26 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(device: torch.device, tiny: bool) -> Iterator[Row]:
-    """Operations first: they are few rows, and the calls' Triton kernels have to be compiled for such small tensors."""
+    """Steps first: they are few rows, and the calls' Triton kernels have to be compiled for such small tensors."""
     dtype, width = half_of(device), TINY_WIDTH if tiny else WIDTH
-    snippets, side = (2, 32) if tiny else (SNIPPETS, SIDE)
-    chunk = 1 if tiny else default_chunk(FRAMES_PER_SNIPPET, side)
+    chunk = 1 if tiny else default_chunk(FRAMES_PER_SNIPPET, STEPS[0][2])
+    side = 32 if tiny else STEPS[0][2]
     encoded = Encoded.of("tsm_r18", chunk * FRAMES_PER_SNIPPET, side, dtype, device, width)
-    whole = WholeStep.of("tsm_r18", snippets, side, dtype, device, width=width)
-    for what, case, plain in (
-        (f"encoder, one chunk: {chunk} snippets of {side} px", encoded, "plain PyTorch"),
-        (f"whole step, {snippets} snippets of {side} px", whole, whole.FORMS[0]),
-    ):
-        for form in (plain, "lean", *([] if tiny else ["lean, recompute"])):
+    steps: list[tuple[str, Encoded | WholeStep, str, str]] = [
+        (f"encoder, one chunk: {chunk} snippets of {side} px", encoded, "plain PyTorch", "lean")
+    ]
+    for videos, snippets, side in ((1, 2, 32),) if tiny else STEPS:
+        whole = WholeStep.of("tsm_r18", snippets, side, dtype, device, videos, width)
+        steps.append((named(videos, snippets, side), whole, whole.FORMS[0], next(iter(PLANNED))))
+        yield from host_of_step(videos, snippets, side, device, width, tiny)
+    for what, case, plain, lean in steps:
+        for form in (plain, lean) if case.frames.shape[0] <= FEW else (lean,):
             case.step(form)
             yield {
                 "measured": "operations", "what": what, "dtype": dtype, "form": form,
                 "operations": operations(partial(case.step, form), device),
             }  # fmt: skip
+    del steps, encoded, whole
     for tested in (case for case in cases(device, tiny=True) if case.dtype == DTYPES[dtype]):
         problem = tested.problem(device)
         gate(problem)
@@ -75,6 +81,22 @@ def measure(device: torch.device, tiny: bool) -> Iterator[Row]:
                 "measured": "call", "what": f"{tested.op} {tested.shape}", "dtype": dtype, "form": form,
                 "us": host_microseconds(partial(forward, run), device, tiny),
             }  # fmt: skip
+
+
+def named(videos: int, snippets: int, side: int) -> str:
+    """As `bench step` names it where there is one video."""
+    return f"whole step, {f'{videos} x ' if videos > 1 else ''}{snippets} snippets of {side} px"
+
+
+def host_of_step(videos: int, snippets: int, side: int, device: torch.device, width: int, tiny: bool) -> Iterator[Row]:
+    """What a step costs the host: the same graphs over frames so small that the device is done before the host is."""
+    form, chunk = next(iter(PLANNED)), planned_chunk(videos * snippets, side)
+    small = WholeStep.of("tsm_r18", snippets, SMALL, half_of(device), device, videos, width)
+    small.step(form, chunk)  # loads code
+    yield {
+        "measured": "host", "what": named(videos, snippets, side), "dtype": half_of(device), "form": form,
+        "us": host_microseconds(partial(small.step, form, chunk), device, tiny, calls=1),
+    }  # fmt: skip
 
 
 def operations(call: Callable[[], object], device: torch.device) -> int | None:
@@ -88,9 +110,9 @@ def operations(call: Callable[[], object], device: torch.device) -> int | None:
     return sum(event.device_type == DeviceType.CUDA for event in found.events())
 
 
-def host_microseconds(call: Callable[[], object], device: torch.device, tiny: bool) -> list[float]:
+def host_microseconds(call: Callable[[], object], device: torch.device, tiny: bool, calls: int = CALLS) -> list[float]:
     """Of one call: the median, and what a fifth of the repeats are below and above."""
-    calls, repeats = (1, 1) if tiny else (CALLS, REPEATS)
+    calls, repeats = (1, 1) if tiny else (calls, REPEATS)
     call()
     times = []
     for _ in range(repeats):
@@ -105,7 +127,7 @@ def host_microseconds(call: Callable[[], object], device: torch.device, tiny: bo
 
 
 def line(row: Row) -> str:
-    if row["measured"] == "call":
+    if row["measured"] in ("call", "host"):
         return f"{row['what']}, {row['form']}: {row['us'][0]:.1f} us of the host"
     return f"{row['what']}, {row['form']}: {row['operations']} device operations"
 
@@ -122,11 +144,11 @@ def table(rows: Sequence[Row]) -> list[Section]:
         ]
         parts.append(Table(f"{where}; {when(here)}:", ("step", "form", "device operations"), steps))
         calls = []
-        for row in (row for row in here if row["measured"] == "call"):
+        for row in (row for row in here if "us" in row):
             median, low, high = row["us"]
             calls.append((row["what"], row["form"], f"{median:.1f} ({low:.1f} to {high:.1f})"))
-        header = ("operator", "form", "host's microseconds a call (p20 to p80)")
-        parts.append(Table("Calls of small tensors:", header, calls))
+        header = ("operator or step", "form", "host's microseconds a call (p20 to p80)")
+        parts.append(Table("Calls of small tensors, and steps of as many graphs over small frames:", header, calls))
     return parts
 
 

@@ -38,7 +38,13 @@ from lofi_fast.precision import choose_device
 
 SIDES = (224, 158, 112)  # of (100, 224) and (25, 224), (50, 158), (100, 112)
 PEAKS = ((64, 224), (256, 112))  # frames, side
-GPU_PEAKS = ((1, 100, 224), (16, 50, 158))  # videos, snippets, side: full fidelity, and the paper's batch at a cut of 4
+# Videos, snippets, side, forms: full fidelity; the paper's batch at full fidelity, and at a cut of 4.
+ON_GPU = (WholeStep.FORMS[0], "lean, planned chunk", "lean, recompute, planned chunk", "lean, recompute")
+GPU_PEAKS = (
+    (1, 100, 224, (*ON_GPU, "lean, 8 bits, planned chunk")),
+    (16, 100, 224, ("lean, recompute",)),
+    (16, 50, 158, ON_GPU[:3]),
+)
 FLOORS = (4, 12, 64)  # snippets of FLOOR_SIDE pixels, a snippet at a time
 FLOOR_SIDE = 112
 KEPT = ("plain PyTorch", "lean", EIGHT_BIT)
@@ -150,8 +156,8 @@ def whole_peaks(device: torch.device, quick: bool = False) -> Iterator[Row]:
     `peak`: above the start, by torch's allocator, with the gradients that the step makes. `driver`: what the device
     shows for the process after the step: the context and the libraries' own memory with all that torch reserved.
     """
-    for videos, snippets, side in ((2, 3, 16),) if quick else GPU_PEAKS:
-        for form in WholeStep.FORMS:
+    for videos, snippets, side, forms in ((2, 3, 16, WholeStep.FORMS),) if quick else GPU_PEAKS:
+        for form in forms:
             width = TINY_WIDTH if quick else WIDTH
             arguments = (videos, snippets, side, half_of(device), form, str(device), torch.get_num_threads(), width)
             if device.type == "cuda":

@@ -150,12 +150,12 @@ def table(rows: Sequence[Row]) -> list[Section]:
         went = [row for row in run if not row["refused"]]
         if not went:
             continue
-        bound = [row["used"][1] for row in went if row["bound"]] or [0.0]
+        bound = [100 * row["used"][1] for row in went if row["bound"]]
         span = [row["budget"] / 1e9 for row in run]
         errors = [f"{100 * max(row[key][0] for row in went):.1f}%" for key in ("error_of_peak", "error_of_added")]
         lines.append((
             model + ", beside a neighbour" * pressure, f"{len(run)}, {min(span):.2f} to {max(span):.2f} GB",
-            _steps(went), *errors, f"{100 * min(bound):.0f}% to {100 * max(bound):.0f}%",
+            _steps(went), *errors, f"{min(bound):.0f}% to {max(bound):.0f}%" if bound else "binds nowhere",
             str(sum(row["violations"] for row in went)), str(sum(row["lost"] for row in went)),
             f"{sum(row['down'] for row in went)} / {sum(row['up'] for row in went)}", when(run),
         ))  # fmt: skip

@@ -2,7 +2,8 @@
 
 Every form passes the gate first: its gradients are those of plain PyTorch. Forms alternate within one process, and with
 them what tells the floor of the step (`bench.tools.roofs`). On a GPU the case is one video at full fidelity in mixed
-precision, with larger chunks of the lean encoder and with torch.compile of plain PyTorch.
+precision, with the planner's chunks of the lean encoder; with --compiled it is torch.compile of plain PyTorch, at
+several budgets of activations too.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from bench.tools.against import read_against
 from bench.tools.dtypes import DTYPES, half_of
 from bench.tools.measure import ROOF, Stopwatch, in_child, interleaved, peak_above_start, roof, spread
 from bench.tools.networks import (
+    BUDGETS,
     CHECKPOINTED,
     COMPILED,
-    COMPILED_LESS,
     EACH_SNIPPET,
-    EIGHT_BIT,
-    LARGER,
+    LEAN_EACH_SNIPPET,
+    PLANNED,
     SAMPLED,
     TINY_WIDTH,
     WIDTH,
@@ -44,6 +45,7 @@ SNIPPETS, SIDE = 100, 112  # of the whole step
 GPU_SIDE = 224  # full fidelity
 GATED = (12, 112)  # snippets and side of the gate in float32 on a GPU; several chunks
 UNRELATED = 0.7  # gradients of a wrong formula differ by more
+COMPARED = ("lean, one graph", "lean", "lean, recompute", LEAN_EACH_SNIPPET)  # ours, beside what is compiled
 SECONDS, GPU_SECONDS = 60.0, 3.0  # that one form may take, at least three rounds
 
 
@@ -60,7 +62,12 @@ def main(argv: Sequence[str]) -> int:
     print(f"{start['device']}; {args.threads} thread(s); commit {start['commit'][:7]}")
     stopwatch = Stopwatch(device)
     sizes = ENCODER[:1] if args.short else ENCODER
-    parts = (gpu_steps,) if args.tiny or device.type == "cuda" else (partial(encoder_steps, sizes=sizes), whole_step)
+    if args.tiny or device.type == "cuda":
+        parts = (gpu_compiled,) if args.compiled else (gpu_steps,)
+    elif args.compiled:
+        parts = (compiled_steps,)
+    else:
+        parts = (partial(encoder_steps, sizes=sizes), whole_step)
     measured = (row for part in parts for row in part(device, stopwatch, args.rounds, args.quick or args.tiny))
     values = {"ms": ("ms",), "peak": ("peak",)}
     return record("step", measured, start, args, old, table, ("step", "dtype", "form"), values)
@@ -81,6 +88,35 @@ def encoder_steps(
             what = f"encoder, {frames} frames of {side} px"
             work = encoder_work("tsm_r18", WIDTH, frames, side, DTYPES[dtype].itemsize)
             yield from _rows(what, dtype, calls, stopwatch, rounds, work, device)
+
+
+def compiled_steps(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bool) -> Iterator[Row]:
+    """The encoder's step on a CPU, time and peak: torch.compile of plain PyTorch, by itself and with budgets of
+    activations, beside checkpointing and ours. Inductor needs a C++ compiler; `quick` runs its graph as it is.
+    """
+    frames, side = (16, 64) if quick else ENCODER[0]
+    arguments = ("tsm_r18", frames, side, "float32", device, WIDTH, "aot_eager" if quick else "inductor")
+    case = Encoded.of(*arguments)  # type: ignore[arg-type]
+    names = ["plain PyTorch", COMPILED, *BUDGETS, CHECKPOINTED, EACH_SNIPPET, *COMPARED]
+    names = [name for name in names if name not in (COMPILED, *BUDGETS) or _compiles(name, case)]
+    case.gate(names[1:])
+    work = encoder_work("tsm_r18", WIDTH, frames, side, 4)
+    calls = {name: partial(case.step, name) for name in names}
+    what = f"encoder, {frames} frames of {side} px, compiled"
+    threads = torch.get_num_threads()
+    for row in list(_rows(what, "float32", calls, stopwatch, rounds, work, device)):
+        # Inductor does not work in copies of a process: each of these is one from the start.
+        row["peak"] = in_child(_encoder_peak, threads, row["form"], *arguments, cuda=True)
+        print(f"{row['form']}: {(row['peak'] or 0) / 2**20:.0f} MiB", flush=True)
+        yield row
+
+
+def _encoder_peak(threads: int, form: str, *case: Any) -> int:
+    torch.set_num_threads(threads)
+    encoded = Encoded.of(*case)
+    encoded.step(form)  # compiles
+    encoded.drop_gradients()
+    return peak_above_start(partial(encoded.step, form), encoded.frames.device, warm=False)
 
 
 def whole_step(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bool) -> Iterator[Row]:
@@ -105,34 +141,48 @@ def gpu_steps(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bo
     """TSM-R18 with head and loss, then alone, at full fidelity in mixed precision.
 
     Forms are taken a few at a time, each time beside plain PyTorch, so that there are rows after seconds: ours first,
-    the compiled ones last.
+    with the chunk that the planner takes.
     """
-    snippets, side = (2, 32) if quick else (SNIPPETS, GPU_SIDE)
-    width = TINY_WIDTH if quick else WIDTH
-    dtype = half_of(device)
-    frames = FRAMES_PER_SNIPPET * (1 if quick else snippets)
-    whole = WholeStep.of("tsm_r18", snippets, side, dtype, device, width=width)
-    encoded = Encoded.of("tsm_r18", frames, side, dtype, device, width)
-    plain = whole.FORMS[0]
+    whole, encoded = _full(device, quick)
+    plain, width = whole.FORMS[0], whole.encoder.width
     exactly = WholeStep.of("tsm_r18", *((2, 32) if quick else GATED), "float32", device, width=width)
-    groups = [("lean",)] if quick else [("lean", "lean, recompute"), tuple(LARGER), (EIGHT_BIT,)]
+    planned = list(PLANNED)
+    groups = [planned[:1]] if quick else [planned[:2], ["lean, one graph", "lean, recompute, chunk x8"], planned[2:]]
     for number, forms in enumerate(groups):
         exactly.gate(forms)
         yield from _whole(whole, (plain, *forms), stopwatch, rounds, without=(plain,) if number else ())
+    snippets = len(whole.frames) // FRAMES_PER_SNIPPET
     features = torch.randn(1, encoded.encoder.num_features, snippets, device=device, requires_grad=True)
     heads = {name: partial(whole.head_step, name, features) for name in whole.FORMS[:2]}
-    yield from _rows(f"head and loss, L={snippets}", dtype, heads, stopwatch, rounds, seconds=GPU_SECONDS)
-    first = ["plain PyTorch", "lean"] if quick else ["plain PyTorch", "lean", *LARGER, CHECKPOINTED]
+    yield from _rows(f"head and loss, L={snippets}", half_of(device), heads, stopwatch, rounds, seconds=GPU_SECONDS)
+    first = ["plain PyTorch", *(["lean"] if quick else [*planned[:2], "lean, one graph"])]
     yield from _encoder(encoded, first, stopwatch, rounds)
     if not quick:
-        others = ["plain PyTorch", EACH_SNIPPET, SAMPLED, "lean, recompute", EIGHT_BIT]
-        yield from _encoder(encoded, others, stopwatch, rounds, without=others[:1])
-    for form in (COMPILED, COMPILED_LESS):
-        if _compiles(form, encoded):
-            yield from _encoder(encoded, ["plain PyTorch", form], stopwatch, rounds, without=["plain PyTorch"])
-    for form in (COMPILED, COMPILED_LESS):
-        if _compiles(form, whole):
-            yield from _whole(whole, (plain, form), stopwatch, rounds, without=(plain,))
+        for forms in ([EACH_SNIPPET, LEAN_EACH_SNIPPET], [CHECKPOINTED, SAMPLED, planned[2], "lean"]):
+            yield from _encoder(encoded, ["plain PyTorch", *forms], stopwatch, rounds, without=["plain PyTorch"])
+
+
+def gpu_compiled(device: torch.device, stopwatch: Stopwatch, rounds: int, quick: bool) -> Iterator[Row]:
+    """torch.compile of plain PyTorch, then with activation budgets, of the encoder alone and of the whole step, whose
+    encoder is compiled by then. Compiling takes most of the time, so the most telling come first.
+    """
+    whole, encoded = _full(device, quick)
+    cases = ((encoded, (COMPILED,)), (whole, (COMPILED,)), (encoded, BUDGETS), (whole, BUDGETS))
+    for case, forms in cases[:1] if quick else cases:
+        plain, rows = (whole.FORMS[0], _whole) if case is whole else ("plain PyTorch", _encoder)
+        for form in forms:
+            if _compiles(form, case):
+                yield from rows(case, [plain, form], stopwatch, rounds, without=[plain])  # type: ignore[operator]
+
+
+def _full(device: torch.device, quick: bool) -> tuple[WholeStep, Encoded]:
+    """One video at full fidelity."""
+    snippets, side = (2, 32) if quick else (SNIPPETS, GPU_SIDE)
+    width = TINY_WIDTH if quick else WIDTH
+    frames = FRAMES_PER_SNIPPET * (1 if quick else snippets)
+    dtype = half_of(device)
+    whole = WholeStep.of("tsm_r18", snippets, side, dtype, device, width=width)
+    return whole, Encoded.of("tsm_r18", frames, side, dtype, device, width)
 
 
 def _whole(
@@ -272,5 +322,6 @@ def table(rows: Sequence[Row]) -> list[Section]:
 def _parser() -> argparse.ArgumentParser:
     parser = options("step", __doc__, "small cases: does everything run? says nothing of speed", 7)
     parser.add_argument("--tiny", action="store_true", help="a GPU's cases, small enough for Triton's interpreter")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile of plain PyTorch, at several budgets")
     parser.add_argument("--short", action="store_true", help="one size of the encoder's step, and the whole step")
     return parser

@@ -16,7 +16,7 @@ from lofi_fast.errors import InputError
 # Commands with a table; each has it from the rows in results/NAME.jsonl.
 TABLES = (
     "job", "ops", "kernels", "memory", "step", "planner", "truth", "epochs", "tuners", "day", "optim", "overhead",
-    "data", "eval", "gpu_planner", "fits", "plan", "scaling", "gpu", "tests", "launches", "faults", "recipes",
+    "data", "eval", "gpu_planner", "fits", "plan", "scaling", "gpu", "tests", "launches", "faults", "recipes", "start",
 )  # fmt: skip
 FIGURES = ("fits", "day")  # commands that draw one too
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")

@@ -211,7 +211,7 @@ def _index(folder: Path) -> Loader:
 
     def read(path: Path) -> object:
         index.write_bytes(path.read_bytes())
-        found = prepare([request], entry.path.parent, 16, workers=1)[0]["v"]
+        found = prepare([request], folder / "cache", 16, workers=1)[0]["v"]
         if [picture.tobytes() for picture in found.read(np.arange(3))] != pictures:
             raise AssertionError("other pictures")
         return found

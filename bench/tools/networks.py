@@ -19,16 +19,17 @@ from bench.tools.gate import GateError
 from lofi_fast.config import EncoderName, HeadConfig
 from lofi_fast.encoder.lean import default_chunk, encode
 from lofi_fast.encoder.resnet import TSMResNet
-from lofi_fast.fidelity import FRAMES_PER_SNIPPET
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
 from lofi_fast.head.gtad import GTAD, HeadOutput
 from lofi_fast.head.loss import Counts, tal_loss
 from lofi_fast.head.targets import Targets, make_targets
+from lofi_fast.memory.plans import chunks
 
 CLASSES = 200  # ActivityNet's
 WIDTH, TINY_WIDTH = 64, 8  # channels of the first stage: the paper's, and what Triton's interpreter can run
 COMPILED = "torch.compile"  # of plain PyTorch
-COMPILED_LESS = "torch.compile, activation budget 0.3"  # it recomputes until 30% of the activations are kept
-ACTIVATION_BUDGET = 0.3
+# It recomputes until that share of the activations is kept.
+BUDGETS = {f"torch.compile, activation budget {share}": share for share in (0.3, 0.1, 0.5)}
 CHECKPOINTED = "plain, checkpointed"
 EACH_SNIPPET = "plain, checkpointed, a snippet at a time"
 LEAN_EACH_SNIPPET = "lean, recompute, a snippet at a time"
@@ -45,6 +46,8 @@ LARGER: dict[str, tuple[str, int | None]] = {
     "lean, recompute, chunk x8": ("lean, recompute", 8),
     "lean, recompute, chunk x32": ("lean, recompute", 32),
 }
+# Lean forms with the chunk that the planner takes first on a GPU.
+PLANNED = {f"{form}, planned chunk": form for form in LEAN}
 HEAD = HeadConfig()
 
 # ||gradient - plain gradient|| / ||plain gradient||, the mean over parameters. In float64 they agree to 1e-12 (tests);
@@ -59,17 +62,24 @@ class Encoded:
     encoder: TSMResNet
     frames: Tensor
     dtype: torch.dtype
+    backend: str | None = None  # of torch.compile; None: see `compiled`
 
     @staticmethod
     def of(
-        name: EncoderName, num_frames: int, side: int, dtype: str, device: torch.device, width: int = WIDTH
+        name: EncoderName,
+        num_frames: int,
+        side: int,
+        dtype: str,
+        device: torch.device,
+        width: int = WIDTH,
+        backend: str | None = None,
     ) -> Encoded:
         torch.manual_seed(0)
         encoder = TSMResNet(name, width)
         encoder.freeze_batchnorm()
         encoder.train().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         frames = torch.randint(0, 256, (num_frames, side, side, 3), dtype=torch.uint8, device=device)
-        return Encoded(encoder, frames, DTYPES[dtype])
+        return Encoded(encoder, frames, DTYPES[dtype], backend)
 
     def forms(self) -> dict[str, Callable[[], Tensor]]:
         """Name -> features. The first is plain PyTorch. What takes long on a CPU is there for a GPU alone."""
@@ -84,8 +94,8 @@ class Encoded:
             **{form: partial(lean, form) for form in ("lean, one graph", *LEAN)},
         }
         if self.frames.is_cuda:
-            forms |= {form: partial(lean, form) for form in LARGER}
-            forms |= {form: partial(self.compiled, form) for form in (COMPILED, COMPILED_LESS)}
+            forms |= {form: partial(lean, form) for form in (*LARGER, *PLANNED)}
+            forms |= {form: partial(self.compiled, form) for form in (COMPILED, *BUDGETS)}
         return forms
 
     def a_snippet_at_a_time(self) -> dict[str, Callable[[], Tensor]]:
@@ -98,7 +108,7 @@ class Encoded:
 
     def compiled(self, form: str) -> Tensor:
         """Features by torch.compile of plain PyTorch."""
-        return compiled_features(form)(self.encoder, self.frames, FRAMES_PER_SNIPPET)
+        return compiled_features(form, self.backend)(self.encoder, self.frames, FRAMES_PER_SNIPPET)
 
     def step(self, form: str) -> None:
         """Forward and backward; the gradients of the step before are dropped first."""
@@ -107,7 +117,7 @@ class Encoded:
 
     def features(self, form: str) -> Tensor:
         with torch.autocast(self.frames.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-            if form in (COMPILED, COMPILED_LESS):
+            if form in (COMPILED, *BUDGETS):
                 return self.compiled(form)
             return (self.forms() | self.a_snippet_at_a_time())[form]()
 
@@ -173,14 +183,15 @@ class WholeStep:
         self.encoder.zero_grad(set_to_none=True)
         self.head.zero_grad(set_to_none=True)
 
-    def step(self, form: str) -> None:
+    def step(self, form: str, chunk: int | None = None) -> None:
+        """`chunk`: snippets to a graph of a lean form, in place of the form's own."""
         self.drop_gradients()
         with torch.autocast(self.frames.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-            if form in (self.FORMS[0], COMPILED, COMPILED_LESS):
+            if form in (self.FORMS[0], COMPILED, *BUDGETS):
                 plain = plain_features if form == self.FORMS[0] else compiled_features(form)
                 features_NC = plain(self.encoder, self.frames, FRAMES_PER_SNIPPET)
             else:
-                features_NC = lean_features(self.encoder, self.frames, form)
+                features_NC = lean_features(self.encoder, self.frames, form, chunk)
             features_BCL = features_NC.unflatten(0, (self.videos, -1)).transpose(1, 2)
             output = self._head(form)(features_BCL)
         tal_loss(output, self.targets, self.counts, positive_iou=0.9, class_weight=1.0).total.backward()
@@ -194,7 +205,7 @@ class WholeStep:
         tal_loss(output, self.targets, self.counts, positive_iou=0.9, class_weight=1.0).total.backward()
 
     def _head(self, form: str) -> Callable[[Tensor], HeadOutput]:
-        if form in (COMPILED, COMPILED_LESS):
+        if form in (COMPILED, *BUDGETS):
             return partial(compiled(DenseHead.forward), self.dense)
         return self.dense if form == self.FORMS[0] else self.head
 
@@ -205,35 +216,47 @@ class WholeStep:
         _gate(nn.ModuleList([self.encoder, self.head]), self.step, names, self.FORMS[0], self.dtype, largest)
 
 
-def lean_features(encoder: TSMResNet, frames: Tensor, form: str) -> Tensor:
-    """Features by a form of `LEAN` or `LARGER`; those of `LEAN` leave the chunk to the encoder's own default."""
-    way, times = LARGER.get(form, (form, 1))
-    snippets = len(frames) // FRAMES_PER_SNIPPET
-    chunk = snippets if times is None else min(times * default_chunk(FRAMES_PER_SNIPPET, frames.shape[1]), snippets)
-    return encode(encoder, frames, FRAMES_PER_SNIPPET, chunk=chunk if form in LARGER else None, **LEAN[way])
-
-
-@cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile of it, for one shape at a time. On a CPU its graph is taken and run as it is, which shows that it
-    can be compiled and says nothing of speed.
+def lean_features(encoder: TSMResNet, frames: Tensor, form: str, chunk: int | None = None) -> Tensor:
+    """Features by a form of `LEAN`, `LARGER` or `PLANNED`, `chunk` snippets to a graph; where None, the form's own:
+    those of `LEAN` leave it to the encoder.
     """
-    return torch.compile(function, dynamic=False, backend="inductor" if torch.cuda.is_available() else "aot_eager")
+    way, times = LARGER.get(form, (PLANNED.get(form, form), 1))
+    snippets = len(frames) // FRAMES_PER_SNIPPET
+    if chunk is None and form in PLANNED:
+        chunk = planned_chunk(snippets, frames.shape[1])
+    elif chunk is None and form in LARGER:
+        default = default_chunk(FRAMES_PER_SNIPPET, frames.shape[1])
+        chunk = snippets if times is None else min(times * default, snippets)
+    return encode(encoder, frames, FRAMES_PER_SNIPPET, chunk=chunk, **LEAN[way])
+
+
+def planned_chunk(snippets: int, side: int) -> int:
+    """Snippets in one graph, of all in memory at once, that the planner takes first on a GPU."""
+    return chunks(Fidelity(snippets, side), 1, "cuda")[0]
 
 
 @cache
-def compiled_features(form: str) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Any], backend: str | None = None) -> Callable[..., Any]:
+    """torch.compile of it, for one shape at a time. On a CPU, unless told a backend, its graph is taken and run as it
+    is, which shows that it can be compiled and says nothing of speed.
+    """
+    backend = backend or ("inductor" if torch.cuda.is_available() else "aot_eager")
+    return torch.compile(function, dynamic=False, backend=backend)
+
+
+@cache
+def compiled_features(form: str, backend: str | None = None) -> Callable[..., Tensor]:
     """`plain_features` by a form of torch.compile."""
     if form == COMPILED:
-        return compiled(plain_features)
+        return compiled(plain_features, backend)
     from torch._functorch import config
 
     # torch keeps what it compiled beside a function's code: another budget needs code of its own.
-    code = plain_features.__code__.replace(co_name="plain_features_within_a_budget")
-    function = compiled(FunctionType(code, plain_features.__globals__, code.co_name))
+    code = plain_features.__code__.replace(co_name=f"plain_features_within_{BUDGETS[form]}".replace(".", "_"))
+    function = compiled(FunctionType(code, plain_features.__globals__, code.co_name), backend)
 
     def features(*arguments: Any) -> Tensor:
-        with config.patch(activation_memory_budget=ACTIVATION_BUDGET):
+        with config.patch(activation_memory_budget=BUDGETS[form]):
             found: Tensor = function(*arguments)
         return found
 

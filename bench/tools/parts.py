@@ -71,7 +71,7 @@ def run_parts(parts: Mapping[str, Part], names: Iterable[str], setting: Setting,
     share = seconds / sum(part.seconds for part in parts.values())
     path = setting.results / f"{setting.command}.jsonl"
     done = alike(read_rows(path), setting.start) if setting.resume else []
-    complete = {row["part"] for row in done if row["complete"]}
+    complete = {row["part"] for row in done if row.get("complete")}
     lines: list[Sequence[str]] = [("part", "", "seconds", "rows")]
     failed = False
     ends = time.monotonic() + seconds

@@ -230,8 +230,7 @@ def _gather_rows_triton(*arguments: Any) -> Any:
 
 def _gather_rows(dense: Tensor, matrix: SparseRows, bias: Tensor | None, row_step: int) -> Tensor:
     """The operator inside an autograd function."""
-    run = _kernel().gather_rows if library.direct(dense) else torch.ops.lofi_fast.gather_rows
-    rows: Tensor = run(dense, *matrix, bias, row_step)
+    rows: Tensor = library.operator("gather_rows", dense)(dense, *matrix, bias, row_step)
     return rows
 
 

@@ -85,6 +85,14 @@ class ProposalGrid(SamplingGrid):
     expand: float
     margin: float
     cells: Tensor = field(repr=False)  # (num_cells, 2) int64 (d, s) in the order of rois: by d, then s; on the CPU
+    _placed: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def cells_on(self, device: torch.device) -> Tensor:
+        """``cells`` on ``device``; moved once, at the first call for it."""
+        if device not in self._placed:
+            with torch.inference_mode(False):
+                self._placed[device] = self.cells.to(device)
+        return self._placed[device]
 
 
 @dataclass(frozen=True, eq=False)

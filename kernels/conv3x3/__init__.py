@@ -165,8 +165,8 @@ library.define(
     reference.conv3x3_backward,
     _fake_backward,
 )
-torch.library.register_autograd("lofi_fast::conv3x3", _backward, setup_context=_setup_context, lib=library.LIBRARY)
-torch.library.register_autograd("lofi_fast::conv3x3_backward", _no_second_derivative, lib=library.LIBRARY)
+library.differentiate("conv3x3", _backward, _setup_context)
+library.differentiate("conv3x3_backward", _no_second_derivative)
 
 
 @register_flop_formula(torch.ops.lofi_fast.conv3x3)

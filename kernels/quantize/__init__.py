@@ -45,7 +45,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     _check_dimensions("quantize", "x", x)
     if x.dtype not in _FLOATS:
         raise ValueError(f"quantize: x must be float32, float16, bfloat16 or float64, got {x.dtype}")
-    run = _kernel().quantize if library.direct(x) else torch.ops.lofi_fast.quantize
+    run = library.operator("quantize", x)
     codes, scale = run(x)
     return codes, scale
 
@@ -77,7 +77,7 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
             f"dequantize: scale must be {exact} {tuple(codes.shape[:2])} on {codes.device} for {dtype}, got "
             f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
         )
-    run = _kernel().dequantize if library.direct(codes) else torch.ops.lofi_fast.dequantize
+    run = library.operator("dequantize", codes, scale)
     x: Tensor = run(codes, scale, dtype)
     return x
 
@@ -128,5 +128,5 @@ library.define(
     _dequantize_fake,
     _dequantize_triton,
 )
-torch.library.register_autograd("lofi_fast::quantize", _no_derivative, lib=library.LIBRARY)
-torch.library.register_autograd("lofi_fast::dequantize", _no_derivative, lib=library.LIBRARY)
+library.differentiate("quantize", _no_derivative)
+library.differentiate("dequantize", _no_derivative)

@@ -61,7 +61,7 @@ def residual_shift(
     _check_channels("residual_shift", "bias", bias, x)
     _check_channels("residual_shift", "identity_scale", identity_scale, x)
     _check_channels("residual_shift", "identity_bias", identity_bias, x)
-    run = _kernel().residual_shift if library.direct(x) else torch.ops.lofi_fast.residual_shift
+    run = library.operator("residual_shift", x, identity)
     out, shifted = run(x, scale, bias, identity, identity_scale, identity_bias, num_frames, fold)
     return out, shifted if fold else None
 
@@ -104,7 +104,7 @@ def residual_shift_backward(
     _check_floating(op, out)
     _check_channels(op, "scale", scale, out)
     _check_channels(op, "identity_scale", identity_scale, out)
-    run = _kernel().residual_shift_backward if library.direct(out) else torch.ops.lofi_fast.residual_shift_backward
+    run = library.operator("residual_shift_backward", out, grad_out, grad_shifted)
     grad_x, grad_identity = run(grad_out, grad_shifted, out, scale, identity_scale, with_identity, num_frames, fold)
     return grad_x, grad_identity if with_identity else None
 
@@ -192,7 +192,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_shifted: Tensor | None) ->
     if grad_out is None and (grad_shifted is None or not fold):
         return (None,) * 8
     with_identity = ctx.needs_input_grad[3]
-    grad_x, grad_identity = torch.ops.lofi_fast.residual_shift_backward(
+    run = library.operator("residual_shift_backward", out, grad_out, grad_shifted)
+    grad_x, grad_identity = run(
         grad_out, grad_shifted if fold else None, out, scale, identity_scale, with_identity, num_frames, fold
     )
     return grad_x, None, None, grad_identity if with_identity else None, None, None, None, None
@@ -216,7 +217,5 @@ library.define(
     _fake_backward,
     triton=_triton_backward,
 )
-torch.library.register_autograd(
-    "lofi_fast::residual_shift", _backward, setup_context=_setup_context, lib=library.LIBRARY
-)
-torch.library.register_autograd("lofi_fast::residual_shift_backward", _no_second_derivative, lib=library.LIBRARY)
+library.differentiate("residual_shift", _backward, _setup_context)
+library.differentiate("residual_shift_backward", _no_second_derivative)

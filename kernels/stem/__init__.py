@@ -56,8 +56,7 @@ def stem_forward(x: Tensor, scale: Tensor | None, bias: Tensor) -> tuple[Tensor,
     _check_floating("stem", "x", x)
     _check_channels("stem", "scale", scale, x)
     _check_channels("stem", "bias", bias, x)
-    run = _kernel().stem if library.direct(x) else torch.ops.lofi_fast.stem
-    pooled, argmax = run(x, scale, bias)
+    pooled, argmax = library.operator("stem", x)(x, scale, bias)
     return pooled, argmax
 
 
@@ -93,7 +92,7 @@ def stem_backward(
         if (size - 1) // 2 + 1 != windows:
             raise ValueError(f"stem_backward: {name}={size} does not pool to {windows} windows")
     _check_channels("stem_backward", "scale", scale, pooled)
-    run = _kernel().stem_backward if library.direct(grad) else torch.ops.lofi_fast.stem_backward
+    run = library.operator("stem_backward", grad)
     grad_x: Tensor = run(grad, pooled, argmax, scale, height, width)
     return grad_x
 
@@ -123,7 +122,7 @@ def stem_input(frames: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
         )
     if dtype not in _FLOATS:
         raise ValueError(f"stem_input: dtype must be float32, float16, bfloat16 or float64, got {dtype}")
-    run = _kernel().stem_input if library.direct(frames) else torch.ops.lofi_fast.stem_input
+    run = library.operator("stem_input", frames)
     x: Tensor = run(frames, mean, dtype)
     return x
 
@@ -213,7 +212,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor], output: tuple[
 @once_differentiable
 def _backward(ctx: Any, grad_pooled: Tensor, grad_argmax: None) -> tuple[Tensor, None, None]:
     pooled, argmax, scale = ctx.saved_tensors
-    return torch.ops.lofi_fast.stem_backward(grad_pooled, pooled, argmax, scale, *ctx.size), None, None
+    run = library.operator("stem_backward", grad_pooled)
+    return run(grad_pooled, pooled, argmax, scale, *ctx.size), None, None
 
 
 library.define(
@@ -231,4 +231,4 @@ library.define(
     _stem_input_fake,
     _stem_input_triton,
 )
-torch.library.register_autograd("lofi_fast::stem", _backward, setup_context=_save, lib=library.LIBRARY)
+library.differentiate("stem", _backward, _save)

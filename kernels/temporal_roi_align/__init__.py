@@ -64,7 +64,8 @@ def temporal_roi_align(features: Tensor, rois: Tensor, num_bins: int, sampling_r
                 f"temporal_roi_align: rois must be finite, with a batch index in [0, {features.shape[0]}) in column 0"
             )
         _remember(rois, features.shape[0])
-    aligned: Tensor = torch.ops.lofi_fast.temporal_roi_align(features, rois.detach(), num_bins, sampling_ratio)
+    run = library.operator("temporal_roi_align", features)
+    aligned: Tensor = run(features, rois.detach(), num_bins, sampling_ratio)
     return aligned
 
 
@@ -119,7 +120,8 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Te
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
     (rois,) = ctx.saved_tensors
-    return torch.ops.lofi_fast.temporal_roi_align_backward(grad, rois, *ctx.arguments), None, None, None
+    run = library.operator("temporal_roi_align_backward", grad)
+    return run(grad, rois, *ctx.arguments), None, None, None
 
 
 library.define(
@@ -135,6 +137,4 @@ library.define(
     _backward_fake,
     triton=_backward_triton,
 )
-torch.library.register_autograd(
-    "lofi_fast::temporal_roi_align", _backward, setup_context=_setup_context, lib=library.LIBRARY
-)
+library.differentiate("temporal_roi_align", _backward, _setup_context)

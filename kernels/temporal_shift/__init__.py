@@ -33,8 +33,7 @@ def temporal_shift(x: Tensor, num_frames: int, fold: int | None = None) -> Tenso
         ValueError: x is not 4-D, num_frames < 1, N*T is not a multiple of num_frames, or fold is outside [0, C // 2].
     """
     fold = check_snippets("temporal_shift", "x", x, num_frames, fold)
-    run = _kernel().temporal_shift if library.direct(x) else torch.ops.lofi_fast.temporal_shift
-    shifted: Tensor = run(x, num_frames, fold, False)
+    shifted: Tensor = library.operator("temporal_shift", x)(x, num_frames, fold, False)
     return shifted
 
 
@@ -79,7 +78,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, int, int, bool], output: Tens
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     num_frames, fold, adjoint = ctx.arguments
-    return torch.ops.lofi_fast.temporal_shift(grad, num_frames, fold, not adjoint), None, None, None
+    return library.operator("temporal_shift", grad)(grad, num_frames, fold, not adjoint), None, None, None
 
 
 library.define(
@@ -88,6 +87,4 @@ library.define(
     _fake,
     triton=_triton,
 )
-torch.library.register_autograd(
-    "lofi_fast::temporal_shift", _backward, setup_context=_setup_context, lib=library.LIBRARY
-)
+library.differentiate("temporal_shift", _backward, _setup_context)

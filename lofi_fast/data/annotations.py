@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ _SUBSETS = {
     "validation": ("val", "valid", "validation", "validate", "dev", "development", "eval", "evaluation"),
     "testing": ("test", "testing", "tst"),
 }
+_COLUMNS = ("video", "start", "end", "label")  # that a table of labels must have
 UNASSIGNED = "unassigned"  # the subset of every video of labels that tell none
 
 
@@ -100,8 +102,9 @@ def load_annotations(path: Path, *, clip: bool = True) -> Annotations:
     """Reads a .json file in ActivityNet form or a .csv file with the header video,start,end,label[,subset][,duration].
 
     Seconds may be numbers or strings, also with a decimal comma or as hh:mm:ss.ff. Cells of a .csv (.tsv) file are
-    separated by what separates its first line: comma, semicolon, tab, bar, or what "sep=" says. A .csv row whose start,
-    end and label are all empty names a video without segments. Without any subset all videos are UNASSIGNED.
+    separated by what separates its first line: comma, semicolon, tab, bar, or what "sep=" says; lines that begin with
+    "#" are comments. A .csv row whose start, end and label are all empty names a video without segments. Without any
+    subset all videos are UNASSIGNED.
     `clip`: segments to the durations that the labels tell; not where the files themselves are there to tell.
 
     Raises InputError for an unreadable or malformed file, start > end, seconds that are not finite numbers,
@@ -134,7 +137,27 @@ def load_annotations(path: Path, *, clip: bool = True) -> Annotations:
         shown = ", ".join(untrained[:5]) + (", ..." if len(untrained) > 5 else "")
         plural = "es" if len(untrained) > 1 else ""
         notes.append(f"{path}: {len(untrained)} class{plural} of validation never seen in training: {shown}")
+    notes += _spellings(classes, path)
     return Annotations(annotations.videos, classes, tuple(notes), repairs.counts["duplicate"])
+
+
+def _spellings(classes: Iterable[str], path: Path) -> list[str]:
+    """A note about labels that are one word in several spellings, and so several classes."""
+    alike: dict[str, list[str]] = {}
+    for label in classes:
+        alike.setdefault(plain_spelling(label), []).append(label)
+    several = [spellings for spellings in alike.values() if len(spellings) > 1]
+    if not several:
+        return []
+    shown = "; ".join(" and ".join(map(repr, spellings)) for spellings in several[:3])
+    return [
+        f"{path}: labels that are spelt almost alike are classes of their own: {shown}{'; ...' * bool(several[3:])}"
+    ]
+
+
+def plain_spelling(label: str) -> str:
+    """What spellings of one word have in common: no case, and one space for white space, dashes and underscores."""
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", label).casefold()).strip()
 
 
 def num_videos(path: Path) -> int:
@@ -243,10 +266,10 @@ def _videos_of_json(path: Path, text: str, repairs: _Repairs, clip: bool) -> lis
 
 
 def _videos_of_csv(path: Path, text: str, repairs: _Repairs, clip: bool) -> list[Video]:
-    separator, text = _separator(text)
+    separator, text, skipped = _table(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator != "\t")
     columns = [column.strip().lower() for column in next(reader, [])]
-    missing = [column for column in ("video", "start", "end", "label") if column not in columns]
+    missing = [column for column in _COLUMNS if column not in columns]
     if missing:
         raise InputError(
             f"{path} needs a first line video,start,end,label[,subset][,duration]; it lacks {', '.join(missing)}"
@@ -260,8 +283,10 @@ def _videos_of_csv(path: Path, text: str, repairs: _Repairs, clip: bool) -> list
         for row in reader:
             if not any(cell.strip() for cell in row):
                 continue
-            line = f"{path} line {reader.line_num}"
+            line = f"{path} line {skipped + reader.line_num}"
             if len(row) != len(columns):
+                if row[0].lstrip().startswith("#"):
+                    continue  # a comment
                 raise InputError(f"{line} has {len(row)} cells, the first line has {len(columns)}")
             cell = {column: value.strip() for column, value in zip(columns, row, strict=True)}
             name = cell["video"]
@@ -281,7 +306,7 @@ def _videos_of_csv(path: Path, text: str, repairs: _Repairs, clip: bool) -> list
             if cell["start"] or cell["end"] or cell["label"]:
                 own.append(_segment(cell["start"], cell["end"], cell["label"], f"{where}, segment {len(own)}"))
     except csv.Error as error:
-        raise InputError(f"{path} line {reader.line_num} is not valid CSV: {error}") from error
+        raise InputError(f"{path} line {skipped + reader.line_num} is not valid CSV: {error}") from error
 
     videos = []
     for name, own in segments.items():
@@ -292,14 +317,32 @@ def _videos_of_csv(path: Path, text: str, repairs: _Repairs, clip: bool) -> list
     return videos
 
 
-def _separator(text: str) -> tuple[str, str]:
-    """What separates the cells, and the text without a first line "sep=;", by which spreadsheets tell it."""
-    first, _, rest = text.lstrip("\r\n").partition("\n")
-    told = first.strip("\r\"'").lower()
-    if told.startswith("sep=") and len(told) <= 5:
-        return first.strip("\r\"'")[4:] or "\t", rest
+_LINE = re.compile(r"([^\r\n]*)(?:\r\n|\r|\n|$)")
+
+
+def _table(text: str) -> tuple[str, str, int]:
+    """What separates the cells, the text from the line with the columns' names on, and how many lines stand before it:
+    empty ones, comments that begin with "#", and "sep=;", by which spreadsheets tell the separator.
+    """
+    told, at, skipped = "", 0, 0
+    while at < len(text):
+        match = _LINE.match(text, at)
+        assert match is not None  # every line is one
+        line = match[1].strip(" \"'")
+        if line.lower().startswith("sep=") and len(line) <= 5:
+            told = line[4:] or "\t"
+        elif line.startswith("#") and set(_COLUMNS) <= {
+            cell.strip(" \"'#").lower() for cell in re.split(r"[,;\t|]", line)
+        }:
+            text = text[: match.start()] + match[1].replace("#", " ", 1) + text[match.end(1) :]
+            break
+        elif line.strip(",;\t|\"' ") and not line.startswith("#"):
+            break
+        at, skipped = match.end(), skipped + 1
+    text = text[at:]
     # the first line holds nothing but names of columns
-    return max(",;\t|", key=first.count), text
+    first = text[: re.search(r"[\r\n]|$", text).start()]  # type: ignore[union-attr]
+    return told or max(",;\t|", key=first.count), text, skipped
 
 
 def subset_named(text: str) -> str | None:
@@ -322,16 +365,16 @@ def _subset(value: object, where: str) -> str:
 def _duration(value: object, where: str) -> float | None:
     if value is None:
         return None
-    duration = _seconds(value)
+    duration = seconds_of(value)
     if duration is None or duration <= 0:
         raise InputError(f"{where} has the duration {value!r}; it must be positive seconds")
     return duration
 
 
 def _segment(start: object, end: object, label: object, where: str) -> Segment:
-    start_s, end_s = _seconds(start), _seconds(end)
+    start_s, end_s = seconds_of(start), seconds_of(end)
     if start_s is None or end_s is None:
-        raise InputError(f"{where} runs from {start!r} to {end!r}; both must be finite seconds")
+        raise InputError(f"{where} runs from {start!r} to {end!r}; both must be finite seconds, or hh:mm:ss.ff")
     if start_s > end_s:
         raise InputError(f"{where} starts at {start_s} s, after its end at {end_s} s")
     if not isinstance(label, str) or not label.strip():
@@ -345,7 +388,7 @@ _CLOCK = re.compile(r"(?:(?P<hours>\d{1,4}):)?(?P<minutes>\d{1,4}):(?P<seconds>\
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
 
-def _seconds(value: object) -> float | None:
+def seconds_of(value: object) -> float | None:
     """A finite number of seconds, or None: a number, or its text, also with a decimal comma, or as hh:mm:ss or mm:ss
     with or without a fraction. bool is an int to Python and never a time.
     """

@@ -1,9 +1,14 @@
 """The frame cache: each video decoded once, the frames of the full-fidelity grid kept as JPEG pictures.
 
 An entry is `<name>-<hash>.mov`, intra-only MJPEG that any player opens, and `<name>-<hash>.npz`, its index, which says
-where in it each picture lies, and a checksum of each. Both are written under a temporary name and renamed, the index
-last: an entry is complete if and only if its index exists. The hash covers everything the pictures depend on, so a
-changed video or grid is a new entry. An index that is not what was written is treated as if it were not there.
+where in it each picture lies, and a checksum of each. Both are written below `partial/` and renamed, the index last: an
+entry is complete if and only if its index exists. The hash covers everything the pictures depend on, so a changed video
+or grid is a new entry; its first two digits name the folder that the entry is in, so that no folder holds more than a
+256th of the files. An index that is not what was written is treated as if it were not there.
+
+Videos are decoded by PyAV, or by a GPU's video engine (data/nvdec.py) where there is one. The hash does not tell the
+two apart: their pictures differ about as much as a JPEG differs from its source, so that an entry is as good for
+either, and a cache that was filled on one machine serves on another.
 
 A picture is held against its checksum whenever it is read: bytes that have changed on the disk may still decode. Where
 it differs the entry's index is removed, so that the next run makes the entry anew.
@@ -14,24 +19,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import pickle
 import queue
+import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from lofi_fast import files
+from lofi_fast.data import nvdec
+from lofi_fast.data.catalogue import Catalogue, Stamps, real_path
 from lofi_fast.data.packages import require_pyav
 from lofi_fast.data.pictures import cached_size, write_pictures, written_pictures
 from lofi_fast.data.video import VideoError, VideoInfo
@@ -42,6 +54,13 @@ _FORMAT_VERSION = 1
 
 _READY = b"ready"
 
+PARTIAL = "partial"  # folder of the cache for files that are not whole yet
+ABANDONED = 86_400.0  # seconds since the last byte, after which a file that another machine was writing is removed
+
+INDICES_HELD = 256  # indices of entries in memory, some 30 kB each
+ENGINE_WORKERS = 4  # processes that decode by NVDEC, at most; cards have one to seven engines
+MOST_DEATHS = 3  # of such processes; then PyAV decodes what is left
+
 LONGEST_NAME = 180  # bytes of a video's name in names of files; systems allow 255, and more is added
 
 
@@ -50,28 +69,53 @@ class CachedVideo:
     """A complete entry: picture p of the .mov at `path` is source frame frames[p], shown at pts[p] seconds.
 
     frames, offsets, sizes (n,) int64, checksums (n,) uint32, pts (n,) float64: source frame indices (ascending), where
-    each JPEG lies in the file, how many bytes it has, and their CRC-32. width, height: pixels of the pictures.
-    duration: seconds that the source video's clock shows at its end.
+    each JPEG lies in the file, how many bytes it has, and their CRC-32. They are read from the file `index` (last
+    changed at `changed` ns) when they are asked for, and those of the entries used last are held. width, height: pixels
+    of the pictures. info: of the source video.
     """
 
     name: str
     path: Path
-    frames: np.ndarray
-    pts: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-    checksums: np.ndarray
+    index: str
+    changed: int
     width: int
     height: int
-    duration: float
+    info: VideoInfo
+
+    @property
+    def frames(self) -> np.ndarray:
+        return _held_index(self.index, self.changed).frames
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return _held_index(self.index, self.changed).offsets
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return _held_index(self.index, self.changed).sizes
+
+    @property
+    def checksums(self) -> np.ndarray:
+        return _held_index(self.index, self.changed).checksums
+
+    @property
+    def pts(self) -> np.ndarray:
+        # of the probe, not of the index: an entry may be older than what is known of the file's clock
+        times: np.ndarray = self.info.pts[self.frames]
+        return times
+
+    @property
+    def duration(self) -> float:
+        """Seconds that the source video's clock shows at its end."""
+        return self.info.duration
 
     def positions(self, frames: np.ndarray) -> np.ndarray:
         """Positions (int64, same shape) of source frames; ValueError if one of them is not in the cache."""
-        frames = np.asarray(frames, dtype=np.int64)
-        positions = np.minimum(np.searchsorted(self.frames, frames), len(self.frames) - 1)
-        absent = frames[self.frames[positions] != frames]
+        frames, cached = np.asarray(frames, dtype=np.int64), self.frames
+        positions = np.minimum(np.searchsorted(cached, frames), len(cached) - 1)
+        absent = frames[cached[positions] != frames]
         if absent.size:
-            raise ValueError(f"frame {absent.flat[0]} of {self.name} is not among the {len(self.frames)} cached ones")
+            raise ValueError(f"frame {absent.flat[0]} of {self.name} is not among the {len(cached)} cached ones")
         return positions.astype(np.int64)
 
     def read(self, positions: np.ndarray) -> list[np.ndarray]:
@@ -81,15 +125,16 @@ class CachedVideo:
         when a picture is not what was written; the entry is then made anew by the next `prepare`.
         """
         pictures = []
+        index = _held_index(self.index, self.changed)
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 for position in np.asarray(positions, dtype=np.int64):
-                    size = int(self.sizes[position])
-                    picture = os.pread(descriptor, size, int(self.offsets[position]))
+                    size = int(index.sizes[position])
+                    picture = os.pread(descriptor, size, int(index.offsets[position]))
                     if len(picture) != size:
                         raise InputError(f"cache file {self.path} is cut off; delete it and run again")
-                    if zlib.crc32(picture) != self.checksums[position]:
+                    if zlib.crc32(picture) != index.checksums[position]:
                         raise self._damaged(int(position))
                     pictures.append(np.frombuffer(picture, dtype=np.uint8))
             finally:
@@ -108,13 +153,60 @@ class CachedVideo:
         return InputError(f"picture {position} of the cache file {self.path} is damaged; {mend}")
 
 
+@dataclass(frozen=True, eq=False)
+class Index:
+    """What the index of an entry holds; see `CachedVideo`. size: pixels, width and height."""
+
+    frames: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    checksums: np.ndarray
+    size: tuple[int, int]
+
+
+def _read_index(path: str, length: int | None = None) -> Index | None:
+    """The index in a file, or None where it is none, or not of pictures in `length` bytes."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            frames, offsets, sizes = (content[name] for name in ("frames", "offsets", "sizes"))
+            checksums = content["checksums"]
+            size = int(content["width"]), int(content["height"])
+    except Exception:  # damaged bytes can make the readers of .npz and .npy raise anything
+        return None
+    shape = frames.shape
+    if not (
+        len(shape) == 1
+        and all(numbers.dtype == np.int64 and numbers.shape == shape for numbers in (frames, offsets, sizes))
+        and checksums.dtype == np.uint32
+        and checksums.shape == shape
+        and bool(np.all((sizes > 0) & (offsets >= 0)))
+        and (length is None or bool(np.all((sizes <= length) & (offsets <= length - sizes))))
+    ):
+        return None
+    return Index(frames, offsets, sizes, checksums, size)
+
+
+@functools.lru_cache(INDICES_HELD)
+def _held_index(path: str, changed: int) -> Index:
+    """The index of an entry that was found complete. Raises InputError where it is no more."""
+    index = _read_index(path)
+    if index is None:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise InputError(f"the index {path} of the frame cache is damaged or gone; run again, and it is made anew")
+    return index
+
+
 @dataclass(frozen=True)
 class CacheRequest:
-    """Keep the source frames `frames` (int64, sorted, unique, not empty) of one probed video under `name`."""
+    """Keep the source frames `frames` (int64, sorted, unique, not empty) of one probed video under `name`. `grid`: a
+    text that says how the frames are chosen of any video; empty where nothing does.
+    """
 
     name: str
     info: VideoInfo
     frames: np.ndarray
+    grid: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,6 +216,16 @@ class Skipped:
     name: str
     path: str
     reason: str
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What became of a request. `refused`: why the engine that was to decode it did not; "" where it did, or there was
+    none.
+    """
+
+    result: CachedVideo | Skipped
+    refused: str = ""
 
 
 def estimate_bytes(requests: Sequence[CacheRequest], side: int) -> int:
@@ -137,27 +239,35 @@ def estimate_bytes(requests: Sequence[CacheRequest], side: int) -> int:
 
 
 def prepare(
-    requests: Sequence[CacheRequest],
+    requests: Collection[CacheRequest],
     folder: Path,
     short_side: int,
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    engine: str | None = None,
+    note: Callable[[str], None] | None = None,
+    engine_workers: int = ENGINE_WORKERS,
+    *,
+    alone: bool = True,
+    known: Catalogue | None = None,
 ) -> tuple[dict[str, CachedVideo], list[Skipped]]:
     """Makes every requested entry that `folder` lacks, and returns all entries by name and the videos that failed.
 
     `workers` processes (default: one for each core) take one video each; `progress` is called from this thread with
-    (videos done, videos in all, what was just done). May be killed at any time and run again. Several runs may share
-    a folder: they take turns.
+    (videos done, videos in all, what was just done). `engine` is the device whose video engine decodes, as "cuda:0" (or
+    "cpu", where DALI decodes VP9 and MJPEG), by default in `engine_workers` processes at most; PyAV decodes what it
+    cannot, and everything without one. `note` is told at most once, which of the two decoded how many videos and why.
+    May be killed at any time and run again. Several runs may share a folder: they take turns. Where not `alone`, they
+    work side by side, on this machine and on others, each in an order of its own; an entry that two are making at once
+    is kept of the one that ends first. Entries that the catalogue `known` holds are not opened.
 
     Raises InputError when the folder cannot be written, the estimated size exceeds the free space, or an entry must be
     made without PyAV. ValueError for two requests of one name, no frames, or a short side below 2.
     """
     folder = Path(folder)
-    names = [request.name for request in requests]
-    if len(set(names)) < len(names):
-        raise ValueError("two requests have the same name")
-    if short_side < 2 or any(len(request.frames) == 0 for request in requests):
-        raise ValueError("short_side must be at least 2, and each request needs at least one frame")
+    if short_side < 2:
+        raise ValueError("short_side must be at least 2")
+    names: dict[str, None] = {}
     cached: dict[str, CachedVideo] = {}
     skipped: list[Skipped] = []
 
@@ -165,10 +275,10 @@ def prepare(
         if progress is not None:
             progress(len(cached) + len(skipped), len(requests), what)
 
-    def take_complete(waiting: Sequence[CacheRequest]) -> list[CacheRequest]:
+    def take_complete(waiting: Iterable[CacheRequest]) -> list[CacheRequest]:
         pending = []
         for request in waiting:
-            entry = _load(request, folder, short_side)
+            entry = _load(request, folder, short_side, known)
             if entry is None:
                 pending.append(request)
             else:
@@ -176,34 +286,102 @@ def prepare(
                 tell(request.name)
         return pending
 
-    pending = take_complete(requests)
+    def sound() -> Iterator[CacheRequest]:
+        for request in requests:
+            if request.name in names:
+                raise ValueError("two requests have the same name")
+            if len(request.frames) == 0:
+                raise ValueError("each request needs at least one frame")
+            names[request.name] = None
+            yield request
+
+    pending = take_complete(sound())
     if pending:
-        with _lock(folder, tell) as lock:
+        with _held(folder, tell, alone) as lock:
             pending = take_complete(pending)
+            # the longest first, so that no long one is left for the end; side by side, not all the same one
+            pending.sort(key=lambda request: -len(request.info.pts))
+            if not alone:
+                random.shuffle(pending)
             _check_free_space(pending, folder, short_side)
             cores = len(os.sched_getaffinity(0))
-            workers = min(cores if workers is None else workers, len(pending))
-            results: Generator[tuple[CacheRequest, CachedVideo | Skipped]]
-            if workers > 1:
-                results = _in_processes(pending, folder, short_side, workers, max(1, cores // workers), lock)
+            missing = nvdec.missing(engine) if engine is not None else ""
+            if missing:
+                engine = None
+            if workers is None:
+                workers = cores if engine is None else min(cores, engine_workers)
+            workers = min(workers, len(pending))
+            results: Generator[tuple[CacheRequest, _Made]]
+            # an engine always has processes: its device memory goes with them, and what kills one costs no more
+            if workers > 1 or (pending and engine is not None):
+                results = _in_processes(pending, folder, short_side, workers, max(1, cores // workers), lock, engine)
             else:
-                results = ((request, _make_entry(request, folder, short_side, cores)) for request in pending)
+                results = ((request, _make_entry(request, folder, short_side, cores, None)) for request in pending)
+            decoded, refused = 0, []
             with contextlib.closing(results):
-                for request, result in results:
-                    if isinstance(result, Skipped):
-                        skipped.append(result)
+                for request, made in results:
+                    if isinstance(made.result, Skipped):
+                        skipped.append(made.result)
                     else:
-                        cached[request.name] = result
+                        cached[request.name] = made.result
+                        decoded += 1
+                        if made.refused:
+                            refused.append((request.name, made.refused))
                     tell(request.name)
+            if note is not None and pending and (missing or engine is not None):
+                note(_who_decoded(decoded, missing, refused))
     return {name: cached[name] for name in names if name in cached}, skipped
 
 
-def _entry_path(request: CacheRequest, folder: Path, short_side: int) -> Path:
+def _who_decoded(videos: int, missing: str, refused: Sequence[tuple[str, str]]) -> str:
+    """One sentence about the `videos` that were decoded; `refused`: (name, reason) of those that the engine left."""
+    if missing:
+        return f"PyAV decoded the videos, on the CPU: {missing}"
+    if not refused:
+        return f"the GPU's video engine (NVDEC) decoded {videos} of {videos} videos"
+    names: dict[str, list[str]] = {}
+    for name, reason in refused:
+        names.setdefault(reason, []).append(name)
+    reasons = "; ".join(f"{reason} ({len(of)}, such as {of[0]})" for reason, of in names.items())
+    done = videos - len(refused)
+    return f"the GPU's video engine (NVDEC) decoded {done} of {videos} videos, PyAV the others: {reasons}"
+
+
+def remembered(
+    name: str, info: VideoInfo, grid: str, folder: Path, short_side: int, known: Catalogue
+) -> CachedVideo | None:
+    """The entry that a catalogue knows a video to have for a grid, without finding the grid's frames; None where it
+    knows none, or the files have changed.
+    """
+    stem = known.stem_of(info, grid)
+    if stem is None:
+        return None
+    base = os.path.join(folder, stem[-10:-8], stem)
+    try:
+        stamps = Stamps.of(f"{base}.npz", f"{base}.mov")
+    except OSError:
+        return None
+    if not known.holds(stem, stamps):
+        return None
+    width, height = cached_size(info, short_side)
+    return CachedVideo(name, Path(f"{base}.mov"), f"{base}.npz", stamps.of_index[1], width, height, info)
+
+
+def lookup(
+    requests: Iterable[CacheRequest], folder: Path, short_side: int, known: Catalogue | None = None
+) -> dict[str, CachedVideo]:
+    """The entries that are there and complete, by name; nothing is made."""
+    found = {request.name: _load(request, folder, short_side, known) for request in requests}
+    return {name: entry for name, entry in found.items() if entry is not None}
+
+
+def entry_path(request: CacheRequest, folder: Path, short_side: int) -> Path:
+    """Where the pictures of a request are, once they are made."""
     info = request.info
-    facts = f"{_FORMAT_VERSION}|{info.path.resolve()}|{info.size}|{info.mtime_ns}|{short_side}|"
+    facts = f"{_FORMAT_VERSION}|{real_path(info.path)}|{info.size}|{info.mtime_ns}|{short_side}|"
     digest = hashlib.sha256(facts.encode("utf-8", "surrogateescape"))
     digest.update(np.ascontiguousarray(request.frames, dtype="<i8").tobytes())
-    return folder / f"{_readable(request.name)}-{digest.hexdigest()[:10]}.mov"
+    return folder / digest.hexdigest()[:2] / f"{_readable(request.name)}-{digest.hexdigest()[:10]}.mov"
 
 
 def _index_path(pictures: Path) -> Path:
@@ -228,40 +406,22 @@ def _readable(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
 
 
-def _load(request: CacheRequest, folder: Path, short_side: int) -> CachedVideo | None:
+def _load(request: CacheRequest, folder: Path, short_side: int, known: Catalogue | None = None) -> CachedVideo | None:
     """The complete entry for `request`, or None where there is none, or where it does not fit its files."""
-    path = _entry_path(request, folder, short_side)
-    width, height = cached_size(request.info, short_side)
+    path = entry_path(request, folder, short_side)
+    index_path = _index_path(path)
     try:
-        with np.load(_index_path(path), allow_pickle=False) as index:
-            frames, offsets, sizes = (index[name] for name in ("frames", "offsets", "sizes"))
-            checksums = index["checksums"]
-            size = int(index["width"]), int(index["height"])
-        length = path.stat().st_size
-    except Exception:  # damaged bytes can make the readers of .npz and .npy raise anything
+        stamps = Stamps.of(index_path, path)
+    except OSError:
         return None
-    if not (
-        all(numbers.dtype == np.int64 and numbers.shape == request.frames.shape for numbers in (frames, offsets, sizes))
-        and checksums.dtype == np.uint32
-        and checksums.shape == frames.shape
-        and np.array_equal(frames, request.frames)
-        and bool(np.all((sizes > 0) & (sizes <= length) & (offsets >= 0) & (offsets <= length - sizes)))
-        and size == (width, height)
-    ):
-        return None
-    return CachedVideo(
-        name=request.name,
-        path=path,
-        frames=frames,
-        # of the probe, not of the index: an entry may be older than what is known of the file's clock
-        pts=request.info.pts[request.frames],
-        offsets=offsets,
-        sizes=sizes,
-        checksums=checksums,
-        width=width,
-        height=height,
-        duration=request.info.duration,
-    )
+    width, height = cached_size(request.info, short_side)
+    if known is None or not known.holds(path.stem, stamps):
+        index = _read_index(str(index_path), stamps.of_pictures[0])
+        if index is None or not np.array_equal(index.frames, request.frames) or index.size != (width, height):
+            return None
+    if known is not None:
+        known.add_entry(path.stem, stamps, request.info, request.grid)
+    return CachedVideo(request.name, path, str(index_path), stamps.of_index[1], width, height, request.info)
 
 
 @contextlib.contextmanager
@@ -280,31 +440,67 @@ def _writing_to(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path, tell: Callable[[str], None]) -> Iterator[int]:
-    """Makes `folder` and holds it for this run alone; yields the descriptor that holds the lock.
+def _held(folder: Path, tell: Callable[[str], None], alone: bool) -> Iterator[int | None]:
+    """Makes `folder`, clears it of what killed runs have left, and, if `alone`, holds it for this run; then yields the
+    descriptor that holds the lock.
 
     The lock goes when the last process that has the descriptor ends, however it ends.
     """
     with contextlib.ExitStack() as stack:
         with _writing_to(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(folder / ".lock", "wb"))
+            (folder / PARTIAL).mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / ".lock", "wb")) if alone else None
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if file is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                assert file is not None
                 tell(f"waiting for another run that writes to {folder}")
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
-                # some network file systems have no locks; there, runs that share a folder must not overlap
+                # some network file systems have no locks; there, runs that share a folder work side by side
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                     raise
             _remove_partial(folder)
-        yield file.fileno()
+            _put_into_place(folder)
+        yield None if file is None else file.fileno()
+
+
+@functools.cache
+def _machine() -> str:
+    """Tells this machine, since it was started, and this container's processes from others that share a folder."""
+    facts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("|".join(facts).encode()).hexdigest()[:8]
+
+
+def _partial(path: Path, folder: Path) -> Path:
+    """Where this process writes a file before it gets its name."""
+    return folder / PARTIAL / f"{path.name}.{_machine()}-{os.getpid()}.partial"
 
 
 def _remove_partial(folder: Path) -> None:
-    for leftover in folder.glob("*.partial"):
-        leftover.unlink(missing_ok=True)
+    """Removes what killed runs have left: of this machine where the process has ended, of others after a day."""
+    for leftover in (*folder.glob("*.partial"), *(folder / PARTIAL).glob("*.partial")):
+        writer = re.fullmatch(r".*\.([0-9a-f]{8})-(\d+)\.partial", leftover.name)
+        with contextlib.suppress(OSError):
+            if writer is None or (
+                not files.is_alive(writer[2])
+                if writer[1] == _machine()
+                else time.time() - leftover.stat().st_mtime > ABANDONED
+            ):
+                leftover.unlink()
+
+
+def _put_into_place(folder: Path) -> None:
+    """Entries that lie in `folder` itself go to the folder of their hash."""
+    for index in folder.glob(f"*-{'[0-9a-f]' * 10}.npz"):
+        place = folder / index.stem[-10:-8]
+        with contextlib.suppress(FileNotFoundError):  # another run is doing the same
+            place.mkdir(exist_ok=True)
+            for path in (index.with_suffix(".mov"), index):
+                path.replace(place / path.name)
 
 
 def _check_free_space(requests: Sequence[CacheRequest], folder: Path, short_side: int) -> None:
@@ -316,17 +512,25 @@ def _check_free_space(requests: Sequence[CacheRequest], folder: Path, short_side
         )
 
 
-def _make_entry(request: CacheRequest, folder: Path, short_side: int, threads: int) -> CachedVideo | Skipped:
+def _make_entry(
+    request: CacheRequest, folder: Path, short_side: int, threads: int, engine: nvdec.VideoEngine | None
+) -> _Made:
     """Decodes, encodes and indexes one video. OSError or InputError where the folder cannot be written."""
     require_pyav()
     import av
 
-    path = _entry_path(request, folder, short_side)
-    partial = path.with_name(path.name + ".partial")
-    partial_index = path.with_name(_index_path(path).name + ".partial")
+    refused = ""
+    path = entry_path(request, folder, short_side)
+    if (entry := _load(request, folder, short_side)) is not None:  # of a run beside this one
+        return _Made(entry)
+    partial, partial_index = _partial(path, folder), _partial(_index_path(path), folder)
     try:
         with _writing_to(folder):
-            write_pictures(request.info, request.frames, partial, short_side, threads)
+            try:
+                write_pictures(request.info, request.frames, partial, short_side, threads, engine)
+            except nvdec.Unsuitable as unsuitable:
+                refused = str(unsuitable)
+                write_pictures(request.info, request.frames, partial, short_side, threads)
             offsets, sizes, checksums = written_pictures(partial, len(request.frames))
             width, height = cached_size(request.info, short_side)
             with open(partial_index, "wb") as file:
@@ -341,37 +545,48 @@ def _make_entry(request: CacheRequest, folder: Path, short_side: int, threads: i
                 )
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
-            os.replace(partial_index, _index_path(path))
+            path.parent.mkdir(exist_ok=True)
+            if _load(request, folder, short_side) is None:
+                os.replace(partial, path)
+                os.replace(partial_index, _index_path(path))
     except VideoError as error:
-        return Skipped(request.name, str(request.info.path), str(error))
+        return _Made(Skipped(request.name, str(request.info.path), str(error)), refused)
     except av.FFmpegError as error:
         # not an OSError, which concerns the folder: a pixel format or size that cannot be converted
-        return Skipped(request.name, str(request.info.path), f"video {request.info.path} cannot be converted: {error}")
+        reason = f"video {request.info.path} cannot be converted: {error}"
+        return _Made(Skipped(request.name, str(request.info.path), reason), refused)
     finally:
         partial.unlink(missing_ok=True)
         partial_index.unlink(missing_ok=True)
     entry = _load(request, folder, short_side)
     if entry is None:
         raise InputError(f"the cache folder {folder} does not keep what is written to it; --cache names another")
-    return entry
+    return _Made(entry, refused)
 
 
 def _in_processes(
-    pending: Sequence[CacheRequest], folder: Path, short_side: int, workers: int, threads: int, lock: int
-) -> Generator[tuple[CacheRequest, CachedVideo | Skipped]]:
-    """Results in the order in which they are finished, from `workers` processes with `threads` decoder threads each.
+    pending: Sequence[CacheRequest],
+    folder: Path,
+    short_side: int,
+    workers: int,
+    threads: int,
+    lock: int | None,
+    engine: str | None = None,
+) -> Generator[tuple[CacheRequest, _Made]]:
+    """Results in the order in which they are finished, from `workers` processes with `threads` decoder threads each,
+    which take up `pending` in its order.
 
     Plain processes that run `serve_requests`, and not a pool of multiprocessing: that would import the caller's main
     module, and torch with it, into every worker, and could not tell which video crashed one. Workers hold the lock
-    too, so when this process is killed no other run touches the folder before they have ended.
+    too, so when this process is killed no other run touches the folder before they have ended. A video whose worker
+    dies while `engine` decodes is decoded once more, by PyAV.
     """
-    # the longest first, so that no long one is left for the end
-    todo = sorted(pending, key=lambda request: len(request.info.pts))
-    finished: queue.SimpleQueue[tuple[CacheRequest, CachedVideo | Skipped] | BaseException] = queue.SimpleQueue()
+    todo = list(reversed(pending))
+    finished: queue.SimpleQueue[tuple[CacheRequest, _Made] | BaseException] = queue.SimpleQueue()
     processes: list[subprocess.Popen[bytes]] = []
     changing = threading.Lock()
     stopped = False
+    died: dict[str, str] = {}  # name -> how the process ended in which the engine decoded it
 
     def feed_one_worker() -> None:
         worker: subprocess.Popen[bytes] | None = None
@@ -384,16 +599,28 @@ def _in_processes(
                     if worker is None:
                         worker = _start_worker(lock)
                         processes.append(worker)
+                    refused = died.get(request.name, "")
+                    if not refused and len(died) >= MOST_DEATHS:
+                        refused = "it ended several processes"
+                    by = None if refused else engine
                 assert worker.stdin is not None and worker.stdout is not None
                 try:
-                    pickle.dump((request, folder, short_side, threads), worker.stdin)
+                    pickle.dump((request, folder, short_side, threads, by), worker.stdin)
                     worker.stdin.flush()
-                    result = pickle.load(worker.stdout)
+                    made = pickle.load(worker.stdout)
                 except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-                    reason = f"the process that decoded video {request.info.path} died ({_fate(worker.wait())})"
+                    fate = _fate(worker.wait())
                     worker = None
-                    result = Skipped(request.name, str(request.info.path), reason)
-                finished.put(result if isinstance(result, BaseException) else (request, result))
+                    if by is not None:
+                        with changing:
+                            died[request.name] = f"the process that used it died ({fate})"
+                            todo.append(request)
+                        continue
+                    reason = f"the process that decoded video {request.info.path} died ({fate})"
+                    made = _Made(Skipped(request.name, str(request.info.path), reason))
+                if isinstance(made, _Made) and engine is not None and refused:
+                    made = replace(made, refused=refused)
+                finished.put(made if isinstance(made, BaseException) else (request, made))
         except BaseException as error:
             finished.put(error)
         finally:
@@ -406,10 +633,10 @@ def _in_processes(
         for feeder in feeders:
             feeder.start()
         for _ in pending:
-            result = finished.get()
-            if isinstance(result, BaseException):
-                raise result
-            yield result
+            made = finished.get()
+            if isinstance(made, BaseException):
+                raise made
+            yield made
     finally:
         with changing:
             stopped = True
@@ -420,7 +647,7 @@ def _in_processes(
         _remove_partial(folder)
 
 
-def _start_worker(lock: int) -> subprocess.Popen[bytes]:
+def _start_worker(lock: int | None) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     # the package may be importable only through this process's own path, as in a checkout
     root = str(Path(__file__).resolve().parents[2])
@@ -430,7 +657,7 @@ def _start_worker(lock: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
-        pass_fds=(lock,),
+        pass_fds=() if lock is None else (lock,),
     )
     assert worker.stdout is not None
     if worker.stdout.read(len(_READY)) != _READY:
@@ -447,6 +674,7 @@ def serve_requests() -> None:
     # Ctrl-C reaches the whole group; the parent decides when a worker ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests = sys.stdin.buffer
+    engine: nvdec.VideoEngine | None = None
     # nothing but results may reach the parent through stdout
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)
@@ -454,15 +682,17 @@ def serve_requests() -> None:
         answers.flush()
         while True:
             try:
-                request, folder, short_side, threads = pickle.load(requests)
+                request, folder, short_side, threads, device = pickle.load(requests)
             except EOFError:
                 return
-            result: CachedVideo | Skipped | Exception
+            if engine is None and device is not None:
+                engine = nvdec.VideoEngine(device)
+            made: _Made | Exception
             try:
-                result = _make_entry(request, folder, short_side, threads)
+                made = _make_entry(request, folder, short_side, threads, None if device is None else engine)
             except InputError as error:
-                result = error
+                made = error
             except Exception:
-                result = RuntimeError(f"a worker of the frame cache failed\n{traceback.format_exc()}")
-            pickle.dump(result, answers)
+                made = RuntimeError(f"a worker of the frame cache failed\n{traceback.format_exc()}")
+            pickle.dump(made, answers)
             answers.flush()

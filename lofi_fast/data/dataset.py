@@ -18,27 +18,44 @@ from numpy.typing import NDArray
 
 from lofi_fast.config import Config, DataConfig
 from lofi_fast.data.annotations import Segment, Video
-from lofi_fast.data.cache import CachedVideo, Skipped, prepare
+from lofi_fast.data.cache import ENGINE_WORKERS, CachedVideo, Skipped, prepare
 from lofi_fast.data.pictures import Pictures
 from lofi_fast.data.pipeline import FrameRequest, View
 from lofi_fast.data.survey import (
     CROP_OF_CACHED,
     Progress,
+    Requests,
     Survey,
-    cache_request,
     cache_side,
     divided,
     require_usable,
     survey,
 )
-from lofi_fast.data.windows import Window
+from lofi_fast.data.windows import Window, full_grid
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, select_snippets
+from lofi_fast.gpu import send
 
 SUBSETS = ("training", "validation")
 JITTER_PIXELS = 64 * 112 * 112  # of the frames that are jittered at once
 SQUASH_LEAST = 0.85  # share of each side that a random crop keeps when the whole frame is squashed
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class FullGrid:
+    """The positions in the cache of a window's full grid, (num_snippets, 8), found when they are asked for: those of
+    all videos would be gigabytes.
+    """
+
+    cached: CachedVideo
+    window: Window
+    num_snippets: int
+    frame_stride: int
+
+    def positions(self) -> NDArray[np.int64]:
+        frames = full_grid(self.cached.info, self.window, self.num_snippets, self.frame_stride)
+        return self.cached.positions(frames)
 
 
 @dataclass(frozen=True)
@@ -50,7 +67,12 @@ class Sample:
     segments: Array  # (G, 2) seconds, those that touch the window
     labels: NDArray[np.int64]  # (G,) indices into the class list
     cached: CachedVideo
-    grid: NDArray[np.int64]  # (L, 8) positions in the cache, full fidelity
+    places: NDArray[np.int64] | FullGrid  # what `grid` is, or is made of
+
+    @property
+    def grid(self) -> NDArray[np.int64]:
+        """(L, 8) positions in the cache, full fidelity."""
+        return self.places.positions() if isinstance(self.places, FullGrid) else self.places
 
 
 @dataclass(frozen=True)
@@ -83,9 +105,11 @@ def load_dataset(config: Config, annotations: Path, videos: Path, cache: Path, p
     return cached_dataset(survey(config, annotations, videos), cache, progress)
 
 
-def cached_dataset(found: Survey, cache: Path, progress: Progress) -> Dataset:
+def cached_dataset(
+    found: Survey, cache: Path, progress: Progress, engine: str | None = None, engine_workers: int = ENGINE_WORKERS
+) -> Dataset:
     """Fill the frame cache with what a survey has found, and cut windows. Videos that turn out to be bad are skipped
-    and counted.
+    and counted. `engine`: of which device the video engine decodes, see `cache.prepare`.
 
     Raises InputError where the survey says that no training can start, when nothing is left to train on, or when a
     validation class has no training segment left.
@@ -93,10 +117,20 @@ def cached_dataset(found: Survey, cache: Path, progress: Progress) -> Dataset:
     if found.refused is not None:
         raise InputError(found.refused)
     config = found.config
-    grids = {one.name: found.grids(one) for one in found.videos}
-    requests = [cache_request(one, grids[one.name]) for one in found.videos]
-    cached, undecodable = prepare(requests, cache, cache_side(config.full), progress=progress)
     notes = list(found.notes)
+    cached = found.remembered(cache)
+    more, undecodable = prepare(
+        Requests(found, frozenset(one.name for one in found.videos if one.name not in cached)),
+        cache,
+        cache_side(config.full),
+        progress=progress,
+        engine=engine,
+        note=notes.append,
+        engine_workers=engine_workers,
+        known=found.known,
+    )
+    cached |= more
+    found.known.save()
     if undecodable:
         found, division = divided(replace(found, skipped=(*found.skipped, *undecodable)), cached)
         notes += division
@@ -111,11 +145,11 @@ def cached_dataset(found: Survey, cache: Path, progress: Progress) -> Dataset:
         kept[video.subset].append(video)
         segments = np.array([(s.start, s.end) for s in video.segments], dtype=np.float64).reshape(-1, 2)
         labels = np.array([classes.index(s.label) for s in video.segments], dtype=np.int64)
-        for window, frames in zip(found.windows[video.name], grids[video.name], strict=True):
+        for window in found.windows[video.name]:
             touching = (segments[:, 1] > window.start) & (segments[:, 0] < window.end)
             entry = cached[video.name]
-            positions = entry.positions(frames.ravel()).reshape(frames.shape)
-            samples[video.subset].append(Sample(index, window, segments[touching], labels[touching], entry, positions))
+            grid = FullGrid(entry, window, config.full.num_snippets, config.data.frame_stride)
+            samples[video.subset].append(Sample(index, window, segments[touching], labels[touching], entry, grid))
             index += 1
     return Dataset(
         classes,
@@ -155,8 +189,8 @@ def jitter_pixels(frames: torch.Tensor, jitters: Sequence[Jitter]) -> None:
     In pieces of whole frames: they are floats in between, and stay below the activations of a chunk of the encoder.
     """
     size = max(JITTER_PIXELS // (frames.shape[1] * frames.shape[2]), 1)
-    for part, jitter in zip(frames.chunk(len(jitters)), jitters, strict=True):
-        gain = torch.tensor(jitter.gain, device=frames.device)
+    gains = send(torch.tensor([jitter.gain for jitter in jitters]), frames.device)
+    for part, gain, jitter in zip(frames.chunk(len(jitters)), gains, jitters, strict=True):
         for piece in part.split(size):
             piece.copy_(piece.float().mul_(gain).add_(255 * jitter.offset).clamp_(0, 255))
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lofi_fast.data.annotations import load_annotations, once_each, subset_named
+from lofi_fast.data.annotations import load_annotations, once_each, seconds_of, subset_named
 from lofi_fast.errors import InputError
-from lofi_fast.metrics import read_object, segments_of
+from lofi_fast.metrics import number_of, read_object, segments_of
 
 Truth = dict[str, list[tuple[float, float, str]]]
 
@@ -68,13 +68,19 @@ def _segments(entry: Mapping[str, Any], subset: str, where: str) -> list[tuple[f
             return []
         raise InputError(f'{where}: "annotations" is missing.')
     segments = []
-    for i, (start, end, label, _) in enumerate(segments_of(entry["annotations"], where)):
+    for i, (start, end, label, _) in enumerate(segments_of(entry["annotations"], where, _seconds)):
         if start > end:
             raise InputError(f"{where}, segment {i}: starts at {start} s, after its end at {end} s.")
         if not label:
             raise InputError(f'{where}, segment {i}: "label" is empty.')
         segments.append((start, end, label))
     return segments
+
+
+def _seconds(value: object, where: str) -> float:
+    """As training reads a time, which may be hh:mm:ss or have a decimal comma."""
+    seconds = seconds_of(value)
+    return number_of(value, where) if seconds is None else seconds
 
 
 def _subset_named(text: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -27,53 +28,82 @@ _COMPANIONS = frozenset((
 ))  # fmt: skip
 
 
+_ELSEWHERE = re.compile(r"(?:[A-Za-z][\w+.-]*:)?/+|(?:\.\./)+")  # what a path from another place begins with
+
+# Rules by which a name is matched that no file has, as a note tells them.
+_MOVED = "whose path begins in another place"
+_UNICODE = "whose letters are written in another Unicode form"
+_SPACE = "which differs from it in white space"
+_EXTENSION_CASE = "whose extension is in another case"
+_NOTHING = "no video file of this name"
+
+
 @dataclass(frozen=True)
 class Matches:
     """paths: name -> file. absent: name -> one sentence about why there is none. notes: what was taken by a rule that
-    the user should know of.
+    the user should know of. unclear: name -> one sentence about why no training can start before it is mended: it may
+    mean several files, or means one that has another name already.
     """
 
     paths: dict[str, Path]
     absent: dict[str, str]
     notes: tuple[str, ...]
+    unclear: dict[str, str] = field(default_factory=dict)
 
 
 def find_videos(folder: Path, names: Iterable[str]) -> Matches:
+    """As `match_videos`, for names that are all clear: raises InputError where a name may mean several files, and where
+    two names mean one.
+    """
+    matches = match_videos(folder, names)
+    if matches.unclear:
+        raise InputError(next(iter(matches.unclear.values())))
+    return matches
+
+
+def match_videos(folder: Path, names: Iterable[str]) -> Matches:
     """The file below `folder` that each name means: its path from there, or the end of that path, with or without its
     extension; also with "v_" before the file's name, ActivityNet's habit.
 
     `cam2/0001` is found as cam2/0001.mp4, and as day1/cam2/0001.mp4. A whole path from `folder` wins over the end of
-    another one. A file whose extension tells nothing is opened to see whether it is a video.
-    Raises InputError when the folder cannot be listed, when a name may mean several files, and when two names mean one.
+    another one. A file whose extension tells nothing is opened to see whether it is a video. Where nothing fits, the
+    end of a path from another place is taken with a note, and so are other white space and another Unicode form.
+    Raises InputError when the folder cannot be listed.
     """
     folder = Path(folder)
     files = _Files(folder, _files_below(folder, lambda path: path.suffix.lower() not in _COMPANIONS, "--videos "))
     paths: dict[str, Path] = {}
     absent: dict[str, str] = {}
-    notes: list[str] = []
+    unclear: dict[str, str] = {}
+    loose: dict[str, list[str]] = {}  # rule -> names
     taken: dict[Path, str] = {}
     for name in names:
-        found = files.of(name)
-        if len(found) > 1:
+        found, rule = files.of(name), ""
+        if not found:
+            found, rule = files.near(name)
+        if not found:
+            absent[name] = rule
+        elif len(found) > 1:
             shown = ", ".join(str(path.relative_to(folder)) for path in found[:3]) + (", ..." if found[3:] else "")
-            raise InputError(
+            unclear[name] = (
                 f"the labels' video {name!r} may be any of {len(found)} files below --videos {folder}: {shown}; "
                 f"write it with its folder and extension, like {found[0].relative_to(folder).as_posix()!r}"
             )
-        if not found:
-            found, absent_because = files.alike(name)
-            if len(found) != 1:
-                absent[name] = absent_because
-                continue
-            notes.append(f"{found[0]} is taken for {name!r}, whose letters are written in another Unicode form")
-        path = found[0]
-        if path in taken and taken[path] != name:
-            raise InputError(
-                f"{path} is meant by two names in the labels, {taken[path]!r} and {name!r}; give it one of them"
+        elif found[0] in taken and taken[found[0]] != name:
+            unclear[name] = (
+                f"{found[0]} is meant by two names in the labels, {taken[found[0]]!r} and {name!r}; give it one of them"
             )
-        taken[path] = name
-        paths[name] = path
-    return Matches(paths, absent, tuple(notes))
+        else:
+            taken[found[0]] = name
+            paths[name] = found[0]
+            if rule:
+                loose.setdefault(rule, []).append(name)
+    notes = [
+        f"{paths[those[0]]} is taken for {those[0]!r}, {rule}"
+        f"{f' ({len(those) - 1} more names are matched so)' if len(those) > 1 else ''}"
+        for rule, those in loose.items()
+    ]
+    return Matches(paths, absent, tuple(notes), unclear)
 
 
 def list_videos(folder: Path) -> list[Path]:
@@ -89,6 +119,7 @@ class _Files:
         # last part of the path, with and without extension -> files
         self.videos: dict[str, list[Path]] = {}
         self.others: dict[str, list[Path]] = {}
+        self._indices: dict[Callable[[str], str], dict[str, list[Path]]] = {}
         for path in files:
             index = self.videos if path.suffix.lower() in EXTENSIONS else self.others
             for key in {path.name, path.stem}:
@@ -96,7 +127,44 @@ class _Files:
 
     def of(self, name: str) -> list[Path]:
         """The files that a name may mean: none, the one, or several that are as likely."""
+        return self._at(self._parts(name))
+
+    def near(self, name: str) -> tuple[list[Path], str]:
+        """Files that a name may mean which is no file's, and the rule that finds them; none, and what to say of it."""
         parts = self._parts(name)
+        if not parts:
+            return [], _NOTHING
+        if begins := _ELSEWHERE.match(name.replace("\\", "/")):
+            ends = self._parts(name.replace("\\", "/")[begins.end() :])
+            for k in range(len(ends)):
+                if found := self._at(ends[k:]):
+                    return found, _MOVED
+        for form, rule in ((_form, _UNICODE), (_spaced, _SPACE)):
+            if found := self._like(parts, form):
+                return found, rule
+        stem, extension = os.path.splitext(parts[-1])
+        if extension.lower() in EXTENSIONS:
+            same_stem = self._at((*parts[:-1], stem))
+            if same_case := [path for path in same_stem if path.suffix.lower() == extension.lower()]:
+                return same_case, _EXTENSION_CASE
+            if same_stem:
+                shown = same_stem[0].relative_to(self.folder)
+                return [], f"{_NOTHING}, but there is {shown}; leave the extension out in the labels if it is that one"
+        return [], _NOTHING + self._hint(parts)
+
+    def _hint(self, parts: tuple[str, ...]) -> str:
+        """What comes near to a name and is not taken for it, to be added to a sentence."""
+        if found := self._like(parts, _folded):
+            shown = found[0].relative_to(self.folder)
+            return f", but {shown} differs from it only in upper and lower case; rename one of them"
+        if len(parts) > 1 and (found := self._at(parts[-1:])):
+            return f" in that folder, but there is {found[0].relative_to(self.folder)}"
+        if folder := self._folders.get(parts[-1]):
+            return f", but a folder, {folder.relative_to(self.folder)}"
+        return ""
+
+    def _at(self, parts: tuple[str, ...]) -> list[Path]:
+        """The files that a path from the folder, or the end of one, may mean."""
         if not parts:
             return []
         for wanted in (parts, (*parts[:-1], f"v_{parts[-1]}")):
@@ -108,26 +176,11 @@ class _Files:
                     return found
         return []
 
-    def alike(self, name: str) -> tuple[list[Path], str]:
-        """Files whose name is the same text in another Unicode form; and what to say where that is not one file."""
-        parts = self._parts(name)
-        nothing = "no video file of this name"
-        if not parts:
-            return [], nothing
-        same = self._by_form.get(_form(parts[-1]), [])
-        equal = [path for path in same if _form("/".join(parts)) in self._forms(path, len(parts))]
-        if equal:
-            return equal, nothing
-        folded = _form("/".join(parts)).casefold()
-        other_case = [
-            path
-            for path in self._by_folded.get(_form(parts[-1]).casefold(), [])
-            if folded in {form.casefold() for form in self._forms(path, len(parts))}
-        ]
-        if other_case:
-            shown = other_case[0].relative_to(self.folder)
-            return [], f"{nothing}, but {shown} differs from it only in upper and lower case; rename one of them"
-        return [], nothing
+    def _like(self, parts: tuple[str, ...], form: Callable[[str], str]) -> list[Path]:
+        """Videos whose path, or the end of it, is the same as `parts` once both are brought into a form."""
+        candidates = self._indexed(form).get(form(parts[-1]), [])
+        wanted = tuple(form(part) for part in parts[:-1])
+        return [path for path in candidates if tuple(map(form, path.parts[-len(parts) : -1])) == wanted]
 
     def _parts(self, name: str) -> tuple[str, ...]:
         """Parts of a path from the folder."""
@@ -138,9 +191,11 @@ class _Files:
             if path.is_relative_to(self.folder.absolute()):
                 name = path.relative_to(self.folder.absolute()).as_posix()
         parts = tuple(part for part in name.split("/") if part not in ("", "."))
-        # written from beside the folder
-        within = len(parts) > 1 and parts[0] == self.folder.name and not (self.folder / parts[0]).exists()
-        return parts[1:] if within else parts
+        above = self.folder.absolute().parts
+        for count in range(len(parts) - 1, 0, -1):  # written from beside the folder, or from above it
+            if parts[:count] == above[-count:] and not (self.folder / parts[0]).exists():
+                return parts[count:]
+        return parts
 
     def _best(self, index: Mapping[str, list[Path]], wanted: tuple[str, ...]) -> list[Path]:
         candidates = [path for path in index.get(wanted[-1], []) if path.parts[-len(wanted) : -1] == wanted[:-1]]
@@ -153,33 +208,45 @@ class _Files:
                     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
         return []
 
-    @cached_property
-    def _by_form(self) -> dict[str, list[Path]]:
-        return self._indexed(_form)
-
-    @cached_property
-    def _by_folded(self) -> dict[str, list[Path]]:
-        return self._indexed(lambda key: _form(key).casefold())
-
     def _indexed(self, form: Callable[[str], str]) -> dict[str, list[Path]]:
-        index: dict[str, list[Path]] = {}
-        for key, paths in self.videos.items():
-            known = index.setdefault(form(key), [])
-            known += [path for path in paths if path not in known]
-        return index
+        """The videos by the last part of their path in a form."""
+        if form not in self._indices:
+            index: dict[str, list[Path]] = {}
+            for key, paths in self.videos.items():
+                known = index.setdefault(form(key), [])
+                known += [path for path in paths if path not in known]
+            self._indices[form] = index
+        return self._indices[form]
 
-    @staticmethod
-    def _forms(path: Path, num_parts: int) -> set[str]:
-        before = path.parts[-num_parts:-1]
-        return {_form("/".join((*before, last))) for last in (path.name, path.stem)}
+    @cached_property
+    def _folders(self) -> dict[str, Path]:
+        """Folders that are named like a video, by their names with and without the extension."""
+        found: dict[str, Path] = {}
+        for root, folders, _ in os.walk(self.folder):
+            for path in (Path(root, folder) for folder in folders):
+                if path.suffix.lower() in EXTENSIONS:
+                    found |= {path.name: path, path.stem: path}
+        return found
 
 
 def _form(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def _folded(text: str) -> str:
+    return _form(text).casefold()
+
+
+def _spaced(text: str) -> str:
+    """White space of any kind as one space, and none at either end, nor before the extension."""
+    stem, extension = os.path.splitext(_form(text))
+    return " ".join(stem.split()) + extension.strip()
+
+
 def _opens_as_video(path: Path) -> bool:
     """Whether FFmpeg finds moving pictures in it; texts, single pictures and lists of other files are none."""
+    if not path.is_file():
+        return False  # opening a pipe would wait for what nobody writes
     require_pyav()
     import av
 
@@ -209,4 +276,4 @@ def _files_below(folder: Path, wanted: Callable[[Path], bool], flag: str = "") -
             continue
         visited.add(real)
         found += [path for path in (Path(root, file) for file in files) if wanted(path)]
-    return sorted(found)
+    return sorted(found, key=lambda path: path.parts)  # compared as paths are, but taken apart once

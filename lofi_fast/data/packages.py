@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 
 from lofi_fast.errors import InputError
+from lofi_fast.gpu import dali_package
 
 
 def require_pyav() -> None:
@@ -17,8 +18,8 @@ def require_pyav() -> None:
 
 
 def require_dali() -> None:
-    """Raises InputError where DALI cannot be imported."""
-    _require("nvidia.dali", "NVIDIA DALI, which decodes the frame cache,", "nvidia-dali-cuda130")
+    """Raises InputError where DALI cannot be imported; it names the package for PyTorch's version of CUDA."""
+    _require("nvidia.dali", "NVIDIA DALI, which decodes the frame cache,", dali_package())
 
 
 def _require(module: str, what: str, package: str) -> None:

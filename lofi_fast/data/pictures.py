@@ -24,6 +24,9 @@ from lofi_fast.data.video import VideoError, VideoInfo, decode
 if TYPE_CHECKING:
     from av.video.codeccontext import VideoCodecContext
     from av.video.frame import VideoFrame
+    from av.video.reformatter import Colorspace
+
+    from lofi_fast.data.nvdec import VideoEngine
 
 # FFmpeg's quantiser scale, 2 is its best usual one (about quality 94 elsewhere); lambda units are 118 a step.
 _MJPEG_OPTIONS = {"flags": "+qscale", "global_quality": str(2 * 118)}
@@ -69,9 +72,12 @@ def cached_size(info: VideoInfo, short_side: int) -> tuple[int, int]:
     return even(info.width), even(info.height)
 
 
-def write_pictures(info: VideoInfo, frames: np.ndarray, path: Path, short_side: int, threads: int) -> None:
-    """A .mov of the pictures of source frames `frames`, on the disk when it returns. Raises VideoError, OSError, and
-    av.FFmpegError for what cannot be converted.
+def write_pictures(
+    info: VideoInfo, frames: np.ndarray, path: Path, short_side: int, threads: int, engine: VideoEngine | None = None
+) -> None:
+    """A .mov of the pictures of source frames `frames`, on the disk when it returns; decoded by `engine` where one is
+    given, else by PyAV with `threads`. Raises VideoError, OSError, av.FFmpegError for what cannot be converted, and
+    nvdec.Unsuitable for what the engine cannot decode.
     """
     import av
 
@@ -81,7 +87,7 @@ def write_pictures(info: VideoInfo, frames: np.ndarray, path: Path, short_side: 
     with av.open(str(path), "w", format="mov", container_options=units) as container:
         stream = container.add_stream("mjpeg", options=_MJPEG_OPTIONS)
         _settle_encoder(stream.codec_context, info, short_side)
-        for _, picture in _pictures(info, frames, short_side, threads):
+        for _, picture in _pictures(info, frames, short_side, threads, engine):
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
     with open(path, "rb") as file:
@@ -115,20 +121,38 @@ def _settle_encoder(context: VideoCodecContext, info: VideoInfo, short_side: int
     context.thread_count = 1  # an encoder with more holds pictures back
 
 
-def _pictures(info: VideoInfo, frames: np.ndarray, short_side: int, threads: int) -> Iterator[tuple[int, VideoFrame]]:
+def _pictures(
+    info: VideoInfo, frames: np.ndarray, short_side: int, threads: int, engine: VideoEngine | None = None
+) -> Iterator[tuple[int, VideoFrame]]:
     """(source frame index, picture to encode) of each of `frames`: upright, at the size and in the colours kept."""
     width, height = cached_size(info, short_side)
-    upright = info.rotation in (0, 180)
-    convert = _Converter(*((width, height) if upright else (height, width)))
+    if info.rotation in (90, 270):
+        width, height = height, width
+    lying: Iterator[tuple[int, VideoFrame]]  # not yet turned upright
+    if engine is None:
+        convert = Converter(width, height)
+        lying = ((index, convert(frame)) for index, frame in decode(info, frames, threads))
+    else:
+        lying = engine.pictures(info, frames, width, height, threads)
     time_base = _time_base(info)
-    for index, frame in decode(info, frames, threads):
-        picture = _upright(convert(frame), info.rotation, info.mirrored)
+    for index, picture in lying:
+        picture = _upright(picture, info.rotation, info.mirrored)
         picture.time_base = time_base
         if info.ticks is None:
             picture.pts = round((info.pts[index] - info.start) / time_base)
         else:
             picture.pts = int(info.ticks[index] - info.ticks[0]) * info.time_base.numerator
         yield index, picture
+
+
+def colours(frame: VideoFrame) -> tuple[Colorspace, bool]:
+    """The matrix a frame's colours are coded with, and whether in full range. Where it says nothing: standard
+    definition was BT.601, high definition is BT.709; limited range.
+    """
+    from av.video.reformatter import ColorRange, Colorspace
+
+    matrix = Colorspace[_MATRICES.get(frame.colorspace, "ITU601" if frame.height < 720 else "ITU709")]
+    return matrix, frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +215,7 @@ def hold_in_turn(
         raise VideoError(f"video {info.path} cannot be converted: {error}") from error
 
 
-class _Converter:
+class Converter:
     """Scales frames to (width, height) and converts them from the matrix and range they are in to BT.601 full range.
 
     One object a video: the scaler is set up once and reused.
@@ -206,9 +230,7 @@ class _Converter:
     def __call__(self, frame: VideoFrame) -> VideoFrame:
         from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
-        # unspecified: standard definition was BT.601, high definition is BT.709; limited range unless told otherwise
-        matrix = Colorspace[_MATRICES.get(frame.colorspace, "ITU601" if frame.height < 720 else "ITU709")]
-        full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+        matrix, full = colours(frame)
         picture = self._reformatter.reformat(
             frame,
             width=self._width,

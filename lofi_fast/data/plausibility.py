@@ -13,13 +13,29 @@ LOST_SHARE = 0.2  # of all segments outside their videos, from which on training
 BEYOND_SHARE = 0.5  # of all segments outside or cut, from which on the same
 LONG_ENOUGH = 60.0  # seconds of videos of which a first sixtieth can be told from the rest
 
-# unit -> seconds of one of it, for a video
-_UNITS: dict[str, Callable[[VideoInfo], float]] = {
-    "frame numbers": lambda info: 1 / max(info.fps, 1e-9),
-    "milliseconds": lambda info: 1e-3,
-    "microseconds": lambda info: 1e-6,
-    "minutes": lambda info: 60.0,
-}
+_MINUTE = 60.0  # seconds
+
+
+def _frame(info: VideoInfo) -> float:
+    return 1 / max(info.fps, 1e-9)
+
+
+def _frame_at(rate: float) -> Callable[[VideoInfo], float]:
+    """A frame of a video that was labelled at another rate; at nearly its own it is one of its own."""
+    return lambda info: _frame(info) if abs(info.fps / rate - 1) < 0.05 else 1 / rate
+
+
+_ANOTHER_RATE = "frame numbers at 25 or 30 a second, which is not the files' rate"
+# (unit, seconds of one of it for a video); of equal ones the first is told
+_UNITS: tuple[tuple[str, Callable[[VideoInfo], float]], ...] = (
+    ("frame numbers", _frame),
+    (_ANOTHER_RATE, _frame_at(25)),
+    (_ANOTHER_RATE, _frame_at(30)),
+    ("hundredths of a second", lambda info: 1e-2),
+    ("milliseconds", lambda info: 1e-3),
+    ("microseconds", lambda info: 1e-6),
+    ("minutes", lambda info: _MINUTE),
+)
 
 
 def check_times(videos: Sequence[Video], infos: Mapping[str, VideoInfo], where: str) -> list[str]:
@@ -44,7 +60,7 @@ def _durations(videos: Sequence[Video], infos: Mapping[str, VideoInfo], where: s
         if video.duration is None or abs(video.duration - info.duration) <= max(1.0, 0.05 * info.duration):
             continue
         other.append(video)
-        for unit, seconds in _UNITS.items():
+        for unit, seconds in _UNITS:
             if abs(video.duration * seconds(info) / info.duration - 1) < 0.05:
                 units[unit] += 1
                 break
@@ -87,8 +103,10 @@ def _segments(videos: Sequence[Video], infos: Mapping[str, VideoInfo], where: st
     explained = all(v.duration is not None and s.end <= v.duration + _slack(v.duration) for v, s in outside + cut)
     looks = ""
     if not explained:
-        units = [unit for unit in _UNITS if _fits(pairs, infos, unit)]
-        looks = f"; the times look like {units[0]}" if units else ""
+        # smaller units fit too, and would leave most of each video without labels
+        largest = sorted(_UNITS, key=lambda unit: -unit[1](infos[video.name]))
+        unit = next((unit for unit, seconds in largest if _fits(pairs, infos, seconds)), "")
+        looks = f"; the times look like {unit}" if unit else ""
     lost, beyond = len(outside) / len(pairs), (len(outside) + len(cut)) / len(pairs)
     if beyond >= BEYOND_SHARE or (lost >= LOST_SHARE and not explained):
         cause = "; the files seem to be cut off" if explained else looks
@@ -96,10 +114,12 @@ def _segments(videos: Sequence[Video], infos: Mapping[str, VideoInfo], where: st
     return [f"{sentence}{looks}"]
 
 
-def _fits(pairs: Sequence[tuple[Video, Segment]], infos: Mapping[str, VideoInfo], unit: str) -> bool:
-    """Whether all segments lie inside their videos if their times are in a unit."""
+def _fits(
+    pairs: Sequence[tuple[Video, Segment]], infos: Mapping[str, VideoInfo], seconds: Callable[[VideoInfo], float]
+) -> bool:
+    """Whether all segments lie inside their videos if their times are in a unit of so many seconds."""
     return all(
-        segment.end * _UNITS[unit](infos[video.name]) <= infos[video.name].duration + _slack(infos[video.name].duration)
+        segment.end * seconds(infos[video.name]) <= infos[video.name].duration + _slack(infos[video.name].duration)
         for video, segment in pairs
     )
 
@@ -111,7 +131,7 @@ def _too_early(pairs: Sequence[tuple[Video, Segment]], infos: Mapping[str, Video
     latest = max(segment.end / infos[video.name].duration for video, segment in pairs)
     if all(segment.end <= 1 for _, segment in pairs):
         looks = "shares of the video's length"
-    elif _fits(pairs, infos, "minutes") and latest * 60 >= 0.5:
+    elif _fits(pairs, infos, lambda info: _MINUTE) and latest * 60 >= 0.5:
         looks = "minutes"
     else:
         return []

@@ -6,22 +6,26 @@ which segments fit them, what the grid can express, which window, and whether a 
 
 from __future__ import annotations
 
+import hashlib
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lofi_fast import __version__
 from lofi_fast.config import Config
 from lofi_fast.data.annotations import UNASSIGNED, Annotations, Video, clip_to_duration, load_annotations
-from lofi_fast.data.cache import CacheRequest, Skipped, estimate_bytes
+from lofi_fast.data.cache import CachedVideo, CacheRequest, Skipped, remembered
+from lofi_fast.data.catalogue import Catalogue
 from lofi_fast.data.grid import FOUND, Grid, Labelled, Share, best_tiou, choose_window, share, shares
-from lofi_fast.data.matching import find_videos
+from lofi_fast.data.matching import match_videos
 from lofi_fast.data.plausibility import check_times
 from lofi_fast.data.split import choose_validation
 from lofi_fast.data.video import VideoError, VideoInfo, probe
@@ -35,6 +39,8 @@ CROP_OF_CACHED = 7 / 8  # a 224 px crop out of a 256 px frame, and the same shar
 LOST_WARNED = 0.1  # share of the training segments that cannot be found, from which on it is a warning
 LEAST_FOUND = 0.05  # share of the training segments that must be found; with fewer, training teaches little but rests
 REPEATS = 8  # times that each frame of the longest window is shown, from which on there are far too many snippets
+SAVED_EVERY = 60.0  # seconds of probing, after which what was found out is kept, should the run be stopped
+GLANCE = 65_536  # bytes of a file that are compared with another's at three places
 Progress = Callable[[int, int, str], None]
 
 
@@ -59,7 +65,8 @@ class Survey:
     """What is known of a data set before anything is decoded.
 
     window: seconds, None for whole videos. tried: what other windows would make of the training segments. warnings:
-    notes that are to be shown loudly. refused: why no training can start, in one sentence, or None.
+    notes that are to be shown loudly. refused: why no training can start, in one sentence, or None. known: what was
+    found out about files, now or before.
     """
 
     config: Config
@@ -72,6 +79,7 @@ class Survey:
     refused: str | None = None
     window: float | None = None
     tried: tuple[Share, ...] = ()
+    known: Catalogue = field(default_factory=Catalogue)
 
     @property
     def grid(self) -> Grid:
@@ -106,7 +114,7 @@ class Survey:
     def large_batch(self) -> str | None:
         """A sentence where a joint step takes more windows than there are."""
         count, batch = sum(len(self.windows[video.name]) for video in self.subset("training")), self.config.joint.batch
-        if batch <= count:
+        if batch <= count or not count:
             return None
         return f"--batch {batch} is more than the {count} training windows: an epoch of the joint stage is one step"
 
@@ -117,9 +125,38 @@ class Survey:
             for window in self.windows[one.name]
         ]
 
-    def cache_bytes(self, one: Surveyed) -> int:
-        """An estimate, within about a factor of two, of what the frame cache will hold of a video."""
-        return estimate_bytes([cache_request(one, self.grids(one))], cache_side(self.config.full))
+    @property
+    def grid_text(self) -> str:
+        """How the frames of any video are chosen, as a catalogue has it."""
+        of = self.config
+        return f"{__version__} {self.window} {of.data.overlap} {of.full} {of.data.frame_stride} {cache_side(of.full)}"
+
+    def remembered(self, cache: Path) -> dict[str, CachedVideo]:
+        """The entries that are there by what the catalogue knows; for those of other videos frames must be found."""
+        grid, side = self.grid_text, cache_side(self.config.full)
+        found = ((one.name, remembered(one.name, one.info, grid, cache, side, self.known)) for one in self.videos)
+        return {name: entry for name, entry in found if entry is not None}
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What the cache is asked for, for each video of a survey (`names`: of these). They are made one at a time: their
+    frames would be gigabytes.
+    """
+
+    found: Survey
+    names: frozenset[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.found.videos if self.names is None else self.names)
+
+    def __contains__(self, request: object) -> bool:
+        return any(request == other for other in self)
+
+    def __iter__(self) -> Iterator[CacheRequest]:
+        for one in self.found.videos:
+            if self.names is None or one.name in self.names:
+                yield replace(cache_request(one, self.found.grids(one)), grid=self.found.grid_text)
 
 
 def cache_request(one: Surveyed, grids: Sequence[NDArray[np.int64]]) -> CacheRequest:
@@ -132,22 +169,33 @@ def cache_side(full: Fidelity) -> int:
     return 2 * round(full.side / CROP_OF_CACHED / 2)
 
 
-def survey(config: Config, annotations_path: Path, videos: Path, progress: Progress = lambda *_: None) -> Survey:
+def survey(
+    config: Config,
+    annotations_path: Path,
+    videos: Path,
+    progress: Progress = lambda *_: None,
+    known: Catalogue | None = None,
+) -> Survey:
     """Read the labels, find and probe the files, and see whether a training as `config` says could start.
 
-    `progress` is told (files probed, files in all, name). What no training can start with is in `Survey.refused`, with
-    all else that could be found out. Raises InputError for labels that cannot be read, and without PyAV.
+    `progress` is told (files probed, files in all, name). Files that a catalogue knows are not opened. What no training
+    can start with is in `Survey.refused`, with all else that could be found out. Raises InputError for labels that
+    cannot be read, and without PyAV.
     """
     annotations = load_annotations(annotations_path, clip=False)
     wanted, evaluated = _wanted(annotations, annotations_path)
-    found = Survey(config, annotations_path, annotations, (), (), (*annotations.notes, *evaluated))
+    known = known or Catalogue()
+    found = Survey(config, annotations_path, annotations, (), (), (*annotations.notes, *evaluated), known=known)
     try:
-        matches = find_videos(videos, [video.name for video in wanted])
+        matches = match_videos(videos, [video.name for video in wanted])
     except InputError as error:
         return replace(found, refused=str(error))
-    absent = [Skipped(name, str(videos / name), reason) for name, reason in matches.absent.items()]
-    infos, unreadable = _probe_all(matches.paths, progress)
+    absent = [Skipped(name, str(videos / name), why) for name, why in (matches.absent | matches.unclear).items()]
+    infos, unreadable = _probe_all(matches.paths, progress, known)
     found = replace(found, skipped=(*absent, *unreadable), notes=(*found.notes, *matches.notes))
+    if matches.unclear:
+        more = f" (and {len(matches.unclear) - 1} more names that are as unclear)" if len(matches.unclear) > 1 else ""
+        found = replace(found, refused=f"{next(iter(matches.unclear.values()))}{more}")
     usable: list[Surveyed] = []
     clipped: list[str] = []
     for labelled in wanted:
@@ -170,8 +218,11 @@ def survey(config: Config, annotations_path: Path, videos: Path, progress: Progr
         found, division = divided(found, [one.name for one in usable])
         require_usable([one.video for one in found.videos], found.skipped, config)
         notes += division
+        repeated, trained_on_too = _repeated(found.videos)
+        notes += repeated
+        found = replace(found, warnings=(*found.warnings, *trained_on_too))
     except InputError as error:
-        return _with_window(replace(found, notes=(*found.notes, *notes), refused=str(error)))
+        return _with_window(replace(found, notes=(*found.notes, *notes), refused=found.refused or str(error)))
     return _with_window(replace(found, notes=(*found.notes, *notes)))
 
 
@@ -182,20 +233,31 @@ def _probe(path: Path) -> VideoInfo | VideoError:
         return error
 
 
-def _probe_all(paths: Mapping[str, Path], progress: Progress) -> tuple[dict[str, VideoInfo], list[Skipped]]:
+def _probe_all(
+    paths: Mapping[str, Path], progress: Progress, known: Catalogue
+) -> tuple[dict[str, VideoInfo], list[Skipped]]:
     """What can be used, and what cannot be read or holds less than a snippet."""
-    infos: dict[str, VideoInfo] = {}
+    infos = {name: info for name, path in paths.items() if (info := known.info(path)) is not None}
+    new = {name: path for name, path in paths.items() if name not in infos}
+    if infos:
+        progress(len(infos), len(paths), f"{len(infos)} that are known")
     skipped, short = [], []
-    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1) or 1) as pool:
-        results = pool.map(_probe, paths.values())
-        for number, ((name, path), result) in enumerate(zip(paths.items(), results, strict=True), 1):
+    saved = time.monotonic()
+    with ThreadPoolExecutor(min(len(new), os.cpu_count() or 1) or 1) as pool:
+        results = pool.map(_probe, new.values())
+        for number, ((name, path), result) in enumerate(zip(new.items(), results, strict=True), len(paths) - len(new)):
             if isinstance(result, VideoError):
                 skipped.append(Skipped(name, str(path), str(result)))
-            elif len(result.pts) < FRAMES_PER_SNIPPET:
-                short.append(Skipped(name, str(path), f"{len(result.pts)} frames are less than one snippet of 8"))
             else:
-                infos[name] = result
-            progress(number, len(paths), name)
+                infos[name] = known.add_info(result)
+            progress(number + 1, len(paths), name)
+            if time.monotonic() - saved > SAVED_EVERY:
+                known.save()
+                saved = time.monotonic()
+    for name, path in paths.items():
+        if name in infos and len(infos[name].pts) < FRAMES_PER_SNIPPET:
+            number = len(infos.pop(name).pts)
+            short.append(Skipped(name, str(path), f"{number} frames are less than one snippet of 8"))
     return infos, [*skipped, *sorted(short, key=lambda one: one.name)]
 
 
@@ -245,6 +307,46 @@ def _lost_frames(infos: dict[str, VideoInfo]) -> list[str]:
         for name, info in infos.items()
         if info.lost
     ]
+
+
+def _repeated(videos: Sequence[Surveyed]) -> tuple[list[str], list[str]]:
+    """(notes, warnings) about files of the same content under several names; a warning where one is evaluated on that
+    another of them trains.
+    """
+    by_size: dict[tuple[int, int, float], list[Surveyed]] = {}
+    for one in videos:
+        by_size.setdefault((one.info.size, len(one.info.pts), one.info.duration), []).append(one)
+    by_content: dict[bytes, list[Surveyed]] = {}
+    for alike in by_size.values():
+        if len(alike) > 1:
+            for one in alike:
+                by_content.setdefault(_glance(one.info), []).append(one)
+    groups = [same for same in by_content.values() if len(same) > 1]
+    sentences: tuple[list[str], list[str]] = ([], [])
+    for across, what in (
+        (False, "their segments count as those of several"),
+        (True, "what is evaluated is trained on"),
+    ):
+        those = [same for same in groups if (len({one.video.subset for one in same}) > 1) == across]
+        if those:
+            shown = " and ".join(f"{one.name} ({one.video.subset})" for one in those[0][:3])
+            more = f", and {len(those) - 1} more files" if those[1:] else ""
+            start = "WARNING: " if across else ""
+            sentences[across].append(f"{start}one file under several names: {shown} are the same video{more}; {what}")
+    return sentences
+
+
+def _glance(info: VideoInfo) -> bytes:
+    """A digest of a file's length, beginning, middle and end."""
+    digest = hashlib.blake2b(str(info.size).encode())
+    try:
+        with info.path.open("rb") as file:
+            for place in (0, info.size // 2, max(info.size - GLANCE, 0)):
+                file.seek(place)
+                digest.update(file.read(GLANCE))
+    except OSError:
+        return str(info.path).encode()
+    return digest.digest()
 
 
 def _wanted(annotations: Annotations, path: Path) -> tuple[list[Video], list[str]]:

@@ -118,13 +118,12 @@ def probe(path: Path) -> VideoInfo:
             codec = stream.codec_context.name
             begins = container.start_time
             stream_begins = (stream.start_time or 0) * time_base
-            # the stamps that are made up for its frames are late by what a decoder holds back
-            has_times = container.format.name != "avi"
+            is_avi = container.format.name == "avi"
         first = _first_frame(path)
         times: np.ndarray
         lost: int | None = None
         places: np.ndarray | None = None
-        stamped = True
+        stamped, is_timed = True, not is_avi
         if ticks is not None and first.pts == ticks[0]:
             times = ticks
         else:
@@ -132,6 +131,12 @@ def probe(path: Path) -> VideoInfo:
             decoded, lost = _decoded_ticks(path)
             if _ascending(decoded):
                 times = ticks = np.array(decoded, dtype=np.int64)
+                if is_avi:
+                    # The stamps that are made up for its frames are those of later chunks, by as many as a decoder
+                    # holds back; a chunk may be empty, and the picture before it stays for longer.
+                    chunks = _chunk_ticks(path)
+                    is_timed = len(chunks) == len(decoded)
+                    times = chunks if is_timed else times
             elif (joined := _joined_times(decoded)) is not None:
                 times, ticks = joined, None
             elif len(places := _longest_ascending(decoded)) >= LEAST_KEPT * len(decoded):
@@ -154,7 +159,7 @@ def probe(path: Path) -> VideoInfo:
         length = float(np.median(np.diff(pts)))
     else:
         length = float(1 / rate) if rate else 0.0
-    pts += _start(int(times[0]) * time_base if stamped and has_times else stream_begins, begins)
+    pts += _start(int(times[0]) * time_base if stamped and is_timed else stream_begins, begins)
     rotation, mirrored = _orientation(first)
     width, height = (first.height, first.width) if rotation in (90, 270) else (first.width, first.height)
     return VideoInfo(
@@ -454,6 +459,18 @@ def _decoded_ticks(path: Path) -> tuple[list[int | None], int]:
     if not ticks:
         raise VideoError(f"video {path} has no decodable frame")
     return ticks, len(faults)
+
+
+def _chunk_ticks(path: Path) -> np.ndarray:
+    """Ascending numbers (int64) of an AVI's chunks that hold a frame, which are its times; empty where they are in
+    disorder.
+    """
+    import av
+
+    with av.open(str(path)) as container:
+        stream = _best_stream(container, path)
+        stamps = [packet.dts for packet in container.demux(stream) if packet.size]
+    return np.array(stamps if _ascending(stamps) else [], dtype=np.int64)
 
 
 def _longest_ascending(ticks: list[int | None]) -> np.ndarray:

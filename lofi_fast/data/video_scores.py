@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lofi_fast.data.annotations import once_each, plain_spelling
 from lofi_fast.errors import InputError
 from lofi_fast.head.gtad_decoding import Floats
 
@@ -45,13 +46,18 @@ def load_video_scores(path: Path, names: Sequence[str], classes: Sequence[str]) 
     Forms: JSON {video: {class: score}}; JSON {"results": {video: [{"label": class, "score": score}]}}; JSON
     {"results": {video: [score, ...]}, "class": [class, ...]}; and the UntrimmedNet scores of the THUMOS14 test videos,
     .npy (videos, 101), whose rows are scaled to sum to 1. JSON scores are taken as they are, a class that a video does
-    not list has score 0. Raises InputError for unreadable or other files, for a video that the file lacks, and for a
-    file that has none of the classes.
+    not list has score 0; white space around a class is no part of it. Raises InputError for unreadable or other files,
+    for a video that the file lacks, for a file that has none of the classes, or one in another spelling only, and for a
+    key that stands twice in one object.
     """
     if path.suffix == ".npy":
         return _thumos_scores(path, names, classes)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(
+            path.read_text(encoding="utf-8-sig"), object_pairs_hook=once_each(path, "; mend --video-scores.")
+        )
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give --video-scores an existing file.") from None
     except OSError as error:
@@ -69,7 +75,8 @@ def load_video_scores(path: Path, names: Sequence[str], classes: Sequence[str]) 
         raise InputError(f"{path} has no scores for {len(missing)} of {len(names)} videos, for example {missing[0]!r}.")
     index = {label: k for k, label in enumerate(classes)}
     scores = {}
-    known = False
+    known: set[str] = set()
+    unknown: dict[str, str] = {}  # by its plain spelling -> as it is written
     for name in names:
         row = np.zeros(len(classes))
         for label, value in _labelled(rows[name], columns, f"{path}, video {name}"):
@@ -77,14 +84,24 @@ def load_video_scores(path: Path, names: Sequence[str], classes: Sequence[str]) 
                 raise InputError(
                     f"{path}, video {name}: the score of {label!r} is {value!r}, not a finite number >= 0."
                 )
-            if isinstance(label, str) and label in index:
-                known = True
-                row[index[label]] = value
+            if not isinstance(label, str):
+                continue
+            if (known_as := label.strip()) in index:
+                known.add(known_as)
+                row[index[known_as]] = value
+            else:
+                unknown[plain_spelling(label)] = label
         scores[name] = row
     if names and not known:
         raise InputError(
             f"{path} names none of the {len(classes)} classes, such as {classes[0]!r}; check --video-scores."
         )
+    for label in classes:
+        if names and label not in known and (other := unknown.get(plain_spelling(label))) is not None:
+            raise InputError(
+                f"{path} has no scores of the class {label!r}, but of {other!r}; write it as the labels have it, or "
+                "give other --video-scores."
+            )
     return scores
 
 

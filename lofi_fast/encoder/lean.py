@@ -49,6 +49,11 @@ from lofi_fast.kernels import (
 )
 from lofi_fast.ledger import CHUNK_PIXELS
 
+# In float16 pixels are divided by this, and the first convolution's weight multiplied by it, so that its gradient is as
+# large as those of other weights, and not a hundred times so: one scale for all of them loses none to the range of
+# float16. A power of two: nothing is rounded by it.
+PIXELS = 64.0
+
 
 def default_chunk(num_frames: int, side: int) -> int:
     """Snippets of `num_frames` frames of `side` x `side` pixels in one chunk of the graph."""
@@ -319,7 +324,7 @@ class _Stem(torch.autograd.Function):
         fold: int,
         eight_bit: bool,
     ) -> tuple[Tensor, ...]:
-        hidden = convolution.forward(stem_input(frames, mean, weight.dtype), weight)
+        hidden = convolution.forward(_pixels(frames, mean, weight.dtype), weight)
         pooled, argmax = stem_forward(hidden, None, convolution.bias)
         ctx.set_materialize_grads(False)
         ctx.convolution, ctx.size, ctx.num_frames, ctx.fold = convolution, hidden.shape[2:], num_frames, fold
@@ -340,8 +345,14 @@ class _Stem(torch.autograd.Function):
         grad = _through_relu(grad_pooled, grad_shifted, pooled, ctx.num_frames, ctx.fold)
         grad = stem_backward(grad, pooled, argmax, None, *ctx.size)
         del pooled
-        ctx.convolution.backward(grad, stem_input(frames, mean, weight.dtype), weight, (False, True))
+        ctx.convolution.backward(grad, _pixels(frames, mean, weight.dtype), weight, (False, True))
         return (None,) * 8
+
+
+def _pixels(frames: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the first convolution takes; its weight is that of `LeanEncoder.of`."""
+    x = stem_input(frames, mean, dtype)
+    return x.mul_(1 / PIXELS) if dtype is torch.float16 else x
 
 
 def _through_relu(
@@ -390,6 +401,8 @@ class LeanEncoder:
         scale, bias = frozen_affine(encoder.bn1)
         stem = Convolution(2, 3, bias, GradientSum())
         weight = fold_normalization(encoder.conv1.weight * scale, encoder.std.flatten())
+        if dtype is torch.float16:
+            weight = weight * PIXELS
         stem_weight = Tied((_placed(weight, dtype),), (_tie(weight, stem.total),))
         modules = [block for stage in encoder.stages for block in stage]
         blocks, weights = [], []

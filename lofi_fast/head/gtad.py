@@ -133,7 +133,7 @@ class GTAD(nn.Module):
             [(graph_BCL, inner_grid, self.inner.weight), (neighbours_BCL, context_grid, self.context.weight)],
             self.inner.bias,
         )
-        cells_N2 = inner_grid.cells.to(features_BCL.device)
+        cells_N2 = inner_grid.cells_on(features_BCL.device)
         proposals_B2N = self._map(F.relu(aligned_BON), cells_N2, duration, length)
 
         class_grid = proposal_grid(length, duration, self.config.class_bins, expand=0.0, margin=0.5)

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lofi_fast.gpu import send
+
 BOUNDARY_REACH = 1.5  # snippets on either side of a start or an end that count as its region
 POSITIVE_BOUNDARY = 0.5
 REGRESSION_HIGH, REGRESSION_LOW = 0.7, 0.3
@@ -75,7 +77,7 @@ class Targets:
     @staticmethod
     def stack(targets: Sequence[Targets], device: torch.device) -> Targets:
         def together(name: str) -> Tensor:
-            return torch.stack([getattr(t, name) for t in targets]).to(device, non_blocking=True)
+            return send(torch.stack([getattr(t, name) for t in targets]), device)
 
         return Targets(*(together(name) for name in ("start", "end", "iou", "regression", "classes")))
 

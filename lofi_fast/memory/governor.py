@@ -29,6 +29,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -132,9 +134,8 @@ class Governor:
         self._good: int | None = None  # the last plausible reading of what this process could hold
         self._free = self._base = self._learned = self._trials = 0
         self._last: Plan | None = None
-        self._tried: deque[Plan | None] = deque(
-            maxlen=2
-        )  # see `_rung_above`; a step is asked for before the last begins
+        # What `_rung_above` gave for the last two steps: one is asked for before the one before it begins.
+        self._tried: deque[Plan | None] = deque(maxlen=2)
         self._memory: int | None = None  # of the device
         self._faulty = False
         self._said: set[str] = set()
@@ -305,14 +306,9 @@ class Governor:
         plan, room = plans[index], self._room(min(self._available))
         if len(self._available) < STEADY or self._last != plan or not self._verified(plan):
             return None
-        above = next((i for i in reversed(range(index)) if plans[i].omega > plan.omega), None)
-        while above is not None and above > 0 and plans[above - 1].omega == plans[above].omega:
-            above -= 1
-        if above is None:
-            return None
-        for higher in plans[above:index]:
-            if higher.omega == plan.omega:
-                break
+        rungs = groupby(reversed(plans[:index]), attrgetter("omega"))  # from the nearest on, each by falling cost
+        above = next((list(rung) for omega, rung in rungs if omega > plan.omega), [])
+        for higher in reversed(above):
             predicted = self.predict(higher)
             needed = predicted + math.ceil(self._known_errors * (predicted - self._base))
             untried = higher not in self._off and not self._verified(higher)
@@ -483,9 +479,13 @@ class Governor:
         index = agree(index, lambda i: self.need(plans[i]) <= room, len(plans))
         if index < len(plans):
             return plans[index]
-        alike = self._smallest(pattern)
-        untried = (i for i, plan in enumerate(alike) if self._least(plan) <= room and not self._verified(plan))
-        index = highest_of_all(next(untried, len(alike)))
+        alike, limit = self._smallest(pattern), min(self.budget, self._free)
+        untried = [i for i, plan in enumerate(alike) if self._least(plan) <= room and not self._verified(plan)]
+        index = next(iter(untried), len(alike))
+        if untried and any(record.runs for record in self._records.values()) and self.predict(alike[index]) > limit:
+            # More is known than the careful prior, and no cap holds back what libraries take for themselves.
+            index = min(untried, key=lambda i: self.predict(alike[i]))
+        index = highest_of_all(index)
         if index == len(alike):
             raise NothingFits(self._refusal(pattern))
         return alike[index]
@@ -624,7 +624,7 @@ class Governor:
         self._base, self._learned = max(self._bases, default=0), _quantile(self._residuals, QUANTILE)
         self._good, self._trials = state["good"], state["trials"]
         self._last = None if state["last"] is None else Plan.from_json(state["last"])
-        self._tried = deque((None if key is None else Plan.from_json(key) for key in state.get("tried", ())), 2)
+        self._tried = deque((None if key is None else Plan.from_json(key) for key in state["tried"]), 2)
         self._refit()
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-STEP = "a step"  # the event of a step that may load code: of a plan or of a process the first
+STEP = "a step"  # the event of a plan's first step, which may load code
 _OUT_OF_MEMORY = (
     "out of memory", "can't allocate", "cannot allocate memory", "bad_alloc", "alloc_failed", "allocation_failed",
     "allocation failed", "could not create a primitive", "could not create a memory",

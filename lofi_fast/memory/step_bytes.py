@@ -111,7 +111,7 @@ def step_bytes(
         parameters=sum(parameters.held for parameters in networks),
         optimizer=moments,
         gradients=gradients,
-        frames=(1 + setting.decoded_ahead) * micro_batch * fidelity.num_frames * RGB * fidelity.side**2,
+        frames=_frames((1 + setting.decoded_ahead) * micro_batch * fidelity.num_snippets, fidelity.side),
         kept_encoder=kept_encoder,
         kept_head=kept_head,
         transient=peak - kept_encoder - kept_head,
@@ -160,4 +160,5 @@ def head_bytes(head: HeadLedger, num_features: int, videos: int, num_snippets: i
 
 
 def _frames(snippets: int, side: int) -> int:
+    """Bytes of the decoded frames of snippets."""
     return snippets * FRAMES_PER_SNIPPET * RGB * side**2

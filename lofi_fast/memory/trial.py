@@ -1,10 +1,10 @@
 """Planning by running, where no ledger says what a step needs, or not closely enough.
 
 `highest_fitting` is for a few candidates: it runs them until it knows the highest that fits the budget.
-`highest_predicted` spares it those of which a ledger tells whether they fit. `learn_ledger`
-is for the joint stage, whose governor chooses again at every step among hundreds of plans: it runs two of them and
-draws a line through what they took, which the governor then uses in place of a ledger. Its trials, its margin and its
-retries make up for what a straight line does not know.
+`highest_predicted` spares it those of which a ledger tells whether they fit. `learn_ledger` is for the joint stage,
+whose governor chooses again at every step among hundreds of plans: it runs two of them and draws a line through what
+they took, which the governor then uses in place of a ledger. Its trials, its margin and its retries make up for what a
+straight line does not know.
 """
 
 from __future__ import annotations

@@ -21,11 +21,6 @@ from lofi_fast.settings import leaves
 NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)  # the last: NFS, which locks no folder
 
 
-def cache_folder(config: Config) -> Path:
-    """Where the frame cache is, and what else is worth keeping for the next run: --cache, or beside the run folder."""
-    return Path(config.data.cache) if config.data.cache else Path(config.out).parent / "cache"
-
-
 def choose_folder(config: Config, resume: bool) -> Path:
     """The run folder: --out, or runs/<preset>, numbered when that one is taken; with --resume the newest of these."""
     if config.out:

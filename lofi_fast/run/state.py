@@ -23,10 +23,12 @@ from lofi_fast import __version__, files
 from lofi_fast.budget import gigabytes
 from lofi_fast.config import STAGES, Config, memory_settings
 from lofi_fast.data.dataset import Dataset, Sampler
+from lofi_fast.data.inventory import cache_folder
 from lofi_fast.data.pipeline import FramePipeline, pictures_of_a_run
 from lofi_fast.encoder.protocol import Encoder
 from lofi_fast.encoder.weights import load_encoder_weights
 from lofi_fast.errors import InputError
+from lofi_fast.gpu import DALI
 from lofi_fast.head.protocol import Head
 from lofi_fast.memory import allocator
 from lofi_fast.memory.decision import Planner
@@ -37,14 +39,13 @@ from lofi_fast.memory.trial import Choice, Reading, Trials
 from lofi_fast.precision import Precision
 from lofi_fast.run import checkpoint, events, trained_on
 from lofi_fast.run.checkpoint import Position
-from lofi_fast.run.folder import cache_folder
 from lofi_fast.run.log import RunLog
 from lofi_fast.run.networks import Networks
 from lofi_fast.run.processes import ALONE, Processes
 from lofi_fast.run.seeds import seed_of
 
 CHECKPOINT_SECONDS = 300.0  # between two checkpoints within an epoch; the end of each epoch is saved besides
-PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "numpy", "av", "nvidia-ml-py")
+PACKAGES = ("torch", "triton", *DALI.values(), "numpy", "av", "nvidia-ml-py")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Run:
         self.head = self.new_head("joint")
         self.scaler = self.machine.new_scaler()
         self.position = Position(self.config.stages[0])
-        self.data = trained_on.record_of(self.dataset)  # what the weights come from
+        self.data = trained_on.record_of(self.dataset, self.config)  # what the weights come from
         self.resumed_count: int | None = None  # of the processes that wrote the checkpoint
         self.shared_gauge = self._new_gauge() if self.processes.several else None
         self._resumed_planner: dict[str, Any] = {}
@@ -327,7 +328,7 @@ class Run:
 
     def _check_data(self, content: dict[str, Any], position: Position) -> None:
         """Raises InputError when what is to be trained on is not what it was; where only the evaluation is left, files
-        of videos may be others, since their features are made anew.
+        may be others: features of videos are made anew, and scores are used only there.
         """
         if content["data"] == trained_on.digest(self.data):
             return
@@ -338,7 +339,7 @@ class Run:
             changes = trained_on.changes_between(before, self.data)
             same_classes = content["classes"] == list(self.dataset.classes)
             if position.stage == "eval" and same_classes and not changes.labels:
-                self.log.say(f"note: since the run was trained, {changes.files[0]}")
+                self.log.say(f"note: since the run was trained, {'; '.join(changes.files)}")
                 self.data = before
                 return
             what = "; ".join((*changes.labels, *changes.files))

@@ -1,4 +1,5 @@
-"""What a run trains on, by content: the labels as they are read, and which file each video is.
+"""What a run trains on, by content: the labels as they are read, which file each video is, and the files of weights and
+scores that its settings name.
 
 A run goes on where its data has moved, and not where it has changed. data.json in the run folder is the record, for
 people and for saying what differs; every checkpoint has its digest.
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import msgspec
 
+from lofi_fast.config import Config
 from lofi_fast.data.dataset import Dataset
+from lofi_fast.errors import InputError
 from lofi_fast.files import json_bytes
 
 RECORD = "data.json"
@@ -37,23 +40,41 @@ class VideoRecord(msgspec.Struct, frozen=True):
 Videos = dict[str, VideoRecord]  # by name
 
 
+class Record(msgspec.Struct, frozen=True):
+    """What a run trains on. `files`: flag -> SHA-256 of the file that it names; flags that name none are left out."""
+
+    videos: Videos
+    files: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Changes:
-    """How two records differ, in words: in what the labels say, and in which files the videos are."""
+    """How two records differ, in words: in what the labels say, and in which files the videos are, or which a setting
+    names.
+    """
 
     labels: tuple[str, ...]
     files: tuple[str, ...]
 
 
-def record_of(dataset: Dataset) -> bytes:
-    """The record, as JSON."""
+def record_of(dataset: Dataset, config: Config) -> bytes:
+    """The record, as JSON. Raises InputError for a file of the settings that cannot be read."""
     videos = {}
     for subset, members in dataset.videos.items():
         for video in members:
             source = dataset.sources[video.name]
             segments = [(segment.start, segment.end, segment.label) for segment in source.segments]
             videos[video.name] = VideoRecord(subset, source.size, source.frames, round(source.duration, 3), segments)
-    return json_bytes(videos)
+    named = {"--encoder-weights": config.encoder.weights, "--video-scores": config.data.video_scores}
+    return json_bytes(Record(videos, {flag: _sha256(flag, Path(path)) for flag, path in named.items() if path}))
+
+
+def _sha256(flag: str, path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{flag} {path} cannot be read: {error.strerror}") from None
 
 
 def digest(record: bytes) -> str:
@@ -71,7 +92,8 @@ def read_record(path: Path, expected: str) -> bytes | None:
 
 def changes_between(record: bytes, other: bytes) -> Changes:
     """What differs in the other record, each kind with how many videos it concerns and the first of them."""
-    before, now = (msgspec.json.decode(content, type=Videos) for content in (record, other))
+    earlier, later = (msgspec.json.decode(content, type=Record) for content in (record, other))
+    before, now = earlier.videos, later.videos
     both = [name for name in before if name in now]
     labels = [
         _counted([name for name in before if name not in now], "is gone", "are gone", lambda name: ""),
@@ -93,7 +115,16 @@ def changes_between(record: bytes, other: bytes) -> Changes:
         "is another file", "are other files",
         lambda name: f": {_file(now[name])}, before {_file(before[name])}",
     )  # fmt: skip
-    return Changes(tuple(filter(None, labels)), tuple(filter(None, [files])))
+    return Changes(tuple(filter(None, labels)), tuple(filter(None, [files, *_named(earlier.files, later.files)])))
+
+
+def _named(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What differs in the files that settings name."""
+    return [
+        f"{flag} {'is another file' if flag in now else 'is left out'}" if flag in before else f"{flag} is new"
+        for flag in sorted(before.keys() | now.keys())
+        if before.get(flag) != now.get(flag)
+    ]
 
 
 def _counted(names: Collection[str], one: str, many: str, more: Callable[[str], str]) -> str:

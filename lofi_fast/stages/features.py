@@ -25,6 +25,7 @@ from lofi_fast.data.cache import file_name
 from lofi_fast.data.dataset import SUBSETS, Sample, centre_requests
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
+from lofi_fast.gpu import send
 from lofi_fast.memory.step_bytes import Setting, features_bytes
 from lofi_fast.run import events
 from lofi_fast.run.state import Run
@@ -198,7 +199,7 @@ def _ledger(setting: Setting, full: Fidelity, chunk: int) -> int:
 def load_features(run: Run, samples: Sequence[Sample]) -> torch.Tensor:
     """Features (B, C, L) of windows, on the device. Raises InputError when a file of them has changed meanwhile."""
     features = [torch.from_numpy(_load(sample, feature_path(run, sample))) for sample in samples]
-    return torch.stack(features).to(run.machine.device)
+    return send(torch.stack(features), run.machine.device)
 
 
 def _load(sample: Sample, path: Path) -> NDArray[np.float32]:

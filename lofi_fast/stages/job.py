@@ -17,12 +17,14 @@ from typing import Literal
 
 import torch
 
-from lofi_fast import __version__
+from lofi_fast import __version__, gpu
 from lofi_fast import encoder as encoders
 from lofi_fast.budget import gigabytes, resolve_budget
 from lofi_fast.config import PLANNED_FOR, Config
-from lofi_fast.data import demo
+from lofi_fast.data import cache, demo, nvdec
+from lofi_fast.data.catalogue import Catalogue
 from lofi_fast.data.dataset import Dataset, cached_dataset
+from lofi_fast.data.inventory import cache_folder, record_use
 from lofi_fast.data.packages import require_dali, require_pyav
 from lofi_fast.data.survey import Survey, survey
 from lofi_fast.encoder.weights import check_encoder_weights
@@ -35,10 +37,10 @@ from lofi_fast.memory.settle import give_back, open_meter
 from lofi_fast.metrics import MapResult, parse_tiou
 from lofi_fast.model import MODEL, Detector
 from lofi_fast.optim import Implementation, choose_implementation
-from lofi_fast.precision import Precision, choose_precision
+from lofi_fast.precision import Precision, choose_device, choose_precision
 from lofi_fast.presets import weights_warning
 from lofi_fast.run import events
-from lofi_fast.run.folder import cache_folder, choose_folder, run_folder
+from lofi_fast.run.folder import choose_folder, run_folder
 from lofi_fast.run.log import RunLog, SilentLog
 from lofi_fast.run.networks import Networks
 from lofi_fast.run.processes import Processes, check_alike, check_batches, check_data, opened
@@ -92,6 +94,7 @@ def _run_job(
     if resume and config.data.window == "labels":
         config = with_window(config, _window_of(Path(config.out)))
     device = processes.device(config.device)
+    processes.together("DALI", lambda: gpu.check_dali(device))
     if config.threads:
         torch.set_num_threads(config.threads)
     precision = choose_precision(device)
@@ -100,6 +103,7 @@ def _run_job(
     budget = lowest_of_all(resolve_budget(config.budget, meter.total(), meter.available()))
 
     def check() -> None:
+        gpu.check_triton(device)
         check_budget(config, budget, meter)
         if networks is None and config.encoder.weights:
             check_encoder_weights(lambda: encoders.build(config), Path(config.encoder.weights))
@@ -110,12 +114,12 @@ def _run_job(
         closing(RunLog(folder / "log.jsonl") if processes.first else SilentLog()) as log,
     ):
         stop.folder = folder
-        introduce(log, config, meter, precision, optimizers, budget, argv)
+        introduce(log, config, device, meter, precision, optimizers, budget, argv)
         if networks is None and (warning := weights_warning(config)):
             log.say(warning)
         for note in notes:
             log.say(f"note: {note}")
-        dataset = processes.in_turns("data", lambda: prepare(config, log))
+        dataset = processes.in_turns("data", lambda: prepare(config, log, min(budget, meter.available()) - meter.own()))
         config = with_window(config, dataset.window)
         machine = Machine(device, precision, meter, budget)
         run = open_run(config, dataset, machine, log, networks, processes)
@@ -223,12 +227,14 @@ def check_budget(config: Config, budget: int, meter: Meter) -> None:
 
 
 def introduce(
-    log: RunLog, config: Config, meter: Meter, precision: Precision, optimizers: Implementation, budget: int,
-    argv: Sequence[str],
+    log: RunLog, config: Config, device: torch.device, meter: Meter, precision: Precision, optimizers: Implementation,
+    budget: int, argv: Sequence[str],
 ) -> None:  # fmt: skip
     """Say what runs where, and in how much memory."""
+    if config.device == "auto" and device.type == "cpu" and (reason := gpu.unused()):
+        log.say(f"warning: {reason}. Training on the CPU")
     log.say(f"lofi_fast {__version__} · {meter.device} · {torch.get_num_threads()} threads · {precision}")
-    log.say(f"kernels: {library.describe()}")
+    log.say(f"kernels: {library.describe(device.type)}")
     log.say(f"optimisers: {optimizers}")
     room = meter.available()
     log.say(
@@ -249,8 +255,10 @@ def introduce(
     )  # fmt: skip
 
 
-def prepare(config: Config, log: RunLog) -> Dataset:
-    """Make the demo set if no data is given, look at the data, decode into the frame cache, and cut windows."""
+def prepare(config: Config, log: RunLog, room: int) -> Dataset:
+    """Make the demo set if no data is given, look at the data, decode into the frame cache, and cut windows. `room`:
+    bytes of the device that decoding may hold.
+    """
     root = cache_folder(config)
     if config.data.annotations and config.data.videos:
         annotations, videos = Path(config.data.annotations), Path(config.data.videos)
@@ -260,10 +268,15 @@ def prepare(config: Config, log: RunLog) -> Dataset:
                 root / "demo", progress=lambda done, total, name: advance(done, name, total)
             )
     with log.progress("looking at the videos", 1) as advance:
-        found = survey(config, annotations, videos, lambda done, total, name: advance(done, name, total))
+        known = Catalogue(root / "frames")
+        found = survey(config, annotations, videos, lambda done, total, name: advance(done, name, total), known)
     tell(found, log)
+    known.save()
     with log.progress("frame cache", 1) as advance:
-        dataset = cached_dataset(found, root / "frames", lambda d, t, name: advance(d, name, t))
+        dataset = cached_dataset(
+            found, root / "frames", lambda d, t, name: advance(d, name, t), *video_engine(config, room)
+        )
+    record_use(root / "frames", Path(config.out), {s.cached.path for of in dataset.samples.values() for s in of})
     for note in dataset.notes[len(found.warnings) + len(found.notes) :]:
         log.say(f"note: {note}")
     for skipped in dataset.skipped:
@@ -278,6 +291,16 @@ def prepare(config: Config, log: RunLog) -> Dataset:
     log.say(f"data: {counts}, {len(dataset.classes)} classes, {len(dataset.skipped)} videos skipped")
     log.event(events.Data(classes=list(dataset.classes), skipped=len(dataset.skipped)))
     return dataset
+
+
+def video_engine(config: Config, room: int) -> tuple[str | None, int]:
+    """(the device whose video engine fills the frame cache, processes that decode there in `room` bytes of its memory);
+    (None, 0) where PyAV decodes.
+    """
+    processes = min(room // nvdec.PROCESS_BYTES, cache.ENGINE_WORKERS)
+    if config.data.decoder == "pyav" or processes < 1 or choose_device(config.device).type != "cuda":
+        return None, 0
+    return f"cuda:{torch.cuda.current_device()}", processes
 
 
 def tell(found: Survey, log: RunLog) -> None:

@@ -20,6 +20,7 @@ from lofi_fast.data.dataset import Clip, jitter_pixels
 from lofi_fast.encoder.shared_batchnorm import share_statistics
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
+from lofi_fast.gpu import send
 from lofi_fast.memory.ranks import highest_of_all, lowest_of_all
 from lofi_fast.memory.step_bytes import Setting, pretrain_bytes
 from lofi_fast.memory.trial import Choice
@@ -178,7 +179,7 @@ def clip_batches(run: Run, epoch: int, batches: list[list[Clip]]) -> Iterator[tu
             row[list(clip.labels)] = 1 / len(clip.labels)
         if clips and run.config.data.jitter:
             jitter_pixels(frames, [jitter for _, jitter in augmented])
-        yield frames, shares.to(run.machine.device)
+        yield frames, send(shares, run.machine.device)
 
 
 def new_classifier(run: Run) -> nn.Linear:

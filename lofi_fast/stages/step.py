@@ -72,7 +72,8 @@ def lofi_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batc
         meter.reset_peak()
         # The first step of a plan, and of a process, may take memory outside torch for good: workspaces, code that is
         # loaded at its first use.
-        with meter.settle(STEP, once=not decision.new), meter.cap(decision.limit):
+        event = STEP if decision.new else "the first step of the process"
+        with meter.settle(event, once=not decision.new), meter.cap(decision.limit):
             try:
                 loss, terms = gradients_of_all(run, optimizer, partial(forward_backward, run, batch, decision))
                 not_finite = update(run, optimizer, loss, run.config.joint.clip)

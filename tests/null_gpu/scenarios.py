@@ -22,11 +22,13 @@ from typing import Any
 
 import av
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.tools import logs
 from bench.tools.synthetic import NoisePipeline, made_up
 from lofi_fast import encoder as encoders
-from lofi_fast import model, train
+from lofi_fast import kernels, model, train
 from lofi_fast.budget import Budget, gigabytes
 from lofi_fast.config import Config
 from lofi_fast.data import demo
@@ -499,9 +501,51 @@ def job(scene: Scene, flags: list[str], out: str, video: str) -> Any:
     }  # fmt: skip
 
 
+class Seen(TorchDispatchMode):
+    """The operators of this project that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "lofi_fast":
+            self.names.append(func.__name__)
+        return func(*args, **kwargs or {})
+
+
+def recorded(scene: Scene) -> Any:
+    """Ways to call an operator that has a derivative."""
+    x = torch.zeros(16, 16, 4, 4, device="cuda", requires_grad=True)
+    ones = torch.ones(16, device=x.device)
+
+    def call(x: Tensor) -> Tensor:
+        out, shifted = kernels.residual_shift(x, ones, ones, x, num_frames=8, fold=2)
+        return out + shifted  # type: ignore[operator]
+
+    nodes = [type(edge[0]).__name__ for edge in call(x).grad_fn.next_functions]  # type: ignore[union-attr]
+    with Seen() as seen:
+        call(x).sum().backward()
+    with torch.no_grad():
+        alone = call(x).requires_grad
+    (grad,) = torch.autograd.grad(call(x).sum(), x, create_graph=True)
+    try:
+        grad.sum().backward()
+    except NotImplementedError as error:
+        said = str(error)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(x)
+    shift = kernels.temporal_shift
+    (once,) = torch.autograd.grad(shift(x, 8).sum(), x, create_graph=True)
+    (twice,) = torch.autograd.grad((shift(x, 8) * x).sum(), x, create_graph=True)
+    return {
+        "nodes": nodes, "watched": seen.names, "alone": alone, "said": said, "compiled": compiled.requires_grad,
+        "shift": [once.requires_grad, twice.requires_grad],
+    }  # fmt: skip
+
+
 SCENARIOS: dict[str, Callable[..., Any]] = {
     "steps": steps, "chosen": chosen, "shortages": shortages, "neighbour": neighbour,
-    "foreign": foreign, "demo": demo_videos, "job": job,
+    "foreign": foreign, "demo": demo_videos, "job": job, "recorded": recorded,
 }  # fmt: skip
 
 

@@ -36,6 +36,16 @@ def test_a_step_is_few_operations_and_the_host_seldom_waits(
     assert chosen["reserved"] / chosen["ledger"] - 1 <= FRAGMENTED
 
 
+def test_a_call_that_is_recorded_passes_the_dispatcher_by_unless_something_watches(machine: Machine) -> None:
+    found = machine("recorded")
+    assert found["nodes"] == ["residual_shiftBackward"] * 2
+    assert found["watched"] == ["residual_shift.default", "residual_shift_backward.default"]
+    assert not found["alone"]
+    assert "cannot be differentiated again" in found["said"]
+    assert found["compiled"]
+    assert found["shift"] == [False, True]
+
+
 def rung(snippets: int, side: int, micro_batch: int, **levers: Any) -> dict[str, Any]:
     return {"rung": [snippets, side], "micro_batch": micro_batch, **levers}
 
