@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
 from lofi_fast.data import demo
-from lofi_fast.encoder.shared_batchnorm import share_statistics
+from lofi_fast.encoder.shared_batchnorm import SharedStatistics
 from lofi_fast.errors import InputError
 from lofi_fast.head.loss import Counts
 from lofi_fast.memory.meter import Memory
@@ -161,6 +161,37 @@ step.forward_backward = fails_once
 if __name__ == "__main__":
     sys.exit(main())
 """
+
+
+IN_FLOAT64 = """
+import sys
+import torch
+
+torch.set_default_dtype(torch.float64)
+as_float32 = torch.Tensor.float  # which only the mean of the frames stays, as its kernel asks for
+torch.Tensor.float = lambda tensor: as_float32(tensor) if tensor.shape == (3,) else tensor.double()
+from lofi_fast.train import main
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+def test_in_float64_the_optimisers_of_the_preset_lead_to_the_same_losses(job: Job) -> None:
+    """Three processes share steps of four videos and of two, of which one has no part. In float64 nothing but a fault
+    can grow to be seen, whatever the optimiser makes of it.
+    """
+    program = job.folder / "float64.py"
+    program.write_text(IN_FLOAT64)
+    stages = ("pretrain", "joint", "head-stage")
+    own = [flag for stage in stages for flag in (f"--{stage}.optimizer=adamw", f"--{stage}.lr=0.002")]
+    for name, count in (("one64", 1), ("three64", 3)):
+        done = job.run(count, name, *own, program=str(program))
+        assert done.status == 0, done.err
+    expected, found = job.losses("one64"), job.losses("three64")
+    assert list(found) == list(expected)
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-11), step
 
 
 def trained_as_one(job: Job, name: str, done: Outcome) -> None:
@@ -346,9 +377,16 @@ def one_of_three(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
     net = network()
-    share_statistics(net, None)
-    output, grads, buffers = passed(net, inputs().split(SIZES)[rank])
     processes = Processes(rank, 3)
+    SharedStatistics(net, processes.stack)
+    output, grads, buffers = passed(net, inputs().split(SIZES)[rank])
+    for layers in (1, 4, 5):  # before a layer that waits for the others, and after the last one
+        net_of_failing = network()
+        shared = SharedStatistics(net_of_failing, processes.stack)
+        with pytest.raises(MemoryError, match="out of memory" if rank == 1 else "process 1 has failed"), shared.step():
+            net_of_failing[: layers if rank == 1 else 5](inputs().split(SIZES)[rank]).sum().backward()
+            if rank == 1:
+                _ran_out()
     parameters = list(net.parameters())
     if rank == 2:
         parameters[0].grad = None  # as of a process that had nothing to do

@@ -25,10 +25,12 @@ from torch import Tensor, distributed, nn
 from lofi_fast import __version__
 from lofi_fast.config import Config
 from lofi_fast.errors import InputError
+from lofi_fast.memory import ranks
 from lofi_fast.memory.meter import is_out_of_memory, reason_of
-from lofi_fast.memory.ranks import TIMEOUT_SECONDS, LostProcess, answered, gather
+from lofi_fast.memory.ranks import LostProcess, answered, gather
 from lofi_fast.precision import choose_device
 from lofi_fast.run import trained_on
+from lofi_fast.run.heartbeat import watched
 from lofi_fast.settings import leaves
 
 T = TypeVar("T")
@@ -187,6 +189,13 @@ class Processes:
                 distributed.all_reduce(flat, group=self.group_of(flat.device))
             torch._foreach_copy_(part, views)
 
+    def stack(self, mine: Tensor) -> Tensor:
+        """The tensors of all processes, of one shape, as rows of one."""
+        everyones = [torch.empty_like(mine) for _ in range(self.count)]
+        with answered():
+            distributed.all_gather(everyones, mine, group=self.group_of(mine.device))
+        return torch.stack(everyones)
+
     def new_bucket(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
         """Room for what `add_gradients` sums at once."""
         sizes = [parameter.numel() for parameter in parameters if parameter.requires_grad]
@@ -199,7 +208,7 @@ class Processes:
     @cached_property
     def _nccl(self) -> distributed.ProcessGroup:
         group: distributed.ProcessGroup = distributed.new_group(
-            backend="nccl", timeout=timedelta(seconds=TIMEOUT_SECONDS)
+            backend="nccl", timeout=timedelta(seconds=ranks.TIMEOUT_SECONDS)
         )
         return group
 
@@ -227,7 +236,7 @@ def opened() -> Iterator[Processes]:
     try:
         rank, count, local_rank = (int(os.environ[name]) for name in names)
         local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-        distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
+        distributed.init_process_group("gloo", timeout=timedelta(seconds=ranks.TIMEOUT_SECONDS))
     except (ValueError, RuntimeError) as error:
         where = ":".join(os.environ[name] for name in NAMES[2:])
         reason = str(error).partition("\n")[0]
@@ -236,7 +245,9 @@ def opened() -> Iterator[Processes]:
             "in use, give torchrun --standalone or another --master-port"
         ) from None
     try:
-        yield Processes(rank, count, local_rank, local_count, distributed.new_group(backend="gloo", timeout=PATIENT))
+        with watched(rank, count, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])):
+            patient = distributed.new_group(backend="gloo", timeout=PATIENT)
+            yield Processes(rank, count, local_rank, local_count, patient)
     finally:
         distributed.destroy_process_group()
 

@@ -39,12 +39,14 @@ from lofi_fast.memory.trial import Choice, Reading, Trials
 from lofi_fast.precision import Precision
 from lofi_fast.run import checkpoint, events, trained_on
 from lofi_fast.run.checkpoint import Position
+from lofi_fast.run.folder import take_lock
 from lofi_fast.run.log import RunLog
 from lofi_fast.run.networks import Networks
 from lofi_fast.run.processes import ALONE, Processes
 from lofi_fast.run.seeds import seed_of
 
 CHECKPOINT_SECONDS = 300.0  # between two checkpoints within an epoch; the end of each epoch is saved besides
+LOCK_SECONDS = 2.0  # that the system may take to let a killed process go
 PACKAGES = ("torch", "triton", *DALI.values(), "numpy", "av", "nvidia-ml-py")
 
 
@@ -118,6 +120,12 @@ class Run:
             return self.processes.any("stop", self.stop())
         except LostProcess:
             return self.stop()
+
+    def take_over(self) -> None:
+        """Save from now on where another process did so and has ended, which shows by its lock on the run folder."""
+        if not self.saves and self.processes.several and take_lock(self.folder, LOCK_SECONDS):
+            self.saves, self.log = True, RunLog(self.folder / "log.jsonl")
+            self.log.say(f"process 0 has ended: process {self.processes.rank} saves in its place")
 
     def _new_gauge(self) -> SharedGauge:
         sharers = 1 if self.machine.device.type == "cuda" else self.processes.local_count

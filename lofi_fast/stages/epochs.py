@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lofi_fast.config import StageConfig
 from lofi_fast.errors import InputError
 from lofi_fast.head.protocol import total
+from lofi_fast.memory.ranks import LostProcess
 from lofi_fast.optim import learning_rate, make_optimizer, set_learning_rate
 from lofi_fast.run import events
 from lofi_fast.run.checkpoint import Position
@@ -50,7 +51,7 @@ class TrainingStage(Protocol):
         """Make ready for the steps of an epoch from the `first` on. Returns how many the whole epoch has."""
 
     def step(self, epoch: int, step: int) -> Outcome:
-        """One optimiser step; they come in order."""
+        """One optimiser step; they come in order. Buffers are as before where it raises InputError."""
 
     def end(self, epoch: int) -> None:
         """After the last step of an epoch, before it is saved: validate, log."""
@@ -78,7 +79,7 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
     """
     start, in_a_row = run.position, 0
     learning = [run.encoder, run.head, *stage.modules.values()]
-    values = [value for module in learning for value in (*module.parameters(), *module.buffers())]
+    parameters = [value for module in learning for value in module.parameters()]
     for epoch in range(start.epoch, config.epochs):
         first = start.step if epoch == start.epoch else 0
         count = stage.begin(epoch, first)
@@ -86,12 +87,14 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
             for step in range(first, count):
                 lr = learning_rate(config, epoch, step, count)
                 set_learning_rate(stage.optimizer, lr)
-                versions = [value._version for value in values]  # torch counts what changes a tensor in place
+                versions = [value._version for value in parameters]  # torch counts what changes a tensor in place
                 try:
                     done = stage.step(epoch, step)
                 except InputError as error:
-                    if versions != [value._version for value in values]:
+                    if versions != [value._version for value in parameters]:
                         raise
+                    if isinstance(error, LostProcess):
+                        run.take_over()
                     run.save(Position(stage.name, epoch, step), stage.optimizer, **stage.modules)
                     if run.told_to_stop():
                         run.stopped = True

@@ -41,6 +41,7 @@ from lofi_fast.precision import Precision, choose_device, choose_precision
 from lofi_fast.presets import weights_warning
 from lofi_fast.run import events
 from lofi_fast.run.folder import choose_folder, run_folder
+from lofi_fast.run.heartbeat import restarts
 from lofi_fast.run.log import RunLog, SilentLog
 from lofi_fast.run.networks import Networks
 from lofi_fast.run.processes import Processes, check_alike, check_batches, check_data, opened
@@ -89,7 +90,7 @@ def _run_job(
 ) -> Finished:  # fmt: skip
     check_alike(processes, config)
     processes.together("settings' values", lambda: check_values(config))
-    out = processes.of_first("folder", lambda: str(choose_folder(config, resume)))
+    out, resume = processes.of_first("folder", lambda: _folder(config, resume))
     config = dataclasses.replace(config, out=out)
     if resume and config.data.window == "labels":
         config = with_window(config, _window_of(Path(config.out)))
@@ -154,6 +155,18 @@ def _run_job(
         seconds = time.monotonic() - began
         log.event(events.Done(seconds=round(seconds, 1)))
         return Finished(folder, result, seconds, processes.first)
+
+
+def _folder(config: Config, resume: bool) -> tuple[str, bool]:
+    """(the run folder, whether to go on with what is there): also where torchrun starts the processes anew."""
+    again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if again and not config.out:
+        raise InputError(
+            f"torchrun --max-restarts {again} without --out: name the run's folder, in which the processes go on when "
+            "they are started anew"
+        )
+    resume = resume or (restarts() > 0 and (Path(config.out) / "config.json").exists())
+    return str(choose_folder(config, resume)), resume
 
 
 @contextmanager

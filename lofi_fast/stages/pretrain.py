@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from lofi_fast.budget import gigabytes
 from lofi_fast.data.dataset import Clip, jitter_pixels
-from lofi_fast.encoder.shared_batchnorm import share_statistics
+from lofi_fast.encoder.shared_batchnorm import SharedStatistics
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.gpu import send
-from lofi_fast.memory.ranks import highest_of_all, lowest_of_all
+from lofi_fast.memory.ranks import LostProcess, gather, lowest_of_all
 from lofi_fast.memory.step_bytes import Setting, pretrain_bytes
 from lofi_fast.memory.trial import Choice
 from lofi_fast.run import events
@@ -44,8 +44,6 @@ def pretrain(run: Run, extra: Mapping[str, Any]) -> None:
         classifier.load_state_dict(extra["classifier"])
     run.encoder.freeze_batchnorm(False)
     run.encoder.train()
-    if run.processes.several:
-        share_statistics(run.encoder, run.processes.group_of(run.machine.device))
     epochs.train(run, Pretrain(run, classifier), run.config.pretrain)
 
 
@@ -60,6 +58,9 @@ class Pretrain:
         self.optimizer = optimizer_of(run, run.config.pretrain, run.encoder, classifier)
         self.modules: dict[str, nn.Module] = {"classifier": classifier}
         self._statistics = [buffer.clone() for buffer in run.encoder.buffers()]
+        self._shared: SharedStatistics | None = None
+        if run.processes.several:
+            self._shared = SharedStatistics(run.encoder, run.processes.stack)
         self._ready: tuple[float, Tensor, list[Clip]] | None = None  # the first step's, see `_verify`
 
     def begin(self, epoch: int, first: int) -> int:
@@ -88,8 +89,8 @@ class Pretrain:
             self._ready = self._gradients()
 
         peak = run.trials.measure(step, limit)
-        if run.processes.several:
-            peak = self._of_all(peak)
+        peaks = gather("peak of the first step", peak)
+        peak = None if None in peaks else max(one for one in peaks if one is not None)
         run.log.event(
             events.Measured(plan=PLAN, candidate=str(size), peak=peak, predicted=plan["predicted"], budget=limit)
         )
@@ -107,32 +108,27 @@ class Pretrain:
         run.write_plans()
         return fits
 
-    def _of_all(self, peak: int | None) -> int:
-        """The highest peak of all processes. Raises InputError where memory ran out in this one: the others wait for
-        its statistics, and cannot be asked to take the step again.
-        """
-        if peak is None:
-            raise InputError(
-                f"process {self.run.processes.rank} ran out of memory in the first step of pretraining; give a smaller "
-                "--pretrain.batch, or a smaller --fidelity"
-            )
-        return highest_of_all(peak)
-
     def _gradients(self) -> tuple[float, Tensor, list[Clip]]:
         """(loss, number of right answers, clips) of the next batch, its gradients added to the parameters'."""
         run, (frames, shares), clips = self.run, next(self._batches), next(self._clips)
         copy_each(run.encoder.buffers(), self._statistics)
-        if not run.processes.several:
+        shared = self._shared
+        if shared is None:
             loss, right = clip_loss(run, self.classifier, frames, shares)
             run.scaler.scale(loss).backward()
             return float(loss.detach()), right, clips
 
         def share() -> tuple[float, dict[str, float]]:
-            part, named = clip_loss(run, self.classifier, frames, shares, of=len(clips))
-            run.scaler.scale(part).backward()
-            return float(part.detach()), {"right": float(named)}
+            with shared.step():
+                part, named = clip_loss(run, self.classifier, frames, shares, of=len(clips))
+                run.scaler.scale(part).backward()
+                return float(part.detach()), {"right": float(named)}
 
-        value, terms = gradients_of_all(run, self.optimizer, share)
+        try:
+            value, terms = gradients_of_all(run, self.optimizer, share)
+        except LostProcess:  # the run is saved as it was before this step
+            copy_each(self._statistics, run.encoder.buffers())
+            raise
         return value, torch.tensor(terms["right"], device=run.machine.device), clips
 
     def step(self, epoch: int, step: int) -> Outcome:
