@@ -68,8 +68,11 @@ class Job:
         return [*data, annotations, *SETTINGS, "--out", str(self.folder / name), *more]
 
     @contextmanager
-    def started(self, count: int, name: str, *more: str, program: str = "-m lofi_fast.train") -> Iterator[Any]:
+    def started(
+        self, count: int, name: str, *more: str, program: str = "-m lofi_fast.train", restarts: int = 0
+    ) -> Iterator[Any]:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        launcher += ["--max-restarts", str(restarts)]
         command = [sys.executable, *(launcher if count > 1 else []), *program.split(), *self.flags(name, *more)]
         with subprocess.Popen(
             command, cwd=ROOT, text=True, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -237,6 +240,120 @@ def test_a_killed_process_ends_all_and_another_number_goes_on(job: Job) -> None:
     assert done.status == 0, done.err
     same_losses(job, "killed")
     same_detections(job, "killed")
+
+
+def test_when_the_first_process_is_killed_another_saves_and_torchrun_goes_on_from_there(job: Job) -> None:
+    with job.started(2, "restarted", restarts=1) as process:
+        deadline = time.monotonic() + PATIENCE
+        while not any(event["stage"] == "joint" for event in job.events("restarted", "step")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        os.kill(child(process.pid, "RANK=0"), signal.SIGKILL)
+        done = ended(process)
+    assert done.status == 0, done.err
+    assert "process 0 has ended: process 1 saves in its place" in done.out
+    assert "resuming at joint" in done.out and "resuming at joint, epoch 1, step 1\n" not in done.out
+    same_losses(job, "restarted")
+    same_detections(job, "restarted")
+
+
+FAILS = """
+import sys
+from lofi_fast.stages import head, pretrain
+from lofi_fast.train import main
+
+whole, load, fallen = pretrain.clip_loss, head.load_features, []
+
+
+def falls(*_):
+    if not fallen:
+        fallen.append(True)
+        raise MemoryError("out of memory, as the test wants it")
+
+
+def clip_loss(run, *arguments, **how):
+    if run.processes.rank == 1 and not fallen:
+        run.encoder.layer3[0].register_forward_hook(falls)
+    return whole(run, *arguments, **how)
+
+
+def load_features(run, samples):
+    if run.processes.rank == 1:
+        raise MemoryError("out of memory, as the test wants it")
+    return load(run, samples)
+
+
+pretrain.clip_loss, head.load_features = clip_loss, load_features
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+def test_memory_that_runs_out_in_one_process_in_pretraining_or_in_the_head(job: Job) -> None:
+    """In the first step of pretraining, between two layers where the others wait for it: all take half the clips. In
+    the head, which has no smaller step: all end, with one sentence.
+    """
+    program = job.folder / "fails.py"
+    program.write_text(FAILS)
+    done = job.run(2, "fails", "--stages=pretrain,head", program=str(program))
+    assert "from the first step on" in done.out
+    first, second = (e for e in job.events("fails", "measured") if e["plan"] == "pretrain, clips a step")
+    assert first["peak"] is None and second["peak"] and int(second["candidate"]) == int(first["candidate"]) // 2
+    assert any(event["stage"] == "pretrain" for event in job.events("fails", "step"))
+    assert done.status != 0
+    (sentence,) = done.sentences
+    assert "memory ran out outside the planned steps" in sentence and "process 1 of 2" in sentence
+    assert "Traceback" not in done.err.partition("elastic")[0]
+
+
+HANGS = """
+import os, signal, sys
+from lofi_fast.command import run
+from lofi_fast.memory import ranks
+from lofi_fast.run.processes import opened
+
+ranks.TIMEOUT_SECONDS = 8.0
+
+
+def main():
+    with opened() as processes:
+        processes.together("start", lambda: None, patient=True)
+        if processes.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        processes.together("work", lambda: None, patient=sys.argv[1] == "patient")
+
+
+sys.exit(run(main))
+"""
+
+
+def test_a_process_that_hangs_is_told_of(tmp_path: Path) -> None:
+    """Within a step by the time-out of the exchange, elsewhere by its heartbeat."""
+    program = tmp_path / "hangs.py"
+    program.write_text(HANGS)
+    began, running = time.monotonic(), []
+    for how in ("step", "patient"):
+        port = str(free_port())
+        for rank in ("0", "1"):
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port}
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, str(program), how], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+                    env=environment(**variables, MASTER_ADDR="localhost"),
+                )
+            )  # fmt: skip
+    try:
+        in_step, _, patient, _ = running
+        for process, said in ((in_step, "process 0 has lost another"), (patient, "process 1 of 2 has not been heard")):
+            _, err = process.communicate(timeout=PATIENCE)
+            assert process.returncode == 2, err
+            (sentence,) = [line for line in err.splitlines() if line.startswith("error:")]
+            assert said in sentence
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+    assert time.monotonic() - began < PATIENCE
 
 
 def child(parent: int, variable: str) -> int:

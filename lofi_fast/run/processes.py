@@ -21,6 +21,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from lofi_fast import __version__
 from lofi_fast.config import Config
@@ -30,7 +32,7 @@ from lofi_fast.memory.meter import is_out_of_memory, reason_of
 from lofi_fast.memory.ranks import LostProcess, answered, gather
 from lofi_fast.precision import choose_device
 from lofi_fast.run import trained_on
-from lofi_fast.run.heartbeat import watched
+from lofi_fast.run.heartbeat import restarts, watched
 from lofi_fast.settings import leaves
 
 T = TypeVar("T")
@@ -236,7 +238,11 @@ def opened() -> Iterator[Processes]:
     try:
         rank, count, local_rank = (int(os.environ[name]) for name in names)
         local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-        distributed.init_process_group("gloo", timeout=timedelta(seconds=ranks.TIMEOUT_SECONDS))
+        timeout = timedelta(seconds=ranks.TIMEOUT_SECONDS)
+        met, _, _ = next(rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives the processes: started anew, they would read the addresses of those that are gone.
+        store = PrefixStore(f"attempt/{restarts()}", met)
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timeout)
     except (ValueError, RuntimeError) as error:
         where = ":".join(os.environ[name] for name in NAMES[2:])
         reason = str(error).partition("\n")[0]
