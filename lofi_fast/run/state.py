@@ -40,7 +40,7 @@ from lofi_fast.precision import Precision
 from lofi_fast.run import checkpoint, events, trained_on
 from lofi_fast.run.checkpoint import Position
 from lofi_fast.run.folder import take_lock
-from lofi_fast.run.log import RunLog
+from lofi_fast.run.log import RunLog, SilentLog
 from lofi_fast.run.networks import Networks
 from lofi_fast.run.processes import ALONE, Processes
 from lofi_fast.run.seeds import seed_of
@@ -123,8 +123,13 @@ class Run:
 
     def take_over(self) -> None:
         """Save from now on where another process did so and has ended, which shows by its lock on the run folder."""
-        if not self.saves and self.processes.several and take_lock(self.folder, LOCK_SECONDS):
-            self.saves, self.log = True, RunLog(self.folder / "log.jsonl")
+        if not self.saves and isinstance(self.log, SilentLog) and take_lock(self.folder, LOCK_SECONDS):
+            last, path = self.log.last_step, self.folder / "log.jsonl"
+            self.saves, self.log = True, RunLog(path)
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                steps = [(e.stage, e.epoch, e.step) for e in events.read(lines) if isinstance(e, events.Step)]
+            if last is not None and (last.stage, last.epoch, last.step) not in steps[-1:]:
+                self.log.event(last)
             self.log.say(f"process 0 has ended: process {self.processes.rank} saves in its place")
 
     def _new_gauge(self) -> SharedGauge:
