@@ -27,7 +27,9 @@ from lofi_fast.errors import InputError
 from lofi_fast.head.loss import Counts
 from lofi_fast.memory.meter import Memory
 from lofi_fast.memory.ranks import SharedGauge
-from lofi_fast.run.processes import Processes, check_batches
+from lofi_fast.presets import configured
+from lofi_fast.run import processes as run_processes
+from lofi_fast.run.processes import Processes, check_alike, check_batches
 
 ROOT = Path(__file__).resolve().parents[1]
 # SGD and small steps: a unit of a tiny network that is zero to rounding lets its gradient through in one order of
@@ -306,6 +308,51 @@ def test_memory_that_runs_out_in_one_process_in_pretraining_or_in_the_head(job: 
     assert "Traceback" not in done.err.partition("elastic")[0]
 
 
+BESIDE_ANOTHER = """
+import os, sys
+from dataclasses import replace
+from lofi_fast.memory.cpu import CpuMeter
+from lofi_fast.stages import joint
+from lofi_fast.train import main
+
+whole, take, plans = CpuMeter.reading, joint.lofi_step, []
+
+
+def lofi_step(run, *arguments):
+    taken = take(run, *arguments)
+    plans.append(f"{taken.decision.plan}\\n")
+    run.folder.joinpath(f"plans{os.environ['RANK']}").write_text("".join(plans))
+    return taken
+
+
+def reading(meter):
+    memory = whole(meter)
+    grown = os.environ["RANK"] == "1" and len(plans) >= 2
+    return replace(memory, free=40_000_000) if grown else memory
+
+
+joint.lofi_step, CpuMeter.reading = lofi_step, reading
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+def test_another_program_beside_one_of_two_processes_pulls_both_down_once(job: Job) -> None:
+    program = job.folder / "beside.py"
+    program.write_text(BESIDE_ANOTHER)
+    flags = ["--stages=joint", "--joint-epochs=3", "--fidelity=16x64", "--width=16", "--max-cut=16"]
+    done = job.run(2, "beside", *flags, "--pattern=spatial", program=str(program))
+    assert done.status == 0, done.err
+    first, second = (job.folder.joinpath("beside", f"plans{rank}").read_text().splitlines() for rank in (0, 1))
+    assert first == second and len(first) == 6
+    steps = job.events("beside", "step")
+    sides = [step["side"] for step in steps]
+    assert sides[:2] == [64, 64] and max(sides[2:]) < 64, "before the other program came, and beside it"
+    assert len(set(sides[2:])) == 1, "both go down once"
+    assert not job.events("beside", "out_of_memory")
+    assert all(step["peak"] <= step["limit"] for step in steps)
+
+
 HANGS = """
 import os, signal, sys
 from lofi_fast.command import run
@@ -523,6 +570,15 @@ def one_of_three(rank: int, folder: str) -> None:
         processes.together("work that fails in one", _ran_out if rank == 1 else lambda: 0)
     with pytest.raises(InputError, match="process 1 of 3: bad" if rank != 1 else "bad"):
         processes.together("bad input in one", _bad_input if rank == 1 else lambda: 0)
+    with pytest.MonkeyPatch.context() as patch:  # the third has other code, the second has a GPU
+        patch.setattr(run_processes, "_code", lambda: f"0.2.0 ({'beef' if rank == 2 else 'cafe'})")
+        with pytest.raises(InputError, match=r"process 2 of 3 runs lofi_fast 0.2.0 \(beef\), and process 0 .*cafe"):
+            check_alike(processes, configured({}, cuda=lambda: False))
+        patch.setattr(run_processes, "choose_device", lambda _: torch.device("cuda" if rank == 1 else "cpu"))
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "set_device", lambda _: None)
+        with pytest.raises(InputError, match="process 1 of 3 computes on a GPU and process 0 on the CPU"):
+            processes.device("auto")
     torch.save({"output": output, "grads": grads, "buffers": buffers, "told": repr(told)}, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
