@@ -259,6 +259,28 @@ def test_when_the_first_process_is_killed_another_saves_and_torchrun_goes_on_fro
     same_detections(job, "restarted")
 
 
+def test_two_processes_share_the_videos_of_detect(job: Job) -> None:
+    """One of the videos cannot be used, and is named once, whoever looked at it."""
+    videos = job.folder / "new"
+    videos.mkdir()
+    for video in sorted((job.folder / "videos").iterdir())[:3]:
+        (videos / video.name).symlink_to(video.resolve())
+    (videos / "broken.mp4").write_bytes(b"no video")
+    made = {}
+    for count, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
+        out = job.folder / f"found{count}"
+        command = [sys.executable, *launcher, "-m", "lofi_fast.detect", str(job.folder / "one"), str(videos)]
+        done = subprocess.run(
+            [*command, "--device=cpu", "--threads=1", "--out", str(out)], cwd=ROOT, env=environment(),
+            capture_output=True, text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+        assert done.returncode == (1 if count == 1 else 0), done.stderr
+        assert "3 of 4 videos are done, 1 skipped" in done.stdout
+        assert done.stdout.count("skipped: ") == 1 and "broken.mp4" in done.stdout
+        made[count] = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert made[2] == made[1] and {"detections.json", "detections.csv"} <= made[1].keys() and len(made[1]) == 11
+
+
 FAILS = """
 import sys
 from lofi_fast.stages import head, pretrain
