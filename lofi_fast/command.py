@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
@@ -21,6 +22,7 @@ from lofi_fast.settings import GONE, Leaf, applied, leaves, made, negated, read
 
 T = TypeVar("T")
 INTERRUPTED = 130  # the shell's status of a process that Ctrl-C ended
+SPEAKING_SECONDS = 1.0  # that a silent process waits before it ends: torchrun would end the one that speaks, too
 HELP = ("-h", "--help")
 
 
@@ -202,8 +204,18 @@ def run(main: Callable[[], int | None]) -> int:
 
 
 def _end(sentence: str, status: int) -> int:
-    print(printable(sentence), file=sys.stderr)
+    if speaks():
+        print(printable(sentence), file=sys.stderr)
+    else:
+        time.sleep(SPEAKING_SECONDS)
     return status
+
+
+def speaks() -> bool:
+    """Whether this process is the first of those that torchrun has started on its machine, which speaks for them; so
+    is one that was started by itself.
+    """
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 class CallableModule(ModuleType):

@@ -1,6 +1,7 @@
 """The command `detect`: what happens when in videos, by a trained detector.
 
     lofi-fast detect runs/x new.mp4 --out found/
+    torchrun --standalone --nproc-per-node 4 -m lofi_fast.detect runs/x videos/ --out found/    # 4 share the videos
 
 Importing this file imports no torch: help, and a sentence about a mistyped flag, come at once.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from lofi_fast.settings import Setting
 if TYPE_CHECKING:
     from lofi_fast.model import Found, Session
     from lofi_fast.run.log import Terminal
+    from lofi_fast.run.processes import Processes
 
 FORMATS = ("json", "csv", "srt", "vtt")
 SUBTITLES = {"srt": write_srt, "vtt": write_vtt}
@@ -110,32 +112,73 @@ def _command(argv: list[str], owns_process: bool) -> int:
     import torch
 
     from lofi_fast.model import Detector
-    from lofi_fast.run.log import Terminal
+    from lofi_fast.run.log import SilentLog, Terminal
+    from lofi_fast.run.processes import opened
 
-    terminal = Terminal()
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    with _output_folder(flags.out):
+    with opened() as processes, _output_folder(flags.out):
+        terminal = Terminal() if processes.first else SilentLog()
+        device = processes.device(flags.device).type
         detector = Detector.load(flags.run)
         terminal.say(
             f"{flags.run}: {detector.config.encoder.name} of width {detector.config.encoder.width}, "
             f"{len(detector.classes)} classes"
         )
-        with detector.session(mem_budget=flags.mem_budget.text, device=flags.device, say=terminal.say) as session:
-            return _detect(flags, paths, session, terminal)
+        with detector.session(mem_budget=flags.mem_budget.text, device=device, say=terminal.say) as session:
+            return _detect(flags, paths, session, terminal, processes)
 
 
-def _detect(flags: DetectFlags, paths: Sequence[Path], session: Session, terminal: Terminal) -> int:
-    """Look at one video after the other, and write what was found in each at once, what is of all at the end."""
+@dataclass
+class _Seen:
+    """What became of videos."""
+
+    found: dict[str, Sequence[Detection]] = field(default_factory=dict)  # by the videos' names
+    skipped: list[str] = field(default_factory=list)  # sentences
+    interrupted: bool = False
+
+
+def _detect(
+    flags: DetectFlags, paths: Sequence[Path], session: Session, terminal: Terminal, processes: Processes
+) -> int:
+    """Look at all videos, of which several processes take their shares, and write what is of all at the end."""
     names = unique_names(paths)
     lengths = {path: stated_duration(path) for path in paths}
-    found: dict[str, Sequence[Detection]] = {}
-    skipped: list[str] = []
-    interrupted = False
+    # By length, so that no process has all that are long; each looks at its own in the order in which they were given.
+    mine = set(sorted(paths, key=lambda path: -lengths[path])[processes.rank :: processes.count])
+    own = {path: length for path, length in lengths.items() if path in mine}
+    seen = processes.together("videos", lambda: _look(flags, own, names, session, terminal), patient=True)
+    of_all = {name: detections for one in seen for name, detections in one.found.items()}
+    found = {names[path]: of_all[names[path]] for path in paths if names[path] in of_all}
+    skipped, interrupted = [sentence for one in seen for sentence in one.skipped], any(one.interrupted for one in seen)
+    for sentence in skipped[len(seen[0].skipped) :]:  # the first process has told of its own
+        terminal.say(f"skipped: {sentence}")
+    if not found and not interrupted:
+        raise InputError(
+            skipped[0] if len(skipped) == 1 else f"none of the {len(skipped)} videos can be used; first: {skipped[0]}"
+        )
+    if processes.first and found and "json" in flags.format:
+        write_predictions(flags.out / "detections.json", found)
+    if processes.first and found and "csv" in flags.format:
+        write_csv(flags.out / "detections.csv", found)
+    terminal.say(
+        f"{'interrupted; ' if interrupted else ''}{len(found)} of {len(paths)} videos are done"
+        f"{f', {len(skipped)} skipped' if skipped else ''}; what was found is in {_printable(str(flags.out))}"
+    )
+    if interrupted:
+        return INTERRUPTED
+    return int(bool(skipped) and not processes.several)  # by another status than 0 torchrun would end those that write
+
+
+def _look(
+    flags: DetectFlags, lengths: Mapping[Path, float], names: Mapping[Path, str], session: Session, terminal: Terminal
+) -> _Seen:
+    """Look at one video after the other, and write what was found in each at once. `lengths` in seconds."""
+    seen = _Seen()
     total = max(round(sum(lengths.values())), 1)
     with terminal.progress("seconds of video", total) as advance:
         before = 0.0  # seconds of the videos that are done
-        for path in paths:
+        for path in lengths:
 
             def told(second: float, path: Path = path, before: float = before) -> None:
                 advance(min(round(before + min(second, lengths[path])), total - 1), names[path])
@@ -143,30 +186,18 @@ def _detect(flags: DetectFlags, paths: Sequence[Path], session: Session, termina
             try:
                 result = session.detect(path, min_score=flags.min_score, top_k=flags.top_k, told=told)
                 _write(flags, names[path], result)
-                found[names[path]] = result.detections
+                seen.found[names[path]] = result.detections
                 terminal.say(_summary(names[path], result.detections, flags.subtitle_score))
             except VideoError as error:
-                skipped.append(_printable(str(error)))
-                terminal.say(f"skipped: {skipped[-1]}")
+                seen.skipped.append(_printable(str(error)))
+                terminal.say(f"skipped: {seen.skipped[-1]}")
             except KeyboardInterrupt:
-                interrupted = True
+                seen.interrupted = True
                 break
             before += lengths[path]
         else:
             advance(total, "")
-    if not found and not interrupted:
-        raise InputError(
-            skipped[0] if len(skipped) == 1 else f"none of the {len(skipped)} videos can be used; first: {skipped[0]}"
-        )
-    if found and "json" in flags.format:
-        write_predictions(flags.out / "detections.json", found)
-    if found and "csv" in flags.format:
-        write_csv(flags.out / "detections.csv", found)
-    terminal.say(
-        f"{'interrupted; ' if interrupted else ''}{len(found)} of {len(paths)} videos are done"
-        f"{f', {len(skipped)} skipped' if skipped else ''}; what was found is in {_printable(str(flags.out))}"
-    )
-    return INTERRUPTED if interrupted else int(bool(skipped))
+    return seen
 
 
 def _write(flags: DetectFlags, name: str, result: Found) -> None:

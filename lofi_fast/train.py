@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lofi_fast.command import INTERRUPTED, CallableModule, given, run
+from lofi_fast.command import INTERRUPTED, CallableModule, given, run, speaks
 from lofi_fast.config import JOB, Config
 from lofi_fast.presets import FILE, configured, file_of_settings, preset_note, shown_defaults
 from lofi_fast.settings import Section, Setting, leaves, read
@@ -130,6 +130,8 @@ def _reported(finished: Finished) -> Trained:
     from lofi_fast.report.page import write_report
 
     folder = finished.folder
+    if not finished.first:
+        return Trained(folder, finished.metrics)
     give_back()
     write_report(folder)
     print(f"trained in {finished.seconds:.0f} s; written:")
@@ -210,7 +212,8 @@ def _command(argv: list[str], owns_process: bool) -> int:
         again = "nothing was begun"
         if stop.folder is not None:
             again = f"go on with: lofi-fast train --resume {shlex.quote(str(stop.folder))}"
-        print(f"stopped by {stopped.signal.name}; {again}")
+        if speaks():
+            print(f"stopped by {stopped.signal.name}; {again}")
         return INTERRUPTED if stopped.signal is signal.SIGINT else 0
     _reported(finished)
     return 0

@@ -173,7 +173,7 @@ def test_a_bad_flag(train: Train, tmp_path: Path, flags: list[str], parts: list[
 
 def test_several_processes(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    train().refused("one of 4 processes", "plain python")
+    train().refused("one of 4 processes", "RANK", "torchrun", "plain python")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,7 +1,9 @@
 """What faults do: kills at random moments, damaged checkpoints, damaged files of every kind that is read.
 
 Kills: whole trainings of a tiny setting, each killed once or more by SIGKILL or SIGTERM and resumed; metrics.json and
-predictions.json must be those of an unbroken one, to the byte. Checkpoints: of a run that was stopped in its joint
+predictions.json must be those of an unbroken one, to the byte. Ranks: the same by two processes of torchrun, of which
+a random one is killed and which are started anew, by torchrun or with another number; losses and detections must be
+those of one unbroken process to rounding, and no process may hang. Checkpoints: of a run that was stopped in its joint
 stage; damage must be noticed and the checkpoint before taken, and of some the run goes on to the same end. Files: read
 by the functions that read them in earnest; the declared error alone may come out.
 """
@@ -9,6 +11,8 @@ by the functions that read them in earnest; the declared error alone may come ou
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import resource
 import shutil
 import signal
@@ -18,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -32,12 +36,18 @@ from bench.tools.rows import RESULTS, ROOT, Row, append_row, environment, softwa
 from bench.tools.table import Section, Table, by_place, newest, screen, when
 from lofi_fast.data import demo
 from lofi_fast.errors import InputError
-from lofi_fast.run import checkpoint
+from lofi_fast.run import checkpoint, events
 
 USAGE = "python -m bench faults [options]"
-PARTS = ("kills", "checkpoints", "fuzz")
+PARTS = ("kills", "ranks", "checkpoints", "fuzz")
 FLAGS = ("--preset=demo", "--fidelity=8x32", "--width=8", "--batch=2", "--min-cut=1", "--pretrain-epochs=2",
          "--joint-epochs=3", "--head-epochs=4", "--device=cpu", "--mem-budget=4GB")  # fmt: skip
+# Steps so small that sums in another order cannot grow to be seen: Adam would make a full step of any difference.
+OF_RANKS = ("--batch=4", "--pretrain-epochs=1", "--pretrain.optimizer=sgd", "--pretrain.lr=0.002",
+            "--joint.optimizer=sgd", "--joint.lr=0.01", "--head-stage.optimizer=sgd", "--head-stage.lr=0.01",
+            "--seed=2")  # fmt: skip
+ROUNDING = 1e-4  # of losses, relative, and of scores
+HUNG = 120.0  # seconds in which all processes must have ended after one was killed, or have gone on to the end
 COMPARED = ("metrics.json", "predictions.json")
 AGAIN = 0.3  # share of the resumed trainings that are killed once more
 WHOLE = 5  # of the damaged checkpoints, from which the run goes on to its end
@@ -50,8 +60,8 @@ ADDRESSES = 24 << 30  # bytes of address space while files are read: no damaged 
 def main(argv: Sequence[str]) -> int:
     """Try them, append a row for each part, print a table; 1 when something was lost or another error came out."""
     args = _parser().parse_args(argv)
-    if min(args.kills, args.checkpoints, args.fuzz) < 0 or args.threads < 1:
-        raise InputError("--kills, --checkpoints and --fuzz must be 0 or more, and --threads 1 or more")
+    if min(args.kills, args.ranks, args.checkpoints, args.fuzz) < 0 or args.threads < 1:
+        raise InputError("--kills, --ranks, --checkpoints and --fuzz must be 0 or more, and --threads 1 or more")
     unknown = [name for name in args.part.split(",") if name not in PARTS]
     if unknown:
         raise InputError(f"--part: no part is called {unknown[0]}; there are: {', '.join(PARTS)}")
@@ -60,11 +70,10 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         trial = Trial(Path(folder), args.threads)
         for name in args.part.split(","):
-            measure: Callable[[Trial, Random, int], Row] = {"kills": kills, "checkpoints": checkpoints, "fuzz": fuzz}[
-                name
-            ]
+            parts: dict[str, Callable[[Trial, Random, int], Row]]
+            parts = {"kills": kills, "ranks": ranks, "checkpoints": checkpoints, "fuzz": fuzz}
             began = time.monotonic()
-            row = measure(trial, Random(args.seed), getattr(args, name))
+            row = parts[name](trial, Random(args.seed), getattr(args, name))
             row = {"bench": "faults", "part": name, **row, "seconds": round(time.monotonic() - began, 1), **start}
             append_row(args.results, row)
             rows.append(row)
@@ -90,8 +99,7 @@ class Trial:
 
     def train(self, out: Path, *flags: str, kill: tuple[float, signal.Signals] | None = None) -> Ended:
         """One sitting, with a frame cache beside the run; `kill`: after so many seconds, by which signal."""
-        command = [sys.executable, "-m", "lofi_fast.train", "--annotations", str(self._labels)]
-        command += ["--videos", str(self._videos), *FLAGS, "--threads", str(self._threads), "--out", str(out), *flags]
+        command = [sys.executable, *self.command(out, *flags)]
         began = time.monotonic()
         with subprocess.Popen(
             command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -104,6 +112,11 @@ class Trial:
                 struck = True
                 said, _ = process.communicate()
         return Ended(process.returncode, struck, said, time.monotonic() - began)
+
+    def command(self, out: Path, *flags: str) -> list[str]:
+        """What follows `python` for one sitting."""
+        words = ["-m", "lofi_fast.train", "--annotations", str(self._labels), "--videos", str(self._videos)]
+        return [*words, *FLAGS, "--threads", str(self._threads), "--out", str(out), *flags]
 
     def to_the_end(self, out: Path) -> Ended:
         """Train until it is done: on from where the run stands, or from the start where none was begun."""
@@ -163,6 +176,105 @@ def kills(trial: Trial, rng: Random, number: int) -> Row:
         "number": sum(struck.values()), "by": dict(struck), "where": dict(stages), "trainings": trainings,
         "recovered": trainings - len(failures), "failures": failures,
     }  # fmt: skip
+
+
+def ranks(trial: Trial, rng: Random, number: int) -> Row:
+    """`number` kills of one of two processes, at moments spread over the whole of a training."""
+    whole = trial.folder / "one" / "run"
+    ended = trial.train(whole, *OF_RANKS)
+    began = time.monotonic()
+    unbroken = _together(trial, trial.folder / "two" / "run", 2)
+    seconds = time.monotonic() - began
+    if ended.status or unbroken.status or (differs := not_to_rounding(trial.folder / "two" / "run", whole)):
+        raise RuntimeError(f"the unbroken trainings failed: {ended.last_line or unbroken.last_line or differs}")
+    failures: list[str] = []
+    struck: Counter[str] = Counter()
+    stages: Counter[str] = Counter()
+    for i in range(number):
+        out = trial.folder / f"ranks{i}" / "run"
+        rank, restarts, after = rng.randrange(2), rng.randrange(2), rng.uniform(0, seconds)
+        what = f"process {rank} killed after {after:.2f} s, {restarts} restarts"
+        ended = _together(trial, out, 2, restarts=restarts, kill=(after, rank))
+        if not ended.killed:  # it was done before
+            stages["done"] += 1
+        else:
+            struck[f"process {rank}"] += 1
+            stages[_stage_of(out)] += 1
+        if ended.seconds - after > HUNG:
+            failures.append(f"{what}: hung")
+        elif not _done(out):
+            count = rng.choice((1, 2))
+            again = ["--resume"] * (out / "config.json").exists()
+            ended = _together(trial, out, count, *again)
+            what += f", then {count}"
+        if not _done(out) or (differs := not_to_rounding(out, whole)):
+            failures.append(f"{what}: {differs if _done(out) else ended.last_line}")
+        print(f"{i + 1} trainings, {sum(struck.values())} kills, {len(failures)} failures", flush=True)
+        shutil.rmtree(out.parent)
+    return {
+        "number": sum(struck.values()), "by": dict(struck), "where": dict(stages), "trainings": number,
+        "recovered": number - len(failures), "failures": failures,
+    }  # fmt: skip
+
+
+def _together(
+    trial: Trial, out: Path, count: int, *flags: str, restarts: int = 0, kill: tuple[float, int] | None = None
+) -> Ended:
+    """One sitting of `count` processes by torchrun; `kill`: after so many seconds, the process of a rank."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    launcher += ["--max-restarts", str(restarts)]
+    command = [sys.executable, *launcher, *trial.command(out, *OF_RANKS, *flags)]
+    began, struck = time.monotonic(), False
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            said, _ = process.communicate(timeout=PATIENCE if kill is None else kill[0])
+        except subprocess.TimeoutExpired:
+            victim = None if kill is None else _child(process.pid, f"RANK={kill[1]}")
+            if victim is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
+                    struck = True
+            try:
+                said, _ = process.communicate(timeout=PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # which ends its processes, too
+                said, _ = process.communicate()
+    return Ended(process.returncode, struck, said, time.monotonic() - began)
+
+
+def _child(parent: int, variable: str) -> int | None:
+    """The process that another one has started with a variable of its environment; None where it is not there yet."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError):
+            started_by = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if started_by == parent and variable.encode() in (path / "environ").read_bytes().split(b"\0"):
+                return int(path.name)
+    return None
+
+
+def not_to_rounding(out: Path, whole: Path) -> str:
+    """What of a training is not that of another one to rounding; empty where all is."""
+    mine, expected = (_losses(folder / "log.jsonl") for folder in (out, whole))
+    if mine.keys() != expected.keys():
+        return f"steps {sorted(mine.keys() ^ expected.keys())} are in one log alone"
+    for step, loss in expected.items():
+        if abs(mine[step] - loss) > ROUNDING * abs(loss):
+            return f"the loss of step {step} is {mine[step]}, not {loss}"
+    found, wanted = (json.loads((folder / "predictions.json").read_text())["results"] for folder in (out, whole))
+    if found.keys() != wanted.keys() or any(len(found[video]) != len(wanted[video]) for video in wanted):
+        return "other detections"
+    scores = [
+        abs(one["score"] - other["score"])
+        for video in wanted
+        for one, other in zip(found[video], wanted[video], strict=True)
+    ]
+    return f"scores differ by {max(scores)}" if max(scores, default=0.0) > ROUNDING else ""
+
+
+def _losses(log: Path) -> dict[tuple[str, int, int], float]:
+    """Of every step; of one that was taken again, the last."""
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        return {(e.stage, e.epoch, e.step): e.loss for e in events.read(lines) if isinstance(e, events.Step)}
 
 
 def _stage_of(out: Path) -> str:
@@ -354,6 +466,7 @@ def table(rows: Sequence[Row]) -> list[Section]:
 
 _WHAT = {
     "kills": "trainings killed at random moments, and resumed to the same bytes",
+    "ranks": "trainings by two processes of torchrun, one of them killed, and started anew to the same to rounding",
     "checkpoints": "damaged checkpoints, with a good one before them",
     "fuzz": "damaged files of every kind that is read",
 }
@@ -362,7 +475,7 @@ _WHAT = {
 def _how(row: Row) -> str:
     kinds = ", ".join(f"{count} {name}" for name, count in sorted(row["by"].items()))
     match row["part"]:
-        case "kills":
+        case "kills" | "ranks":
             where = ", ".join(f"{count} {name}" for name, count in sorted(row["where"].items()))
             return f"{kinds}; newest checkpoint then: {where}"
         case "checkpoints":
@@ -377,6 +490,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--kills", type=int, default=40, help="of trainings (default: 40)")
+    parser.add_argument("--ranks", type=int, default=20, help="trainings by two processes (default: 20)")
     parser.add_argument("--checkpoints", type=int, default=100, help="damaged (default: 100)")
     parser.add_argument("--fuzz", type=int, default=200_000, help="damaged files, over all kinds (default: 200000)")
     parser.add_argument("--part", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)} (default: all)")

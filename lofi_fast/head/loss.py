@@ -37,6 +37,20 @@ class Counts:
     classes: tuple[int, int]
     regression: int
 
+    def __add__(self, other: Counts) -> Counts:
+        """Of the windows of both."""
+
+        def both(mine: tuple[int, int], others: tuple[int, int]) -> tuple[int, int]:
+            return mine[0] + others[0], mine[1] + others[1]
+
+        return Counts(
+            start=both(self.start, other.start),
+            end=both(self.end, other.end),
+            map=both(self.map, other.map),
+            classes=both(self.classes, other.classes),
+            regression=self.regression + other.regression,
+        )
+
     @staticmethod
     def of(targets: Sequence[Targets], positive_iou: float) -> Counts:
         """Counts over the windows of an optimiser step, from their labels."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 Array = NDArray[np.float64]
 Output = Any  # of `forward`, for B windows
 Targets = Any  # of one window
-Counts = Any  # of the windows of one optimiser step
+Counts = Any  # of the windows of one optimiser step; + adds those of the parts that several processes take
 
 
 class NotFiniteOutput(ValueError):

@@ -537,6 +537,8 @@ class Governor:
             memory = self._meter.reading()
             if not (0 < memory.held <= memory.own and memory.free >= 0 and memory.available <= 1.1 * self._total()):
                 problem = f"{memory.free} bytes free, {memory.own} its own, {memory.held} in use"
+        except InputError:  # another process is gone
+            raise
         except Exception as error:  # a driver's library may raise anything
             problem = f"{type(error).__name__}: {error}"
         self._faulty = bool(problem)
@@ -559,6 +561,8 @@ class Governor:
             held = self._meter.held()
             if not 0 < held <= 1.1 * self._total():
                 problem = f"{held} bytes"
+        except InputError:
+            raise
         except Exception as error:  # as above
             problem = f"{type(error).__name__}: {error}"
         if not problem:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -109,6 +110,26 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def take_lock(folder: Path, seconds: float) -> bool:
+    """Hold a run folder, from now to the end of this process, whose holder is ending. False where another process holds
+    it for `seconds` more, and on a file system that has no locks.
+    """
+    descriptor, deadline = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        os.close(descriptor)
+        return False
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lofi_fast.errors import printable
-from lofi_fast.run.events import Event, encode
+from lofi_fast.run.events import Event, Step, encode
 
 NOTE_SECONDS = 30.0  # how often a long task is reported where no live bar can be drawn
 
@@ -85,6 +85,30 @@ class RunLog(Terminal):
 
     def close(self) -> None:
         self._file.close()
+
+
+class SilentLog(RunLog):
+    """Of a process that another one speaks for: nothing is written or shown, but the last step is known, in case that
+    the other one ends before it has logged it.
+    """
+
+    def __init__(self) -> None:
+        self.last_step: Step | None = None
+        Terminal.__init__(self, Console(quiet=True))
+
+    @contextmanager
+    def progress(self, title: str, total: int, start: int = 0) -> Iterator[Advance]:
+        def advance(done: int, note: str, total: int | None = None) -> None:
+            pass
+
+        yield advance
+
+    def event(self, event: Event) -> None:
+        if isinstance(event, Step):
+            self.last_step = event
+
+    def close(self) -> None:
+        pass
 
 
 def _ends_torn(path: Path) -> bool:

@@ -33,16 +33,20 @@ from lofi_fast.head.protocol import Head
 from lofi_fast.memory import allocator
 from lofi_fast.memory.decision import Planner
 from lofi_fast.memory.meter import Meter
+from lofi_fast.memory.ranks import LostProcess, SharedGauge
 from lofi_fast.memory.step_bytes import Setting
 from lofi_fast.memory.trial import Choice, Reading, Trials
 from lofi_fast.precision import Precision
 from lofi_fast.run import checkpoint, events, trained_on
 from lofi_fast.run.checkpoint import Position
-from lofi_fast.run.log import RunLog
+from lofi_fast.run.folder import take_lock
+from lofi_fast.run.log import RunLog, SilentLog
 from lofi_fast.run.networks import Networks
+from lofi_fast.run.processes import ALONE, Processes
 from lofi_fast.run.seeds import seed_of
 
 CHECKPOINT_SECONDS = 300.0  # between two checkpoints within an epoch; the end of each epoch is saved besides
+LOCK_SECONDS = 2.0  # that the system may take to let a killed process go
 PACKAGES = ("torch", "triton", *DALI.values(), "numpy", "av", "nvidia-ml-py")
 
 
@@ -78,7 +82,8 @@ class Run:
     encoder: Encoder
     networks: Networks = field(default_factory=Networks)
     saves: bool = True  # whether checkpoints are written
-    stop: Callable[[], bool] = lambda: False  # asked after every step; once true, the run saves and trains no more
+    stop: Callable[[], bool] = lambda: False  # whether this process was told to stop
+    processes: Processes = ALONE  # that train together; the first of them saves and writes
 
     stopped: bool = field(init=False, default=False)
     position: Position = field(init=False)
@@ -93,6 +98,8 @@ class Run:
         self.scaler = self.machine.new_scaler()
         self.position = Position(self.config.stages[0])
         self.data = trained_on.record_of(self.dataset, self.config)  # what the weights come from
+        self.resumed_count: int | None = None  # of the processes that wrote the checkpoint
+        self.shared_gauge = self._new_gauge() if self.processes.several else None
         self._resumed_planner: dict[str, Any] = {}
         self._resumed_optimizer: dict[str, Any] | None = None
         self._last_saved = time.monotonic()
@@ -102,6 +109,32 @@ class Run:
         torch.manual_seed(seed_of(self.config.seed, "head", stage))
         head = self.networks.head(self.config, self.encoder.num_features, len(self.dataset.classes))
         return head.to(self.machine.device)
+
+    # Several processes
+
+    def told_to_stop(self) -> bool:
+        """Whether any process was told to: asked after every step; once true, the run saves and trains no more. Where
+        one is lost, which the next step will tell, this one's own answer.
+        """
+        try:
+            return self.processes.any("stop", self.stop())
+        except LostProcess:
+            return self.stop()
+
+    def take_over(self) -> None:
+        """Save from now on where another process did so and has ended, which shows by its lock on the run folder."""
+        if not self.saves and isinstance(self.log, SilentLog) and take_lock(self.folder, LOCK_SECONDS):
+            last, path = self.log.last_step, self.folder / "log.jsonl"
+            self.saves, self.log = True, RunLog(path)
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                steps = [(e.stage, e.epoch, e.step) for e in events.read(lines) if isinstance(e, events.Step)]
+            if last is not None and (last.stage, last.epoch, last.step) not in steps[-1:]:
+                self.log.event(last)
+            self.log.say(f"process 0 has ended: process {self.processes.rank} saves in its place")
+
+    def _new_gauge(self) -> SharedGauge:
+        sharers = 1 if self.machine.device.type == "cuda" else self.processes.local_count
+        return SharedGauge(self.machine.meter, lambda: self.pipeline.pending, sharers)
 
     # Plans
 
@@ -163,7 +196,7 @@ class Run:
 
     def write_json(self, name: str, content: object) -> Path:
         """Write a file of the run folder. Raises InputError when it cannot be written."""
-        return files.write_json(self.folder / name, content)
+        return files.write_json(self.folder / name, content) if self.processes.first else self.folder / name
 
     # Position
 
@@ -223,6 +256,7 @@ class Run:
             "data": trained_on.digest(self.data),
             "planner": self._resumed_planner if self.planner is None else self.planner.state_dict(),
             "best": self.best,
+            "processes": self.processes.count,
             "extra": {name: module.state_dict() for name, module in modules.items()},
         }
         if broken := checkpoint.not_finite(content):
@@ -289,7 +323,9 @@ class Run:
         self._resumed_optimizer = content["optimizer"]
         self.scaler.load_state_dict(content["scaler"])
         checkpoint.restore_rng(content["rng"])
-        if reason:  # what cannot be read must not be kept as the one before
+        self.resumed_count = content.get("processes", 1)
+        self.processes.together("resumed", lambda: None, patient=True)  # all have read
+        if reason and self.processes.first:  # what cannot be read must not be kept as the one before
             path.replace(self.last_checkpoint)
         extra: dict[str, Any] = content["extra"]
         return extra
@@ -332,6 +368,7 @@ def open_run(
     machine: Machine,
     log: RunLog,
     networks: Networks | None = None,
+    processes: Processes = ALONE,
 ) -> Run:
     """The run of a training on videos: networks on the device, frames out of the cache.
 
@@ -350,7 +387,9 @@ def open_run(
     device = machine.device.type
     with machine.meter.settle("the frame pipeline"):
         pipeline = FramePipeline(pictures_of_a_run(largest, device), device, num_threads=min(os.cpu_count() or 1, 8))
-    return Run(config, dataset, machine, pipeline, log, encoder, networks)
+    return Run(
+        config, dataset, machine, pipeline, log, encoder, networks, saves=processes.first, processes=processes
+    )  # fmt: skip
 
 
 def _reading(reading: Reading[Any]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lofi_fast.config import StageConfig
 from lofi_fast.errors import InputError
 from lofi_fast.head.protocol import total
+from lofi_fast.memory.ranks import LostProcess
 from lofi_fast.optim import learning_rate, make_optimizer, set_learning_rate
 from lofi_fast.run import events
 from lofi_fast.run.checkpoint import Position
@@ -50,7 +51,7 @@ class TrainingStage(Protocol):
         """Make ready for the steps of an epoch from the `first` on. Returns how many the whole epoch has."""
 
     def step(self, epoch: int, step: int) -> Outcome:
-        """One optimiser step; they come in order."""
+        """One optimiser step; they come in order. Buffers are as before where it raises InputError."""
 
     def end(self, epoch: int) -> None:
         """After the last step of an epoch, before it is saved: validate, log."""
@@ -78,7 +79,7 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
     """
     start, in_a_row = run.position, 0
     learning = [run.encoder, run.head, *stage.modules.values()]
-    values = [value for module in learning for value in (*module.parameters(), *module.buffers())]
+    parameters = [value for module in learning for value in module.parameters()]
     for epoch in range(start.epoch, config.epochs):
         first = start.step if epoch == start.epoch else 0
         count = stage.begin(epoch, first)
@@ -86,14 +87,16 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
             for step in range(first, count):
                 lr = learning_rate(config, epoch, step, count)
                 set_learning_rate(stage.optimizer, lr)
-                versions = [value._version for value in values]  # torch counts what changes a tensor in place
+                versions = [value._version for value in parameters]  # torch counts what changes a tensor in place
                 try:
                     done = stage.step(epoch, step)
                 except InputError as error:
-                    if versions != [value._version for value in values]:
+                    if versions != [value._version for value in parameters]:
                         raise
+                    if isinstance(error, LostProcess):
+                        run.take_over()
                     run.save(Position(stage.name, epoch, step), stage.optimizer, **stage.modules)
-                    if run.stop():
+                    if run.told_to_stop():
                         run.stopped = True
                         return
                     raise InputError(
@@ -110,7 +113,7 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
                         raise InputError(_diverged(run, stage, done))
                 advance(step + 1, done.note)
                 after = Position(stage.name, epoch, step + 1)
-                if run.stop():
+                if run.told_to_stop():
                     run.stopped = True
                     return run.save(after, stage.optimizer, **stage.modules)
                 run.save_when_due(after, stage.optimizer, **stage.modules)
@@ -131,6 +134,30 @@ def numbers(parts: Sequence[Mapping[str, Tensor]]) -> tuple[float, dict[str, flo
     """(loss, its terms by name) of a batch, from the terms of its parts. Synchronises with the device."""
     terms = {name: torch.stack([part[name].detach() for part in parts]).sum(0) for name in parts[0]}
     return float(total(terms)), {name: float(term) for name, term in terms.items()}
+
+
+def gradients_of_all(
+    run: Run, optimizer: Optimizer, work: Callable[[], tuple[float, dict[str, float]]]
+) -> tuple[float, dict[str, float]]:
+    """Of a step's whole batch: (loss, its terms), and the gradients in every process. `work` adds the gradients of this
+    process's share to the parameters', of a loss that is divided by counts of the whole batch, and gives that part of
+    the loss. When it raises in one process, it raises in all.
+    """
+    if not run.processes.several:
+        return work()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    buckets: list[Tensor] = []
+
+    def share() -> tuple[float, dict[str, float]]:
+        done = work()
+        buckets.append(run.processes.new_bucket(parameters, run.machine.device))
+        return done
+
+    parts = run.processes.together("loss", share)
+    run.processes.add_gradients(parameters, *buckets)
+    names = next((terms for _, terms in parts if terms), {})
+    return sum(loss for loss, _ in parts), {name: sum(terms.get(name, 0.0) for _, terms in parts) for name in names}
 
 
 def update(run: Run, optimizer: Optimizer, loss: float, clip: float | None) -> str:

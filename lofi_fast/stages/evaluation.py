@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import msgspec
 import torch
 
+from lofi_fast.data.dataset import Sample
 from lofi_fast.data.ground_truth import load_ground_truth
 from lofi_fast.data.video_scores import load_video_scores
 from lofi_fast.detections import Detection, write_predictions
@@ -35,13 +38,50 @@ def _reported(run: Run, result: MapResult, as_given: MapResult | None) -> str:
 
 @torch.no_grad()
 def detect_subset(run: Run, subset: str) -> dict[str, list[Detection]]:
-    """Detections of every video of a subset from its cached features."""
+    """Detections of every video of a subset from its cached features.
+
+    Several processes share the videos, and all get the detections of all.
+    """
+    names = [video.name for video in run.dataset.videos[subset]]
+    if not run.processes.several:
+        return _detect(run, subset, names, _batches(run.dataset.samples[subset], run.config.head_stage.batch))
+    groups = _groups(run.dataset.samples[subset], run.config.head_stage.batch)
+    mine = [sample for group in run.processes.share(groups) for sample in group]
+    batches = [batch for group in run.processes.share(groups) for batch in _batches(group, run.config.head_stage.batch)]
+    windowed = {sample.window.video for sample in mine}
+
+    def detect() -> dict[str, list[Detection]]:
+        return _detect(run, subset, [name for name in names if name in windowed], batches)
+
+    shares = run.processes.together(f"detections of {subset} videos", detect, patient=True)
+    found = {name: items for share in shares for name, items in share.items()}
+    return {name: found.get(name, []) for name in names}
+
+
+def _batches(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+    return [samples[k : k + size] for k in range(0, len(samples), size)]
+
+
+def _groups(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
+    """Windows in order, in groups of whole videos with `size` windows or a few more: where every video is one window,
+    the batches of a single process.
+    """
+    groups: list[list[Sample]] = [[]]
+    for _, windows in groupby(samples, key=lambda sample: sample.window.video):
+        if len(groups[-1]) >= size:
+            groups.append([])
+        groups[-1].extend(windows)
+    return groups
+
+
+def _detect(
+    run: Run, subset: str, names: Sequence[str], batches: Sequence[Sequence[Sample]]
+) -> dict[str, list[Detection]]:
+    """Detections of the videos `names`, whose windows are in the batches."""
     config = run.config
     run.head.eval()
-    proposals: dict[str, list[Proposals]] = {video.name: [] for video in run.dataset.videos[subset]}
-    samples = run.dataset.samples[subset]
-    for k in range(0, len(samples), config.head_stage.batch):
-        batch = samples[k : k + config.head_stage.batch]
+    proposals: dict[str, list[Proposals]] = {name: [] for name in names}
+    for batch in batches:
         with run.machine.autocast():
             output = run.head(load_features(run, batch))
         try:
@@ -101,6 +141,8 @@ def evaluate(run: Run) -> MapResult | None:
     run.encoder.freeze_batchnorm()
     extract(run)
     found = detect_subset(run, "validation")
+    if not run.processes.first:
+        return None
     result = score(run, found)
     as_given = score_as_given(run, found)
     write_predictions(run.folder / "predictions.json", found)

@@ -12,6 +12,7 @@ import io
 import zlib
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -73,24 +74,41 @@ def extract(run: Run) -> None:
     """Write the features of all training and validation windows; those already there from the same encoder and the
     same pictures stay.
 
-    It ends early, after a window, when the run is told to stop.
+    Several processes share the windows; each writes the features of its own. It ends early, after a window, when the
+    run is told to stop.
     """
+    processes = run.processes
     folder = run.folder / "features"
     stamp, digest = folder / "encoder.txt", encoder_digest(run)
-    stale = not stamp.exists() or stamp.read_bytes() != digest.encode()
+    stale = processes.of_first("features' encoder", lambda: not stamp.exists() or stamp.read_bytes() != digest.encode())
     samples = [sample for subset in SUBSETS for sample in run.dataset.samples[subset]]
-    missing = [sample for sample in samples if stale or not holds(run, sample)]
+    looked_at = processes.share(samples)
+    found = processes.together("features", lambda: [stale or not holds(run, one) for one in looked_at], patient=True)
+    missing = [sample for sample, lacks in zip(samples, chain.from_iterable(found), strict=True) if lacks]
     if not missing:
         return
     if not stale and (unusable := sum(feature_path(run, sample).exists() for sample in missing)):
         run.log.say(f"features of {unusable} windows are damaged, or their videos have changed: making them anew")
     run.encoder.eval()
-    chunk = _chunk(run, missing)  # before the folder is touched: a refusal leaves nothing behind
-    files.sweep(folder)
-    if stale:
-        for path in (*folder.glob("*.npy"), *folder.glob("*.key")):
-            path.unlink()
-        files.write_bytes(stamp, digest.encode())
+    chunk = min(processes.together(PLAN, lambda: _chunk(run, missing), patient=True))  # a refusal leaves nothing behind
+
+    def clear() -> None:
+        files.sweep(folder)
+        if stale:
+            for path in (*folder.glob("*.npy"), *folder.glob("*.key")):
+                path.unlink()
+            files.write_bytes(stamp, digest.encode())
+
+    processes.of_first("the folder of features", clear)
+    stopped = processes.together("features made", lambda: _write(run, processes.share(missing), chunk), patient=True)
+    if any(stopped):
+        run.stopped = True
+        return
+    run.log.event(events.Features(windows=len(missing), chunk=chunk, encoder=digest))
+
+
+def _write(run: Run, missing: Sequence[Sample], chunk: int) -> bool:
+    """Write the features of windows; whether it ended early, since the run was told to stop."""
     with run.log.progress("features", len(missing)) as advance:
         stream = run.pipeline.stream(centre_requests(missing, run.sampler, run.config.full))
         for done, (sample, frames) in enumerate(zip(missing, stream, strict=True), 1):
@@ -105,9 +123,8 @@ def extract(run: Run) -> None:
             files.write_bytes(key_path(path), key_of(sample, content))
             advance(done, sample.window.video)
             if run.stop():
-                run.stopped = True
-                return
-    run.log.event(events.Features(windows=len(missing), chunk=chunk, encoder=digest))
+                return True
+    return False
 
 
 def npy_bytes(array: NDArray[np.float32]) -> bytes:

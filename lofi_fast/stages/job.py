@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,6 +32,7 @@ from lofi_fast.errors import InputError
 from lofi_fast.files import write_bytes
 from lofi_fast.kernels import library
 from lofi_fast.memory.meter import Meter
+from lofi_fast.memory.ranks import lowest_of_all
 from lofi_fast.memory.settle import give_back, open_meter
 from lofi_fast.metrics import MapResult, parse_tiou
 from lofi_fast.model import MODEL, Detector
@@ -40,8 +41,10 @@ from lofi_fast.precision import Precision, choose_device, choose_precision
 from lofi_fast.presets import weights_warning
 from lofi_fast.run import events
 from lofi_fast.run.folder import choose_folder, run_folder
-from lofi_fast.run.log import RunLog
+from lofi_fast.run.heartbeat import restarts
+from lofi_fast.run.log import RunLog, SilentLog
 from lofi_fast.run.networks import Networks
+from lofi_fast.run.processes import Processes, check_alike, check_batches, check_data, opened
 from lofi_fast.run.state import Machine, Run, environment, open_run
 from lofi_fast.run.stop import Stop
 from lofi_fast.run.trained_on import RECORD
@@ -59,6 +62,7 @@ class Finished:
     folder: Path
     metrics: MapResult | None
     seconds: float  # from the plans to the end
+    first: bool = True  # whether this process is the one that speaks, where several have trained together
 
 
 def run_job(
@@ -76,44 +80,66 @@ def run_job(
     signals have asked the run to end. Raises InputError, with a sentence for the user, for anything that is theirs to
     mend, and Stopped when the run has ended early.
     """
-    stop = stop or Stop()
-    check_values(config)
-    config = dataclasses.replace(config, out=str(choose_folder(config, resume)))
+    with opened() as processes:
+        return _run_job(config, processes, resume, networks, argv, notes, stop or Stop())
+
+
+def _run_job(
+    config: Config, processes: Processes, resume: bool, networks: Networks | None, argv: Sequence[str],
+    notes: Sequence[str], stop: Stop,
+) -> Finished:  # fmt: skip
+    check_alike(processes, config)
+    processes.together("settings' values", lambda: check_values(config))
+    out, resume = processes.of_first("folder", lambda: _folder(config, resume))
+    config = dataclasses.replace(config, out=out)
     if resume and config.data.window == "labels":
         config = with_window(config, _window_of(Path(config.out)))
-    device = choose_device(config.device)
-    gpu.check_dali(device)
+    device = processes.device(config.device)
+    processes.together("DALI", lambda: gpu.check_dali(device))
     if config.threads:
         torch.set_num_threads(config.threads)
     precision = choose_precision(device)
     optimizers = choose_implementation(config.optimizer_impl, device)
     meter = open_meter(device)
-    gpu.check_triton(device)
-    budget = resolve_budget(config.budget, meter.total(), meter.available())
-    check_budget(config, budget, meter)
-    if networks is None and config.encoder.weights:
-        check_encoder_weights(lambda: encoders.build(config), Path(config.encoder.weights))
-    with run_folder(config, resume) as (folder, going_on), closing(RunLog(folder / "log.jsonl")) as log:
+    budget = lowest_of_all(resolve_budget(config.budget, meter.total(), meter.available()))
+
+    def check() -> None:
+        gpu.check_triton(device)
+        check_budget(config, budget, meter)
+        if networks is None and config.encoder.weights:
+            check_encoder_weights(lambda: encoders.build(config), Path(config.encoder.weights))
+
+    processes.together("budget and weights", check)
+    with (
+        _folder_of_all(config, resume, processes) as (folder, going_on),
+        closing(RunLog(folder / "log.jsonl") if processes.first else SilentLog()) as log,
+    ):
         stop.folder = folder
         introduce(log, config, device, meter, precision, optimizers, budget, argv)
         if networks is None and (warning := weights_warning(config)):
             log.say(warning)
         for note in notes:
             log.say(f"note: {note}")
-        dataset = prepare(config, log, min(budget, meter.available()) - meter.own())
+        dataset = processes.in_turns("data", lambda: prepare(config, log, min(budget, meter.available()) - meter.own()))
         config = with_window(config, dataset.window)
-        run = open_run(config, dataset, Machine(device, precision, meter, budget), log, networks)
+        machine = Machine(device, precision, meter, budget)
+        run = open_run(config, dataset, machine, log, networks, processes)
         run.stop = stop
+        check_data(processes, run.data)
+        check_batches(processes, batch_sizes(run))
         extra = run.resume() if going_on else {}
         if going_on:
             log.say(f"resuming at {run.position.stage}, epoch {run.position.epoch + 1}, step {run.position.step + 1}")
             before = Config.read(folder / "config.json")
             if any(leaf.of(before) != leaf.of(config) for leaf in leaves(Config) if leaf.name in PLANNED_FOR):
                 run.plans = {}  # a plan holds for the budget it was made for
+            if run.resumed_count != processes.count:
+                run.plans.pop("joint", None)  # which is of the share of a step that one process takes
         elif resume:
             log.say("the run ended before its first checkpoint: starting again")
-        write_bytes(folder / "config.json", f"{config.to_json()}\n".encode())
-        write_bytes(folder / RECORD, run.data)
+        if processes.first:
+            write_bytes(folder / "config.json", f"{config.to_json()}\n".encode())
+            write_bytes(folder / RECORD, run.data)
         run.write_json("environment.json", environment(meter.device, precision, library.describe(device.type)))
 
         began = time.monotonic()
@@ -124,11 +150,51 @@ def run_job(
             train_head(run)
         result = evaluate(run)
         give_back()
-        if set(config.stages) != {"pretrain"}:  # which trains no head
+        if processes.first and set(config.stages) != {"pretrain"}:  # which trains no head
             Detector(run.encoder, run.head, dataset.classes, config).save(folder / MODEL)
         seconds = time.monotonic() - began
         log.event(events.Done(seconds=round(seconds, 1)))
-        return Finished(folder, result, seconds)
+        return Finished(folder, result, seconds, processes.first)
+
+
+def _folder(config: Config, resume: bool) -> tuple[str, bool]:
+    """(the run folder, whether to go on with what is there): also where torchrun starts the processes anew."""
+    again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if again and not config.out:
+        raise InputError(
+            f"torchrun --max-restarts {again} without --out: name the run's folder, in which the processes go on when "
+            "they are started anew"
+        )
+    resume = resume or (restarts() > 0 and (Path(config.out) / "config.json").exists())
+    return str(choose_folder(config, resume)), resume
+
+
+@contextmanager
+def _folder_of_all(config: Config, resume: bool, processes: Processes) -> Iterator[tuple[Path, bool]]:
+    """`run_folder`, which the first process holds for all. Raises InputError where one of them cannot see it."""
+    with ExitStack() as held:
+        taken = processes.of_first("run folder", lambda: held.enter_context(run_folder(config, resume)))
+
+        def see() -> None:
+            if not (taken[0] / "config.json").exists():
+                raise InputError(f"it does not see {taken[0]}; name an --out on a disk that all machines share")
+
+        if processes.several:
+            processes.together("the run folder is seen", see)
+        yield taken
+
+
+def batch_sizes(run: Run) -> dict[str, int]:
+    """Videos, or clips, of the first step of each stage to come that trains, by the flag of its batch."""
+    config, windows = run.config, len(run.dataset.samples["training"])
+    sizes = {}
+    if run.ahead("pretrain") and config.pretrain.epochs > 0:
+        sizes["--pretrain.batch"] = min(config.pretrain.batch, len(run.sampler.clips))
+    if run.ahead("joint") and config.joint.epochs > 0:
+        sizes["--batch"] = min(config.joint.batch, windows)
+    if run.ahead("head") and config.head_stage.epochs > 0:
+        sizes["--head-stage.batch"] = min(config.head_stage.batch, windows)
+    return sizes
 
 
 def with_window(config: Config, window: float | Literal["labels"] | None) -> Config:
@@ -154,10 +220,6 @@ def plan(run: Run) -> None:
 def check_values(config: Config) -> None:
     """What would otherwise be found wrong only after hours of decoding or training."""
     parse_tiou(config.detect.tious)
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise InputError(
-            f"started as one of {processes} processes: several GPUs are not supported yet, use plain python"
-        )
     for flag, name in (("--encoder-weights", config.encoder.weights), ("--video-scores", config.data.video_scores)):
         if name and not os.path.isfile(name):
             raise InputError(f"{flag} {name}: no such file")

@@ -19,6 +19,7 @@ from lofi_fast.memory.decision import Decision, Planner
 from lofi_fast.memory.estimates import full_step_seconds, launch_bound
 from lofi_fast.memory.governor import LATE, Governor
 from lofi_fast.memory.plans import Device, Plan, candidates, remedies
+from lofi_fast.memory.ranks import gather
 from lofi_fast.memory.replay import Replay
 from lofi_fast.memory.step_bytes import step_bytes
 from lofi_fast.memory.trial import LearnedLedger, learn_ledger
@@ -95,7 +96,8 @@ class Joint:
             pattern = phase(config.pattern, epoch, epoch * count + step, config.short_cycle)
             return patiently(self.run, lambda: self.planner.choose(pattern, epoch, step))
 
-        self._batches = batches(self.run, epoch, self._order[first:], decide)
+        shares = [self.run.processes.share(samples) for samples in self._order[first:]]
+        self._batches = batches(self.run, epoch, shares, decide)
 
 
 # Planning
@@ -119,12 +121,14 @@ def new_planner(run: Run) -> Planner:
     expected, bound = speed(run)
     plans, changes = {}, {}
     for pattern, rungs in ladders(run).items():
-        levers = (rungs, config.joint.batch, config.micro_batch, config.recompute, device)
+        levers = (rungs, share_of_a_step(run), config.micro_batch, config.recompute, device)
         plans[pattern], changes[pattern] = candidates(*levers, bound), remedies(*levers)
     every = [plan for pattern in plans for plan in (*plans[pattern], *(plan for _, plan in changes[pattern]))]
+    shared = run.shared_gauge
     return Governor(
-        machine.meter, machine.budget, ledger_of(run, every), plans, run.log.say,
-        changes=changes, pending=lambda: run.pipeline.pending, device=device, launch_bound=bound,
+        machine.meter if shared is None else shared, machine.budget, ledger_of(run, every), plans, run.log.say,
+        changes=changes, pending=lambda: run.pipeline.pending if shared is None else 0, device=device,
+        launch_bound=bound,
         step_seconds=None if config.epoch_time is None else config.epoch_time / steps_of_an_epoch(run),
         expected=expected,
     )  # fmt: skip
@@ -138,8 +142,14 @@ def speed(run: Run) -> tuple[float | None, float | None]:
     card = profile_of(torch.cuda.get_device_name(run.machine.device)) if run.machine.device.type == "cuda" else None
     if setting is None or card is None:
         return None, None
-    top, batch = max((rungs[0] for rungs in ladders(run).values()), key=lambda rung: rung.omega), run.config.joint.batch
+    top = max((rungs[0] for rungs in ladders(run).values()), key=lambda rung: rung.omega)
+    batch = share_of_a_step(run)
     return full_step_seconds(setting, top, batch, card), launch_bound(setting, top, batch, card)
+
+
+def share_of_a_step(run: Run) -> int:
+    """Videos of a step that one process takes, at most: what plans are made for."""
+    return run.processes.largest_share(run.config.joint.batch)
 
 
 def steps_of_an_epoch(run: Run) -> int:
@@ -157,7 +167,7 @@ def ledger_of(run: Run, plans: Sequence[Plan]) -> Callable[[Plan], int]:
         return LearnedLedger.from_json(run.plans["ledger"])
 
     def ledger(plan: Plan) -> int:
-        parted = plan.micro_batch < run.config.joint.batch
+        parted = plan.micro_batch < share_of_a_step(run)
         return step_bytes(
             setting, plan.fidelity, plan.micro_batch, recompute=plan.recompute, chunk=plan.chunk, accumulates=parted
         ).added
@@ -167,7 +177,8 @@ def ledger_of(run: Run, plans: Sequence[Plan]) -> Callable[[Plan], int]:
 
 def learn(run: Run, plans: Sequence[Plan]) -> LearnedLedger:
     """Run steps of a few plans to learn what all of them need."""
-    meter, limit = run.machine.meter, min(run.machine.budget, run.machine.meter.available())
+    meter = run.machine.meter if run.shared_gauge is None else run.shared_gauge
+    limit = min(run.machine.budget, meter.reading().available)
     samples = run.sampler.epoch("joint", 0, run.config.joint.batch)[0]
 
     def measure(plan: Plan) -> int | None:
@@ -185,8 +196,10 @@ def trial(
 ) -> int | None:
     """Peak bytes of a step on real frames that updates nothing; None when memory ran out.
 
-    `seconds` is given the time of a step, of two that follow the first one, which loads code.
+    `seconds` is given the time of a step, of two that follow the first one, which loads code. Where several processes
+    share a step, each runs its own part of it, and both are those of the process that needs most.
     """
+    mine, taken = run.processes.share(samples), list[float]()
 
     def forget_gradients() -> None:
         run.encoder.zero_grad(set_to_none=True)
@@ -195,19 +208,21 @@ def trial(
     def step() -> None:
         # The last batch is there to be decoded ahead, as in training.
         count = 1 if seconds is None else 3
-        stream, taken = batches(run, 0, [samples] * (count + 1), lambda _: decision), []
+        stream = batches(run, 0, [mine] * (count + 1), lambda _: decision)
         for _ in range(count):
             batch, began = next(stream), time.monotonic()
-            forward_backward(run, batch, decision)
+            forward_backward(run, batch, decision, alone=True)
             forget_gradients()
             taken.append(time.monotonic() - began)
-        if seconds is not None:
-            seconds(sum(taken[1:]) / (count - 1))
 
     # Where it may well need more than there is, the cap has to hold it back, and that does not hold back libraries.
     doubtful = decision.predicted > decision.limit
     peak = run.trials.measure(step, math.floor((1 - UNCAPPED) * decision.limit) if doubtful else decision.limit)
     forget_gradients()
+    if run.shared_gauge is not None:
+        peak = run.shared_gauge.peak_of_all(peak)
+    if seconds is not None and peak is not None:
+        seconds(max(gather("seconds of a step", sum(taken[1:]) / (len(taken) - 1))))
     return peak
 
 
@@ -257,9 +272,10 @@ def plan_joint(run: Run) -> dict[str, PatternPlan]:
     measure(first)
     if config.epoch_time is not None:
         take_time(first)
-    known = planner.load_readings(readings, key)
+    known = same_for_all(run, readings, key) and planner.load_readings(readings, key)
     planner.calibrate(measure)
-    planner.save_readings(readings, key)
+    if run.processes.first:
+        planner.save_readings(readings, key)
     planner.accept(patterns_of(run))
     chosen: dict[str, PatternPlan] = {}
     for pattern in patterns_of(run):
@@ -301,6 +317,14 @@ def plan_joint(run: Run) -> dict[str, PatternPlan]:
     return chosen
 
 
+def same_for_all(run: Run, readings: Path, key: Mapping[str, Any]) -> bool:
+    """Whether all processes would begin with the same readings of earlier runs."""
+    if not run.processes.several:
+        return True
+    content = readings.read_bytes() if readings.exists() else b""
+    return len(set(gather("earlier readings", (content, repr(key))))) == 1
+
+
 def chosen_in_time(planner: Governor, pattern: Pattern, take_time: Callable[[Decision], int | None]) -> Decision:
     """The plan that is chosen; under a time limit when the times of all that were in question are known: each choice is
     timed, until it stays.
@@ -324,7 +348,7 @@ def kept_down(run: Run, planner: Governor, chosen: Mapping[str, PatternPlan]) ->
         higher = [of for of in ladder(pattern, config.full, 1.0, config.min_cut) if of.omega > rung.omega]
         if rung != top or not higher or config.epoch_time is not None:
             continue
-        plans = candidates(higher, config.joint.batch, config.micro_batch, config.recompute, planner.device)
+        plans = candidates(higher, share_of_a_step(run), config.micro_batch, config.recompute, planner.device)
         plan = next((plan for plan in plans if planner.would_fit(ledger(plan))), None)
         if plan is not None:
             cut = config.full.omega / plan.omega

@@ -7,7 +7,7 @@ is thrown away afterwards, so that its probabilities need not rank segments, as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypedDict
 
@@ -17,15 +17,18 @@ from torch import Tensor, nn
 
 from lofi_fast.budget import gigabytes
 from lofi_fast.data.dataset import Clip, jitter_pixels
+from lofi_fast.encoder.shared_batchnorm import SharedStatistics
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.gpu import send
+from lofi_fast.memory.ranks import LostProcess, gather, lowest_of_all
 from lofi_fast.memory.step_bytes import Setting, pretrain_bytes
+from lofi_fast.memory.trial import Choice
 from lofi_fast.run import events
 from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
 from lofi_fast.stages import epochs
-from lofi_fast.stages.epochs import Outcome, optimizer_of, update
+from lofi_fast.stages.epochs import Outcome, gradients_of_all, optimizer_of, update
 
 LEAST_BATCH = 4  # below this the statistics of live BN are noise
 PLAN = "pretrain, clips a step"  # in the log
@@ -55,6 +58,9 @@ class Pretrain:
         self.optimizer = optimizer_of(run, run.config.pretrain, run.encoder, classifier)
         self.modules: dict[str, nn.Module] = {"classifier": classifier}
         self._statistics = [buffer.clone() for buffer in run.encoder.buffers()]
+        self._shared: SharedStatistics | None = None
+        if run.processes.several:
+            self._shared = SharedStatistics(run.encoder, run.processes.stack)
         self._ready: tuple[float, Tensor, list[Clip]] | None = None  # the first step's, see `_verify`
 
     def begin(self, epoch: int, first: int) -> int:
@@ -68,7 +74,7 @@ class Pretrain:
         """Ask for the batches of an epoch from the one numbered `first` on; how many the epoch has."""
         batches = self.run.sampler.clip_epoch(epoch, self.run.plans["pretrain"]["batch"])
         self._clips = iter(batches[first:])
-        self._batches = clip_batches(self.run, epoch, batches[first:])
+        self._batches = clip_batches(self.run, epoch, [list(self.run.processes.share(b)) for b in batches[first:]])
         self._right, self._seen = torch.zeros((), device=self.run.machine.device), 0
         return len(batches)
 
@@ -77,12 +83,14 @@ class Pretrain:
         they are dropped, the batch is halved, and False is the answer. Raises InputError when it cannot be halved.
         """
         run, plan = self.run, self.run.plans["pretrain"]
-        size, limit = plan["batch"], min(run.machine.budget, run.machine.meter.available())
+        size, limit = plan["batch"], lowest_of_all(min(run.machine.budget, run.machine.meter.available()))
 
         def step() -> None:
             self._ready = self._gradients()
 
         peak = run.trials.measure(step, limit)
+        peaks = gather("peak of the first step", peak)
+        peak = None if None in peaks else max(one for one in peaks if one is not None)
         run.log.event(
             events.Measured(plan=PLAN, candidate=str(size), peak=peak, predicted=plan["predicted"], budget=limit)
         )
@@ -104,9 +112,24 @@ class Pretrain:
         """(loss, number of right answers, clips) of the next batch, its gradients added to the parameters'."""
         run, (frames, shares), clips = self.run, next(self._batches), next(self._clips)
         copy_each(run.encoder.buffers(), self._statistics)
-        loss, right = clip_loss(run, self.classifier, frames, shares)
-        run.scaler.scale(loss).backward()
-        return float(loss.detach()), right, clips
+        shared = self._shared
+        if shared is None:
+            loss, right = clip_loss(run, self.classifier, frames, shares)
+            run.scaler.scale(loss).backward()
+            return float(loss.detach()), right, clips
+
+        def share() -> tuple[float, dict[str, float]]:
+            with shared.step():
+                part, named = clip_loss(run, self.classifier, frames, shares, of=len(clips))
+                run.scaler.scale(part).backward()
+                return float(part.detach()), {"right": float(named)}
+
+        try:
+            value, terms = gradients_of_all(run, self.optimizer, share)
+        except LostProcess:  # the run is saved as it was before this step
+            copy_each(self._statistics, run.encoder.buffers())
+            raise
+        return value, torch.tensor(terms["right"], device=run.machine.device), clips
 
     def step(self, epoch: int, step: int) -> Outcome:
         run = self.run
@@ -140,12 +163,17 @@ def clip_batches(run: Run, epoch: int, batches: list[list[Clip]]) -> Iterator[tu
     stream = run.pipeline.stream(
         [sampler.clip_request(clip, view) for clip, (view, _) in zip(clips, augmented, strict=True)]
         for clips, augmented in zip(batches, views, strict=True)
+        if clips
     )
-    for frames, clips, augmented in zip(stream, batches, views, strict=True):
+    side = run.config.full.side
+    for clips, augmented in zip(batches, views, strict=True):
+        # A process may have no part in a last small batch, and still has to run the encoder with the others.
+        empty = torch.empty(0, side, side, 3, dtype=torch.uint8, device=run.machine.device)
+        frames = next(stream) if clips else empty
         shares = torch.zeros(len(clips), len(run.dataset.classes))
         for row, clip in zip(shares, clips, strict=True):
             row[list(clip.labels)] = 1 / len(clip.labels)
-        if run.config.data.jitter:
+        if clips and run.config.data.jitter:
             jitter_pixels(frames, [jitter for _, jitter in augmented])
         yield frames, send(shares, run.machine.device)
 
@@ -156,12 +184,19 @@ def new_classifier(run: Run) -> nn.Linear:
     return nn.Linear(run.encoder.num_features, len(run.dataset.classes)).to(run.machine.device)
 
 
-def clip_loss(run: Run, classifier: nn.Linear, frames: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """(cross-entropy, number of right answers) of a batch of clips, where any class of a clip is a right answer."""
+def clip_loss(
+    run: Run, classifier: nn.Linear, frames: Tensor, shares: Tensor, of: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(cross-entropy, number of right answers) of a batch of clips, where any class of a clip is a right answer. `of`:
+    how many clips the step has in all, where these are a part of them, or none.
+    """
     with run.machine.autocast():
         logits = classifier(run.encoder(frames, FRAMES_PER_SNIPPET))
     answers = logits.argmax(dim=1, keepdim=True)
-    return F.cross_entropy(logits.float(), shares), (shares.gather(1, answers) > 0).sum()
+    right = (shares.gather(1, answers) > 0).sum()
+    if of is None:
+        return F.cross_entropy(logits.float(), shares), right
+    return F.cross_entropy(logits.float(), shares, reduction="sum") / of, right
 
 
 class ClipsPlan(TypedDict):
@@ -185,13 +220,21 @@ def plan_pretrain(run: Run) -> ClipsPlan:
         sizes.append(sizes[-1] // 2)
 
     def step(size: int) -> None:
-        clips = (run.sampler.clip_epoch(0, size)[0] * size)[:size]
+        clips = (run.sampler.clip_epoch(0, size)[0] * size)[: run.processes.largest_share(size)]
         for frames, shares in clip_batches(run, 0, [clips, clips]):
             clip_loss(run, classifier, frames, shares)[0].backward()
             return  # the second batch was there to be decoded ahead, as in training
 
-    ledger = None if setting is None else partial(_ledger, setting, len(run.dataset.classes), run.config.full.side)
-    choice = run.trials.highest_fitting(PLAN, sizes, float, step, REFUSAL, ledger=ledger)
+    def ledger_of(setting: Setting) -> Callable[[int], int]:
+        ledger = partial(_ledger, setting, len(run.dataset.classes), run.config.full.side)
+        return lambda size: ledger(run.processes.largest_share(size))
+
+    ledger = None if setting is None else ledger_of(setting)
+
+    def choose() -> Choice[int]:
+        return run.trials.highest_fitting(PLAN, sizes, float, step, REFUSAL, ledger=ledger)
+
+    choice = min(run.processes.together(PLAN, choose, patient=True), key=lambda one: (one.candidate, -one.peak))
     optimizer.zero_grad(set_to_none=True)
     run.encoder.load_state_dict(before)  # the trial moved BN's running statistics
     measured = choice.peak if choice.readings else None

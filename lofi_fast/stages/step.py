@@ -8,8 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import islice
+from operator import add
 
 import torch
 from torch import Tensor
@@ -22,10 +23,11 @@ from lofi_fast.head.dropout import video_dropout
 from lofi_fast.head.protocol import Targets, total
 from lofi_fast.memory.decision import Decision, NothingFits, Planner
 from lofi_fast.memory.meter import STEP, reason_of
+from lofi_fast.memory.ranks import gather
 from lofi_fast.run import events
 from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
-from lofi_fast.stages.epochs import numbers, update
+from lofi_fast.stages.epochs import gradients_of_all, numbers, update
 
 PATIENCE_SECONDS = 120.0  # how long a step waits for memory that others hold
 POLL_SECONDS = 1.0
@@ -33,13 +35,15 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Batch:
-    """The videos of one optimiser step. Their frames arrive in micro-batches, each decoded while the one before it is
-    worked on, as the plan asked for them: `decision` may be higher than what is run in the end.
+    """The videos of one optimiser step, of which this process takes its share. Their frames arrive in micro-batches,
+    each decoded while the one before it is worked on, as the plan asked for them: `decision` may be higher than what
+    is run in the end.
     """
 
     samples: tuple[Sample, ...]
     decision: Decision
     frames: Iterator[Tensor]  # of each micro-batch, uint8 (B * L * 8, side, side, 3)
+    plan_next: Callable[[], object] = lambda: None  # the step after it, if it is not planned yet
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def lofi_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batc
     decision, retries = patiently(run, partial(planner.recheck, batch.decision)), 0
     if decision.changed:
         meter.release()
+    if run.processes.several:  # not when a process happens to ask for frames: all plan at the same point
+        batch.plan_next()
     while True:
         began, reason = time.monotonic(), ""
         unchanged = Unchanged(run, optimizer)
@@ -69,16 +75,22 @@ def lofi_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batc
         event = STEP if decision.new else "the first step of the process"
         with meter.settle(event, once=not decision.new), meter.cap(decision.limit):
             try:
-                loss, terms = forward_backward(run, batch, decision)
+                loss, terms = gradients_of_all(run, optimizer, partial(forward_backward, run, batch, decision))
                 not_finite = update(run, optimizer, loss, run.config.joint.clip)
             except Exception as error:  # its traceback holds tensors: leave the block before going on
                 if not meter.ran_out(error):
                     raise
                 reason = reason_of(error)
-        peak = meter.peak()
+        peak, seconds = meter.peak(), time.monotonic() - began
         optimizer.zero_grad(set_to_none=True)
+        learned: int | None = peak
+        if run.shared_gauge is not None:
+            ended = gather("the end of a step", (reason, peak, seconds))
+            learned = run.shared_gauge.peak_of_all(peak)
+            reason = next((said for said, *_ in ended if said), "")
+            peak, seconds = max(most for _, most, _ in ended), max(took for *_, took in ended)
         if not reason:
-            planner.learn(decision, peak, time.monotonic() - began)
+            planner.learn(decision, learned, seconds)
             run.say_faults()
             return Taken(loss, terms, not_finite, decision, peak, retries)
 
@@ -97,14 +109,23 @@ def lofi_step(run: Run, planner: Planner, optimizer: torch.optim.Optimizer, batc
         batch = next(batches(run, decision.epoch, [batch.samples], [decision].__getitem__))
 
 
-def forward_backward(run: Run, batch: Batch, decision: Decision) -> tuple[float, dict[str, float]]:
+def forward_backward(
+    run: Run, batch: Batch, decision: Decision, *, alone: bool = False
+) -> tuple[float, dict[str, float]]:
     """(loss, its terms) of a batch, its gradients added to the parameters'. The terms are divided by counts of the
     whole batch, so that neither they nor the gradients depend on the size of the micro-batches.
+
+    Where several processes share the batch, these are the parts of this process's videos, of which there may be none.
+    `alone`: as if no others shared it.
     """
     config, epoch, plan, decoded = run.config, decision.epoch, decision.plan, batch.decision.plan
     fidelity = plan.fidelity
     targets = {s.index: targets_of(run, s, fidelity, "joint", epoch, decoded.fidelity) for s in batch.samples}
     counts = run.head.counts(list(targets.values()))
+    if not alone and run.processes.several:
+        counts = reduce(add, gather("counts of labels", counts))
+        if not batch.samples:
+            return 0.0, {}
     done = []
     for arrived, frames in zip(parts(batch.samples, decoded.micro_batch), batch.frames, strict=True):
         whole = shrink(frames, decoded.fidelity, fidelity)
@@ -158,7 +179,9 @@ class Unchanged:
 def batches(
     run: Run, epoch: int, order: Sequence[Sequence[Sample]], decide: Callable[[int], Decision]
 ) -> Iterator[Batch]:
-    """The batches of `order`, decoded ahead; `decide(k)` plans the k-th when its frames are asked for."""
+    """The batches of `order`, decoded ahead; `decide(k)` plans the k-th when its frames are asked for, or before the
+    step ahead of it where several processes plan together.
+    """
     sampler = run.sampler
     decisions: list[Decision] = []
 
@@ -177,7 +200,7 @@ def batches(
     for number, samples in enumerate(order):
         decision = decided(number)
         frames = islice(stream, len(parts(samples, decision.plan.micro_batch)))
-        yield Batch(tuple(samples), decision, frames)
+        yield Batch(tuple(samples), decision, frames, partial(decided, min(number + 1, len(order) - 1)))
         for _ in frames:  # what was left, so that the next batch gets its own
             pass
 
@@ -213,7 +236,8 @@ def patiently(run: Run, decide: Callable[[], Decision]) -> Decision:
         try:
             return decide()
         except NothingFits as error:
-            if run.machine.meter.available() >= run.machine.budget or time.monotonic() > deadline or run.stop():
+            in_vain = run.machine.meter.available() >= run.machine.budget or time.monotonic() > deadline
+            if run.processes.any("waiting for memory", in_vain or run.stop()):
                 if error.last is not None:
                     return error.last
                 raise
