@@ -125,24 +125,22 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return job
 
 
-def same_losses(job: Job, name: str) -> None:
-    expected, found = job.losses("one"), job.losses(name)
+def same_losses(job: Job, name: str, one: str = "one", rounding: float = ROUNDING) -> None:
+    expected, found = job.losses(one), job.losses(name)
     assert list(found) == list(expected)
     for step, loss in expected.items():
-        assert found[step] == pytest.approx(loss, rel=ROUNDING), step
+        assert found[step] == pytest.approx(loss, rel=rounding), step
 
 
-def same_detections(job: Job, name: str) -> None:
+def same_detections(job: Job, name: str, one: str = "one") -> None:
     """No video twice or lost; each detection has its own of the single process, and metrics are equal."""
-    expected, found = (job.read(run, "predictions.json")["results"] for run in ("one", name))
+    expected, found = (job.read(run, "predictions.json")["results"] for run in (one, name))
     assert list(found) == list(expected)
     for video, detections in expected.items():
         assert len(found[video]) == len(detections)
-        for one, other in zip(detections, found[video], strict=True):
-            assert other["score"] == pytest.approx(one["score"], abs=1e-4)
-    assert job.read(name, "metrics.json")["average_map"] == pytest.approx(
-        job.read("one", "metrics.json")["average_map"]
-    )
+        for expected_one, other in zip(detections, found[video], strict=True):
+            assert other["score"] == pytest.approx(expected_one["score"], abs=1e-4)
+    assert job.read(name, "metrics.json")["average_map"] == pytest.approx(job.read(one, "metrics.json")["average_map"])
 
 
 RAN_OUT = """
@@ -182,35 +180,27 @@ if __name__ == "__main__":
 """
 
 
-def test_in_float64_the_optimisers_of_the_preset_lead_to_the_same_losses(job: Job) -> None:
-    """Three processes share steps of four videos and of two, of which one has no part. In float64 nothing but a fault
-    can grow to be seen, whatever the optimiser makes of it.
+def trained_as_one(job: Job, name: str, done: Outcome, one: str = "one", rounding: float = ROUNDING) -> None:
+    assert done.status == 0, done.err
+    same_losses(job, name, one, rounding)
+    same_detections(job, name, one)
+    assert done.out.count("head 2/2: mAP") == 1, "one of them speaks"
+    assert len(job.events(name, "start")) == 1, "and logs"
+    made, expected = ({path.stem for path in (job.folder / of / "features").glob("*.npy")} for of in (name, one))
+    assert made == expected
+
+
+def test_four_processes_train_as_one_in_float64_with_the_optimisers_of_the_preset(job: Job) -> None:
+    """They share steps of four videos and of two, of which two have no part. In float64 nothing but a fault can grow to
+    be seen, whatever the optimiser makes of it.
     """
     program = job.folder / "float64.py"
     program.write_text(IN_FLOAT64)
     stages = ("pretrain", "joint", "head-stage")
     own = [flag for stage in stages for flag in (f"--{stage}.optimizer=adamw", f"--{stage}.lr=0.002")]
-    for name, count in (("one64", 1), ("three64", 3)):
-        done = job.run(count, name, *own, program=str(program))
-        assert done.status == 0, done.err
-    expected, found = job.losses("one64"), job.losses("three64")
-    assert list(found) == list(expected)
-    for step, loss in expected.items():
-        assert found[step] == pytest.approx(loss, rel=1e-11), step
-
-
-def trained_as_one(job: Job, name: str, done: Outcome) -> None:
-    assert done.status == 0, done.err
-    same_losses(job, name)
-    same_detections(job, name)
-    assert done.out.count("head 2/2: mAP") == 1, "one of them speaks"
-    assert len(job.events(name, "start")) == 1, "and logs"
-    made, expected = ({path.stem for path in (job.folder / of / "features").glob("*.npy")} for of in (name, "one"))
-    assert made == expected
-
-
-def test_four_processes_train_as_one(job: Job) -> None:
-    trained_as_one(job, "four", job.run(4, "four"))
+    alone = job.run(1, "one64", *own, program=str(program))
+    assert alone.status == 0, alone.err
+    trained_as_one(job, "four", job.run(4, "four", *own, program=str(program)), "one64", 1e-11)
     assert {event["micro_batch"] for event in job.events("four", "step") if event["stage"] == "joint"} == {1}
 
 
