@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +14,10 @@ from test_governor import BUDGET, FULL, GB, MB, Machine
 
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder, phase
-from lofi_fast.memory.decision import Decision
 from lofi_fast.memory.governor import SMALLEST_MARGIN, Governor
 from lofi_fast.memory.plans import PRIOR, Plan, candidates, worthwhile
 from lofi_fast.memory.settle import open_meter
 from lofi_fast.memory.trial import MARGIN, Choice, LearnedLedger, Line, Trials, highest_predicted, learn_ledger
-from lofi_fast.stages import joint
 
 PLANS = {pattern: candidates(ladder(pattern, FULL), 4, recompute="never") for pattern in CYCLE}
 ALL = [plan for plans in PLANS.values() for plan in plans]
@@ -208,17 +205,3 @@ def test_a_ledger_spares_the_trial_steps_that_it_can_answer() -> None:
     with pytest.raises(InputError, match=r"needs at least .*; lower --batch"):
         planned(100 * MB)
     assert ran == []
-
-
-@pytest.mark.parametrize(("predicted", "limit"), [(990, 1000), (1000, 1000), (1001, 980)])
-def test_a_trial_that_may_not_fit_is_held_back_further(predicted: int, limit: int) -> None:
-    """A cap on tensors does not hold back what libraries take."""
-    asked: list[int] = []
-    network = torch.nn.Linear(1, 1)
-    run = SimpleNamespace(
-        encoder=network, head=network, trials=SimpleNamespace(measure=lambda step, limit: asked.append(limit))
-    )
-    plan = Plan(Fidelity(4, 32), 1, False, 1)
-    decision = Decision(CYCLE[0], 0, 0, plan, plan, predicted, 1000, 1000, 1000, "a trial")
-    joint.trial(run, [], decision)  # type: ignore[arg-type]
-    assert asked == [limit]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,6 @@ from lofi_fast.stages.epochs import Outcome, new_optimizer, optimizer_of
 from lofi_fast.stages.step import batches, forward_backward, lofi_step, patiently
 
 READINGS = "memory-readings.json"  # beside the frame cache
-UNCAPPED = 0.02  # of a limit: what libraries may take in a step beyond the cap of tensors (seen: up to 0.7%)
 TIMED = 6  # plans of a pattern that are timed, at most, before the first epoch under a time limit
 
 
@@ -215,9 +213,7 @@ def trial(
             forget_gradients()
             taken.append(time.monotonic() - began)
 
-    # Where it may well need more than there is, the cap has to hold it back, and that does not hold back libraries.
-    doubtful = decision.predicted > decision.limit
-    peak = run.trials.measure(step, math.floor((1 - UNCAPPED) * decision.limit) if doubtful else decision.limit)
+    peak = run.trials.measure(step, decision.limit)
     forget_gradients()
     if run.shared_gauge is not None:
         peak = run.shared_gauge.peak_of_all(peak)
