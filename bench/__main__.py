@@ -18,7 +18,7 @@ COMMANDS = {
         "every Triton kernel compiled for GPUs that need not be there: registers, spills, accesses",
     ),
     "memory": ("[options]", "what autograd keeps of a frame, and the peak of a step: lean against plain PyTorch"),
-    "scaling": ("[options]", "how time and peak of a step grow with snippets, pixels, videos and the encoder"),
+    "scaling": ("[options]", "time and peak of a step over snippets, pixels, videos, the encoder, and processes"),
     "step": ("[options]", "time of the encoder, the head and the whole step: ours against plain PyTorch"),
     "optim": ("[options]", "time of one update: apex's and torch's optimisers"),
     "planner": ("[options]", "predicted and measured peaks over many budgets, alone or beside a neighbour"),

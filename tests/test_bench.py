@@ -294,11 +294,28 @@ def test_growth_is_measured_beside_the_ledger(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     rows = read_rows(results)
+    shared = [row for row in rows if row["along"] == "processes"]
+    rows = rows[: -len(shared)]
     assert [(row["snippets"], row["form"]) for row in rows] == [(2, form) for form in networks.WholeStep.FORMS]
-    assert all(row["peak"] > 0 and row["ms"][0] > 0 for row in rows)
+    assert all(row["peak"] > 0 and row["ms"][0] > 0 for row in (*rows, *shared))
+    assert [row["processes"] for row in shared] == [1, 2][: os.cpu_count()]
     assert all((row["predicted"] is None) == (row["form"] == networks.WholeStep.FORMS[0]) for row in rows)
-    said = tables.section_of("scaling", [row | {"quick": False} for row in rows])
+    said = tables.section_of("scaling", [row | {"quick": False} for row in (*rows, *shared)])
     assert "| snippets | 2 | 32 | 1 | tsm_r18 | lean |" in said and "Exponents:" in said
+    assert "| 1 | 2 | 32 | 2 | tsm_r18 | lean |" in said and "Processes that share a step" in said
+
+
+def test_gradients_of_the_parts_of_a_step_add_up_to_those_of_the_whole() -> None:
+    whole = networks.WholeStep.of("tsm_r18", 4, 32, "float32", torch.device("cpu"), videos=3, width=8)
+    parameters = [*whole.encoder.parameters(), *whole.head.parameters()]
+
+    def gradients(step: networks.WholeStep) -> list[torch.Tensor]:
+        step.step("lean")
+        return [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+
+    parts = [gradients(whole.share(videos)) for videos in ((0, 1), (2,))]
+    for *of_parts, expected in zip(*parts, gradients(whole), strict=True):
+        assert (sum(of_parts) - expected).norm() <= 1e-4 * expected.norm() + 1e-7
 
 
 def test_exponents_are_the_slopes_of_logarithms() -> None:

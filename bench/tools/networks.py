@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from types import FunctionType
 from typing import Any
@@ -177,6 +177,15 @@ class WholeStep:
         return WholeStep(encoded.encoder, head, dense, encoded.frames, targets, counts, encoded.dtype, videos)
 
     FORMS = ("plain PyTorch, dense SGAlign", *LEAN)
+
+    def share(self, videos: Sequence[int]) -> WholeStep:
+        """The part of some of the videos, by their numbers. Its loss is divided by the counts of all of them, so that
+        gradients of parts add up to those of the whole.
+        """
+        chosen = list(videos)
+        frames = self.frames.unflatten(0, (self.videos, -1))[chosen].flatten(0, 1)
+        targets = Targets(*(getattr(self.targets, field.name)[chosen] for field in fields(Targets)))
+        return replace(self, frames=frames, targets=targets, videos=len(chosen))
 
     def drop_gradients(self) -> None:
         """So that the next step makes its own, and its peak holds them."""
