@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from test_governor import BUDGET, FULL, GB, MB, Machine
 
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder, phase
+from lofi_fast.memory.decision import Decision
 from lofi_fast.memory.governor import SMALLEST_MARGIN, Governor
 from lofi_fast.memory.plans import PRIOR, Plan, candidates, worthwhile
 from lofi_fast.memory.settle import open_meter
 from lofi_fast.memory.trial import MARGIN, Choice, LearnedLedger, Line, Trials, highest_predicted, learn_ledger
+from lofi_fast.run.processes import ALONE
+from lofi_fast.stages import joint
 
 PLANS = {pattern: candidates(ladder(pattern, FULL), 4, recompute="never") for pattern in CYCLE}
 ALL = [plan for plans in PLANS.values() for plan in plans]
@@ -205,3 +209,16 @@ def test_a_ledger_spares_the_trial_steps_that_it_can_answer() -> None:
     with pytest.raises(InputError, match=r"needs at least .*; lower --batch"):
         planned(100 * MB)
     assert ran == []
+
+
+def test_a_trial_leaves_free_what_it_is_told_to() -> None:
+    """As the first step of a process does where it may not fit: a cap on tensors does not hold back libraries."""
+    asked: list[int] = []
+    trials = SimpleNamespace(measure=lambda step, limit: asked.append(limit))
+    network = torch.nn.Linear(1, 1)
+    run = SimpleNamespace(encoder=network, head=network, trials=trials, processes=ALONE, shared_gauge=None)
+    plan = Plan(Fidelity(4, 32), 1, False, 1)
+    decision = Decision(CYCLE[0], 0, 0, plan, plan, 1200, 1000, 1000, 1000, "a trial")
+    joint.trial(run, [], decision)  # type: ignore[arg-type]
+    joint.trial(run, [], decision, spare=joint.UNCAPPED)  # type: ignore[arg-type]
+    assert asked == [1000, 980]
