@@ -7,6 +7,7 @@ a mirrored picture or a wrong order shows in the pixels. A fine grain shows how 
 from __future__ import annotations
 
 import pickle
+import shutil
 import subprocess
 import sys
 import weakref
@@ -273,6 +274,15 @@ def test_two_pipelines_of_different_threads_give_the_same_bits(square: CachedVid
     two.close()
 
 
+def without_an_index(entry: CachedVideo, place: Path) -> CachedVideo:
+    """The entry at another place, where its index was read and is gone."""
+    moved = replace(entry, place=str(place))
+    shutil.copy2(entry.index, moved.index)
+    assert np.array_equal(moved.frames, entry.frames)
+    Path(moved.index).unlink()
+    return moved
+
+
 @pytest.mark.parametrize(
     ("first", "last"), [(0.0, 1.0), (0.5, 1.0), (0.0, 0.5)], ids=["all-zero", "second-half-zero", "first-half-zero"]
 )
@@ -280,7 +290,7 @@ def test_damaged_picture_names_the_file_and_the_pipeline_goes_on(
     tmp_path: Path, pipeline: FramePipeline, square: CachedVideo, first: float, last: float
 ) -> None:
     bad = 9
-    damaged = replace(square, path=tmp_path / "damaged.mov")
+    damaged = without_an_index(square, tmp_path / "damaged")
     content = bytearray(square.path.read_bytes())
     start, end = (int(square.offsets[bad] + fraction * square.sizes[bad]) for fraction in (first, last))
     content[start:end] = bytes(end - start)
@@ -305,7 +315,7 @@ def test_errors_of_the_requests_reach_the_consumer(pipeline: FramePipeline, squa
 
     with pytest.raises(KeyError, match="the sampler failed"):
         list(one_by_one(pipeline, requests()))
-    missing = replace(square, path=square.path.with_name("gone.mov"))
+    missing = without_an_index(square, square.path.with_name("gone"))
     with pytest.raises(InputError, match=r"gone\.mov"):
         list(one_by_one(pipeline, [replace(good, video=missing)]))
     for positions in (np.array([0, NUM_FRAMES]), np.array([-1])):
