@@ -119,7 +119,7 @@ def _command(argv: list[str], owns_process: bool) -> int:
         torch.set_num_threads(flags.threads)
     with opened() as processes, _output_folder(flags.out):
         terminal = Terminal() if processes.first else SilentLog()
-        device = processes.device(flags.device).type
+        device = processes.device(flags.device).type if processes.several else flags.device
         detector = Detector.load(flags.run)
         terminal.say(
             f"{flags.run}: {detector.config.encoder.name} of width {detector.config.encoder.width}, "

@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from detectors import ROOT, SmallRun, joined
 
+from lofi_fast import gpu
 from lofi_fast.detect import main, unique_names
 from lofi_fast.metrics import load_predictions
 from lofi_fast.model import MODEL, Detector
@@ -120,6 +122,17 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert main([str(small.folder), "--out", str(tmp_path / "a" / "found"), *given]) == 2
     assert says in refused(capsys)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_card_that_cannot_be_used_is_told_of(
+    small: SmallRun, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "unused", lambda: "Tesla T4 is here, but PyTorch cannot use it")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert detect(small, small.validation[0], "--out", tmp_path / "found", "--format", "json") == 0
+    assert "warning: Tesla T4 is here, but PyTorch cannot use it. Detecting on the CPU" in capsys.readouterr().out
+    assert detect(small, small.validation[0], "--out", tmp_path / "asked", "--format", "json", "--device", "cpu") == 0
+    assert "Tesla" not in capsys.readouterr().out
 
 
 def test_a_folder_without_a_model(tmp_path: Path, small: SmallRun, capsys: Captured) -> None:

@@ -45,10 +45,10 @@ def detect_subset(run: Run, subset: str) -> dict[str, list[Detection]]:
     names = [video.name for video in run.dataset.videos[subset]]
     if not run.processes.several:
         return _detect(run, subset, names, _batches(run.dataset.samples[subset], run.config.head_stage.batch))
-    groups = _groups(run.dataset.samples[subset], run.config.head_stage.batch)
-    mine = [sample for group in run.processes.share(groups) for sample in group]
-    batches = [batch for group in run.processes.share(groups) for batch in _batches(group, run.config.head_stage.batch)]
-    windowed = {sample.window.video for sample in mine}
+    size = run.config.head_stage.batch
+    groups = run.processes.share(_groups(run.dataset.samples[subset], size))
+    batches = [batch for group in groups for batch in _batches(group, size)]
+    windowed = {sample.window.video for group in groups for sample in group}
 
     def detect() -> dict[str, list[Detection]]:
         return _detect(run, subset, [name for name in names if name in windowed], batches)
