@@ -24,7 +24,8 @@ import psutil
 import pytest
 from av.video.frame import VideoFrame
 
-from lofi_fast.data.cache import CachedVideo, CacheRequest, Skipped, estimate_bytes, file_name, prepare
+from lofi_fast.data.cache import CacheRequest, Skipped, estimate_bytes, file_name, prepare
+from lofi_fast.data.entry import CachedVideo
 from lofi_fast.data.pictures import cached_size, hold_in_turn
 from lofi_fast.data.video import VideoError, VideoInfo, probe
 from lofi_fast.errors import InputError

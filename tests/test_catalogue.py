@@ -14,9 +14,10 @@ import pytest
 from test_prepare import write_video
 
 from bench.commands import start
-from lofi_fast.data.cache import CachedVideo, CacheRequest, lookup, prepare
+from lofi_fast.data.cache import CacheRequest, lookup, prepare
 from lofi_fast.data.catalogue import MANY, Catalogue, Stamps, real_path
 from lofi_fast.data.dataset import cached_dataset
+from lofi_fast.data.entry import CachedVideo
 from lofi_fast.data.survey import Requests, Survey, cache_side, survey
 from lofi_fast.data.video import VideoInfo, probe
 

@@ -23,6 +23,7 @@ from lofi_fast.data import cache, nvdec
 from lofi_fast.data.cache import CacheRequest, prepare
 from lofi_fast.data.dataset import cached_dataset
 from lofi_fast.data.demo import generate
+from lofi_fast.data.entry import CachedVideo
 from lofi_fast.data.nvdec import PROCESS_BYTES, TOLERANCE, Unsuitable, VideoEngine, difference, missing, why_not
 from lofi_fast.data.pictures import Converter, cached_size
 from lofi_fast.data.survey import survey
@@ -188,7 +189,7 @@ def request(path: Path, frames: np.ndarray = IRREGULAR) -> CacheRequest:
     return CacheRequest(path.stem, probe(path), frames)
 
 
-def shown(video: cache.CachedVideo) -> list[int]:
+def shown(video: CachedVideo) -> list[int]:
     context = av.CodecContext.create("mjpeg", "r")
     return [
         number_of(frame)

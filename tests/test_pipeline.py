@@ -21,7 +21,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lofi_fast.data.cache import CachedVideo, CacheRequest, prepare
+from lofi_fast.data.cache import CacheRequest, prepare
+from lofi_fast.data.entry import CachedVideo
 from lofi_fast.data.pipeline import FramePipeline, FrameRequest, View, shrink
 from lofi_fast.data.video import probe
 from lofi_fast.errors import InputError

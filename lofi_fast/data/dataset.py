@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from lofi_fast.config import Config, DataConfig
 from lofi_fast.data.annotations import Segment, Video
-from lofi_fast.data.cache import ENGINE_WORKERS, CachedVideo, Skipped, prepare
+from lofi_fast.data.cache import ENGINE_WORKERS, Skipped, prepare
+from lofi_fast.data.entry import CachedVideo
 from lofi_fast.data.pictures import Pictures
 from lofi_fast.data.pipeline import FrameRequest, View
 from lofi_fast.data.survey import (

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from lofi_fast import __version__
 from lofi_fast.config import Config
 from lofi_fast.data.annotations import UNASSIGNED, Annotations, Video, clip_to_duration, load_annotations
-from lofi_fast.data.cache import CachedVideo, CacheRequest, Skipped, remembered
+from lofi_fast.data.cache import CacheRequest, Skipped, remembered
 from lofi_fast.data.catalogue import Catalogue
+from lofi_fast.data.entry import CachedVideo
 from lofi_fast.data.grid import FOUND, Grid, Labelled, Share, best_tiou, choose_window, share, shares
 from lofi_fast.data.matching import match_videos
 from lofi_fast.data.plausibility import check_times
