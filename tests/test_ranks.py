@@ -215,13 +215,18 @@ def test_two_processes_train_as_one_where_memory_runs_out_in_one_of_them(job: Jo
     assert [event.get("retries", 0) for event in steps] == [0, 1, 0, 0], "each step once in the log, none lost"
 
 
+def kill_in_joint(job: Job, name: str, process: subprocess.Popen[str], rank: int) -> None:
+    """Kill one of torchrun's processes once the joint stage has made a step."""
+    deadline = time.monotonic() + PATIENCE
+    while not any(event["stage"] == "joint" for event in job.events(name, "step")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(child(process.pid, f"RANK={rank}"), signal.SIGKILL)
+
+
 def test_a_killed_process_ends_all_and_another_number_goes_on(job: Job) -> None:
     with job.started(2, "killed") as process:
-        deadline = time.monotonic() + PATIENCE
-        while not any(event["stage"] == "joint" for event in job.events("killed", "step")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-        os.kill(child(process.pid, "RANK=1"), signal.SIGKILL)
+        kill_in_joint(job, "killed", process, rank=1)
         done = ended(process)
     assert done.status != 0
     assert not (job.folder / "killed" / "metrics.json").exists()
@@ -236,11 +241,7 @@ def test_a_killed_process_ends_all_and_another_number_goes_on(job: Job) -> None:
 
 def test_when_the_first_process_is_killed_another_saves_and_torchrun_goes_on_from_there(job: Job) -> None:
     with job.started(2, "restarted", restarts=1) as process:
-        deadline = time.monotonic() + PATIENCE
-        while not any(event["stage"] == "joint" for event in job.events("restarted", "step")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-        os.kill(child(process.pid, "RANK=0"), signal.SIGKILL)
+        kill_in_joint(job, "restarted", process, rank=0)
         done = ended(process)
     assert done.status == 0, done.err
     assert "process 0 has ended: process 1 saves in its place" in done.out

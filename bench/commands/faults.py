@@ -172,10 +172,7 @@ def kills(trial: Trial, rng: Random, number: int) -> Row:
             failures.append(f"training {trainings}: {f'{differs} differs' if _done(out) else ended.last_line}")
         print(f"{sum(struck.values())} kills, {trainings} trainings, {len(failures)} failures", flush=True)
         shutil.rmtree(out.parent)
-    return {
-        "number": sum(struck.values()), "by": dict(struck), "where": dict(stages), "trainings": trainings,
-        "recovered": trainings - len(failures), "failures": failures,
-    }  # fmt: skip
+    return _of_kills(struck, stages, trainings, failures)
 
 
 def ranks(trial: Trial, rng: Random, number: int) -> Row:
@@ -211,9 +208,14 @@ def ranks(trial: Trial, rng: Random, number: int) -> Row:
             failures.append(f"{what}: {differs if _done(out) else ended.last_line}")
         print(f"{i + 1} trainings, {sum(struck.values())} kills, {len(failures)} failures", flush=True)
         shutil.rmtree(out.parent)
+    return _of_kills(struck, stages, number, failures)
+
+
+def _of_kills(struck: Counter[str], stages: Counter[str], trainings: int, failures: list[str]) -> Row:
+    """What a part found: by what was killed, and where the newest checkpoint stood then."""
     return {
-        "number": sum(struck.values()), "by": dict(struck), "where": dict(stages), "trainings": number,
-        "recovered": number - len(failures), "failures": failures,
+        "number": sum(struck.values()), "by": dict(struck), "where": dict(stages), "trainings": trainings,
+        "recovered": trainings - len(failures), "failures": failures,
     }  # fmt: skip
 
 
