@@ -29,6 +29,7 @@ forms: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {}}
 # What `operator` calls past the dispatcher: Triton forms, and autograd functions around those that have a derivative.
 _triton: dict[str, Callable[..., Any]] = {}
 _recorded: dict[str, Callable[..., Any]] = {}
+_ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 def _setting() -> str:
@@ -157,22 +158,18 @@ def operator(name: str, *tensors: Tensor | None) -> Callable[..., Any]:
     """
     first = tensors[0]
     if (
-        name not in _triton
-        or not first.is_cuda  # type: ignore[union-attr]
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
+        name in _triton
+        and first.is_cuda  # type: ignore[union-attr]
+        and all(tensor is None or type(tensor) in _ORDINARY for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
     ):
-        return getattr(torch.ops.lofi_fast, name)  # type: ignore[no-any-return]
-    needs_gradient = False
-    for tensor in tensors:
-        if tensor is not None:
-            if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-                return getattr(torch.ops.lofi_fast, name)  # type: ignore[no-any-return]
-            needs_gradient |= tensor.requires_grad
-    if needs_gradient and torch.is_grad_enabled():
-        return _recorded.get(name) or getattr(torch.ops.lofi_fast, name)
-    return _triton[name]
+        recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        form = _recorded.get(name) if recorded else _triton[name]
+        if form is not None:
+            return form
+    return getattr(torch.ops.lofi_fast, name)  # type: ignore[no-any-return]
 
 
 def describe(device: str = "cpu") -> str:
