@@ -318,7 +318,7 @@ def encrypted(path: Path) -> None:
 
 
 def of_unknown_compression(path: Path) -> None:
-    """NotImplementedError."""
+    """For which its reader raises NotImplementedError."""
     content = bytearray(path.read_bytes())
     for mark, method in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
         at = content.find(mark)
