@@ -268,7 +268,7 @@ class Governor:
     def _inside_margin(self, plans: Sequence[Plan], pattern: Pattern, epoch: int, step: int) -> Decision | None:
         """See `NothingFits`."""
         limit = min(self.budget, self._free)
-        if not any(record.runs for record in self._records.values()):  # nothing is known but the prior
+        if not self.knows:
             return None
         for plan in sorted(plans, key=lambda plan: (not self._verified(plan), self.predict(plan))):
             failed_at, _ = self._off.get(plan, (0, 0))
@@ -282,6 +282,11 @@ class Governor:
         return refusal(plans, self.need, limit, room, self.budget, changes)
 
     # Predicting
+
+    @property
+    def knows(self) -> bool:
+        """Whether any plan has run, so that predictions rest on more than the prior."""
+        return any(record.runs for record in self._records.values())
 
     def predict(self, plan: Plan) -> int:
         """Predicted peak of a step in bytes; never less than base + ledger."""
@@ -482,7 +487,7 @@ class Governor:
         alike, limit = self._smallest(pattern), min(self.budget, self._free)
         untried = [i for i, plan in enumerate(alike) if self._least(plan) <= room and not self._verified(plan)]
         index = next(iter(untried), len(alike))
-        if untried and any(record.runs for record in self._records.values()) and self.predict(alike[index]) > limit:
+        if untried and self.knows and self.predict(alike[index]) > limit:
             # More is known than the careful prior, and no cap holds back what libraries take for themselves.
             index = min(untried, key=lambda i: self.predict(alike[i]))
         index = highest_of_all(index)

@@ -253,8 +253,10 @@ def plan_joint(run: Run) -> dict[str, PatternPlan]:
         run.log.say(f"plan joint: the rungs of {config.replay}")
         return {}
 
-    def measure(decision: Decision, spare: float = 0.0) -> int | None:
-        peak = trial(run, samples, decision, spare=spare)
+    def measure(decision: Decision) -> int | None:
+        # Where even the smallest plan may not fit the cap has to hold it back, and libraries are not held back by it.
+        doubtful = decision.predicted > decision.limit and not planner.knows
+        peak = trial(run, samples, decision, spare=UNCAPPED if doubtful else 0.0)
         run.log.event(
             events.Measured(
                 plan=f"joint, {decision.pattern}", candidate=str(decision.plan), peak=peak,
@@ -269,8 +271,7 @@ def plan_joint(run: Run) -> dict[str, PatternPlan]:
         return trial(run, samples, decision, lambda seconds: planner.learn_time(decision.plan, seconds, warm=True))
 
     first = planner.warm_up()
-    # Where even the smallest plan may not fit the cap has to hold it back, and libraries are not held back by it.
-    measure(first, UNCAPPED if first.predicted > first.limit else 0.0)
+    measure(first)
     if config.epoch_time is not None:
         take_time(first)
     known = same_for_all(run, readings, key) and planner.load_readings(readings, key)
