@@ -29,6 +29,8 @@ from lofi_fast.encoder.lean import encode
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.memory import allocator
 from lofi_fast.memory.meter import is_out_of_memory
+from lofi_fast.memory.settle import open_meter
+from lofi_fast.memory.trial import Trials
 
 ROOT = Path(__file__).resolve().parents[1]
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -670,3 +672,18 @@ def test_the_newest_build_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert allocator._find() == installed  # build/ counts beside a CMakeLists.txt alone
     (tmp_path / "CMakeLists.txt").touch()
     assert allocator._find() == plain
+
+
+@apart
+def test_a_trial_that_ran_out_leaves_nothing_behind() -> None:
+    """What it had taken would otherwise count as the process's own, and the next trial would have that much less."""
+    meter = open_meter(torch.device("cpu"))
+    trials = Trials(meter, GIB, lambda *_: None, lambda *_: None)
+
+    def step() -> None:
+        _held = [torch.ones(MIB) for _ in range(1000)]
+
+    meter.release()
+    before = meter.own()
+    assert trials.measure(step, before + 200 * MIB) is None
+    assert meter.own() - before < 20 * MIB

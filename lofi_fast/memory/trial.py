@@ -274,6 +274,8 @@ class Trials:
                     raise
                 failed = True  # the traceback holds tensors: leave the except block before going on
         peak = self.meter.peak()
+        if failed:
+            self.meter.release()  # or what the broken step leaves in the allocator would count as the process's own
         return None if failed else peak
 
     def highest_fitting(

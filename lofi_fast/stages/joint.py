@@ -203,22 +203,20 @@ def trial(
     """
     mine, taken = run.processes.share(samples), list[float]()
 
-    def forget_gradients() -> None:
-        run.encoder.zero_grad(set_to_none=True)
-        run.head.zero_grad(set_to_none=True)
-
     def step() -> None:
         # The last batch is there to be decoded ahead, as in training.
         count = 1 if seconds is None else 3
         stream = batches(run, 0, [mine] * (count + 1), lambda _: decision)
         for _ in range(count):
             batch, began = next(stream), time.monotonic()
-            forward_backward(run, batch, decision, alone=True)
-            forget_gradients()
+            try:
+                forward_backward(run, batch, decision, alone=True)
+            finally:
+                run.encoder.zero_grad(set_to_none=True)
+                run.head.zero_grad(set_to_none=True)
             taken.append(time.monotonic() - began)
 
     peak = run.trials.measure(step, math.floor((1 - spare) * decision.limit))
-    forget_gradients()
     if run.shared_gauge is not None:
         peak = run.shared_gauge.peak_of_all(peak)
     if seconds is not None and peak is not None:
