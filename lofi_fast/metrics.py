@@ -152,7 +152,8 @@ def mean_average_precision(ground_truth: GroundTruth, predictions: Predictions, 
     gt_end = np.array([row[2] for row in gt_rows], dtype=np.float64)
 
     given = _columns(predictions, video_index, class_index)
-    num_gt = np.bincount(gt_key % num_classes, minlength=num_classes)
+    gt_class = gt_key % num_classes
+    num_gt = np.bincount(gt_class, minlength=num_classes)
     counts = np.bincount(given.label, minlength=num_classes)
     by_class = np.argsort(given.label, kind="stable")
     stops = np.cumsum(counts)
@@ -165,7 +166,9 @@ def mean_average_precision(ground_truth: GroundTruth, predictions: Predictions, 
         # Absent videos get a negative key, which no ground truth has.
         video = given.video[ranked].astype(np.int64)
         key = np.where(video < 0, -1, video * num_classes + given.label[ranked])
-        hits = _match(key, given.start[ranked], given.end[ranked], gt_key, gt_start, gt_end, tious)
+        theirs = (first <= gt_class) & (gt_class < last)
+        truth = (gt_key[theirs], gt_start[theirs], gt_end[theirs])
+        hits = _match(key, given.start[ranked], given.end[ranked], *truth, tious)
         ends = np.cumsum(counts[first:last])
         for c, part in zip(range(first, last), np.split(hits, ends[:-1]), strict=True):
             precision[:, c] = _interpolated_precision(part.T, float(num_gt[c]))
@@ -295,7 +298,7 @@ def _interpolated_precision(true_positive: npt.NDArray[np.bool_], num_gt: float)
         precision = np.maximum.accumulate((hits / (rank + 1))[::-1])[::-1]
         area = np.diff(recall, prepend=0.0) * precision
         if not len(rank) or recall[-1] != 1:
-            # The last step, up to a recall of 1, adds nothing; but how NumPy groups a sum depends on the number of terms.
+            # The last step, up to a recall of 1, adds nothing; but NumPy groups a sum by the number of its terms.
             area = np.append(area, 0.0)
         average[k] = area.sum()
     return average
