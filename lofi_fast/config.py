@@ -26,6 +26,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 EncoderName = Literal["tsm_r18", "tsm_r34", "tsm_r50"]
 OptimizerImpl = Literal["auto", "apex", "torch"]
 Recompute = Literal["auto", "always", "never"]
+PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
 VERSION = "lofi_fast"  # the key of config.json that holds the version which wrote it
 JOB, FIDELITY, MEMORY, TRAINING = "job", "model and fidelity", "memory", "training"  # headings of --help
 
@@ -346,6 +347,14 @@ class Config:
             planned_for=True,
         ),
     ] = field(default_factory=lambda: Budget.parse("auto"))  # fmt: skip
+    precision: Annotated[
+        PrecisionName,
+        Setting(
+            "what matrices are multiplied in; auto: bf16 where the device multiplies it, else fp16 on a GPU and fp32 "
+            "on a CPU; a resumed run keeps its own",
+            group=TRAINING, may_change=True,
+        ),
+    ] = "auto"  # fmt: skip
     optimizer_impl: Annotated[
         OptimizerImpl,
         Setting(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from lofi_fast.budget import Budget
 from lofi_fast.command import INTERRUPTED, parse, run
+from lofi_fast.config import PrecisionName
 from lofi_fast.data.cache import file_name
 from lofi_fast.data.matching import list_videos
 from lofi_fast.data.video import VideoError, stated_duration
@@ -92,6 +93,10 @@ class DetectFlags:
             "where to compute",
         ),
     ] = "auto"
+    precision: Annotated[
+        PrecisionName | None,
+        Setting("what matrices are multiplied in: auto, bf16, fp16 or fp32", unset="as the run was asked for"),
+    ] = None
     threads: Annotated[int | None, Setting("CPU threads", unset="all cores")] = None
 
 
@@ -125,7 +130,9 @@ def _command(argv: list[str], owns_process: bool) -> int:
             f"{flags.run}: {detector.config.encoder.name} of width {detector.config.encoder.width}, "
             f"{len(detector.classes)} classes"
         )
-        with detector.session(mem_budget=flags.mem_budget.text, device=device, say=terminal.say) as session:
+        with detector.session(
+            mem_budget=flags.mem_budget.text, device=device, precision=flags.precision, say=terminal.say
+        ) as session:
             return _detect(flags, paths, session, terminal, processes)
 
 

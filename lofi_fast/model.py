@@ -35,7 +35,7 @@ from lofi_fast import __version__, gpu
 from lofi_fast import encoder as encoders
 from lofi_fast import head as heads
 from lofi_fast.budget import Budget, gigabytes, resolve_budget
-from lofi_fast.config import Config
+from lofi_fast.config import Config, PrecisionName
 from lofi_fast.data.dataset import centre_view
 from lofi_fast.data.packages import require_dali, require_pyav
 from lofi_fast.data.pictures import HeldVideo, hold_in_turn
@@ -205,10 +205,13 @@ class Detector:
             return session.features(video)
 
     def session(
-        self, *, mem_budget: str = "auto", device: str = "auto", say: Callable[[str], None] = lambda _: None
-    ) -> Session:
-        """The detector at work, for many videos after each other; `say` is told what was planned."""
-        return Session(self, mem_budget=mem_budget, device=device, say=say)
+        self, *, mem_budget: str = "auto", device: str = "auto", precision: PrecisionName | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> Session:  # fmt: skip
+        """The detector at work, for many videos after each other; `say` is told what was planned. `precision`: "auto",
+        "bf16", "fp16" or "fp32"; None: as the run was asked for.
+        """
+        return Session(self, mem_budget=mem_budget, device=device, precision=precision, say=say)
 
     def _weights(self) -> dict[str, Tensor]:
         parts = (("encoder", self.encoder), ("head", self.head))
@@ -297,7 +300,10 @@ class Session:
     The networks move to the device and stay there. To be closed, or used as a context.
     """
 
-    def __init__(self, detector: Detector, *, mem_budget: str, device: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, detector: Detector, *, mem_budget: str, device: str, precision: PrecisionName | None,
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
         budget = Budget.parse(mem_budget)
         require_pyav()
         require_dali()
@@ -306,7 +312,7 @@ class Session:
         gpu.check_dali(self.device)
         if device == "auto" and self.device.type == "cpu" and (reason := gpu.unused()):
             say(f"warning: {reason}. Detecting on the CPU")
-        self.precision = choose_precision(self.device)
+        self.precision = choose_precision(self.device, precision or self.config.precision)
         for note in settle_here():
             say(f"note: {note}")
         self.meter = open_meter(self.device)
