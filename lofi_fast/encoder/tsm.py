@@ -14,8 +14,11 @@ class FastConv(Conv):
     """By our own convolution where that is faster, with what PyTorch's keeps for backward: input and weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        own = self.stride == (1, 1) and self.padding == (1, 1) and not torch.is_autocast_enabled(x.device.type)
-        return conv3x3(x, self.weight) if own and conv3x3_is_faster(x, self.weight) else super().forward(x)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if self.stride == (1, 1) and self.padding == (1, 1) and conv3x3_is_faster(x, self.weight, dtype):
+            return conv3x3(x.to(dtype), self.weight.to(dtype))
+        return super().forward(x)
 
 
 class TSMEncoder(TSMResNet):
