@@ -24,6 +24,7 @@ from lofi_fast.settings import Section, Setting, leaves, made, read
 Stage = Literal["pretrain", "joint", "head", "eval"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 EncoderName = Literal["tsm_r18", "tsm_r34", "tsm_r50"]
+HeadName = Literal["gtad", "actionformer"]
 OptimizerImpl = Literal["auto", "apex", "torch"]
 Recompute = Literal["auto", "always", "never"]
 PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
@@ -158,8 +159,9 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """G-TAD. The defaults are its ActivityNet configuration."""
+    """Which head, and G-TAD, whose ActivityNet configuration is the default."""
 
+    name: Annotated[HeadName, Setting("what finds the actions in features", flag="--head", memory=True)] = "gtad"
     hidden: Annotated[
         int, Setting("channels of the graph blocks, a multiple of 4 and of twice the groups", memory=True)
     ] = 256
@@ -188,6 +190,26 @@ class HeadConfig:
     dropout: Annotated[float, Setting("share of the feature values that training sets to zero", zero=True, below=1)] = (
         0.0
     )
+
+
+@dataclass(frozen=True)
+class ActionFormerConfig:
+    """ActionFormer. The defaults are those of its published code."""
+
+    hidden: Annotated[int, Setting("channels, a multiple of the attention heads", memory=True)] = 512
+    attention_heads: Annotated[int, Setting("heads of the attention", memory=True)] = 4
+    attention_window: Annotated[
+        int, Setting("positions that one attends to, itself in the middle; 1: all of them", memory=True)
+    ] = 19
+    levels: Annotated[int, Setting("levels of the pyramid, each at half the rate of the one before", memory=True)] = 6
+    stem_blocks: Annotated[int, Setting("transformer blocks before the second level", memory=True)] = 2
+    drop_path: Annotated[
+        float, Setting("how often training leaves a residual branch out of a window", zero=True, below=1)
+    ] = 0.1
+    center_radius: Annotated[
+        float, Setting("how far from a segment's centre positions learn it, in steps of their level")
+    ] = 1.5
+    regression_loss: Annotated[float, Setting("weight of the loss of the distances to start and end", zero=True)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -258,7 +280,7 @@ class Config:
     ]  # fmt: skip
     data: Annotated[DataConfig, Section("data")]
     encoder: Annotated[EncoderConfig, Section(FIDELITY)]
-    head: Annotated[HeadConfig, Section("head")]
+    head: Annotated[HeadConfig, Section("head: G-TAD")]
     pretrain: Annotated[
         StageConfig, Section("pretrain stage", flags={"epochs": "--pretrain-epochs", "lr": "--pretrain-lr"})
     ]
@@ -279,6 +301,7 @@ class Config:
         ),
     ] = STAGES  # fmt: skip
     pattern: Annotated[Pattern, Setting("where LoFi cuts", group=FIDELITY)] = Pattern.CYCLIC
+    actionformer: Annotated[ActionFormerConfig, Section("head: ActionFormer")] = ActionFormerConfig()
     short_cycle: Annotated[
         int | None,
         Setting("cyclic: switch the pattern every N steps", group=FIDELITY, unset="every epoch"),

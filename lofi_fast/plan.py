@@ -70,8 +70,8 @@ class Forecast:
         setting = Setting.of(config, classes, 4 if name == "fp32" else 2)
         if setting is None:
             raise InputError(
-                f"--encoder {config.encoder.name}: its memory is not known before it has run: start lofi_fast.train, "
-                "which plans by running steps"
+                f"--encoder {config.encoder.name} --head {config.head.name}: their memory is not known before they "
+                "have run: start lofi_fast.train, which plans by running steps"
             )
         full, batch = config.full, config.joint.batch
         if card is None:

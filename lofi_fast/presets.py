@@ -111,6 +111,7 @@ PRESETS: dict[PresetName, Callable[[], Config]] = {
 
 
 MOST_PROPOSALS = 2**24  # of a window: at 512 channels and 4 bytes they alone are 34 GB
+MOST_LEVELS, MOST_POSITIONS = 12, 2**16  # of ActionFormer's pyramid, and of its first level
 MANY_VIDEOS = 2000  # from which on own data are a large set, for which the paper's recipe is meant
 
 OF_PRETRAINED = ("activitynet", "hacs", "thumos")  # presets whose rates and epochs are for a pre-trained encoder
@@ -166,6 +167,11 @@ def configured(
         raise InputError(f"--short-cycle {config.short_cycle} goes with --pattern cyclic, not {config.pattern}")
     if not 1 <= config.min_cut <= config.max_cut <= 64:
         raise InputError(f"--min-cut {config.min_cut:g} --max-cut {config.max_cut:g}: need 1 <= min <= max <= 64")
+    {"gtad": _check_gtad, "actionformer": _check_actionformer}[config.head.name](config)
+    return config
+
+
+def _check_gtad(config: Config) -> None:
     head = config.head
     if head.hidden % math.lcm(4, 2 * head.groups):
         raise InputError(
@@ -180,7 +186,22 @@ def configured(
         )
     if head.map_channels < 4:
         raise InputError(f"--head.map-channels {head.map_channels}: must be 4 or more")
-    return config
+
+
+def _check_actionformer(config: Config) -> None:
+    head = config.actionformer
+    if head.hidden % head.attention_heads:
+        raise InputError(
+            f"--actionformer.hidden {head.hidden} --actionformer.attention-heads {head.attention_heads}: the channels "
+            "must be a multiple of the heads"
+        )
+    if head.levels > MOST_LEVELS:
+        raise InputError(f"--actionformer.levels {head.levels}: {MOST_LEVELS} at most")
+    if config.full.num_snippets > MOST_POSITIONS:
+        raise InputError(
+            f"--fidelity {config.full.num_snippets}x{config.full.side}: more snippets than any machine trains on; give "
+            f"{MOST_POSITIONS:,} at most"
+        )
 
 
 def chosen_preset(asked: Mapping[str, Any], cuda: Callable[[], bool], with_data: bool = True) -> PresetName:

@@ -408,7 +408,8 @@ def divided(found: Survey, usable: Iterable[str]) -> tuple[Survey, list[str]]:
 
 
 def _grid(config: Config, window: float | None) -> Grid:
-    return Grid(window, config.data.overlap, config.full.num_snippets, config.head.max_duration)
+    longest = config.head.max_duration if config.head.name == "gtad" else None
+    return Grid(window, config.data.overlap, config.full.num_snippets, longest)
 
 
 def times_of(videos: Iterable[tuple[Surveyed, Video]]) -> Labelled:

@@ -219,10 +219,11 @@ def targets_of(
 
 
 def dropout(run: Run, features_BCL: Tensor, samples: Sequence[Sample], stage: str, epoch: int) -> Tensor:
-    """Dropout of what the head sees, a function of (seed, stage, epoch, window): a step that is tried again, resumed,
-    or taken in parts draws the same.
+    """Dropout of what the head sees, and the seeds of what it draws itself; both a function of (seed, stage, epoch,
+    window): a step that is tried again, resumed, or taken in parts draws the same.
     """
     seeds = [seed_of(run.config.seed, "dropout", stage, epoch, sample.index) for sample in samples]
+    run.head.seed(seeds)
     return video_dropout(features_BCL, run.config.head.dropout, seeds)
 
 
