@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -244,6 +245,15 @@ def test_windows_without_actions_have_a_loss_too() -> None:
     assert terms["classes"].item() > 0 and terms["distances"].item() == 0
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a network has nothing to share
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_it_learns_to_find_segments() -> None:
     """Features that show where which action is."""
     torch.manual_seed(0)
@@ -259,7 +269,7 @@ def test_it_learns_to_find_segments() -> None:
         x[label, (centres > segment[0, 0]) & (centres < segment[0, 1])] += 1
         return torch.from_numpy(x).float(), segment, label
 
-    for step in range(150):
+    for step in range(100):
         batch = [example() for _ in range(8)]
         targets = [make_targets(SMALL, CLASSES, edges, segment, np.array([label])) for _, segment, label in batch]
         made.seed(range(8 * step, 8 * step + 8))
