@@ -256,7 +256,7 @@ class DetectConfig:
     ] = None  # fmt: skip
 
 
-PresetName = Literal["demo", "small", "activitynet", "hacs", "thumos"]
+PresetName = Literal["demo", "small", "activitynet", "hacs", "thumos", "actionformer_thumos", "actionformer_anet"]
 
 
 @dataclass(frozen=True)
