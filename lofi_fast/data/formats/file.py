@@ -9,13 +9,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Annotated
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+from lofi_fast.config import DataConfig
 from lofi_fast.data.labels import UNASSIGNED, Repairs, Segment, Video, duration_of, repaired, segment_of, subset_named
 from lofi_fast.data.matching import EXTENSIONS, match_videos
 from lofi_fast.data.video import stated_duration, stated_rate
 from lofi_fast.errors import InputError
+from lofi_fast.settings import Setting
 
 _SOUND = frozenset((".aac", ".aif", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav", ".wma"))
 _COLUMNS = ("video", "start", "end", "label")  # of the plain table, which may stand in a comment
@@ -36,6 +39,11 @@ class FormatOptions:
     tiers: tuple[str, ...] = ()
     videos: Path | None = None
 
+    @staticmethod
+    def of(data: DataConfig) -> FormatOptions:
+        """As the settings of a run say."""
+        return FormatOptions(data.fps, data.label, tier_names(data.tiers), Path(data.videos) if data.videos else None)
+
     @property
     def given(self) -> frozenset[str]:
         """Names of the flags that are given."""
@@ -43,6 +51,45 @@ class FormatOptions:
 
 
 NO_OPTIONS = FormatOptions()
+
+
+@dataclass(frozen=True)
+class LabelFlags:
+    """The same as flags of a command that reads labels."""
+
+    fps: Annotated[
+        float | None,
+        Setting(
+            "frames a second, for labels that count frames and do not tell",
+            "X",
+            unset="as the labels say, or else the videos",
+        ),
+    ] = None
+    label: Annotated[
+        str | None,
+        Setting(
+            "which of several labels a segment has in some formats: verb, noun or action of EPIC-KITCHENS, ...",
+            "NAME",
+            unset="the format's usual one",
+        ),
+    ] = None
+    tiers: Annotated[
+        str | None,
+        Setting("tiers of ELAN files that hold the actions", "A,B", unset="all that depend on no other one"),
+    ] = None
+    videos: Annotated[
+        Path | None,
+        Setting("folder of the videos, which are asked for what labels do not tell", "DIR", unset="not asked"),
+    ] = None
+
+    @property
+    def options(self) -> FormatOptions:
+        return FormatOptions(self.fps, self.label, tier_names(self.tiers), self.videos)
+
+
+def tier_names(text: str | None) -> tuple[str, ...]:
+    """ "A,B": names of tiers; none of None."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 @dataclass
