@@ -16,6 +16,7 @@ COMMANDS = {  # name: (module with `main`, what it does)
     "prepare": ("lofi_fast.prepare", "fill the frame cache without training, on one machine or many"),
     "plan": ("lofi_fast.plan", "what will fit a budget? Needs no GPU and no data"),
     "detect": ("lofi_fast.detect", "find actions in videos with a trained detector"),
+    "convert": ("lofi_fast.convert", "labels or detections of any format into another one"),
     "evaluate": ("lofi_fast.evaluate", "mAP of any predictions against any ground truth"),
     "report": ("lofi_fast.report", "write report.html of a run folder"),
 }

@@ -32,6 +32,7 @@ from lofi_fast.data.formats import (
     label_studio,
     soccer,
     spot,
+    subtitles,
     table,
     thumos,
     trace,
@@ -73,7 +74,9 @@ __all__ = [
 JSON = (activitynet, boris, cholect50, via, soccer, ego4d, spot, label_studio, actions)
 TABLES = (table, boris_table, epic, trace, charades, hacs_clips)
 XML = (elan, cvat)
-SUFFIXES = frozenset((".json", ".csv", ".tsv", ".txt", ".eaf", ".xml", ".boris", ".labels"))  # looked for in folders
+SUFFIXES = frozenset(
+    (".json", ".csv", ".tsv", ".txt", ".eaf", ".xml", ".boris", ".labels", ".srt", ".vtt")
+)  # looked for in folders
 MOST_FILES = 100_000  # of labels in one folder
 
 
@@ -176,7 +179,7 @@ def _recognised(file: LabelFile) -> tuple[Reader, frozenset[str]] | None:
         if of is not None:
             return partial(of.read, table=rows), of.OPTIONS
     if not is_table:
-        for lines in (thumos, frames):
+        for lines in (subtitles, thumos, frames):
             if lines.recognises(text):
                 return lines.read, lines.OPTIONS
     return None

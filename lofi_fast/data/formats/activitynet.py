@@ -7,11 +7,15 @@ Seconds, as numbers or texts. Subsets as they are told.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from lofi_fast.data.formats.file import LabelFile, check_name
 from lofi_fast.data.labels import UNASSIGNED, Video, duration_of, segment_of, subset_of
 from lofi_fast.errors import InputError
+from lofi_fast.files import write_bytes
 
 NAME = "ActivityNet JSON"
 OPTIONS = frozenset[str]()
@@ -46,3 +50,16 @@ def read(file: LabelFile, content: Any) -> list[Video]:
             segments.append(segment_of(bounds[0], bounds[1], item.get("label"), at))
         videos.append(file.made(name, subset, duration, segments))
     return videos
+
+
+def write(path: Path, videos: Iterable[Video]) -> None:
+    """Write labels in this form; videos that no subset is told of have none. Raises InputError when it cannot be."""
+    database: dict[str, Any] = {}
+    for video in videos:
+        entry: dict[str, Any] = {} if video.subset == UNASSIGNED else {"subset": video.subset}
+        if video.duration is not None:
+            entry["duration"] = video.duration
+        entry["annotations"] = [{"segment": [s.start, s.end], "label": s.label} for s in video.segments]
+        database[video.name] = entry
+    text = json.dumps({"version": "VERSION 1.3", "database": database}, allow_nan=False)
+    write_bytes(path, text.encode() + b"\n")

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, file_names, plural, shown
+from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, file_names, plural, shown
 from lofi_fast.data.labels import Segment, Video, seconds_of
+from lofi_fast.detections import Detection, lanes
 from lofi_fast.errors import InputError
+from lofi_fast.files import write_bytes
 
 NAME = "a project of BORIS"
 OPTIONS = frozenset[str]()
@@ -206,3 +208,56 @@ def lengths_beside(folder: Path) -> dict[str, float]:
             for one in content["observations"].values():
                 found |= media_lengths(one) if isinstance(one, dict) else {}
     return found
+
+
+def write(path: Path, predictions: Mapping[str, Sequence[Detection]], media: Mapping[str, Medium]) -> None:
+    """Write detections as a project of BORIS 7, which later versions open: an observation for each video, a state event
+    for each class, and scores as comments. Seconds to the millisecond.
+
+    Detections of one class that overlap or touch belong to different subjects, since BORIS pairs starts and stops by
+    subject. A class of which all segments start and end at once is a point event. Raises InputError when the file
+    cannot be written.
+    """
+    by_class: dict[str, list[Detection]] = {}
+    for items in predictions.values():
+        for d in items:
+            by_class.setdefault(d.label, []).append(d)
+    points = {label for label, items in by_class.items() if all(d.start == d.end for d in items)}
+    observations, subjects = {}, 0
+    for name, items in predictions.items():
+        events: list[list[Any]] = []
+        for label in sorted({d.label for d in items}):
+            for number, lane in enumerate(lanes([d for d in items if d.label == label]), 1):
+                subjects = max(subjects, number)
+                for d in lane:
+                    for at in (d.start,) if label in points else (d.start, d.end):
+                        events.append([round(at, 3), f"detection {number}", label, "", f"score {d.score:.4f}"])
+        medium = media[name]
+        length = medium.duration or max((d.end for d in items), default=0.0)
+        observations[name] = {
+            "file": {"1": [medium.path], **{str(player): [] for player in range(2, 9)}}, "type": "MEDIA",
+            "date": "1970-01-01T00:00:00", "description": "", "time offset": 0.0,
+            "events": sorted(events, key=lambda event: event[0]), "independent_variables": {},
+            "visualize_spectrogram": False, "close_behaviors_between_videos": False,
+            "media_info": {
+                "length": {medium.path: round(length, 3)}, "fps": {medium.path: medium.fps or 25.0},
+                "hasVideo": {medium.path: True}, "hasAudio": {medium.path: False},
+                "offset": {str(player): 0.0 for player in range(1, 9)},
+            },
+        }  # fmt: skip
+    content = {
+        "time_format": "hh:mm:ss", "project_name": "detections", "project_date": "1970-01-01T00:00:00",
+        "project_description": "", "project_format_version": "7.0", "behavioral_categories": [], "coding_map": {},
+        "converters": {}, "independent_variables": {}, "observations": observations,
+        "subjects_conf": {
+            str(number): {"key": "", "name": f"detection {number + 1}", "description": ""} for number in range(subjects)
+        },
+        "behaviors_conf": {
+            str(number): {
+                "type": "Point event" if label in points else "State event", "key": "", "code": label,
+                "description": "", "category": "", "modifiers": {}, "excluded": "", "coding map": "",
+            }
+            for number, label in enumerate(sorted(by_class))
+        },
+    }  # fmt: skip
+    write_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")

@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from xml.etree.ElementTree import Element
+from pathlib import Path
+from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, file_names, plural, shown
+from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, file_names, plural, shown
 from lofi_fast.data.labels import Video
+from lofi_fast.detections import Detection, lanes
 from lofi_fast.errors import InputError
+from lofi_fast.files import write_bytes
 
 NAME = "ELAN"
 OPTIONS = frozenset(("tiers",))
@@ -173,3 +176,49 @@ def _slots(file: LabelFile, content: Element) -> dict[str, tuple[int, float | No
 
 def _place(values: dict[str, tuple[int, float | None]], slot: str) -> int:
     return values[slot][0] if slot in values else -1
+
+
+def write(path: Path, detections: Sequence[Detection], medium: Medium) -> None:
+    """Write the detections of one video: a tier for each class, and further ones for those that overlap or touch, which
+    a tier of ELAN cannot hold. Milliseconds; what is shorter than one is made one long, as ELAN wants it.
+
+    Raises InputError when the file cannot be written.
+    """
+    schema = "{http://www.w3.org/2001/XMLSchema-instance}noNamespaceSchemaLocation"
+    root = Element("ANNOTATION_DOCUMENT", {
+        "AUTHOR": "lofi_fast", "DATE": "1970-01-01T00:00:00+00:00", "FORMAT": "3.0", "VERSION": "3.0",
+        schema: "http://www.mpi.nl/tools/elan/EAFv3.0.xsd",
+    })  # fmt: skip
+    header = SubElement(root, "HEADER", {"MEDIA_FILE": "", "TIME_UNITS": "milliseconds"})
+    file = Path(medium.path)
+    SubElement(header, "MEDIA_DESCRIPTOR", {
+        "MEDIA_URL": file.as_uri() if file.is_absolute() else medium.path,
+        "MIME_TYPE": "video/mp4" if file.suffix.lower() in (".mp4", ".m4v") else "video/*",
+        "RELATIVE_MEDIA_URL": f"./{file.name}",
+    })  # fmt: skip
+    order = SubElement(root, "TIME_ORDER")
+    count = 0
+    for label in sorted({d.label for d in detections}):
+        for number, lane in enumerate(lanes([d for d in detections if d.label == label]), 1):
+            name = _text(label) if number == 1 else f"{_text(label)} ({number})"
+            tier = SubElement(root, "TIER", {"LINGUISTIC_TYPE_REF": "action", "TIER_ID": name})
+            for d in lane:
+                start = round(1000 * d.start)
+                for slot, at in ((2 * count + 1, start), (2 * count + 2, max(round(1000 * d.end), start + 1))):
+                    SubElement(order, "TIME_SLOT", {"TIME_SLOT_ID": f"ts{slot}", "TIME_VALUE": str(at)})
+                slots = {"TIME_SLOT_REF1": f"ts{2 * count + 1}", "TIME_SLOT_REF2": f"ts{2 * count + 2}"}
+                count += 1
+                one = SubElement(
+                    SubElement(tier, "ANNOTATION"), "ALIGNABLE_ANNOTATION", {"ANNOTATION_ID": f"a{count}", **slots}
+                )
+                SubElement(one, "ANNOTATION_VALUE").text = _text(label)
+    SubElement(root, "LINGUISTIC_TYPE", {
+        "GRAPHIC_REFERENCES": "false", "LINGUISTIC_TYPE_ID": "action", "TIME_ALIGNABLE": "true",
+    })  # fmt: skip
+    indent(root, " ")
+    write_bytes(path, tostring(root, encoding="UTF-8", xml_declaration=True) + b"\n")
+
+
+def _text(label: str) -> str:
+    """Without the control characters that XML has no form for."""
+    return "".join(character for character in label if character >= " ")

@@ -151,6 +151,15 @@ class LabelFile:
         return match_videos(self.options.videos, names).paths
 
 
+@dataclass(frozen=True)
+class Medium:
+    """A video as a tool opens it: the path of its file, or a name; seconds, and frames a second, where known."""
+
+    path: str
+    duration: float | None = None
+    fps: float | None = None
+
+
 class Gathered:
     """Videos of a file, of which the segments come in any order."""
 

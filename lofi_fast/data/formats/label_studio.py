@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, file_names, plural
+from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, file_names, plural
 from lofi_fast.data.labels import Video, seconds_of
 from lofi_fast.detections import Detection
 from lofi_fast.errors import InputError
@@ -131,14 +131,20 @@ def _labels(value: Mapping[str, Any], key: str) -> list[str]:
     return [str(label) for label in listed] if isinstance(listed, list) else []
 
 
-def write(path: Path, predictions: Mapping[str, Sequence[Detection]], media: Mapping[str, str], fps: float) -> None:
-    """Write detections as tasks with predictions, to be imported and corrected; frames of `fps` a second.
+def write(path: Path, predictions: Mapping[str, Sequence[Detection]], media: Mapping[str, Medium]) -> None:
+    """Write detections as tasks with predictions, to be imported and corrected.
 
-    `media`: the file of each video. A region holds the frames whose middle lies in its segment, one at least. Raises
-    InputError when the file cannot be written.
+    A region holds the frames whose middle lies in its segment, one at least. Raises
+    InputError when the file cannot be written, and for a video whose frame rate is not known.
     """
     tasks = []
     for name, items in predictions.items():
+        fps = media[name].fps
+        if not fps:
+            raise InputError(
+                f"{path}: Label Studio counts frames, and how many {name} has a second is not known; give --fps, or "
+                "the folder of the videos with --videos"
+            )
         results = []
         for number, d in enumerate(sorted(items, key=lambda d: (d.start, d.end))):
             first = round(d.start * fps) + 1
@@ -152,5 +158,5 @@ def write(path: Path, predictions: Mapping[str, Sequence[Detection]], media: Map
             })  # fmt: skip
         score = max((d.score for d in items), default=0.0)
         prediction = {"model_version": "lofi_fast", "score": score, "result": results}
-        tasks.append({"data": {"video": media.get(name, name)}, "predictions": [prediction]})
+        tasks.append({"data": {"video": media[name].path}, "predictions": [prediction]})
     write_bytes(path, json.dumps(tasks, indent=1, allow_nan=False).encode() + b"\n")

@@ -7,9 +7,15 @@ start, end and label are all empty names a video without segments.
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
 from lofi_fast.data.formats.file import Gathered, LabelFile, Table
-from lofi_fast.data.labels import Video, subset_of
+from lofi_fast.data.labels import UNASSIGNED, Video, subset_of
 from lofi_fast.errors import InputError
+from lofi_fast.files import write_bytes
 
 NAME = "a table"
 OPTIONS = frozenset[str]()
@@ -38,3 +44,20 @@ def read(file: LabelFile, table: Table) -> list[Video]:
         if cell["start"] or cell["end"] or cell["label"]:
             found.segment(name, cell["start"], cell["end"], cell["label"], where)
     return found.videos()
+
+
+def write(path: Path, videos: Sequence[Video]) -> None:
+    """Write labels as such a table, with the columns subset and duration where some video has them. Raises InputError
+    when it cannot be.
+    """
+    subsets = any(video.subset != UNASSIGNED for video in videos)
+    durations = any(video.duration is not None for video in videos)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow((*COLUMNS, *(("subset",) if subsets else ()), *(("duration",) if durations else ())))
+    for video in videos:
+        duration = "" if video.duration is None else repr(video.duration)
+        facts = (*((video.subset,) if subsets else ()), *((duration,) if durations else ()))
+        rows = [(repr(s.start), repr(s.end), s.label) for s in video.segments] or [("", "", "")]
+        writer.writerows((video.name, *row, *facts) for row in rows)
+    write_bytes(path, text.getvalue().encode())

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, file_names, plural
+from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, file_names, plural
 from lofi_fast.data.labels import Video
 from lofi_fast.detections import Detection
 from lofi_fast.errors import InputError
@@ -46,7 +46,9 @@ def read(file: LabelFile, content: Any) -> list[Video]:
         ids = view.get("fid_list") if isinstance(view, dict) else None
         of = files.get(str(ids[0])) if isinstance(ids, list) and ids else None
         if isinstance(of, dict):
-            media[str(vid)] = str(of.get("fname") or of.get("src") or "")
+            source = str(of.get("src") or "")
+            held = not source or source.startswith(("data:", "blob:"))  # in the project, or where the user says
+            media[str(vid)] = str(of.get("fname") or "") if held else source
     entries = []
     for key, entry in content["metadata"].items():
         if not isinstance(entry, dict) or str(entry.get("vid")) not in media:
@@ -155,9 +157,9 @@ def _json(text: str, where: str) -> Any:
         raise InputError(f"{where} holds {text[:60]!r}, which is not JSON") from None
 
 
-def write(path: Path, predictions: Mapping[str, Sequence[Detection]], media: Mapping[str, str]) -> None:
-    """Write detections as a project, to be opened and corrected; seconds to the millisecond. `media`: the file of each
-    video. Raises InputError when the file cannot be written.
+def write(path: Path, predictions: Mapping[str, Sequence[Detection]], media: Mapping[str, Medium]) -> None:
+    """Write detections as a project, to be opened and corrected; seconds to the millisecond. VIA
+    asks for the files by their names. Raises InputError when the file cannot be written.
     """
     labels = sorted({d.label for items in predictions.values() for d in items})
     options = {str(number): label for number, label in enumerate(labels)}
@@ -189,7 +191,10 @@ def write(path: Path, predictions: Mapping[str, Sequence[Detection]], media: Map
             "2": {"aname": "score", "type": 1, "options": {}, **anchor},
         },
         "file": {
-            ids[name]: {"fid": ids[name], "fname": media.get(name, name), "type": _SELECT, "loc": 1, "src": ""}
+            ids[name]: {
+                "fid": ids[name], "fname": Path(media[name].path).name, "type": _SELECT, "loc": 1,
+                "src": media[name].path,
+            }
             for name in predictions
         },
         "metadata": metadata,
