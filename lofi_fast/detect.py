@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from lofi_fast.budget import Budget
 from lofi_fast.command import INTERRUPTED, parse, run
 from lofi_fast.data.cache import file_name
+from lofi_fast.data.exports import ENDINGS, TOOLS, medium_of, write_for
 from lofi_fast.data.matching import list_videos
 from lofi_fast.data.video import VideoError, stated_duration
 from lofi_fast.detections import MIN_SCORE, Detection, draw_timeline, write_csv, write_predictions, write_srt, write_vtt
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lofi_fast.run.processes import Processes
 
 FORMATS = ("json", "csv", "srt", "vtt")
+ALL_FORMATS = (*FORMATS, *TOOLS)
 SUBTITLES = {"srt": write_srt, "vtt": write_vtt}
 DESCRIPTION = (
     "Find actions in videos with a trained detector. Any file that FFmpeg reads will do, without labels. For each "
@@ -42,9 +44,9 @@ DESCRIPTION = (
 def parse_formats(text: str) -> tuple[str, ...]:
     """ "json,srt": which files to write. Raises InputError."""
     asked = [name.strip() for name in text.lower().split(",") if name.strip()]
-    if not asked or set(asked) - set(FORMATS):
-        raise InputError(f'--format "{text}": name one or more of {",".join(FORMATS)}')
-    return tuple(name for name in FORMATS if name in asked)
+    if not asked or set(asked) - set(ALL_FORMATS):
+        raise InputError(f'--format "{text}": name one or more of {",".join(ALL_FORMATS)}')
+    return tuple(name for name in ALL_FORMATS if name in asked)
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,16 @@ class DetectFlags:
     format: Annotated[
         tuple[str, ...],
         Setting(
-            "json (ActivityNet form) and csv: one file for all videos; srt and vtt: subtitles of each", "A,B",
+            "json (ActivityNet form) and csv: one file for all videos; srt and vtt: subtitles of each; elan, boris, "
+            "label-studio and via: files of these tools, of what subtitles show",
+            "A,B",
             parse=parse_formats, show=",".join,
         ),
     ] = FORMATS  # fmt: skip
     min_score: Annotated[float, Setting("leave out detections that score less", zero=True, below=1)] = MIN_SCORE
     subtitle_score: Annotated[
         float,
-        Setting("subtitles, and what is counted here, leave out more", zero=True, below=1),
+        Setting("subtitles, files of tools, and what is counted here, leave out more", zero=True, below=1),
     ] = 0.2
     top_k: Annotated[
         int | None,
@@ -161,6 +165,8 @@ def _detect(
         write_predictions(flags.out / "detections.json", found)
     if processes.first and found and "csv" in flags.format:
         write_csv(flags.out / "detections.csv", found)
+    if processes.first and found:
+        _write_for_tools(flags, {names[path]: path for path in paths if names[path] in found}, found)
     terminal.say(
         f"{'interrupted; ' if interrupted else ''}{len(found)} of {len(paths)} videos are done"
         f"{f', {len(skipped)} skipped' if skipped else ''}; what was found is in {_printable(str(flags.out))}"
@@ -206,6 +212,19 @@ def _write(flags: DetectFlags, name: str, result: Found) -> None:
     for form in SUBTITLES.keys() & set(flags.format):
         SUBTITLES[form](flags.out / f"{name}.{form}", shown)
     draw_timeline(flags.out / f"{name}.png", name, result.detections, result.duration)
+
+
+def _write_for_tools(flags: DetectFlags, paths: Mapping[str, Path], found: Mapping[str, Sequence[Detection]]) -> None:
+    """What subtitles would show, for the labelling tools that are asked for."""
+    clear = {name: [d for d in items if d.score >= flags.subtitle_score] for name, items in found.items()}
+    asked = [tool for tool in TOOLS if tool in flags.format]
+    media = {name: medium_of(path) for name, path in paths.items()} if asked else {}
+    for tool in asked:
+        if tool == "elan":
+            for name, items in clear.items():
+                write_for(tool, flags.out / f"{name}{ENDINGS[tool]}", {name: items}, media)
+        else:
+            write_for(tool, flags.out / f"detections{ENDINGS[tool]}", clear, media)
 
 
 def _summary(name: str, detections: Sequence[Detection], least: float) -> str:

@@ -77,6 +77,7 @@ XML = (elan, cvat)
 SUFFIXES = frozenset(
     (".json", ".csv", ".tsv", ".txt", ".eaf", ".xml", ".boris", ".labels", ".srt", ".vtt")
 )  # looked for in folders
+NOTES_SHOWN = 30  # of the files of a folder
 MOST_FILES = 100_000  # of labels in one folder
 
 
@@ -180,7 +181,7 @@ def _recognised(file: LabelFile) -> tuple[Reader, frozenset[str]] | None:
             return partial(of.read, table=rows), of.OPTIONS
     if not is_table:
         for lines in (subtitles, thumos, frames):
-            if lines.recognises(text):
+            if lines.recognises(text) or (lines is subtitles and suffix in (".srt", ".vtt")):
                 return lines.read, lines.OPTIONS
     return None
 
@@ -259,6 +260,8 @@ def _of_folder(folder: Path, clip: bool, options: FormatOptions, repairs: Repair
     whole = LabelFile(folder, "", options, clip, repairs)
     videos = [whole.made(video.name, video.subset, video.duration, video.segments) for video in found.values()]
     told = [f"{folder}: {note}{f' ({count} files)' if count > 1 else ''}" for note, count in notes.items()]
+    if told[NOTES_SHOWN:]:
+        told = [*told[:NOTES_SHOWN], f"{folder}: {len(told) - NOTES_SHOWN} more notes of its files are left out"]
     if others:
         told.append(f"{folder}: {plural(len(others), 'file')} of no known format passed over: {shown(others)}")
     return videos, [*told, *_unused(folder, options, used)]

@@ -60,7 +60,8 @@ def read(file: LabelFile, content: Element) -> list[Video]:
                 continue
             start, end = (round(at * _UNITS[unit] + origin, 6) for at in times[key])
             found.segment(name, start, end, value.strip() or tier.name, f"{where}, annotation {key}")
-    file.note(f"read as {NAME}: {unit}; labels are the values on {shown(t.name for t in chosen)}; no subsets")
+    told = f"the tiers {shown(file.options.tiers)}" if file.options.tiers else "tiers that depend on no other one"
+    file.note(f"read as {NAME}: {unit}; labels are the values on {told}; no subsets")
     if others := [tier for tier in tiers if tier not in {t.name for t in chosen}]:
         file.note(f"{plural(len(others), 'tier')} left out, which --tiers can name: {shown(others)}")
     if count := sum(key in between for tier in chosen for key, *_ in (*tier.aligned, *tier.referring)):
