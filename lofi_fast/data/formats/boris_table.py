@@ -65,7 +65,7 @@ def read(file: LabelFile, table: Table) -> list[Video]:
         media = [(names[path], told.get(path)) for path in queues[name]]
         for path in queues[name]:
             found.video(names[path], f"{file.path}: observation {name}", duration=told.get(path))
-        _observation(found, rows, media, dropped)
+        _observation(found, rows, media, medium, next(iter(queues[name])), dropped)
     file.note(f"read as {NAME}: seconds; labels are behaviours, whatever subject and modifiers; no subsets")
     if live:
         file.note(f"{plural(live, 'row')} without a media file dropped")
@@ -94,8 +94,11 @@ def _observation(
     found: Gathered,
     rows: list[tuple[str, dict[str, str]]],
     media: list[tuple[str, float | None]],
+    medium: str,
+    first: str,
     dropped: Dropped,
 ) -> None:
+    """Add the segments of one observation; `medium`: the column of the media, `first`: what it says of the first."""
     events = []
     for line, cell in rows:
         offset = seconds_of(cell.get("time offset (s)", "")) or 0.0
@@ -108,7 +111,9 @@ def _observation(
                 raise InputError(
                     f"{line}: the event of {cell['behavior']} starts at {start} s, after its stop at {stop}"
                 )
-            put(found, Segment(start, end, cell["behavior"]), media, dropped, line)
+            # what is of the first medium can be placed, however long that is
+            known = media[:1] if cell[medium] == first and media[0][1] is None else media
+            put(found, Segment(start, end, cell["behavior"]), known, dropped, line)
         else:
             status = (cell.get("status") or cell.get("behavior type") or "").upper()
             if status not in ("POINT", "START", "STOP", "STATE"):

@@ -7,6 +7,7 @@ The file's name is the video's. Frames without a triplet (-1) have none. No subs
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -36,7 +37,7 @@ def read(file: LabelFile, content: Any) -> list[Video]:
     last = -1
     for key, instances in content["annotations"].items():
         where = f"{file.path}: frame {key}"
-        if not str(key).isdecimal() or not isinstance(instances, list):
+        if not re.fullmatch(r"\d{1,9}", str(key), re.ASCII) or not isinstance(instances, list):
             raise InputError(f"{where} must be a number with a list of instances")
         last = max(last, int(key))
         for instance in instances:

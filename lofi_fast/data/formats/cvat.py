@@ -73,7 +73,7 @@ def _sources(file: LabelFile, content: Element) -> dict[str, tuple[str, int]]:
         source = (task.findtext("source") or task.findtext("name") or "").strip()
         if not source and meta is not None:
             source = (meta.findtext("source") or "").strip()
-        step = re.search(r"step\s*=\s*(\d+)", task.findtext("frame_filter") or "")
+        step = re.search(r"step\s*=\s*([1-9]\d{0,5})", task.findtext("frame_filter") or "")
         found[task.findtext("id") or ""] = (source or file.path.stem, int(step[1]) if step else 1)
     if not found:
         source = "" if meta is None else (meta.findtext("source") or "").strip()
@@ -131,6 +131,6 @@ def _consecutive(frames: list[int], step: int) -> Iterator[tuple[int, int]]:
 
 def _number(file: LabelFile, element: Element, key: str, where: str = "") -> int:
     text = element.get(key, "")
-    if not text.isdecimal():
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
         raise InputError(f"{where or f'{file.path}: {element.tag}'} has the {key} {text!r}; it must be a whole number")
     return int(text)

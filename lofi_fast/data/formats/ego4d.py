@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lofi_fast.data.formats.file import Gathered, LabelFile, plural
-from lofi_fast.data.labels import Video, subset_of
+from lofi_fast.data.labels import Video, seconds_of, subset_of
 from lofi_fast.data.matching import match_videos
 from lofi_fast.errors import InputError
 
@@ -77,7 +77,5 @@ def _dicts(of: dict[str, Any], key: str, where: str) -> Iterator[dict[str, Any]]
 
 def _length(clip: dict[str, Any]) -> float | None:
     """Seconds of a clip, where both of its ends are told."""
-    start, end = clip.get("video_start_sec"), clip.get("video_end_sec")
-    if isinstance(start, int | float) and isinstance(end, int | float) and end > start:
-        return float(end) - float(start)
-    return None
+    start, end = seconds_of(clip.get("video_start_sec")), seconds_of(clip.get("video_end_sec"))
+    return end - start if start is not None and end is not None and end > start else None

@@ -85,7 +85,7 @@ def _media(file: LabelFile, header: Element | None) -> tuple[str, float]:
     origin = chosen.get("TIME_ORIGIN", "0")
     try:
         return name, int(origin) / 1000
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(f"{file.path}: its medium has the TIME_ORIGIN {origin!r}; it must be milliseconds") from None
 
 
@@ -168,7 +168,7 @@ def _slots(file: LabelFile, content: Element) -> dict[str, tuple[int, float | No
         text = slot.get("TIME_VALUE")
         try:
             found[slot.get("TIME_SLOT_ID", "")] = (place, None if text is None else float(int(text)))
-        except ValueError:
+        except (ValueError, OverflowError):
             raise InputError(
                 f"{file.path}: time slot {slot.get('TIME_SLOT_ID')} has the value {text!r}; it must be a whole number"
             ) from None

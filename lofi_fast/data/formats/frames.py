@@ -22,7 +22,8 @@ NAME = "labels of frames"
 OPTIONS = frozenset(("fps",))
 BACKGROUND = frozenset(("background", "bg", "sil", "action_start", "action_end"))
 CHOLEC80_RATE = 25.0
-_RUN = re.compile(r"\s*(\d+)\s*-\s*(\d+)\s+(\S.*?)\s*")
+_RUN = re.compile(r"\s*(\d{1,9})\s*-\s*(\d{1,9})\s+(\S.*?)\s*", re.ASCII)
+_NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 _BEHIND = re.compile(r"-(?:phase|tool|timestamp)$", re.IGNORECASE)
 Run = tuple[int, int, str]  # first frame from 0, the frame after the last, label
 
@@ -97,7 +98,7 @@ def _of_table(file: LabelFile, lines: list[tuple[int, str]]) -> tuple[list[Run],
     rows = []
     for number, line in lines[1:]:
         cells = [cell.strip() for cell in line.split("\t")]
-        if len(cells) != len(columns) + 1 or not cells[0].isdecimal():
+        if len(cells) != len(columns) + 1 or not _NUMBER.fullmatch(cells[0]):
             raise InputError(f"{file.path} line {number} must have a frame number and {plural(len(columns), 'value')}")
         rows.append((int(cells[0]), cells[1:]))
     step = min((b - a for (a, _), (b, _) in pairwise(rows) if b > a), default=1)

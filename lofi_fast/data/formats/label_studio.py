@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, file_names, plural
 from lofi_fast.data.labels import Video, seconds_of
@@ -97,7 +98,7 @@ def _medium(task: Mapping[str, Any], where: str) -> str:
     if not found:
         raise InputError(f'{where} names no video; it needs "data": {{"video": path}}')
     path = found.partition("?d=")[2] or found.partition("?")[0]
-    folder, slash, name = path.replace("\\", "/").rpartition("/")
+    folder, slash, name = unquote(path).replace("\\", "/").rpartition("/")
     return folder + slash + _UPLOADED.sub("", name)
 
 

@@ -74,7 +74,7 @@ def _half(file: LabelFile, game: str, half: str) -> str:
         folder = file.options.videos / game
         there = sorted(
             (path for path in (folder.iterdir() if folder.is_dir() else ()) if path.suffix.lower() in EXTENSIONS),
-            key=lambda path: -int("".join(re.findall(r"_(\d+)p", path.stem)) or 0),
+            key=lambda path: -int("".join(re.findall(r"_(\d{1,5})p", path.stem)) or 0),
         )
         for path in there:
             if re.match(rf"{half}(?:\D|$)", path.stem):
