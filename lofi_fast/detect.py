@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from lofi_fast.budget import Budget
 from lofi_fast.command import INTERRUPTED, parse, run
-from lofi_fast.data.cache import file_name
 from lofi_fast.data.exports import ENDINGS, TOOLS, medium_of, write_for
-from lofi_fast.data.matching import list_videos
+from lofi_fast.data.given import paths_of, printable_name, unique_names
 from lofi_fast.data.video import VideoError, stated_duration
 from lofi_fast.detections import MIN_SCORE, Detection, draw_timeline, write_csv, write_predictions, write_srt, write_vtt
 from lofi_fast.errors import InputError
@@ -108,7 +107,7 @@ def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> in
 
 def _command(argv: list[str], owns_process: bool) -> int:
     flags = parse(DetectFlags, argv, prog="lofi-fast detect", description=DESCRIPTION)
-    paths = _paths(flags.videos)
+    paths = paths_of(flags.videos)
     if owns_process:
         from lofi_fast.memory.settle import settle_allocator
 
@@ -169,7 +168,7 @@ def _detect(
         _write_for_tools(flags, {names[path]: path for path in paths if names[path] in found}, found)
     terminal.say(
         f"{'interrupted; ' if interrupted else ''}{len(found)} of {len(paths)} videos are done"
-        f"{f', {len(skipped)} skipped' if skipped else ''}; what was found is in {_printable(str(flags.out))}"
+        f"{f', {len(skipped)} skipped' if skipped else ''}; what was found is in {printable_name(str(flags.out))}"
     )
     if interrupted:
         return INTERRUPTED
@@ -195,7 +194,7 @@ def _look(
                 seen.found[names[path]] = result.detections
                 terminal.say(_summary(names[path], result.detections, flags.subtitle_score))
             except VideoError as error:
-                seen.skipped.append(_printable(str(error)))
+                seen.skipped.append(printable_name(str(error)))
                 terminal.say(f"skipped: {seen.skipped[-1]}")
             except KeyboardInterrupt:
                 seen.interrupted = True
@@ -237,46 +236,6 @@ def _summary(name: str, detections: Sequence[Detection], least: float) -> str:
         f"{name}: {len(clear)} detections that score {least:g} or more ({counts}); best: {first.label} from "
         f"{first.start:.1f} to {first.end:.1f} s, {first.score:.2f}"
     )
-
-
-def _paths(given: Sequence[str]) -> list[Path]:
-    """The files named, and those in the folders named, each once."""
-    paths: dict[Path, Path] = {}
-    for path in map(Path, given):
-        inside = list_videos(path) if path.is_dir() else [path]
-        if not inside:
-            raise InputError(
-                f"{path}: no video in this folder (a file whose name does not tell can be named by itself)"
-            )
-        for file in inside:
-            paths.setdefault(file.resolve(), file)
-    return list(paths.values())
-
-
-def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """A name for the results of each video: its own without the extension; with it, or with the folder too, where two
-    would be the same. File systems that ignore case do not mix them up either.
-    """
-    names: dict[Path, str] = {}
-    rest = list(paths)
-    for name_of in (lambda p: p.stem, lambda p: p.name, lambda p: f"{p.resolve().parent.name}-{p.name}"):
-        wanted = {path: file_name(_printable(name_of(path))) for path in rest}
-        counts = Counter(name.casefold() for name in (*wanted.values(), *names.values()))
-        names |= {path: name for path, name in wanted.items() if counts[name.casefold()] == 1}
-        rest = [path for path in rest if path not in names]
-    taken = {name.casefold() for name in names.values()}
-    for path in rest:
-        number = 2
-        while (name := f"{wanted[path]}-{number}").casefold() in taken:
-            number += 1
-        names[path] = name
-        taken.add(name.casefold())
-    return names
-
-
-def _printable(text: str) -> str:
-    """Names of files may hold bytes that are no text."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 @contextmanager
