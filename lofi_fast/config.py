@@ -79,8 +79,9 @@ class DataConfig:
     annotations: Annotated[
         str | None,
         Setting(
-            "labels: ActivityNet-form JSON, or a CSV with video,start,end,label", "FILE", flag="--annotations",
-            group=JOB, unset="the embedded demo set", may_change=True,
+            "labels: ActivityNet-form JSON, a CSV with video,start,end,label, or what docs/formats.md lists; or a "
+            "folder of such files",
+            "FILE", flag="--annotations", group=JOB, unset="the embedded demo set", may_change=True,
         ),
     ] = None  # fmt: skip
     videos: Annotated[
@@ -88,6 +89,27 @@ class DataConfig:
         Setting(
             "folder of the videos that the annotations name", "DIR", flag="--videos", group=JOB,
             unset="the embedded demo set", may_change=True,
+        ),
+    ] = None  # fmt: skip
+    fps: Annotated[
+        float | None,
+        Setting(
+            "frames a second, for labels that count frames and do not tell", "X", flag="--fps",
+            unset="as the labels say, or else the videos",
+        ),
+    ] = None  # fmt: skip
+    label: Annotated[
+        str | None,
+        Setting(
+            "which of several labels a segment has in some formats: verb, noun or action of EPIC-KITCHENS, ...", "NAME",
+            flag="--label", unset="the format's usual one",
+        ),
+    ] = None  # fmt: skip
+    tiers: Annotated[
+        str | None,
+        Setting(
+            "tiers of ELAN files that hold the actions", "A,B", flag="--tiers",
+            unset="all that depend on no other one",
         ),
     ] = None  # fmt: skip
     cache: Annotated[

@@ -13,6 +13,7 @@ Shapes: C channels, L snippets of a window.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -73,6 +74,19 @@ class VideoFeatures:
 
     values: Features
     times: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class RegularFeatures:
+    """Features of a video, `stride` seconds apart, feature i being centred on (i + 0.5) * stride. count: how many there
+    are. parts: (n, num_channels) float32 in turn, `count` in all, which can be gone through once.
+    """
+
+    info: VideoInfo
+    stride: float
+    count: int
+    num_channels: int
+    parts: Generator[Features]
 
 
 @dataclass(frozen=True)
@@ -391,6 +405,33 @@ class Session:
                     covered = window.end
                     told(min(covered, info.duration))
         return VideoFeatures(np.concatenate(values), np.concatenate(times))
+
+    def regular_features(self, video: Anything) -> RegularFeatures:
+        """The features of one video at regular times: feature i is centred on (i + 0.5) * stride seconds of a player's
+        clock, whenever the pictures begin. They are computed while `parts` is gone through, a window at a time.
+
+        Raises VideoError where the video cannot be used, also while `parts` is gone through.
+        """
+        path = Path(video)
+        info = _probed(path)
+        if info.lost:
+            self._say(f"note: {info.lost} frames of {path} could not be decoded and are left out")
+        length = self.config.full.num_snippets
+        seconds = self.config.data.window_seconds or info.duration
+        stride = seconds / length
+        count = max(math.ceil(info.duration / stride - 0.5 - 1e-9), 1)
+        windows = [
+            Window(str(path), k * seconds, (k + 1) * seconds) for k in range(math.ceil(count / length))
+        ]  # the last one passes the video's end
+
+        def parts() -> Generator[Features]:
+            left = count
+            with self._blaming(path), closing(self._encoded(info, windows)) as encoded:
+                for _, features in encoded:
+                    yield np.ascontiguousarray(features.T[:left])
+                    left -= length
+
+        return RegularFeatures(info, stride, count, self.detector.encoder.num_features, parts())
 
     @contextmanager
     def _blaming(self, path: Path) -> Iterator[None]:

@@ -24,7 +24,7 @@ from lofi_fast.config import (
     PresetName,
     StageConfig,
 )
-from lofi_fast.data.annotations import num_videos
+from lofi_fast.data.annotations import FormatOptions, num_videos
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern
 from lofi_fast.settings import Setting, applied, read
@@ -277,10 +277,16 @@ def chosen_preset(asked: Mapping[str, Any], cuda: Callable[[], bool], with_data:
     return preset
 
 
+def _options(asked: Mapping[str, Any]) -> FormatOptions:
+    """How the labels are to be read."""
+    named = {name: asked[f"data.{name}"] for name in ("fps", "label", "tiers", "videos") if f"data.{name}" in asked}
+    return FormatOptions.of(DataConfig(**named))
+
+
 def _of_own_data(asked: Mapping[str, Any], cuda: Callable[[], bool]) -> tuple[PresetName, str]:
     """(the default preset of own data, why that)."""
     weights = asked.get("encoder.weights")
-    count = 0 if weights else num_videos(Path(asked["data.annotations"]))
+    count = 0 if weights else num_videos(Path(asked["data.annotations"]), _options(asked))
     if not weights and count < MANY_VIDEOS:
         return "small", (
             f"which learns from scratch, since no --encoder-weights are given and fewer than {MANY_VIDEOS} videos are "
