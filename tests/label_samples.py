@@ -304,6 +304,11 @@ SAMPLES: dict[str, Sample] = {
     "VIA 3 attribute": Sample(
         "via.json", dumped(VIA), {"egg": (NONE, None, [(4.0, 4.0, "smoke")])}, options=FormatOptions(label="comment"),
     ),
+    "VIA 3 ticked boxes": Sample(
+        "via.json", dumped({**VIA, "attribute": {"1": {"aname": "who", "type": 2, "options": {"0": "ann", "1": "bob"}}},
+                            "metadata": {"1_a": {"vid": "1", "z": [1, 2], "xy": [], "av": {"1": "0,1"}}}}),
+        {"egg": (NONE, None, [(1.0, 2.0, "ann"), (1.0, 2.0, "bob")])},
+    ),
     "VIA 3 CSV": Sample("via.csv", VIA_CSV, {"egg": (NONE, None, [(1.25, 3.5, "break egg")])}),
     "VIA 3 CSV of before": Sample(
         "via.csv",
@@ -385,6 +390,10 @@ SAMPLES: dict[str, Sample] = {
             f"{GAME}/1": (NONE, None, [(5.125, 5.125, "Kick-off")]),
             f"{GAME}/2": (NONE, None, [(2700.0, 2700.0, "Goal")]),
         },
+    ),
+    "SoccerNet 1": Sample(
+        "Labels.json", dumped({**SOCCER, "annotations": [{"gameTime": "2 - 12:21", "label": "soccer-ball"}]}),
+        {f"{GAME}/2": (NONE, None, [(741.0, 741.0, "soccer-ball")])},
     ),
     "OpenSportsLab 2": Sample(
         "osl.json", dumped(OSL), {"game1/224p": (VAL, None, [(1.24, 1.24, "PASS")]), "game2/224p": (VAL, None, [])},

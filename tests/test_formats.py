@@ -13,9 +13,13 @@ from label_samples import SAMPLES, Sample, segments
 from test_loaders import HOSTILE, damaged
 from test_video import write_video
 
+import lofi_fast
+from lofi_fast.config import Config
 from lofi_fast.data.annotations import Annotations, FormatOptions, Video, load_annotations
 from lofi_fast.data.formats.file import file_names
+from lofi_fast.data.ground_truth import load_ground_truth, load_subset
 from lofi_fast.errors import InputError
+from lofi_fast.presets import configured
 
 SHARED = ROOT.parent / "shared" / "data" / "formats"
 
@@ -147,6 +151,10 @@ def test_halves_of_a_game_are_named_like_their_files(tmp_path: Path) -> None:
         (tmp_path / "v" / game / name).touch()
     found = load_annotations(path, options=FormatOptions(videos=tmp_path / "v"))
     assert [video.name for video in found.videos] == [f"{game}/1_720p", f"{game}/2_224p"]
+    (tmp_path / "w" / game).mkdir(parents=True)
+    (tmp_path / "w" / game / "720p.mp4").touch()
+    whole = load_annotations(path, options=FormatOptions(videos=tmp_path / "w"))
+    assert [video.name for video in whole.videos] == [f"{game}/720p"]
 
 
 # Folders
@@ -205,7 +213,7 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
     [
         (["C:\\v\\a.MP4", "b"], ["a", "b"]),
         (["/d/cam1/0.mp4", "/d/cam2/0.mp4", "/d/x.y.avi"], ["cam1/0", "cam2/0", "x.y"]),
-        (["http://host/p/a.mp4", "file:///home/a.v2"], ["a", "a.v2"]),
+        (["http://host/p/a%20b.mp4", "file:///home/a.v2", "100%25.mp4"], ["a b", "a.v2", "100%25"]),
         (["same.mp4", "same.mp4"], ["same", "same"]),
     ],
 )
@@ -233,3 +241,41 @@ def test_real_labels(file: str, videos: int, count: int, classes: int, subsets: 
     found = load_annotations(SHARED / file, clip=False)
     assert len(found.videos) == videos and sum(len(video.segments) for video in found.videos) == count
     assert len(found.classes) == classes and {video.subset for video in found.videos} == subsets
+
+
+# What reads labels takes them all
+
+
+def test_ground_truth_is_of_any_format(tmp_path: Path) -> None:
+    path = SAMPLES["E2E-Spot"].write(tmp_path)
+    assert load_ground_truth(path) == {"rally": [(2.0, 2.0, "serve")]}
+    epic = SAMPLES["EPIC action"].write(tmp_path / "epic")
+    assert load_ground_truth(epic, options=FormatOptions(label="noun"))["P01_1"][2] == (120.0, 121.0, "lid")
+    assert load_subset(tmp_path / "epic", None)[0] == "validation"
+    with pytest.raises(InputError, match="its times are frames"):
+        load_ground_truth(SAMPLES["CVAT"].write(tmp_path / "cvat"))
+
+
+@pytest.mark.parametrize("name", ["Label Studio JSON-MIN", "CVAT", "frame-wise"])
+def test_check_reads_them_with_the_videos_at_hand(name: str, tmp_path: Path) -> None:
+    sample = SAMPLES[name]
+    path = sample.write(tmp_path)
+    (tmp_path / "v").mkdir()
+    for video in sample.videos:
+        write_video(tmp_path / "v" / f"{video}.mp4", 80, rate=10)
+    found = lofi_fast.check(annotations=str(path), videos=str(tmp_path / "v"), window=4).survey
+    assert found is not None
+    (one,) = found.videos
+    assert [(round(s.start, 6), round(s.end, 6), s.label) for s in one.labelled.segments] == sample.videos[one.name][2]
+    faster = lofi_fast.check(annotations=str(path), videos=str(tmp_path / "v"), fps=20, window=4).survey
+    assert faster is not None
+    assert faster.videos[0].labelled.segments[0].end == pytest.approx(one.labelled.segments[0].end / 2)
+
+
+def test_settings_say_how_labels_are_read() -> None:
+    config = configured(
+        {"preset": "demo", "data.fps": 25.0, "data.label": "noun", "data.tiers": "a, b"}, cuda=lambda: False
+    )
+    assert FormatOptions.of(config.data) == FormatOptions(25.0, "noun", ("a", "b"), None)
+    again = Config.from_json(config.to_json(), "config.json")
+    assert again.data == config.data

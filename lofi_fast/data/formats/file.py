@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import unquote
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -221,7 +222,8 @@ def file_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    plain = re.sub(r"^[A-Za-z][\w+.-]+://[^/]*/|^file:/*", "", path.strip()).replace("\\", "/")
+    plain = re.sub(r"^[A-Za-z][\w+.-]+://[^/]*/|^file:/*", "", path.strip())
+    plain = (plain if plain == path.strip() else unquote(plain)).replace("\\", "/")
     parts = [part for part in plain.split("/") if part not in ("", ".", "..")]
     if not parts:
         return (path,)

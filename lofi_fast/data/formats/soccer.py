@@ -21,7 +21,7 @@ from lofi_fast.errors import InputError
 
 NAME = "SoccerNet"
 OPTIONS = frozenset(("label",))
-_HALF = re.compile(r"\s*(\d+)\s*-\s*(\d+:\d+)")
+_HALF = re.compile(r"\s*(\d{1,2})\s*-\s*(\d{1,4}:\d{2})")
 
 
 def recognises(content: Any) -> bool:
@@ -38,7 +38,7 @@ def recognises(content: Any) -> bool:
 
 
 def _is_spot(item: Any) -> bool:
-    return isinstance(item, dict) and "gameTime" in item and "position" in item
+    return isinstance(item, dict) and "gameTime" in item and "label" in item
 
 
 def read(file: LabelFile, content: Any) -> list[Video]:
@@ -62,7 +62,8 @@ def _game(file: LabelFile, content: Mapping[str, Any]) -> list[Video]:
             raise InputError(f'{where} needs "gameTime" like "1 - 05:27", not {event.get("gameTime")!r}')
         name = names.setdefault(half[1], _half(file, game, half[1]))
         found.video(name, where)
-        at = _seconds(event, "position", where)
+        # SoccerNet's first version has the game's time alone, to the second
+        at = _seconds(event, "position", where) if "position" in event else seconds_of(half[2])
         found.segment(name, at, at, event.get("label"), where)
     file.note(f"read as {NAME}-v2: points in milliseconds of each half; videos {', '.join(names.values())}; no subsets")
     return found.videos()
@@ -79,6 +80,8 @@ def _half(file: LabelFile, game: str, half: str) -> str:
         for path in there:
             if re.match(rf"{half}(?:\D|$)", path.stem):
                 return f"{game}/{path.stem}"
+        if there and not any(re.match(r"[12](?:\D|$)", path.stem) for path in there):
+            return f"{game}/{there[0].stem}"  # one file of the whole game
     return f"{game}/{half}"
 
 

@@ -101,11 +101,10 @@ def _videos(
         if is_spatial or not isinstance(z, list) or not z:
             spatial += 1
             continue
-        label = _label(values, attributes, chosen)
-        if not label:
-            unlabelled += 1
-            continue
-        found.segment(names[path], z[0], z[-1], label, f"{where}: video {names[path]}")
+        labels = _labels(values, attributes, chosen)
+        unlabelled += not labels
+        for label in labels:
+            found.segment(names[path], z[0], z[-1], label, f"{where}: video {names[path]}")
     file.note(f"read as {NAME}: seconds; no subsets")
     if spatial:
         file.note(f"{spatial} entr{'y' if spatial == 1 else 'ies'} with a region, or without a time, left out")
@@ -128,8 +127,8 @@ def _attribute(file: LabelFile, attributes: Any) -> str | None:
     return next((key for key, name in plain.items() if name == "temporal segments"), None)
 
 
-def _label(values: Any, attributes: Any, chosen: str | None) -> str:
-    """Of a segment, in words."""
+def _labels(values: Any, attributes: Any, chosen: str | None) -> list[str]:
+    """Of a segment, in words: of ticked boxes there may be several."""
     own = {str(key): value for key, value in _items(values)}
     keys = [chosen] if chosen is not None else [key for key in own if str(own[key]).strip()]
     for key in keys[:1]:
@@ -137,9 +136,9 @@ def _label(values: Any, attributes: Any, chosen: str | None) -> str:
         options = of.get("options") if isinstance(of, dict) else None
         value = str(own.get(key, "")).strip()
         if isinstance(options, dict) and options:
-            return ", ".join(str(options.get(part, part)) for part in filter(None, value.split(",")))
-        return value
-    return ""
+            return [str(options.get(part, part)) for part in filter(None, map(str.strip, value.split(",")))]
+        return [value] if value else []
+    return []
 
 
 def _items(of: Any) -> list[tuple[Any, Any]]:
