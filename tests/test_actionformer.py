@@ -293,6 +293,7 @@ def test_it_learns_to_find_segments() -> None:
     assert right >= 16
 
 
+@pytest.mark.usefixtures("torchs_own_allocator")
 def test_it_is_trained_and_applied_by_the_same_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from test_train import SETTINGS
 
