@@ -24,7 +24,7 @@ from lofi_fast.settings import Section, Setting, leaves, made, read
 Stage = Literal["pretrain", "joint", "head", "eval"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 EncoderName = Literal["tsm_r18", "tsm_r34", "tsm_r50"]
-HeadName = Literal["gtad", "actionformer"]
+HeadName = Literal["gtad", "bmn", "actionformer"]
 OptimizerImpl = Literal["auto", "apex", "torch"]
 Recompute = Literal["auto", "always", "never"]
 PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
@@ -181,22 +181,26 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Which head, and G-TAD, whose ActivityNet configuration is the default."""
+    """Which head; and G-TAD, whose ActivityNet configuration is the default, and what BMN has in common with it."""
 
     name: Annotated[HeadName, Setting("what finds the actions in features", flag="--head", memory=True)] = "gtad"
     hidden: Annotated[
-        int, Setting("channels of the graph blocks, a multiple of 4 and of twice the groups", memory=True)
-    ] = 256
-    groups: Annotated[int, Setting("groups of their convolutions", memory=True)] = 32
+        int,
+        Setting(
+            "channels of a snippet: of G-TAD's graph blocks, a multiple of twice their groups; a multiple of 4",
+            memory=True,
+        ),
+    ] = 256  # fmt: skip
+    groups: Annotated[int, Setting("groups of the graph blocks' convolutions (gtad)", memory=True)] = 32
     inner_bins: Annotated[int, Setting("samples of features inside a proposal", memory=True)] = 32
-    context_bins: Annotated[int, Setting("samples of its neighbours' features", memory=True)] = 4
+    context_bins: Annotated[int, Setting("samples of its neighbours' features (gtad)", memory=True)] = 4
     map_channels: Annotated[int, Setting("channels of a proposal, 4 or more", memory=True)] = 512
     max_duration: Annotated[
         int | None,
         Setting("longest proposal, in snippets of the full grid", "SNIPPETS", unset="as the window", memory=True),
     ] = None
     middle_kernel: Annotated[
-        Literal[1, 3], Setting("size of the middle convolutions over (duration, start)", memory=True)
+        Literal[1, 3], Setting("size of the middle convolutions over (duration, start) (gtad; 3 in bmn)", memory=True)
     ] = 1
     class_bins: Annotated[int, Setting("samples of features for the class of a proposal", memory=True)] = 8
     positive_iou: Annotated[
@@ -212,6 +216,29 @@ class HeadConfig:
     dropout: Annotated[float, Setting("share of the feature values that training sets to zero", zero=True, below=1)] = (
         0.0
     )
+
+    def longest(self, num_snippets: int, full_snippets: int) -> int:
+        """D, the number of durations at a rung of `num_snippets`: the full grid's limit, shrunk with L so that it stays
+        the same number of seconds.
+        """
+        if self.max_duration is None:
+            return num_snippets
+        return max(1, math.ceil(self.max_duration * num_snippets / full_snippets))
+
+
+@dataclass(frozen=True)
+class BMNConfig:
+    """What BMN has beyond `HeadConfig`. The defaults are those of its authors' code."""
+
+    samples: Annotated[int, Setting("places whose features are the mean of one sample of a proposal", memory=True)] = 3
+    definition: Annotated[
+        Literal["released", "paper"],
+        Setting(
+            "where a proposal is sampled, and which proposals are neighbours: as in the authors' code since 2020, or "
+            "as in the paper",
+            memory=True,
+        ),
+    ] = "released"  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -302,7 +329,7 @@ class Config:
     ]  # fmt: skip
     data: Annotated[DataConfig, Section("data")]
     encoder: Annotated[EncoderConfig, Section(FIDELITY)]
-    head: Annotated[HeadConfig, Section("head: G-TAD")]
+    head: Annotated[HeadConfig, Section("head: G-TAD and BMN")]
     pretrain: Annotated[
         StageConfig, Section("pretrain stage", flags={"epochs": "--pretrain-epochs", "lr": "--pretrain-lr"})
     ]
@@ -323,6 +350,7 @@ class Config:
         ),
     ] = STAGES  # fmt: skip
     pattern: Annotated[Pattern, Setting("where LoFi cuts", group=FIDELITY)] = Pattern.CYCLIC
+    bmn: Annotated[BMNConfig, Section("head: BMN alone")] = BMNConfig()
     actionformer: Annotated[ActionFormerConfig, Section("head: ActionFormer")] = ActionFormerConfig()
     short_cycle: Annotated[
         int | None,

@@ -221,7 +221,7 @@ def configured(
         raise InputError(f"--short-cycle {config.short_cycle} goes with --pattern cyclic, not {config.pattern}")
     if not 1 <= config.min_cut <= config.max_cut <= 64:
         raise InputError(f"--min-cut {config.min_cut:g} --max-cut {config.max_cut:g}: need 1 <= min <= max <= 64")
-    {"gtad": _check_gtad, "actionformer": _check_actionformer}[config.head.name](config)
+    {"gtad": _check_gtad, "bmn": _check_bmn, "actionformer": _check_actionformer}[config.head.name](config)
     return config
 
 
@@ -232,6 +232,18 @@ def _check_gtad(config: Config) -> None:
             f"--head.hidden {head.hidden} --head.groups {head.groups}: the channels must be a multiple of 4 and of "
             "twice the groups"
         )
+    _check_map(config)
+
+
+def _check_bmn(config: Config) -> None:
+    if config.head.hidden % 4:
+        raise InputError(f"--head.hidden {config.head.hidden}: the channels must be a multiple of 4")
+    _check_map(config)
+
+
+def _check_map(config: Config) -> None:
+    """Of a head that scores every (start, duration)."""
+    head = config.head
     proposals = config.full.num_snippets * min(head.max_duration or config.full.num_snippets, config.full.num_snippets)
     if proposals > MOST_PROPOSALS:
         raise InputError(

@@ -21,7 +21,7 @@ from lofi_fast.kernels.align_linear import (
     reference,
     roi_grid,
 )
-from lofi_fast.kernels.align_linear.sampling import weights_of
+from lofi_fast.kernels.align_linear.sampling import Windows, weights_of
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 
@@ -409,10 +409,17 @@ def test_a_snippet_outside_of_every_sample_has_no_influence() -> None:
     assert torch.equal(align_linear(features, grid, weight, bias)[:, :, far], expected[:, :, far])
 
 
-def bmn_mask(num_snippets: int, d: int, s: int, num_bins: int, num_samples: int) -> list[list[float]]:
+def bmn_mask(num_snippets: int, d: int, s: int, num_bins: int, num_samples: int, windows: str) -> list[list[float]]:
     """Sampling weights (bin, snippet) of one cell in Python's own numbers, by the steps of BMN's published code."""
-    start, end = s - 0.5 * (d + 1), s + d + 0.5 * (d + 1)
-    positions = [start + (end - start) * j / (num_bins * num_samples - 1) for j in range(num_bins * num_samples)]
+    if windows == "released":
+        first, last = s, s + d + 1
+        center = last - first + 1
+        start, end = first - center * 0.5, last + center * 0.5
+        step = (end - start) / (num_bins * num_samples - 1.0)
+        positions = [start + step * j for j in range(num_bins * num_samples)]
+    else:
+        start, end = s - 0.5 * (d + 1), s + d + 0.5 * (d + 1)
+        positions = [start + (end - start) * j / (num_bins * num_samples - 1) for j in range(num_bins * num_samples)]
     mask = []
     for r in range(num_bins):
         weights = [0.0] * num_snippets
@@ -431,12 +438,17 @@ def bmn_mask(num_snippets: int, d: int, s: int, num_bins: int, num_samples: int)
     ("num_snippets", "max_duration", "num_bins", "num_samples"),
     [(7, 7, 4, 3), (6, 2, 32, 3), (1, 1, 2, 1), (5, 9, 3, 2), (4, 4, 1, 5)],
 )
-def test_boundary_matching_weights(num_snippets: int, max_duration: int, num_bins: int, num_samples: int) -> None:
-    grid = boundary_matching_grid(num_snippets, max_duration, num_bins, num_samples)
+@pytest.mark.parametrize("windows", ["paper", "released"])
+def test_boundary_matching_weights(
+    num_snippets: int, max_duration: int, num_bins: int, num_samples: int, windows: Windows
+) -> None:
+    grid = boundary_matching_grid(num_snippets, max_duration, num_bins, num_samples, windows)
     assert torch.equal(grid.cells, proposal_grid(num_snippets, max_duration, 1).cells)
-    assert torch.equal(grid.rois, proposal_grid(num_snippets, max_duration, 1).rois)
+    wider = torch.tensor([-0.5, 1.5] if windows == "released" else [0.0, 0.0])
+    assert torch.equal(grid.rois, proposal_grid(num_snippets, max_duration, 1).rois + wider)
     expected = torch.tensor(
-        [bmn_mask(num_snippets, d, s, num_bins, num_samples) for d, s in grid.cells.tolist()], dtype=torch.float64
+        [bmn_mask(num_snippets, d, s, num_bins, num_samples, windows) for d, s in grid.cells.tolist()],
+        dtype=torch.float64,
     ).transpose(1, 2)
     torch.testing.assert_close(reference.boundary_matching_weights(grid), expected, rtol=0, atol=1e-14)
     matrix, transposed = grid.matrices(torch.device("cpu"), torch.float64)
@@ -633,6 +645,8 @@ def test_grids_refuse() -> None:
     for arguments in ((0, 4), (4, 0), (4, 4, 0), (4, 4, 4, 0)):
         with pytest.raises(ValueError, match=r"must be >= 1|num_snippets >= 1"):
             boundary_matching_grid(*arguments)
+    with pytest.raises(ValueError, match='windows must be "paper" or "released", got "other"'):
+        boundary_matching_grid(4, 4, windows="other")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="float32"):
         roi_grid(torch.zeros(3, 2, dtype=torch.float16), 4, 4)
     with pytest.raises(ValueError, match="finite"):

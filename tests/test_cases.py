@@ -26,8 +26,8 @@ from lofi_fast.data.video import decode
 from lofi_fast.data.windows import cut_windows
 from lofi_fast.evaluate import main as evaluate
 from lofi_fast.head.decoding import detections, most_detections
-from lofi_fast.head.gtad_decoding import WindowMaps, window_proposals
 from lofi_fast.head.gtad_head import GTADHead
+from lofi_fast.head.map_decoding import WindowMaps, window_proposals
 from lofi_fast.head.protocol import total
 from lofi_fast.head.targets import make_targets
 from lofi_fast.metrics import mean_average_precision

@@ -13,7 +13,7 @@ from lofi_fast.data.video_scores import load_video_scores
 from lofi_fast.detections import Detection, write_predictions
 from lofi_fast.errors import InputError
 from lofi_fast.head.decoding import detections, most_detections
-from lofi_fast.head.gtad_decoding import WindowMaps, proposals, window_proposals
+from lofi_fast.head.map_decoding import WindowMaps, proposals, window_proposals
 from lofi_fast.head.protocol import Proposals
 from lofi_fast.metrics import load_predictions
 

@@ -17,9 +17,10 @@ from lofi_fast.config import HeadConfig
 from lofi_fast.data.dataset import Jitter, jitter_pixels
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.head.dropout import video_dropout
-from lofi_fast.head.gtad import GTAD, GCNeXt, HeadOutput, gather_neighbours, nearest_neighbours
+from lofi_fast.head.gtad import GTAD, GCNeXt, gather_neighbours, nearest_neighbours
 from lofi_fast.head.gtad_head import GTADHead
 from lofi_fast.head.loss import Counts, tal_loss
+from lofi_fast.head.maps import HeadOutput
 from lofi_fast.head.targets import Targets, make_targets, valid_cells
 from lofi_fast.kernels import proposal_grid
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lofi_fast.config import EncoderName, HeadConfig, StageConfig
+from lofi_fast.config import BMNConfig, EncoderName, HeadConfig, StageConfig
 from lofi_fast.data.pipeline import FramePipeline
 from lofi_fast.encoder import lean, resnet_ledger
 from lofi_fast.encoder.lean import encode
@@ -31,13 +31,16 @@ from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.encoder.resnet_ledger import ResNetLedger
 from lofi_fast.encoder.resnet_table import BLOCKS, network
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
-from lofi_fast.head import gtad_ledger
+from lofi_fast.head import map_ledger
+from lofi_fast.head.bmn import BMN
+from lofi_fast.head.bmn_ledger import BMNLedger
 from lofi_fast.head.dropout import video_dropout
 from lofi_fast.head.gtad import GTAD
 from lofi_fast.head.gtad_ledger import GTADLedger
 from lofi_fast.head.loss import Counts, LossTerms, tal_loss
+from lofi_fast.head.map_ledger import MapLedger
 from lofi_fast.head.targets import Targets, make_targets
-from lofi_fast.kernels import proposal_grid
+from lofi_fast.kernels import boundary_matching_grid, proposal_grid
 from lofi_fast.kernels.align_linear.sampling import weights_of
 from lofi_fast.ledger import FLOAT, LONG, Parameters, Pass, Stage, Tally, default_chunk
 from lofi_fast.memory.step_bytes import Setting, StepBytes, features_bytes, head_bytes, pretrain_bytes, step_bytes
@@ -46,6 +49,7 @@ from lofi_fast.presets import activitynet, demo, thumos
 
 SMALL = HeadConfig(hidden=32, groups=4, inner_bins=5, context_bins=2, map_channels=24, class_bins=3)
 LARGE = HeadConfig(hidden=128, groups=16, inner_bins=16, map_channels=256)
+RELEASED, PAPER = BMNConfig(), BMNConfig(definition="paper")
 NUM_CLASSES = 6
 FP32, BF16 = 4, 2
 
@@ -135,10 +139,19 @@ def setting_of(
     class_loss: bool,
     optimizer: Literal["sgd", "adam", "adamw"],
     eight_bit: bool = False,
+    bmn: BMNConfig | None = None,
 ) -> Setting:
     encoder = ResNetLedger(name, width)
-    of_head = GTADLedger(head, encoder.num_features, num_classes, full_snippets, class_loss)
+    of_head = head_ledger(head, bmn, encoder.num_features, num_classes, full_snippets, class_loss)
     return Setting(encoder, of_head, itemsize, optimizer, eight_bit)
+
+
+def head_ledger(
+    head: HeadConfig, bmn: BMNConfig | None, num_features: int, num_classes: int, full: int, class_loss: bool
+) -> MapLedger:
+    if bmn is None:
+        return GTADLedger(head, num_features, num_classes, full, class_loss)
+    return BMNLedger(head, num_features, num_classes, full, class_loss, bmn)
 
 
 def known(setting: Setting | None) -> Setting:
@@ -188,12 +201,15 @@ class HeadCase:
     length: int
     itemsize: int
     class_loss: bool
+    bmn: BMNConfig | None = None  # None: G-TAD
 
-    def head(self, num_features: int) -> GTAD:
+    def head(self, num_features: int) -> GTAD | BMN:
         torch.manual_seed(0)
-        return GTAD(self.config, num_features, NUM_CLASSES, self.full).train()
+        if self.bmn is None:
+            return GTAD(self.config, num_features, NUM_CLASSES, self.full).train()
+        return BMN(self.config, self.bmn, num_features, NUM_CLASSES, self.full).train()
 
-    def labels(self, head: GTAD) -> tuple[Targets, Counts]:
+    def labels(self, head: GTAD | BMN) -> tuple[Targets, Counts]:
         edges, segments = np.arange(self.length + 1.0), np.array([[0.0, 1.0], [1.0, 2.0]])
         duration, rng = head.max_duration(self.length), np.random.default_rng(0)
         each = [
@@ -202,11 +218,14 @@ class HeadCase:
         ]
         return Targets.stack(each, torch.device("cpu")), Counts.of(each, 0.9)
 
-    def cells(self, head: GTAD) -> list[Tensor]:
+    def cells(self, head: GTAD | BMN) -> list[Tensor]:
         """Of its grid: the head looks at them, and has not made them."""
-        return [proposal_grid(self.length, head.max_duration(self.length), self.config.inner_bins).cells]
+        sizes = (self.length, head.max_duration(self.length), self.config.inner_bins)
+        if self.bmn is not None:
+            return [boundary_matching_grid(*sizes, self.bmn.samples, self.bmn.definition).cells]
+        return [proposal_grid(*sizes).cells]
 
-    def forward(self, head: GTAD, features_NC: Tensor) -> tuple[object, LossTerms, Tensor]:
+    def forward(self, head: GTAD | BMN, features_NC: Tensor) -> tuple[object, LossTerms, Tensor]:
         """The output, the terms and their sum: what the joint stage holds."""
         with precision(self.itemsize):
             features_BCL = features_NC.unflatten(0, (self.batch, -1)).transpose(1, 2)
@@ -216,31 +235,40 @@ class HeadCase:
         return output, terms, terms.total
 
 
-HEADS = [
-    HeadCase(replace(SMALL, middle_kernel=kernel, dropout=dropout), 12, batch, length, itemsize, class_loss)
-    for (kernel, dropout, itemsize, class_loss), (batch, length) in product(
-        product((1, 3), (0.0, 0.3), (FP32, BF16), (True, False)), ((1, 12), (3, 7))
-    )
-] + [
-    HeadCase(replace(SMALL, middle_kernel=kernel, max_duration=duration), 24, 2, length, FP32, True)
-    for kernel, duration, length in ((1, 9, 12), (3, 9, 12), (3, 1, 5), (3, 40, 2), (1, 5, 24))
-]
+HEADS = (
+    [
+        HeadCase(replace(SMALL, middle_kernel=kernel, dropout=dropout), 12, batch, length, itemsize, class_loss)
+        for (kernel, dropout, itemsize, class_loss), (batch, length) in product(
+            product((1, 3), (0.0, 0.3), (FP32, BF16), (True, False)), ((1, 12), (3, 7))
+        )
+    ]
+    + [
+        HeadCase(replace(SMALL, middle_kernel=kernel, max_duration=duration), 24, 2, length, FP32, True)
+        for kernel, duration, length in ((1, 9, 12), (3, 9, 12), (3, 1, 5), (3, 40, 2), (1, 5, 24))
+    ]
+    + [
+        HeadCase(replace(SMALL, dropout=dropout, max_duration=duration), 24, 2, length, itemsize, class_loss, bmn)
+        for bmn, dropout, itemsize, class_loss, (duration, length) in product(
+            (RELEASED, PAPER), (0.0, 0.3), (FP32, BF16), (True, False), ((None, 12), (9, 12), (40, 2))
+        )
+    ]
+)
 
 
 def test_kept_by_the_head_and_the_loss_to_the_byte() -> None:
     num_features = 40
     for case in HEADS:
         head = case.head(num_features)
-        sizes = gtad_ledger.Head.of(case.config, num_features, NUM_CLASSES, case.full, case.batch, case.length)
+        ledger = head_ledger(case.config, case.bmn, num_features, NUM_CLASSES, case.full, case.class_loss)
+        sizes = ledger.sizes(case.batch, case.length)
         assert sizes.cells == case.labels(head)[0].iou.numel(), case
         assert sizes.duration == head.max_duration(case.length), case
         made = torch.randn(case.batch * case.length, num_features, requires_grad=True)
         known = [*head.parameters(), *case.cells(head), made]
-        dropout = case.config.dropout > 0
-        kept = sum(stage.kept for stage in gtad_ledger.head_stages(sizes, case.itemsize, dropout, case.class_loss))
-        held = gtad_ledger.held_bytes(sizes, case.itemsize, dropout, case.class_loss)
+        kept = sum(stage.kept for stage in map_ledger.stages(ledger, sizes, case.itemsize))
+        held = map_ledger.held_bytes(sizes, case.itemsize, case.class_loss)
 
-        def forward(case: HeadCase = case, head: GTAD = head, made: Tensor = made) -> tuple[object, ...]:
+        def forward(case: HeadCase = case, head: GTAD | BMN = head, made: Tensor = made) -> tuple[object, ...]:
             features_NC = made * 1  # a new tensor, as the encoder's
             return features_NC, *case.forward(head, features_NC)
 
@@ -269,11 +297,12 @@ class StepCase:
     class_loss: bool = True
     full: int | None = None
     eight_bit: bool = False
+    bmn: BMNConfig | None = None
 
     def predicted(self) -> StepBytes:
         setting = setting_of(
             self.name, self.width, self.head, NUM_CLASSES, self.full or self.length, self.itemsize, self.class_loss,
-            "sgd", self.eight_bit,
+            "sgd", self.eight_bit, self.bmn,
         )  # fmt: skip
         return step_bytes(
             setting, Fidelity(self.length, self.side), self.batch, recompute=self.recompute, chunk=self.chunk,
@@ -285,7 +314,9 @@ class StepCase:
         gradients that were there before.
         """
         encoder = frozen(self.name, self.width)
-        case = HeadCase(self.head, self.full or self.length, self.batch, self.length, self.itemsize, self.class_loss)
+        case = HeadCase(
+            self.head, self.full or self.length, self.batch, self.length, self.itemsize, self.class_loss, self.bmn
+        )
         head = case.head(encoder.num_features)
         learning = [p for module in (encoder, head) for p in module.parameters()]
         case.forward(head, torch.zeros(self.batch * self.length, encoder.num_features))  # the grids, which stay
@@ -347,6 +378,16 @@ STEPS = {
     "8bit_again_bf16": StepCase("tsm_r34", 8, 46, 5, 1, THREE, BF16, True, 2, True, eight_bit=True),
     "8bit_r50": StepCase("tsm_r50", 8, 64, 5, 1, THREE, chunk=2, eight_bit=True),
     "8bit_r50_bf16": StepCase("tsm_r50", 8, 50, 4, 1, SMALL, BF16, chunk=3, accumulates=True, eight_bit=True),
+    "bmn": StepCase("tsm_r18", 8, 46, 6, 2, SMALL, chunk=2, bmn=RELEASED),
+    "bmn_large": StepCase("tsm_r18", 8, 32, 24, 2, LARGE, recompute=True, chunk=1, bmn=RELEASED),
+    "bmn_large_bf16": StepCase("tsm_r18", 8, 32, 24, 2, LARGE, BF16, True, 2, True, bmn=RELEASED),
+    "bmn_short_actions": StepCase("tsm_r18", 8, 32, 24, 2, replace(LARGE, max_duration=16), recompute=True, chunk=8,
+                                  accumulates=True, full=48, bmn=RELEASED),
+    "bmn_few_samples": StepCase("tsm_r18", 8, 32, 24, 2, replace(LARGE, inner_bins=2, map_channels=64), recompute=True,
+                                chunk=1, bmn=RELEASED),
+    "bmn_paper": StepCase("tsm_r18", 8, 32, 24, 3, replace(LARGE, max_duration=8), recompute=True, chunk=1, bmn=PAPER),
+    "bmn_dropout_bf16": StepCase("tsm_r18", 16, 50, 5, 2, THREE, BF16, chunk=3, bmn=RELEASED),
+    "bmn_no_class_loss": StepCase("tsm_r18", 8, 40, 9, 2, LARGE, BF16, True, 4, class_loss=False, bmn=RELEASED),
     "8bit_r50_again": StepCase("tsm_r50", 8, 46, 6, 1, SMALL, recompute=True, chunk=2, eight_bit=True),
 }  # fmt: skip
 
@@ -419,24 +460,27 @@ def test_encoding_features(itemsize: int, snippets: int, chunk: int, side: int, 
 
 
 HEAD_STEPS = [
-    (SMALL, 4, 32, 64, FP32, True),
-    (SMALL, 2, 48, 96, BF16, True),
-    (LARGE, 2, 40, 64, FP32, True),
-    (LARGE, 3, 32, 48, BF16, False),
-    (SMALL, 1, 64, 64, FP32, False),
-    (replace(SMALL, dropout=0.3), 3, 32, 24, FP32, True),
-    (replace(SMALL, dropout=0.3), 3, 40, 32, BF16, False),
-    (replace(SMALL, middle_kernel=3), 4, 32, 64, BF16, True),
-    (replace(LARGE, middle_kernel=3, dropout=0.2), 2, 32, 64, FP32, True),
-    (replace(SMALL, class_bins=8), 5, 32, 64, BF16, True),
+    (SMALL, 4, 32, 64, FP32, True, None),
+    (SMALL, 2, 48, 96, BF16, True, None),
+    (LARGE, 2, 40, 64, FP32, True, None),
+    (LARGE, 3, 32, 48, BF16, False, None),
+    (SMALL, 1, 64, 64, FP32, False, None),
+    (replace(SMALL, dropout=0.3), 3, 32, 24, FP32, True, None),
+    (replace(SMALL, dropout=0.3), 3, 40, 32, BF16, False, None),
+    (replace(SMALL, middle_kernel=3), 4, 32, 64, BF16, True, None),
+    (replace(LARGE, middle_kernel=3, dropout=0.2), 2, 32, 64, FP32, True, None),
+    (replace(SMALL, class_bins=8), 5, 32, 64, BF16, True, None),
+    (SMALL, 4, 32, 32, FP32, True, RELEASED),
+    (LARGE, 2, 40, 64, BF16, False, RELEASED),
+    (replace(LARGE, dropout=0.2, max_duration=9), 2, 32, 64, FP32, True, PAPER),
 ]
 
 
-@pytest.mark.parametrize(("head", "videos", "length", "channels", "itemsize", "class_loss"), HEAD_STEPS)
+@pytest.mark.parametrize(("head", "videos", "length", "channels", "itemsize", "class_loss", "bmn"), HEAD_STEPS)
 def test_a_step_of_the_head_stage(
-    head: HeadConfig, videos: int, length: int, channels: int, itemsize: int, class_loss: bool
+    head: HeadConfig, videos: int, length: int, channels: int, itemsize: int, class_loss: bool, bmn: BMNConfig | None
 ) -> None:
-    case = HeadCase(head, length, videos, length, itemsize, class_loss)
+    case = HeadCase(head, length, videos, length, itemsize, class_loss, bmn)
     module = case.head(channels)
     case.forward(module, torch.zeros(videos * length, channels))  # the grids, which stay
     targets, counts = case.labels(module)
@@ -449,7 +493,7 @@ def test_a_step_of_the_head_stage(
             output = module(video_dropout(features_BCL, head.dropout, range(videos)))
         terms = tal_loss(output, targets, counts, positive_iou=0.9, class_weight=float(class_loss))
         terms.total.backward()
-    ledger = GTADLedger(head, channels, NUM_CLASSES, length, class_loss)
+    ledger = head_ledger(head, bmn, channels, NUM_CLASSES, length, class_loss)
     predicted = head_bytes(ledger, channels, videos, length, itemsize)
     assert alive.peak <= predicted <= 1.03 * alive.peak
 
@@ -483,7 +527,7 @@ def test_parameters_gradients_and_optimizer_state(
 
 def grid_bytes(config: HeadConfig, full: int, length: int, device: Literal["cpu", "cuda"]) -> int:
     """The sampling weights of the head's proposals at one L, on `device`. They stay for every L that was used."""
-    duration = gtad_ledger.Head.of(config, 0, 0, full, 1, length).duration
+    duration = config.longest(length, full)
     cells = np.array([(d, s) for d in range(duration) for s in range(length - d)])
     inner, context = (sampled(cells, length, bins, 0.5, 0.0) for bins in (config.inner_bins, config.context_bins))
     classes = sampled(cells, length, config.class_bins, 0.0, 0.5)
@@ -543,6 +587,9 @@ def test_sampling_grids_to_the_byte(head: HeadConfig, full: int, length: int) ->
 def test_the_tables_are_the_networks() -> None:
     head = GTADLedger(THREE, 8, 2, 4, True)
     assert len(list(GTAD(THREE, 8, 2, 4).parameters())) == head.parameters.tensors
+    of_bmn = BMNLedger(LARGE, 8, 2, 4, True, RELEASED).parameters
+    sizes = [parameter.numel() for parameter in BMN(LARGE, RELEASED, 8, 2, 4).parameters()]
+    assert (len(sizes), sum(sizes)) == (of_bmn.tensors, of_bmn.numbers)
     assert [default_chunk(side) for side in range(1, 600)] == [
         lean.default_chunk(FRAMES_PER_SNIPPET, side) for side in range(1, 600)
     ]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lofi_fast.head.gtad import HeadOutput
 from lofi_fast.head.loss import Counts, LossTerms, tal_loss
+from lofi_fast.head.maps import HeadOutput
 from lofi_fast.head.targets import ABSENT, IGNORED, SHOWN, Targets, make_targets, valid_cells
 
 LENGTH, CLASSES = 9, 3

@@ -33,7 +33,7 @@ from lofi_fast.data.pipeline import FramePipeline
 from lofi_fast.encoder.tsm import TSMEncoder
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder
-from lofi_fast.head import gtad_head
+from lofi_fast.head import map_head
 from lofi_fast.memory.decision import Decision
 from lofi_fast.memory.governor import Governor
 from lofi_fast.memory.plans import Plan
@@ -840,7 +840,7 @@ class Scarce:
         elif phase == "encoder":
             patched.setattr(TSMEncoder, "encode", self.failing(TSMEncoder.encode))
         elif phase == "loss":
-            patched.setattr(gtad_head, "tal_loss", self.failing(gtad_head.tal_loss))
+            patched.setattr(map_head, "tal_loss", self.failing(map_head.tal_loss))
         elif phase == "update":
             patched.setattr(torch.optim.AdamW, "step", self.failing(torch.optim.AdamW.step))
         else:

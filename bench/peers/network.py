@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from bench.peers.align import sampling_matrix
 from bench.peers.shift import published_shift
 from lofi_fast.encoder.resnet import Bottleneck, TSMResNet
-from lofi_fast.head.gtad import GTAD, HeadOutput, gather_neighbours, nearest_neighbours
+from lofi_fast.head.gtad import GTAD, gather_neighbours, nearest_neighbours
+from lofi_fast.head.maps import HeadOutput
 from lofi_fast.kernels import ProposalGrid, proposal_grid
 
 

@@ -20,8 +20,9 @@ from lofi_fast.config import EncoderName, HeadConfig
 from lofi_fast.encoder.lean import default_chunk, encode
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
-from lofi_fast.head.gtad import GTAD, HeadOutput
+from lofi_fast.head.gtad import GTAD
 from lofi_fast.head.loss import Counts, tal_loss
+from lofi_fast.head.maps import HeadOutput
 from lofi_fast.head.targets import Targets, make_targets
 from lofi_fast.memory.plans import chunks
 

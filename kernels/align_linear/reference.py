@@ -37,16 +37,20 @@ def align(features: Tensor, grid: SamplingGrid) -> Tensor:
 def boundary_matching_weights(grid: BoundaryMatchingGrid) -> Tensor:
     """BMN's sampling mask (num_cells, num_snippets, num_bins), float64.
 
-    a = s - (d+1)/2, b = s + d + (d+1)/2, u_j = a + (b-a)*j/(J-1), j = 0..J-1, and each sample weighs
-    1 - (u - trunc(u)) at trunc(u) and u - trunc(u) at ceil(u), where these are snippets.
+    Of the paper: a = s - (d+1)/2, b = s + d + (d+1)/2, u_j = a + (b-a)*j/(J-1), j = 0..J-1. Released: a = s - (d+2)/2,
+    b = s + d + 1 + (d+2)/2, u_j = a + j*((b-a)/(J-1)). Each sample weighs 1 - (u - trunc(u)) at trunc(u) and
+    u - trunc(u) at ceil(u), where these are snippets.
     """
     d_N1, s_N1 = grid.cells.to(torch.float64).split(1, dim=1)
-    start_N1, end_N1 = s_N1 - (d_N1 + 1) / 2, s_N1 + d_N1 + (d_N1 + 1) / 2
-    num_positions = grid.num_bins * grid.num_samples
-    j_J = torch.arange(num_positions, dtype=torch.float64)
-    u_NRS1 = (start_N1 + (end_N1 - start_N1) * j_J / max(num_positions - 1, 1)).reshape(
-        -1, grid.num_bins, grid.num_samples, 1
-    )
+    last = max(grid.num_bins * grid.num_samples - 1, 1)
+    j_J = torch.arange(grid.num_bins * grid.num_samples, dtype=torch.float64)
+    if grid.windows == "released":
+        start_N1, end_N1 = s_N1 - (d_N1 + 2) / 2, s_N1 + d_N1 + 1 + (d_N1 + 2) / 2
+        u_NJ = start_N1 + j_J * ((end_N1 - start_N1) / last)
+    else:
+        start_N1, end_N1 = s_N1 - (d_N1 + 1) / 2, s_N1 + d_N1 + (d_N1 + 1) / 2
+        u_NJ = start_N1 + (end_N1 - start_N1) * j_J / last
+    u_NRS1 = u_NJ.reshape(-1, grid.num_bins, grid.num_samples, 1)
     fraction_NRS1 = u_NRS1 - u_NRS1.trunc()
     t_T = torch.arange(grid.num_snippets)
     weights_NRST: Tensor = (u_NRS1.trunc() == t_T) * (1 - fraction_NRS1) + (u_NRS1.ceil() == t_T) * fraction_NRS1

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ..temporal_roi_align.reference import linear_weights, sample_counts, sample_positions
+
+Windows = Literal["paper", "released"]  # of a boundary_matching_grid
 
 
 class SparseRows(NamedTuple):
@@ -78,12 +80,10 @@ class SamplingGrid:
 
 
 @dataclass(frozen=True, eq=False)
-class ProposalGrid(SamplingGrid):
-    """The grid of all valid (duration, start) cells of a proposal map. Made by ``proposal_grid``."""
+class CellGrid(SamplingGrid):
+    """A grid of all valid (duration, start) cells of a proposal map."""
 
     max_duration: int
-    expand: float
-    margin: float
     cells: Tensor = field(repr=False)  # (num_cells, 2) int64 (d, s) in the order of rois: by d, then s; on the CPU
     _placed: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -96,12 +96,19 @@ class ProposalGrid(SamplingGrid):
 
 
 @dataclass(frozen=True, eq=False)
-class BoundaryMatchingGrid(SamplingGrid):
+class ProposalGrid(CellGrid):
+    """The cells sampled by G-TAD's rule. Made by ``proposal_grid``."""
+
+    expand: float
+    margin: float
+
+
+@dataclass(frozen=True, eq=False)
+class BoundaryMatchingGrid(CellGrid):
     """The same cells sampled by BMN's rule. Made by ``boundary_matching_grid``."""
 
-    max_duration: int
     num_samples: int
-    cells: Tensor = field(repr=False)  # as in ProposalGrid
+    windows: Windows
 
 
 @lru_cache(maxsize=32)
@@ -126,36 +133,52 @@ def proposal_grid(
     with torch.inference_mode(False):
         cells, rois = _proposals(num_snippets, max_duration, expand, margin)
         grid = roi_grid(rois, num_snippets, num_bins)
-        return ProposalGrid(num_snippets, num_bins, grid.rois, grid.weights, max_duration, expand, margin, cells)
+        return ProposalGrid(num_snippets, num_bins, grid.rois, grid.weights, max_duration, cells, expand, margin)
 
 
 @lru_cache(maxsize=32)
 def boundary_matching_grid(
-    num_snippets: int, max_duration: int, num_bins: int = 32, num_samples: int = 3
+    num_snippets: int, max_duration: int, num_bins: int = 32, num_samples: int = 3, windows: Windows = "paper"
 ) -> BoundaryMatchingGrid:
     """The samples of BMN's boundary-matching layer (Lin et al., ICCV 2019, section 3.2) in the same cells.
 
-    Cell (d, s) is the window a..b of ``proposal_grid`` with expand 0.5, in snippet index units. It has
-    J = num_bins * num_samples samples with both ends included, u_j = a + (b - a)*j/(J - 1), num_samples to a bin, which
-    is their mean. A sample weighs snippet trunc(u) by 1 - (u - trunc(u)) and snippet ceil(u) by u - trunc(u), each only
-    if it exists: left of the first snippet that comes to the first one, down to -1, and right of the last it fades to 0
-    at L. Positions are float64 and rounded as written here (released BMN code has a + j*((b - a)/(J - 1)), which can
-    put a sample that belongs on -1 beside it). Cached: the same arguments give the same object.
+    Cell (d, s) has a window a..b in snippet index units, and J = num_bins * num_samples samples in it with both ends
+    included, num_samples to a bin, which is their mean. A sample at u weighs snippet trunc(u) by 1 - (u - trunc(u)) and
+    snippet ceil(u) by u - trunc(u), each only if it exists: left of the first snippet that comes to the first one, down
+    to -1, and right of the last it fades to 0 at L. The two kinds of ``windows``, positions in float64, rounded as
+    written here:
+
+    - "paper": a = s - len/2, b = s + d + len/2 of len = d + 1, as in ``proposal_grid`` with expand 0.5;
+      u_j = a + (b - a)*j/(J - 1).
+    - "released": a = s - len/2, b = s + d + 1 + len/2 of len = d + 2; u_j = a + j*((b - a)/(J - 1)). The authors' code
+      (JJBOY/BMN-Boundary-Matching-Network, 2020), with the same num_bins and num_samples and the same share of the
+      length on either side (its prop_boundary_ratio of 0.5), takes the end of the last snippet for its place and counts
+      one snippet more: its windows begin half a snippet earlier and end one and a half later.
+
+    Cached: the same arguments give the same object.
 
     Raises:
-        ValueError: an argument below 1, or more weights than 32-bit offsets can count.
+        ValueError: a number below 1, unknown windows, or more weights than 32-bit offsets can count.
     """
     if max_duration < 1 or num_samples < 1:
         raise ValueError(
             f"boundary_matching_grid: max_duration and num_samples must be >= 1, got {max_duration} and {num_samples}"
         )
+    if windows not in get_args(Windows):
+        raise ValueError(f'boundary_matching_grid: windows must be "paper" or "released", got "{windows}"')
     _check_sizes(num_snippets, num_bins)
     with torch.inference_mode(False), torch.no_grad():
         cells, rois = _proposals(num_snippets, max_duration, 0.5, 0.0)
+        if windows == "released":
+            rois = rois + torch.tensor([-0.5, 1.5])
         starts_N1, ends_N1 = rois.to(torch.float64).split(1, dim=1)
         num_positions = num_bins * num_samples
         positions_J = torch.arange(num_positions, dtype=torch.float64)
-        u_NJ = starts_N1 + (ends_N1 - starts_N1) * positions_J / max(num_positions - 1, 1)
+        last = max(num_positions - 1, 1)
+        if windows == "released":
+            u_NJ = starts_N1 + positions_J * ((ends_N1 - starts_N1) / last)
+        else:
+            u_NJ = starts_N1 + (ends_N1 - starts_N1) * positions_J / last
         lower_NJ, upper_NJ = u_NJ.trunc(), u_NJ.ceil()
         fraction_NJ = u_NJ - lower_NJ
         snippets = torch.stack([lower_NJ, upper_NJ])
@@ -168,7 +191,7 @@ def boundary_matching_grid(
         weights = _sum_taps(
             rows.expand_as(columns)[there], columns[there], values[there], len(rois), num_snippets * num_bins
         )
-        return BoundaryMatchingGrid(num_snippets, num_bins, rois, weights, max_duration, num_samples, cells)
+        return BoundaryMatchingGrid(num_snippets, num_bins, rois, weights, max_duration, cells, num_samples, windows)
 
 
 def roi_grid(rois: Tensor, num_snippets: int, num_bins: int) -> SamplingGrid:

@@ -410,7 +410,7 @@ def divided(found: Survey, usable: Iterable[str]) -> tuple[Survey, list[str]]:
 
 
 def _grid(config: Config, window: float | None) -> Grid:
-    longest = config.head.max_duration if config.head.name == "gtad" else None
+    longest = config.head.max_duration if config.head.name in ("gtad", "bmn") else None
     return Grid(window, config.data.overlap, config.full.num_snippets, longest)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lofi_fast.data.annotations import once_each, plain_spelling
 from lofi_fast.errors import InputError
-from lofi_fast.head.gtad_decoding import Floats
+from lofi_fast.head.map_decoding import Floats
 
 # Columns (from 0) of the THUMOS14 detection classes among the 101 of UCF101 in alphabetical order, which is the order
 # of the public UntrimmedNet score file. Row i of that file is video_test_%07d with number i + 1.

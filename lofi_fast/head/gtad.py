@@ -9,15 +9,13 @@ The map (B, 2, D, L) of the paper is kept at its valid cells only, and SGAlign w
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lofi_fast.config import HeadConfig
 from lofi_fast.head.gtad_ledger import BASE_GROUPS, NUM_NEIGHBOURS
+from lofi_fast.head.maps import AlignLinear, HeadOutput
 from lofi_fast.kernels import align_linear, align_linear_sum, proposal_grid
 
 
@@ -67,28 +65,6 @@ class GCNeXt(nn.Module):
         return F.relu(self.temporal(x_BCL) + x_BCL + semantic_BCL), index_BLk
 
 
-@dataclass(frozen=True)
-class HeadOutput:
-    """Logits: start, end (B, L), proposals (B, 2, N) (regression, classification), classes (B, K, N)."""
-
-    start_BL: Tensor
-    end_BL: Tensor
-    proposals_B2N: Tensor
-    classes_BKN: Tensor
-    cells_N2: Tensor  # (duration d, start s) of each cell
-
-
-class AlignLinear(nn.Module):
-    """Parameters of one `align_linear` over (channels x bins)."""
-
-    def __init__(self, in_channels: int, out_channels: int, bins: int, fan_in: int, bias: bool = True) -> None:
-        super().__init__()
-        bound = 1 / math.sqrt(fan_in)  # nn.Conv's own initialisation
-        stored_CRO = torch.empty(in_channels, bins, out_channels).uniform_(-bound, bound)
-        self.weight = nn.Parameter(stored_CRO.permute(2, 0, 1))  # (O, C, R), in the layout its products run fastest
-        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound)) if bias else None
-
-
 class GTAD(nn.Module):
     """Snippet features (B, num_features, L) -> `HeadOutput`. Weights do not depend on L, so every rung shares them."""
 
@@ -114,9 +90,7 @@ class GTAD(nn.Module):
 
     def max_duration(self, num_snippets: int) -> int:
         """D of a rung: the full grid's limit, shrunk with L so that it stays the same number of seconds."""
-        if self.config.max_duration is None:
-            return num_snippets
-        return max(1, math.ceil(self.config.max_duration * num_snippets / self.full_snippets))
+        return self.config.longest(num_snippets, self.full_snippets)
 
     def forward(self, features_BCL: Tensor) -> HeadOutput:
         length = features_BCL.shape[2]

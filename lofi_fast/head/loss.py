@@ -1,5 +1,5 @@
-"""The TAL loss of G-TAD: TEM + 10 * PEM_reg + PEM_cls (THUMOS: TEM + PEM_reg + 10 * PEM_cls), and our class loss beside
-it.
+"""The TAL loss of G-TAD and BMN: TEM + 10 * PEM_reg + PEM_cls (G-TAD on THUMOS: TEM + PEM_reg + 10 * PEM_cls), and our
+class loss beside it.
 
 The class loss is a balanced binary cross-entropy of every class at every cell, as the other terms are: half of it is
 the mean over what is shown, half the mean over what is absent. The classes of a cell do not compete, so a segment may
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lofi_fast.head.gtad import HeadOutput
+from lofi_fast.head.maps import HeadOutput
 from lofi_fast.head.targets import ABSENT, POSITIVE_BOUNDARY, SHOWN, Targets
 
 REGRESSION_WEIGHT = 10.0

@@ -1,4 +1,4 @@
-"""Labels of the G-TAD head, worked out from true times: segments in seconds against the snippet boundaries in seconds.
+"""Labels of G-TAD and BMN, worked out from true times: segments in seconds against the snippet boundaries in seconds.
 
 Shapes: L snippets with boundary times edges (L+1,), G ground-truth segments, K classes, N valid cells (duration d,
 start s): proposal (s, d) is [edges[s], edges[s + d + 1]]. All on the CPU in float64; a batch is stacked and moved once.

@@ -1,4 +1,4 @@
-"""From G-TAD's maps to proposals: the cells between two boundary candidates.
+"""From the maps of G-TAD or BMN to proposals: the cells between two boundary candidates.
 
 Shape legend: L snippets of a window, D durations, K classes, N proposals. Cell (d, s) is the proposal that starts with
 snippet s and covers d + 1 snippets: in seconds [edges[s], edges[s + d + 1]].
@@ -89,7 +89,7 @@ def proposals(
 
 
 def window_proposals(maps: WindowMaps, peak_fraction: float = 0.5, with_boundaries: bool = False) -> Proposals:
-    """The same with the class probabilities of each cell; without its place in the maps, which is G-TAD's own."""
+    """The same with the class probabilities of each cell; without its place in the maps."""
     cells_N2, segments_N2, scores_N = proposals(maps, peak_fraction, with_boundaries)
     probabilities = None
     if maps.class_probs is not None:
