@@ -305,7 +305,9 @@ class DetectConfig:
     ] = None  # fmt: skip
 
 
-PresetName = Literal["demo", "small", "activitynet", "hacs", "thumos", "actionformer_thumos", "actionformer_anet"]
+PresetName = Literal[
+    "demo", "small", "activitynet", "hacs", "thumos", "bmn_anet", "actionformer_thumos", "actionformer_anet"
+]
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,25 @@ def thumos() -> Config:
     )
 
 
+def bmn_anet() -> Config:
+    """ActivityNet-1.3 with BMN: the head, rates, batch and epochs of its authors' code (JJBOY/BMN-Boundary-Matching-
+    Network), on the whole videos of `activitynet`.
+
+    Not its own: proposals lie between peaks of the boundary probabilities, as in the paper; soft-NMS has one width for
+    all lengths and no threshold below which a proposal keeps its score.
+    """
+    base = activitynet()
+    return replace(
+        base,
+        preset="bmn_anet",
+        head=HeadConfig(name="bmn"),
+        head_stage=StageConfig(
+            epochs=9, batch=16, optimizer="adam", lr=1e-3, weight_decay=1e-4, decay_every=7, decay=0.1
+        ),
+        detect=DetectConfig(sigma=0.4),
+    )
+
+
 def actionformer_thumos() -> Config:
     """THUMOS14 with ActionFormer: the head, rates, batch and soft-NMS of its configuration for it (happyharrycn/
     actionformer_release, thumos_i3d.yaml), on the windows of `thumos`.
@@ -158,6 +177,7 @@ PRESETS: dict[PresetName, Callable[[], Config]] = {
     "activitynet": activitynet,
     "hacs": hacs,
     "thumos": thumos,
+    "bmn_anet": bmn_anet,
     "actionformer_thumos": actionformer_thumos,
     "actionformer_anet": actionformer_anet,
 }
@@ -165,10 +185,11 @@ PRESETS: dict[PresetName, Callable[[], Config]] = {
 
 MOST_PROPOSALS = 2**24  # of a window: at 512 channels and 4 bytes they alone are 34 GB
 MOST_LEVELS, MOST_POSITIONS = 12, 2**16  # of ActionFormer's pyramid, and of its first level
+OF_GTAD_ALONE = ("head.groups", "head.context_bins", "head.middle_kernel")  # settings that BMN does not share
 MANY_VIDEOS = 2000  # from which on own data are a large set, for which the paper's recipe is meant
 
 # Presets whose rates and epochs are for a pre-trained encoder.
-OF_PRETRAINED = ("activitynet", "hacs", "thumos", "actionformer_thumos", "actionformer_anet")
+OF_PRETRAINED = ("activitynet", "hacs", "thumos", "bmn_anet", "actionformer_thumos", "actionformer_anet")
 
 
 def weights_warning(config: Config) -> str | None:
@@ -221,6 +242,9 @@ def configured(
         raise InputError(f"--short-cycle {config.short_cycle} goes with --pattern cyclic, not {config.pattern}")
     if not 1 <= config.min_cut <= config.max_cut <= 64:
         raise InputError(f"--min-cut {config.min_cut:g} --max-cut {config.max_cut:g}: need 1 <= min <= max <= 64")
+    if config.head.name == "bmn" and (unread := [name for name in OF_GTAD_ALONE if name in read(Config, words)]):
+        flag = "--" + unread[0].replace("_", "-")
+        raise InputError(f"{flag} goes with --head gtad: bmn has no such thing, or a fixed one; leave it out")
     {"gtad": _check_gtad, "bmn": _check_bmn, "actionformer": _check_actionformer}[config.head.name](config)
     return config
 

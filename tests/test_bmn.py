@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 
 from lofi_fast.config import BMNConfig, HeadConfig
+from lofi_fast.errors import InputError
 from lofi_fast.head.bmn import BMN
 from lofi_fast.head.maps import HeadOutput
 from lofi_fast.head.protocol import NotFiniteOutput, total
+from lofi_fast.presets import configured
+from lofi_fast.train import main
 
 SMALL = HeadConfig(hidden=8, inner_bins=4, map_channels=16, class_bins=4)
 FEATURES, CLASSES, FULL = 12, 3, 10
@@ -233,3 +237,36 @@ def test_a_score_is_of_the_proposal_and_of_both_its_boundaries() -> None:
     broken = replace(output, proposals_B2N=torch.full((1, 2, 10), math.nan))
     with pytest.raises(NotFiniteOutput):
         head.proposals(broken, [np.arange(5.0)])
+
+
+@pytest.mark.usefixtures("torchs_own_allocator")
+def test_it_is_trained_and_applied_by_the_same_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from test_train import SETTINGS
+
+    from lofi_fast import load
+    from lofi_fast.data import demo
+
+    torch.use_deterministic_algorithms(False)
+    annotations, videos = demo.generate(tmp_path, num_training=4, num_validation=2, seed=1)
+    run = tmp_path / "run"
+    flags = [*SETTINGS, "--head", "bmn", "--bmn.samples", "2"]
+    data = ["--annotations", str(annotations), "--videos", str(videos), "--cache", str(tmp_path / "cache")]
+    assert main([*data, *flags, "--head-epochs", "2", "--joint-epochs", "1", "--out", str(run)]) == 0
+    assert "average mAP" in capsys.readouterr().out
+    detector = load(run)
+    assert type(detector.head) is BMN and detector.config.bmn == BMNConfig(samples=2)
+    found = detector.detect(next(videos.glob("*validation*")), mem_budget="4GB")
+    assert found and all(0 <= one.start < one.end for one in found)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("head.hidden", 30, "--head.hidden 30: the channels must be a multiple of 4"),
+        ("head.groups", 4, "--head.groups goes with --head gtad"),
+        ("head.map_channels", 2, "--head.map-channels 2: must be 4 or more"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(flag: str, value: int, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        configured({"preset": "demo", "head.name": "bmn", flag: value}, cuda=lambda: False)

@@ -20,6 +20,7 @@ PUBLISHED: dict[PresetName, tuple[str, int, float]] = {
     "activitynet": ("ActivityNet-1.3's training videos", 10_024, 120.0),
     "hacs": ("HACS's training videos", 37_613, 120.0),
     "thumos": ("THUMOS14's 200 validation videos", 200, 270.0),
+    "bmn_anet": ("ActivityNet-1.3's training videos", 10_024, 120.0),
     "actionformer_anet": ("ActivityNet-1.3's training videos", 10_024, 120.0),
     "actionformer_thumos": ("THUMOS14's 200 validation videos", 200, 270.0),
     "small": ("the demo set", 80, 24.0),
