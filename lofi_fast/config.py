@@ -290,6 +290,14 @@ class DetectConfig:
         ),
     ] = "activitynet"  # fmt: skip
     sigma: Annotated[float, Setting("width of soft-NMS, in tIoU", flag="--sigma")] = 0.84
+    voting: Annotated[
+        float | None,
+        Setting(
+            "candidates of its class of this tIoU or more with a detection vote on where it starts and ends, by score "
+            "and tIoU",
+            "TIOU", unset="no voting", most=1,
+        ),
+    ] = None  # fmt: skip
     top_k: Annotated[
         int | None,
         Setting(

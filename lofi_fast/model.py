@@ -381,7 +381,8 @@ class Session:
                         batch.clear()
                     told(min(window.end, info.duration))
             found = best(
-                kept, classes, sigma=config.detect.sigma, top_k=config.detect.top_k if top_k is None else top_k,
+                kept, classes, sigma=config.detect.sigma, voting=config.detect.voting,
+                top_k=config.detect.top_k if top_k is None else top_k,
                 min_score=min_score,
             )  # fmt: skip
         return Found(path, info.duration, found)

@@ -121,7 +121,8 @@ def actionformer_anet() -> Config:
     the whole videos of `activitynet`, 100 snippets instead of 192.
 
     Not its own: classes are told by the head, where it takes them from a classifier of whole videos (--video-scores
-    FILE gives such); no smoothing of labels, no embedding of absolute positions, no voting after soft-NMS.
+    FILE gives such), and soft-NMS and voting are within a class; no smoothing of labels, no embedding of absolute
+    positions.
     """
     base = activitynet()
     return replace(
@@ -133,7 +134,7 @@ def actionformer_anet() -> Config:
         head_stage=StageConfig(
             epochs=15, batch=16, optimizer="adamw", lr=1e-3, weight_decay=0.05, schedule="cosine", clip=1.0
         ),
-        detect=DetectConfig(top_k=100, sigma=0.75),
+        detect=DetectConfig(top_k=100, sigma=0.75, voting=0.9),
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 from lofi_fast.data.video_scores import load_video_scores
 from lofi_fast.detections import Detection, write_predictions
 from lofi_fast.errors import InputError
-from lofi_fast.head.decoding import detections, most_detections
+from lofi_fast.head.decoding import detections, most_detections, voted
 from lofi_fast.head.map_decoding import WindowMaps, proposals, window_proposals
 from lofi_fast.head.protocol import Proposals
 from lofi_fast.metrics import load_predictions
@@ -354,3 +354,38 @@ def test_thumos_table_agrees_with_the_annotations():
     # A shifted row or column order would be right about once in twenty.
     assert len(classes) == 20
     assert right > 0.8 * len(labels)
+
+
+def literal_vote(segments, scores, labels, candidate, threshold):
+    """The mean of the segments of the candidate's class that overlap it enough, by score times tIoU."""
+    start, end = segments[candidate]
+    sums, total = [0.0, 0.0], 0.0
+    for (other_start, other_end), score, label in zip(segments, scores, labels, strict=True):
+        both = max(min(end, other_end) - max(start, other_start), 0.0)
+        tiou = both / (max(end, other_end) - min(start, other_start)) if both else 0.0
+        if label == labels[candidate] and tiou >= threshold:
+            sums[0] += score * tiou * other_start
+            sums[1] += score * tiou * other_end
+            total += score * tiou
+    return [sums[0] / total, sums[1] / total]
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.7, 1.0])
+def test_candidates_vote_on_where_a_detection_starts_and_ends(threshold):
+    random = np.random.default_rng(3)
+    segments = np.sort(random.uniform(0, 10, (40, 2)), axis=1)
+    scores, labels = random.uniform(0.1, 1, 40), random.integers(0, 3, 40)
+    kept = random.permutation(40)[:15]
+    expected = [literal_vote(segments, scores, labels, candidate, threshold) for candidate in kept]
+    np.testing.assert_allclose(voted(segments, scores, labels, kept, threshold), expected, rtol=1e-12)
+    if threshold == 1.0:
+        np.testing.assert_allclose(expected, segments[kept], rtol=1e-12)
+
+
+def test_voting_moves_the_ends_and_no_score():
+    window = Proposals(np.array([[2.0, 6.0], [2.2, 6.4], [8.0, 9.0]]), np.array([0.9, 0.6, 0.5]), np.ones((1, 3)))
+    plain = detections([window], ["x"], duration=10.0)
+    moved = detections([window], ["x"], duration=10.0, voting=0.7)
+    assert [one.score for one in plain] == [one.score for one in moved]
+    assert plain[0].start == 2.0 and 2.0 < moved[0].start < 2.2 and 6.0 < moved[0].end < 6.4
+    assert [one.start for one in moved if one.end == 9.0] == [8.0]

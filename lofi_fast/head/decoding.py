@@ -104,6 +104,7 @@ def best(
     classes: Sequence[str],
     *,
     sigma: float = 0.84,
+    voting: float | None = None,
     top_k: int | None = 100,
     min_score: float = MIN_SCORE,
 ) -> list[Detection]:
@@ -119,10 +120,32 @@ def best(
         max_keep=most_detections(len(windows)) if top_k is None else top_k,
         min_score=min_score,
     )
+    kept, ends = order.numpy(), segments[order.numpy()]
+    if voting is not None:
+        ends = voted(segments, scores, labels, kept, voting)
     return [
-        Detection(float(segments[i, 0]), float(segments[i, 1]), classes[int(labels[i])], score)
-        for i, score in zip(order.tolist(), decayed.tolist(), strict=True)
+        Detection(float(start), float(end), classes[label], score)
+        for (start, end), label, score in zip(ends, labels[kept].tolist(), decayed.tolist(), strict=True)
     ]
+
+
+def voted(segments_N2: Floats, scores_N: Floats, labels_N: Ints, kept_K: Ints, voting: float) -> Floats:
+    """Where the kept candidates (K, 2) start and end by the vote of all candidates of their class whose tIoU with them
+    is `voting` or more, themselves among them: the mean of these, weighed by score times tIoU.
+
+    Source: voting in ActionFormer's code, which has it where classes are not told apart.
+    """
+    result = segments_N2[kept_K]
+    of_class = {label: np.flatnonzero(labels_N == label) for label in np.unique(labels_N[kept_K])}
+    for row, candidate in enumerate(kept_K):
+        same = of_class[labels_N[candidate]]
+        others, (start, end) = segments_N2[same], segments_N2[candidate]
+        both = (np.minimum(others[:, 1], end) - np.maximum(others[:, 0], start)).clip(0)
+        tiou = both / (others[:, 1] - others[:, 0] + end - start - both)
+        weights = np.where(tiou >= voting, scores_N[same] * tiou, 0.0)
+        if (total := weights.sum()) > 0:
+            result[row] = weights @ others / total
+    return result
 
 
 def detections(
@@ -131,6 +154,7 @@ def detections(
     *,
     duration: float,
     sigma: float = 0.84,
+    voting: float | None = None,
     top_k: int | None = 100,
     labels_per_proposal: int | None = None,
     video_scores: FloatArray | None = None,
@@ -143,7 +167,8 @@ def detections(
     classes are those of video_scores (K,) when given (the paper's fusion: one ranking for the whole video), else of
     each proposal's class_probs; with neither, there must be one class, of probability 1. Segments are clipped to
     [0, duration] seconds and dropped when nothing is left; then soft-NMS within each class over all windows together,
-    and the top_k best are kept (None: `most_detections` of so many windows). min_score drops candidates and decayed
+    and the top_k best are kept (None: `most_detections` of so many windows), with the ends that `voted` gives them
+    where a voting is asked for. min_score drops candidates and decayed
     scores below it.
     Raises ValueError when the proposals or video_scores do not have len(classes) classes.
     """
@@ -154,4 +179,4 @@ def detections(
         )
         for window in windows
     ]  # fmt: skip
-    return best(labelled, classes, sigma=sigma, top_k=top_k, min_score=min_score)
+    return best(labelled, classes, sigma=sigma, voting=voting, top_k=top_k, min_score=min_score)

@@ -101,6 +101,7 @@ def _detect(
     return {
         name: detections(
             windows, run.dataset.classes, duration=durations[name], sigma=config.detect.sigma,
+            voting=config.detect.voting,
             top_k=config.detect.top_k, labels_per_proposal=config.detect.labels_per_proposal,
             video_scores=None if scores is None else scores[name],
         )
