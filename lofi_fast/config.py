@@ -271,13 +271,24 @@ class StageConfig:
     momentum: Annotated[float, Setting("momentum of SGD; Adam has its own", zero=True, below=1)] = 0.0
     schedule: Annotated[
         Literal["step", "cosine"],
-        Setting("learning rate over time: step by step down, or up for a tenth of the time and down along a cosine"),
+        Setting("learning rate over time: step by step down, or up at first and then down along a cosine"),
     ] = "step"
+    warm_up: Annotated[
+        float, Setting("share of the time in which the rate of the cosine schedule rises", zero=True, below=1)
+    ] = 0.1
     decay_every: Annotated[int, Setting("length of a step of the schedule", "EPOCHS")] = 5
     decay: Annotated[float, Setting("factor of the learning rate at each step of the schedule")] = 0.5
     clip: Annotated[
         float | None, Setting("largest norm of all gradients together, beyond which they are scaled down", unset="any")
     ] = None
+    ema: Annotated[
+        float | None,
+        Setting(
+            "decay, at each step, of a moving average of the head's weights that detects in their place: 0.999, say; "
+            "head stage alone",
+            "DECAY", unset="no average", below=1,
+        ),
+    ] = None  # fmt: skip
     class_loss: Annotated[float, Setting("weight of the class loss beside the head's own", zero=True)] = 1.0
 
 

@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 from lofi_fast.config import OptimizerImpl, StageConfig
 from lofi_fast.errors import InputError
 
-WARM_UP = 0.1  # share of a cosine schedule that rises from zero
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, of a parameter's shape, named alike by apex and torch
 MOMENTUM = "momentum_buffer"  # SGD's, likewise
 FORM = ("fused", "foreach", "capturable", "differentiable")  # settings that choose a form of torch's, not an update
@@ -226,9 +225,9 @@ def learning_rate(config: StageConfig, epoch: int, step: int, steps: int) -> flo
     if config.schedule == "step":
         return config.lr * config.decay ** (epoch // config.decay_every)
     done = (epoch + (step + 0.5) / steps) / config.epochs
-    if done < WARM_UP:
-        return config.lr * done / WARM_UP
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
+    if done < config.warm_up:
+        return config.lr * done / config.warm_up
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (done - config.warm_up) / (1 - config.warm_up)))
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:

@@ -100,8 +100,7 @@ def actionformer_thumos() -> Config:
     """THUMOS14 with ActionFormer: the head, rates, batch and soft-NMS of its configuration for it (happyharrycn/
     actionformer_release, thumos_i3d.yaml), on the windows of `thumos`.
 
-    Not its own: windows of 43 seconds and 256 snippets instead of 307 seconds and 2,304, since the encoder learns too;
-    no moving average of the weights; a tenth of the time is warm-up where it has a seventh.
+    Not its own: windows of 43 seconds and 256 snippets instead of 307 seconds and 2,304, since the encoder learns too.
     """
     base = thumos()
     return replace(
@@ -110,7 +109,15 @@ def actionformer_thumos() -> Config:
         head=HeadConfig(name="actionformer"),
         joint=replace(base.joint, class_loss=1.0),
         head_stage=StageConfig(
-            epochs=35, batch=2, optimizer="adamw", lr=1e-4, weight_decay=0.05, schedule="cosine", clip=1.0
+            epochs=35,
+            batch=2,
+            optimizer="adamw",
+            lr=1e-4,
+            weight_decay=0.05,
+            schedule="cosine",
+            warm_up=5 / 35,
+            clip=1.0,
+            ema=0.999,
         ),
         detect=DetectConfig(tious="thumos", top_k=200, sigma=0.5),
     )
@@ -132,7 +139,15 @@ def actionformer_anet() -> Config:
         actionformer=ActionFormerConfig(hidden=256, attention_window=7, regression_loss=2.0),
         joint=replace(base.joint, class_loss=1.0),
         head_stage=StageConfig(
-            epochs=15, batch=16, optimizer="adamw", lr=1e-3, weight_decay=0.05, schedule="cosine", clip=1.0
+            epochs=15,
+            batch=16,
+            optimizer="adamw",
+            lr=1e-3,
+            weight_decay=0.05,
+            schedule="cosine",
+            warm_up=5 / 15,
+            clip=1.0,
+            ema=0.999,
         ),
         detect=DetectConfig(top_k=100, sigma=0.75, voting=0.9),
     )
@@ -243,6 +258,9 @@ def configured(
         raise InputError(f"--short-cycle {config.short_cycle} goes with --pattern cyclic, not {config.pattern}")
     if not 1 <= config.min_cut <= config.max_cut <= 64:
         raise InputError(f"--min-cut {config.min_cut:g} --max-cut {config.max_cut:g}: need 1 <= min <= max <= 64")
+    for flag, stage in (("--pretrain.ema", config.pretrain), ("--joint.ema", config.joint)):
+        if stage.ema is not None:
+            raise InputError(f"{flag} {stage.ema:g}: only the head stage averages weights; use --head-stage.ema")
     if config.head.name == "bmn" and (unread := [name for name in OF_GTAD_ALONE if name in read(Config, words)]):
         flag = "--" + unread[0].replace("_", "-")
         raise InputError(f"{flag} goes with --head gtad: bmn has no such thing, or a fixed one; leave it out")

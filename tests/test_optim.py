@@ -471,6 +471,14 @@ def test_the_cosine_rises_for_a_tenth_and_falls_to_nothing() -> None:
     assert rates[110] == pytest.approx(1e-3 * (1 + math.cos(math.pi * ((110.5 / 200) - 0.1) / 0.9)))
 
 
+def test_the_warm_up_is_as_long_as_it_is_set() -> None:
+    third = replace(COSINE, warm_up=0.3)
+    rates = [learning_rate(third, epoch, step, 20) for epoch in range(10) for step in range(20)]
+    assert rates.index(max(rates)) in (59, 60)
+    assert rates[30] == pytest.approx(2e-3 * (30.5 / 200) / 0.3)
+    assert learning_rate(replace(COSINE, warm_up=0.0), 0, 0, 1000) == pytest.approx(2e-3, rel=1e-5)
+
+
 def test_a_cpu_computes_in_fp32_and_says_so() -> None:
     precision = choose_precision(torch.device("cpu"))
     assert precision.dtype is torch.float32 and not precision.scaled and str(precision) == "float32 (a CPU)"

@@ -27,6 +27,7 @@ import pytest
 import torch
 
 from lofi_fast import evaluate as evaluator
+from lofi_fast import load
 from lofi_fast.config import Config
 from lofi_fast.data import demo
 from lofi_fast.data.pipeline import FramePipeline
@@ -45,6 +46,7 @@ from lofi_fast.run.checkpoint import Position, restore_rng, rng_state
 from lofi_fast.run.events import AnyEvent, Step, decode
 from lofi_fast.run.log import RunLog
 from lofi_fast.run.state import Machine, Run, open_run
+from lofi_fast.stages import head as head_room
 from lofi_fast.stages.features import encoder_digest, feature_path, load_features
 from lofi_fast.stages.head import train_head
 from lofi_fast.stages.job import plan, prepare
@@ -589,14 +591,58 @@ def test_a_run_goes_on_with_its_own_settings(whole: Path, demo_set: Demo, tmp_pa
     assert read(folder / "metrics.json")["map_by_tiou"] == {"0.5": metrics["0.5"]}
 
 
-def test_a_head_is_trained_longer_to_the_result_of_an_unbroken_training(demo_set: Demo, tmp_path: Path) -> None:
-    flags = ["--stages", "head,eval", "--head-stage.schedule", "step", "--head-epochs"]
+@pytest.mark.parametrize("ema", [None, 0.75])
+def test_a_head_is_trained_longer_to_the_result_of_an_unbroken_training(
+    demo_set: Demo, tmp_path: Path, ema: float | None
+) -> None:
+    averaged = [] if ema is None else ["--head-stage.ema", str(ema)]
+    flags = ["--stages", "head,eval", "--head-stage.schedule", "step", *averaged, "--head-epochs"]
     assert main(demo_set.command(tmp_path / "long", *flags, "4")) == 0
     assert main(demo_set.command(tmp_path / "run", *flags, "2")) == 0
     assert main(["--resume", str(tmp_path / "run"), "--head-epochs", "4"]) == 0
     same_results(tmp_path / "run", tmp_path / "long")
     steps = [(e["epoch"], e["step"]) for e in events(tmp_path / "run", "step")]
     assert len(steps) == len(set(steps)), "no epoch was taken twice"
+
+
+def test_the_average_of_the_weights_is_the_detector(
+    demo_set: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def update(run: Run, *arguments: Any) -> str:
+        if not seen:
+            seen.append(snapshot(run.head))
+        done: str = plain_update(run, *arguments)
+        seen.append(snapshot(run.head))
+        return done
+
+    plain_update = head_room.update
+    monkeypatch.setattr(head_room, "update", update)
+    folder = tmp_path / "run"
+    flags = ["--stages", "head,eval", "--head-stage.batch", "2", "--head-epochs", "2", "--head-stage.ema", "0.75"]
+    assert main(demo_set.command(folder, *flags)) == 0
+    first, *later = seen
+    assert len(later) == 4
+    for name, weight in first.items():
+        expected = weight.double()
+        for after in later:
+            expected = 0.75 * expected + 0.25 * after[name].double()
+        found = load(folder).head.state_dict()[name]
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(last(folder)["head"][name], later[-1][name], rtol=0, atol=0)
+    monkeypatch.undo()
+    metrics = (folder / "metrics.json").read_text()
+    assert main(["--resume", str(folder), "--stages", "eval"]) == 0
+    assert (folder / "metrics.json").read_text() == metrics
+    assert different(load(folder).head.state_dict(), last(folder)["extra"]["average"]) == []
+
+
+def test_only_the_head_stage_averages_weights(
+    demo_set: Demo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(demo_set.command(tmp_path / "run", "--joint.ema", "0.9")) == 2
+    assert "--joint.ema 0.9: only the head stage averages weights" in capsys.readouterr().err
 
 
 def test_a_stage_without_epochs_is_not_planned(demo_set: Demo, tmp_path: Path) -> None:
@@ -619,19 +665,21 @@ class Interrupted(Exception):
 STAGE: dict[str, Callable[[Run, dict[str, Any]], None]] = {
     "pretrain": pretrain,
     "joint": lambda run, extra: joint(run),
-    "head": lambda run, extra: train_head(run),
+    "head": train_head,
 }
 
 
-@pytest.mark.parametrize("stage", STAGE)
+@pytest.mark.parametrize(("stage", "ema"), [*((stage, None) for stage in STAGE), ("head", 0.75)])
 def test_a_stage_that_stops_in_mid_epoch_goes_on_from_the_step_that_was_saved(
-    whole: Path, demo_set: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    whole: Path, demo_set: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, ema: float | None
 ) -> None:
     weights = str(whole / "checkpoints" / "last.pt")
     config, _ = read_flags(
         demo_set.command(tmp_path, "--stages", stage, *EPOCHS, "--encoder-weights", weights), cuda=lambda: False
     )
-    config = replace(config, head_stage=replace(config.head_stage, batch=2))  # two steps an epoch in every stage
+    config = replace(
+        config, head_stage=replace(config.head_stage, batch=2, ema=ema)
+    )  # two steps an epoch in every stage
 
     def go(folder: Path, going_on: bool) -> None:
         with opened(replace(config, out=str(folder))) as run:
@@ -657,8 +705,8 @@ def test_a_stage_that_stops_in_mid_epoch_goes_on_from_the_step_that_was_saved(
     go(tmp_path / "broken", True)
 
     broken, unbroken = last(tmp_path / "broken"), last(tmp_path / "unbroken")
-    for part in ("encoder", "head", *(["classifier"] if stage == "pretrain" else [])):
-        a, b = ((c["extra"] if part == "classifier" else c)[part] for c in (broken, unbroken))
+    for part in ("encoder", "head", *(["classifier"] if stage == "pretrain" else ["average"] if ema else [])):
+        a, b = ((c["extra"] if part in ("classifier", "average") else c)[part] for c in (broken, unbroken))
         assert different(a, b) == [], part
     assert broken["position"] == unbroken["position"] == {"stage": stage, "epoch": 2, "step": 0}
     assert broken["best"] == unbroken["best"]

@@ -217,11 +217,15 @@ class Run:
             self._resumed_optimizer = None  # it belongs to the stage that was under way
         return self.position
 
-    def finish(self, stage: str, optimizer: torch.optim.Optimizer) -> None:
-        """Move on to the next stage asked for and save; with the optimiser where a resumed run may train longer."""
+    def finish(self, stage: str, optimizer: torch.optim.Optimizer, **modules: nn.Module) -> None:
+        """Move on to the next stage asked for and save; with the optimiser and the stage's own modules where a resumed
+        run may train longer.
+        """
         later = [name for name in self.config.stages if STAGES.index(name) > STAGES.index(stage)]
-        if later:
-            self.save(Position(later[0]), optimizer if (stage, later[0]) == ("head", "eval") else None)
+        if (stage, *later[:1]) == ("head", "eval"):
+            self.save(Position("eval"), optimizer, **modules)
+        elif later:
+            self.save(Position(later[0]), None)
 
     def planner_state(self) -> dict[str, Any]:
         """The resumed state of the joint stage's planner; empty when it has to begin anew."""

@@ -45,7 +45,7 @@ class TrainingStage(Protocol):
     name: str
     lr_flag: str  # that lowers the learning rate
     optimizer: Optimizer
-    modules: dict[str, nn.Module]  # that learn beside encoder and head
+    modules: dict[str, nn.Module]  # of the stage alone, beside encoder and head
 
     def begin(self, epoch: int, first: int) -> int:
         """Make ready for the steps of an epoch from the `first` on. Returns how many the whole epoch has."""
@@ -119,7 +119,7 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
                 run.save_when_due(after, stage.optimizer, **stage.modules)
         stage.end(epoch)
         run.save(Position(stage.name, epoch + 1), stage.optimizer, **stage.modules)
-    run.finish(stage.name, stage.optimizer)
+    run.finish(stage.name, stage.optimizer, **stage.modules)
 
 
 def _diverged(run: Run, stage: TrainingStage, done: Outcome) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import reduce
 from operator import add
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,10 +31,19 @@ from lofi_fast.stages.step import dropout, targets_of
 WATCH_WINDOWS = 500  # up to so many validation windows, mAP is measured after each epoch; beyond, after the last
 
 
-def train_head(run: Run) -> None:
-    """Freeze the encoder, extract features once, train the head from scratch on them."""
+AVERAGE = "average"  # of the head's weights, among what a checkpoint has of the stage alone
+
+
+def train_head(run: Run, extra: Mapping[str, Any]) -> None:
+    """Freeze the encoder, extract features once, train the head from scratch on them. `extra` is what `Run.resume`
+    returned.
+
+    Where the weights are averaged, the run's head is their average afterwards.
+    """
     start = run.due("head")
     if start is None or run.config.head_stage.epochs == 0:
+        if AVERAGE in extra:
+            run.head.load_state_dict(extra[AVERAGE])
         return
     run.encoder.freeze_batchnorm()
     run.encoder.eval().requires_grad_(False)
@@ -43,7 +55,12 @@ def train_head(run: Run) -> None:
         run.head = run.new_head("head")
         run.best = {}
     torch.manual_seed(seed_of(run.config.seed, "head"))
-    epochs.train(run, HeadStage(run), run.config.head_stage)
+    stage = HeadStage(run)
+    if stage.average is not None and AVERAGE in extra:
+        stage.average.load_state_dict(extra[AVERAGE])
+    epochs.train(run, stage, run.config.head_stage)
+    if stage.average is not None:
+        run.head = stage.average
     if encoder_digest(run) != before:
         raise RuntimeError("the encoder changed during the head stage")
 
@@ -56,7 +73,9 @@ def check_head(run: Run) -> None:
     size, length = min(run.config.head_stage.batch, len(run.dataset.samples["training"])), run.config.full.num_snippets
     size = run.processes.largest_share(size)
     limit = min(run.machine.budget, meter.available())
-    needed = meter.held() + head_bytes(setting.head, setting.encoder.num_features, size, length, setting.itemsize)
+    average = setting.head.parameters.held if run.config.head_stage.ema is not None else 0
+    step = head_bytes(setting.head, setting.encoder.num_features, size, length, setting.itemsize)
+    needed = meter.held() + average + step
     if needed > limit:
         raise InputError(
             f"nothing fits: the head stage needs at least {gigabytes(needed)} of {gigabytes(limit)} for {size} windows "
@@ -73,7 +92,8 @@ class HeadStage:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.optimizer = optimizer_of(run, run.config.head_stage, run.head)
-        self.modules: dict[str, nn.Module] = {}
+        self.average = None if run.config.head_stage.ema is None else deepcopy(run.head).requires_grad_(False)
+        self.modules: dict[str, nn.Module] = {} if self.average is None else {AVERAGE: self.average}
         self._scored = any(video.segments for video in run.dataset.videos["validation"])
         self._watched = len(run.dataset.samples["validation"]) <= WATCH_WINDOWS
 
@@ -88,9 +108,32 @@ class HeadStage:
         loss, logged = gradients_of_all(run, self.optimizer, lambda: self._gradients(epoch, samples))
         not_finite = update(run, self.optimizer, loss, config.head_stage.clip)
         self.optimizer.zero_grad(set_to_none=True)
+        if not not_finite:
+            self._follow()
         self._losses.append(loss)
         note = f"loss {sum(self._losses) / len(self._losses):.3f}"
         return Outcome(loss, [sample.window.video for sample in samples], not_finite, note, {"terms": logged})
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Let the average follow the weights by a step."""
+        decay = self.run.config.head_stage.ema
+        if self.average is None or decay is None:
+            return
+        for mean, weight in zip(self.average.parameters(), self.run.head.parameters(), strict=True):
+            mean.lerp_(weight, 1 - decay)
+        for kept, buffer in zip(self.average.buffers(), self.run.head.buffers(), strict=True):
+            kept.copy_(buffer)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The average, where there is one, is the run's head in here."""
+        learning = self.run.head
+        self.run.head = learning if self.average is None else self.average
+        try:
+            yield
+        finally:
+            self.run.head = learning
 
     def _gradients(self, epoch: int, batch: Sequence[Sample]) -> tuple[float, dict[str, float]]:
         """(loss, its terms) of a batch, or of this process's share of it, and its gradients added."""
@@ -108,9 +151,14 @@ class HeadStage:
         return numbers([terms])
 
     def end(self, epoch: int) -> None:
-        run, config = self.run, self.run.config.head_stage
+        config = self.run.config.head_stage
         if not self._scored or not (self._watched or epoch + 1 == config.epochs):
             return
+        with self._averaged():
+            self._validate(epoch)
+
+    def _validate(self, epoch: int) -> None:
+        run, config = self.run, self.run.config.head_stage
         found = detect_subset(run, "validation")
         if not run.processes.first:
             return

@@ -150,7 +150,7 @@ def _run_job(
         with stop.between_steps():
             pretrain(run, extra)
             joint(run)
-            train_head(run)
+            train_head(run, extra)
         result = evaluate(run)
         give_back()
         if processes.first and set(config.stages) != {"pretrain"}:  # which trains no head
