@@ -6,11 +6,13 @@ Its package of utilities, which needs an extension to be compiled, is not loaded
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from bench.tools.rows import Row
 from lofi_fast.config import ActionFormerConfig
 from lofi_fast.head.actionformer_head import ActionFormerHead, make_targets
+from lofi_fast.head.decoding import voted
 
 CONFIG = ActionFormerConfig(hidden=32, attention_heads=4, attention_window=9, levels=4)
 FEATURES, CLASSES, LENGTH, BLOCKS = 24, 5, 64, 5
@@ -98,6 +101,13 @@ def compared(folder: Path) -> Iterator[Row]:
         torch.from_numpy(rows[by]) for rows, by in zip((their_rows, mine_rows), order, strict=True)
     ))  # fmt: skip
 
+    segments = np.sort(rng.uniform(0, LENGTH, (200, 2)), axis=1)
+    scores, kept = rng.uniform(0.01, 1, 200), rng.permutation(200)[:50]
+    refined = _suppression(folder).seg_voting(
+        torch.from_numpy(segments[kept]), torch.from_numpy(segments), torch.from_numpy(scores), 0.7
+    )
+    yield _row("voting", refined, torch.from_numpy(voted(segments, scores, np.zeros(200, dtype=np.int64), kept, 0.7)))
+
 
 def _row(what: str, theirs: Tensor, ours: Tensor) -> Row:
     error = (theirs.double() - ours.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-300)
@@ -114,6 +124,17 @@ def _published(folder: Path) -> Any:
     finally:
         sys.path.remove(str(folder))
         sys.modules.pop("libs.utils", None)
+
+
+def _suppression(folder: Path) -> Any:
+    """Its file of NMS, without the extension that has to be compiled for it."""
+    spec = importlib.util.spec_from_file_location("nms", folder / "libs" / "utils" / "nms.py")
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{folder} has no libs/utils/nms.py")
+    module = importlib.util.module_from_spec(spec)
+    with patch.dict(sys.modules, {"nms_1d_cpu": ModuleType("nms_1d_cpu")}):
+        spec.loader.exec_module(module)
+    return module
 
 
 def _names() -> Iterator[tuple[str, str]]:
