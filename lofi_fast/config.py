@@ -259,6 +259,9 @@ class ActionFormerConfig:
         float, Setting("how far from a segment's centre positions learn it, in steps of their level")
     ] = 1.5
     regression_loss: Annotated[float, Setting("weight of the loss of the distances to start and end", zero=True)] = 1.0
+    label_smoothing: Annotated[
+        float, Setting("share of a label that is spread over all classes and none of them", zero=True, below=1)
+    ] = 0.0
 
 
 @dataclass(frozen=True)

@@ -128,15 +128,14 @@ def actionformer_anet() -> Config:
     the whole videos of `activitynet`, 100 snippets instead of 192.
 
     Not its own: classes are told by the head, where it takes them from a classifier of whole videos (--video-scores
-    FILE gives such), and soft-NMS and voting are within a class; no smoothing of labels, no embedding of absolute
-    positions.
+    FILE gives such), and soft-NMS and voting are within a class; no embedding of absolute positions.
     """
     base = activitynet()
     return replace(
         base,
         preset="actionformer_anet",
         head=HeadConfig(name="actionformer"),
-        actionformer=ActionFormerConfig(hidden=256, attention_window=7, regression_loss=2.0),
+        actionformer=ActionFormerConfig(hidden=256, attention_window=7, regression_loss=2.0, label_smoothing=0.1),
         joint=replace(base.joint, class_loss=1.0),
         head_stage=StageConfig(
             epochs=15,

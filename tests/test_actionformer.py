@@ -204,6 +204,24 @@ def test_losses_are_their_formulas() -> None:
     assert distance_iou_loss(found, true).tolist() == pytest.approx([1 - 2 / 5 + (1.5 / 5) ** 2, 0.0])
 
 
+def test_a_label_is_smoothed_over_all_classes_and_none() -> None:
+    made = head(replace(SMALL, label_smoothing=0.2))
+    targets = windows(8, 1)[0]
+    with torch.no_grad():
+        output = made(features(1, 8))
+    _, _, there = positions(8, SMALL.levels)
+    expected = 0.0
+    for k, p in ((k, p) for k in range(CLASSES) for p in range(len(there)) if there[p]):
+        label = 0.8 * float(targets.classes[k, p]) + 0.2 / (CLASSES + 1)
+        q = 1 / (1 + math.exp(-float(output.classes_BKP[0, k, p])))
+        right = q * label + (1 - q) * (1 - label)
+        entropy = -label * math.log(q) - (1 - label) * math.log(1 - q)
+        expected += (0.25 * label + 0.75 * (1 - label)) * (1 - right) ** 2 * entropy
+    counts = made.counts([targets])
+    terms = made.loss(output, [targets], counts, 1.0)
+    assert terms["classes"].item() == pytest.approx(expected / counts.positive, rel=1e-5)
+
+
 def windows(length: int, count: int) -> list[Targets]:
     rng = np.random.default_rng(0)
     edges = np.arange(length + 1.0)

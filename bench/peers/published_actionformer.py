@@ -23,7 +23,7 @@ from lofi_fast.config import ActionFormerConfig
 from lofi_fast.head.actionformer_head import ActionFormerHead, make_targets
 from lofi_fast.head.decoding import voted
 
-CONFIG = ActionFormerConfig(hidden=32, attention_heads=4, attention_window=9, levels=4)
+CONFIG = ActionFormerConfig(hidden=32, attention_heads=4, attention_window=9, levels=4, label_smoothing=0.1)
 FEATURES, CLASSES, LENGTH, BLOCKS = 24, 5, 64, 5
 SETTINGS: dict[str, Any] = {
     "backbone_type": "convTransformer", "fpn_type": "identity", "backbone_arch": (2, 2, 3), "scale_factor": 2,
@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
     "num_classes": CLASSES,
     "train_cfg": {
         "center_sample": "radius", "center_sample_radius": 1.5, "loss_weight": 1.0, "cls_prior_prob": 0.01,
-        "init_loss_norm": 100, "dropout": 0.0, "droppath": 0.1, "label_smoothing": 0.0, "head_empty_cls": [],
+        "init_loss_norm": 100, "dropout": 0.0, "droppath": 0.1, "label_smoothing": 0.1, "head_empty_cls": [],
     },
     "test_cfg": {
         "pre_nms_thresh": 0.0, "pre_nms_topk": 10**6, "iou_threshold": 0.1, "min_score": 0.001, "max_seg_num": 200,

@@ -81,6 +81,8 @@ class ActionFormerHead(ActionFormer, Head):
         device = output.classes_BKP.device
         classes, distances, positive = (send(torch.stack(parts), device) for parts in zip(*targets, strict=True))
         _, _, there = positions(output.length, self.config.levels)
+        smoothed = self.config.label_smoothing
+        classes = classes * (1 - smoothed) + smoothed / (self.num_classes + 1)
         divisor = max(counts.positive, 1)
         focal = focal_loss(output.classes_BKP.float(), classes) * send(there, device)
         found = output.distances_B2P.float().transpose(1, 2)
