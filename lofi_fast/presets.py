@@ -221,7 +221,10 @@ def configured(
         raise InputError(f"--short-cycle {config.short_cycle} goes with --pattern cyclic, not {config.pattern}")
     if not 1 <= config.min_cut <= config.max_cut <= 64:
         raise InputError(f"--min-cut {config.min_cut:g} --max-cut {config.max_cut:g}: need 1 <= min <= max <= 64")
-    {"gtad": _check_gtad, "actionformer": _check_actionformer}[config.head.name](config)
+    if config.head.name == "actionformer":
+        _check_actionformer(config)
+    else:
+        _check_gtad(config)
     return config
 
 
