@@ -74,6 +74,25 @@ def parse_window(text: str) -> float | Literal["labels"] | None:
     return seconds
 
 
+# What formats of labels leave open: settings of a run, and flags of the other commands that read labels.
+FPS = Setting(
+    "frames a second, for labels that count frames and do not tell", "X", flag="--fps",
+    unset="as the labels say, or else the videos",
+)  # fmt: skip
+LABEL = Setting(
+    "which of several labels a segment has in some formats: verb, noun or action of EPIC-KITCHENS, ...", "NAME",
+    flag="--label", unset="the format's usual one",
+)  # fmt: skip
+TIERS = Setting(
+    "tiers of ELAN files that hold the actions", "A,B", flag="--tiers", unset="all that depend on no other one"
+)
+HELD = (  # what a budget is
+    "memory that this process may hold, as the driver shows it: 11GB, 11GiB, 80% (of the device) or auto (what is free)"
+)
+# Of the commands that apply a detector.
+MemBudget = Annotated[Budget, Setting(HELD, "11GB", parse=Budget.parse, show=lambda budget: budget.text)]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     annotations: Annotated[
@@ -91,27 +110,9 @@ class DataConfig:
             unset="the embedded demo set", may_change=True,
         ),
     ] = None  # fmt: skip
-    fps: Annotated[
-        float | None,
-        Setting(
-            "frames a second, for labels that count frames and do not tell", "X", flag="--fps",
-            unset="as the labels say, or else the videos",
-        ),
-    ] = None  # fmt: skip
-    label: Annotated[
-        str | None,
-        Setting(
-            "which of several labels a segment has in some formats: verb, noun or action of EPIC-KITCHENS, ...", "NAME",
-            flag="--label", unset="the format's usual one",
-        ),
-    ] = None  # fmt: skip
-    tiers: Annotated[
-        str | None,
-        Setting(
-            "tiers of ELAN files that hold the actions", "A,B", flag="--tiers",
-            unset="all that depend on no other one",
-        ),
-    ] = None  # fmt: skip
+    fps: Annotated[float | None, FPS] = None
+    label: Annotated[str | None, LABEL] = None
+    tiers: Annotated[str | None, TIERS] = None
     cache: Annotated[
         str | None,
         Setting(
@@ -353,7 +354,7 @@ class Config:
     ]  # fmt: skip
     data: Annotated[DataConfig, Section("data")]
     encoder: Annotated[EncoderConfig, Section(FIDELITY)]
-    head: Annotated[HeadConfig, Section("head: G-TAD and BMN")]
+    head: Annotated[HeadConfig, Section("head, and G-TAD and BMN")]
     pretrain: Annotated[
         StageConfig, Section("pretrain stage", flags={"epochs": "--pretrain-epochs", "lr": "--pretrain-lr"})
     ]
@@ -366,6 +367,8 @@ class Config:
     ]  # fmt: skip
     head_stage: Annotated[StageConfig, Section("head stage", flags={"epochs": "--head-epochs", "lr": "--head-lr"})]
     detect: Annotated[DetectConfig, Section("detection")]
+    bmn: Annotated[BMNConfig, Section("BMN alone")] = BMNConfig()
+    actionformer: Annotated[ActionFormerConfig, Section("ActionFormer")] = ActionFormerConfig()
     stages: Annotated[
         tuple[Stage, ...],
         Setting(
@@ -374,8 +377,6 @@ class Config:
         ),
     ] = STAGES  # fmt: skip
     pattern: Annotated[Pattern, Setting("where LoFi cuts", group=FIDELITY)] = Pattern.CYCLIC
-    bmn: Annotated[BMNConfig, Section("head: BMN alone")] = BMNConfig()
-    actionformer: Annotated[ActionFormerConfig, Section("head: ActionFormer")] = ActionFormerConfig()
     short_cycle: Annotated[
         int | None,
         Setting("cyclic: switch the pattern every N steps", group=FIDELITY, unset="every epoch"),
@@ -438,9 +439,7 @@ class Config:
     budget: Annotated[
         Budget,
         Setting(
-            "memory that this process may hold, as the driver shows it: 11GB, 11GiB, 80% (of the device) or auto "
-            "(what is free)",
-            "11GB", flag="--mem-budget", group=JOB, parse=Budget.parse, show=lambda budget: budget.text,
+            HELD, "11GB", flag="--mem-budget", group=JOB, parse=Budget.parse, show=lambda budget: budget.text,
             planned_for=True,
         ),
     ] = field(default_factory=lambda: Budget.parse("auto"))  # fmt: skip

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from lofi_fast.budget import Budget
 from lofi_fast.command import INTERRUPTED, parse, run
-from lofi_fast.config import PrecisionName
+from lofi_fast.config import MemBudget, PrecisionName
 from lofi_fast.data.exports import ENDINGS, TOOLS, medium_of, write_for
 from lofi_fast.data.given import paths_of, printable_name, unique_names
 from lofi_fast.data.video import VideoError, stated_duration
@@ -82,14 +82,7 @@ class DetectFlags:
         int | None,
         Setting("most detections of a video", unset="as the run was evaluated"),
     ] = None
-    mem_budget: Annotated[
-        Budget,
-        Setting(
-            "memory that this process may hold, as the driver shows it: 11GB, 11GiB, 80% (of the device) or auto "
-            "(what is free)",
-            "11GB", parse=Budget.parse, show=lambda budget: budget.text,
-        ),
-    ] = field(default_factory=lambda: Budget.parse("auto"))  # fmt: skip
+    mem_budget: MemBudget = field(default_factory=lambda: Budget.parse("auto"))
     device: Annotated[
         Literal["auto", "cuda", "cpu"],
         Setting(

@@ -200,7 +200,7 @@ def _card() -> Finding:
             return Finding("card", "costs", str(error), "the GPU")
         return Finding("card", "ok", "; ".join(names))
     if reason := gpu.unused():
-        return Finding("card", "costs", reason, "the GPU: training is some ten to a hundred times slower")
+        return Finding("card", "costs", reason, "the GPU")
     return Finding("card", "absent", f"{found[0].name}, which CUDA_VISIBLE_DEVICES hides")
 
 
@@ -390,9 +390,7 @@ def _disk(folder: Path) -> Finding:
             "disk", "costs", f"{says}, where this user may not write", mend="name folders with --out and --cache"
         )
     if usage.free < LOW_DISK:
-        return Finding(
-            "disk", "costs", says, "room: a frame cache takes some 10 to 60 MB a minute of video", "free some space"
-        )
+        return Finding("disk", "costs", says, "room for runs and frame caches", "free some space")
     return Finding("disk", "ok", says)
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from lofi_fast import __version__
 from lofi_fast.budget import Budget
 from lofi_fast.command import INTERRUPTED, parse, run
+from lofi_fast.config import MemBudget, PrecisionName
 from lofi_fast.data.exchange import LAYOUTS, Layout, labels_for, write_layout
 from lofi_fast.data.given import paths_of, unique_names
 from lofi_fast.data.video import VideoError
@@ -73,15 +74,12 @@ class ExtractFlags:
         Path | None,
         Setting("labels of the videos, to be written in the layout's form", "FILE", unset="features alone"),
     ] = None
-    mem_budget: Annotated[
-        Budget,
-        Setting(
-            "memory that this process may hold, as the driver shows it: 11GB, 11GiB, 80% (of the device) or auto "
-            "(what is free)",
-            "11GB", parse=Budget.parse, show=lambda budget: budget.text,
-        ),
-    ] = field(default_factory=lambda: Budget.parse("auto"))  # fmt: skip
+    mem_budget: MemBudget = field(default_factory=lambda: Budget.parse("auto"))
     device: Annotated[Literal["auto", "cuda", "cpu"], Setting("where to compute")] = "auto"
+    precision: Annotated[
+        PrecisionName | None,
+        Setting("what matrices are multiplied in: auto, bf16, fp16 or fp32", unset="as the run was asked for"),
+    ] = None
     threads: Annotated[int | None, Setting("CPU threads", unset="all cores")] = None
 
     @property
@@ -151,7 +149,9 @@ def _command(argv: list[str], owns_process: bool) -> int:
     terminal = Terminal()
     detector = Detector.load(flags.run)
     index = _index(flags, form, detector, names)
-    with detector.session(mem_budget=flags.mem_budget.text, device=flags.device, say=terminal.say) as session:
+    with detector.session(
+        mem_budget=flags.mem_budget.text, device=flags.device, precision=flags.precision, say=terminal.say
+    ) as session:
         skipped, interrupted = _extract(flags, form, names, index, session, terminal)
     rows = {name: index[name] for name in names.values() if name in index}
     if not interrupted:

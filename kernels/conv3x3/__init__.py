@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,15 @@ def _by_product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> 
     )
 
 
+def _forms(x: Tensor, weight: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The convolution and its gradients, by the fastest form that takes these arguments."""
+    if _by_tiles(x, weight):
+        return torch.ops.lofi_fast.conv3x3, torch.ops.lofi_fast.conv3x3_backward
+    if _by_product(x, weight):
+        return torch.ops.lofi_fast.conv3x3_product, torch.ops.lofi_fast.conv3x3_product_backward
+    return reference.conv3x3, reference.conv3x3_backward
+
+
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """3x3 convolution, stride 1, zero padding 1, and where asked its bias and ReLU in the same pass.
 
@@ -99,10 +108,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = 
             f"conv3x3: bias must be ({weight.shape[0]},) {x.dtype} on {x.device}, not {tuple(bias.shape)} "
             f"{bias.dtype} on {bias.device}"
         )
-    if not conv3x3_is_faster(x, weight):
-        return reference.conv3x3(x, weight, bias, relu)
-    form = torch.ops.lofi_fast.conv3x3 if _by_tiles(x, weight) else torch.ops.lofi_fast.conv3x3_product
-    out: Tensor = form(x, weight, bias, relu)
+    forward, _ = _forms(x, weight)
+    out: Tensor = forward(x, weight, bias, relu)
     return out
 
 
@@ -131,11 +138,7 @@ def conv3x3_backward(
             f"conv3x3_backward: grad must be {expected} {x.dtype} on {x.device}, not {tuple(grad.shape)} "
             f"{grad.dtype} on {grad.device}"
         )
-    backward: Any = reference.conv3x3_backward
-    if _by_tiles(x, weight):
-        backward = torch.ops.lofi_fast.conv3x3_backward
-    elif _by_product(x, weight):
-        backward = torch.ops.lofi_fast.conv3x3_product_backward
+    _, backward = _forms(x, weight)
     grad_x, grad_weight = backward(grad, x, weight, relu, *mask)
     return grad_x if mask[0] else None, grad_weight if mask[1] else None
 
@@ -168,58 +171,41 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, bool],
     ctx.save_for_backward(x, weight, output if relu else None)
 
 
-def _backward_by(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
-    x, weight, out = ctx.saved_tensors
-    with_x, with_weight, with_bias, _ = ctx.needs_input_grad
-    if out is not None:
-        grad = torch.ops.aten.threshold_backward(grad, out, 0)
-    grad_x, grad_weight = backward(grad, x, weight, False, with_x, with_weight)
-    return (
-        grad_x if with_x else None,
-        grad_weight if with_weight else None,
-        grad.sum((0, 2, 3)) if with_bias else None,
-        None,
-    )
+def _backward_by(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The derivative of a form, whose gradients are worked out by the operator of that name."""
 
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, out = ctx.saved_tensors
+        with_x, with_weight, with_bias, _ = ctx.needs_input_grad
+        if out is not None:
+            grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        grad_x, grad_weight = getattr(torch.ops.lofi_fast, name)(grad, x, weight, False, with_x, with_weight)
+        return (
+            grad_x if with_x else None,
+            grad_weight if with_weight else None,
+            grad.sum((0, 2, 3)) if with_bias else None,
+            None,
+        )
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward_by(ctx, grad, torch.ops.lofi_fast.conv3x3_backward)
-
-
-def _backward_of_product(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward_by(ctx, grad, torch.ops.lofi_fast.conv3x3_product_backward)
+    return backward
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError("conv3x3: its gradient cannot be differentiated again")
 
 
-library.define("conv3x3(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor", reference.conv3x3, _fake)
-library.define(
-    "conv3x3_backward(Tensor grad, Tensor x, Tensor weight, bool relu, bool with_x, bool with_weight) -> "
-    "(Tensor grad_x, Tensor grad_weight)",
-    reference.conv3x3_backward,
-    _fake_backward,
+_ARGUMENTS = "(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor"
+_GRADIENTS = (
+    "(Tensor grad, Tensor x, Tensor weight, bool relu, bool with_x, bool with_weight) -> "
+    "(Tensor grad_x, Tensor grad_weight)"
 )
-library.differentiate("conv3x3", _backward, _setup_context)
-library.differentiate("conv3x3_backward", _no_second_derivative)
-
-
-# The product has one form, of PyTorch's operators.
-_ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, bool relu"
-_GRADIENTS = "Tensor grad, Tensor x, Tensor weight, bool relu, bool with_x, bool with_weight"
-for _schema, _form, _shapes, _derivative, _context in (
-    (f"conv3x3_product({_ARGUMENTS}) -> Tensor", product.conv3x3, _fake, _backward_of_product, _setup_context),
-    (
-        f"conv3x3_product_backward({_GRADIENTS}) -> (Tensor grad_x, Tensor grad_weight)",
-        product.conv3x3_backward, _fake_backward, _no_second_derivative, None,
-    ),
-):  # fmt: skip
-    _name = _schema.partition("(")[0]
-    library.LIBRARY.define(_schema)
-    library.LIBRARY.impl(_name, _form, "CPU")
-    torch.library.register_fake(f"lofi_fast::{_name}", _shapes, lib=library.LIBRARY)
-    library.differentiate(_name, _derivative, _context)
+library.define(f"conv3x3{_ARGUMENTS}", reference.conv3x3, _fake)
+library.define(f"conv3x3_backward{_GRADIENTS}", reference.conv3x3_backward, _fake_backward)
+library.compose(f"conv3x3_product{_ARGUMENTS}", product.conv3x3, _fake)
+library.compose(f"conv3x3_product_backward{_GRADIENTS}", product.conv3x3_backward, _fake_backward)
+for _name in ("conv3x3", "conv3x3_product"):
+    library.differentiate(_name, _backward_by(f"{_name}_backward"), _setup_context)
+    library.differentiate(f"{_name}_backward", _no_second_derivative)
 
 
 @register_flop_formula([torch.ops.lofi_fast.conv3x3, torch.ops.lofi_fast.conv3x3_product])

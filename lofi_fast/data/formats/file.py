@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from lofi_fast.config import DataConfig
+from lofi_fast.config import FPS, LABEL, TIERS, DataConfig
 from lofi_fast.data.labels import UNASSIGNED, Repairs, Segment, Video, duration_of, repaired, segment_of, subset_named
 from lofi_fast.data.matching import EXTENSIONS, match_videos
 from lofi_fast.data.video import stated_duration, stated_rate
@@ -58,26 +58,9 @@ NO_OPTIONS = FormatOptions()
 class LabelFlags:
     """The same as flags of a command that reads labels."""
 
-    fps: Annotated[
-        float | None,
-        Setting(
-            "frames a second, for labels that count frames and do not tell",
-            "X",
-            unset="as the labels say, or else the videos",
-        ),
-    ] = None
-    label: Annotated[
-        str | None,
-        Setting(
-            "which of several labels a segment has in some formats: verb, noun or action of EPIC-KITCHENS, ...",
-            "NAME",
-            unset="the format's usual one",
-        ),
-    ] = None
-    tiers: Annotated[
-        str | None,
-        Setting("tiers of ELAN files that hold the actions", "A,B", unset="all that depend on no other one"),
-    ] = None
+    fps: Annotated[float | None, FPS] = None
+    label: Annotated[str | None, LABEL] = None
+    tiers: Annotated[str | None, TIERS] = None
     videos: Annotated[
         Path | None,
         Setting("folder of the videos, which are asked for what labels do not tell", "DIR", unset="not asked"),
