@@ -23,7 +23,7 @@ from lofi_fast.data.cache_size import cache_bytes
 from lofi_fast.data.grid import FOUND, best_tiou
 from lofi_fast.data.survey import Survey, Surveyed, overlaps, survey, times_of
 from lofi_fast.errors import InputError, printable
-from lofi_fast.presets import FILE, configured, preset_note, shown_defaults, weights_warning
+from lofi_fast.presets import FILE, configured, preset_note, shown_defaults, unread_settings, weights_warning
 from lofi_fast.run.log import Terminal
 from lofi_fast.settings import Section, Setting, read
 
@@ -140,7 +140,7 @@ def _cuda() -> bool:
 def _checked(config: Config, told: Sequence[str], terminal: Terminal) -> Checked:
     if not config.data.annotations or not config.data.videos:
         raise InputError("check looks at your data: add --annotations FILE --videos DIR")
-    notes = [*told, *([warning] if (warning := weights_warning(config)) else [])]
+    notes = [*told, *unread_settings(config), *([warning] if (warning := weights_warning(config)) else [])]
     try:
         with terminal.progress("looking at the videos", 1) as advance:
             found = survey(

@@ -285,15 +285,18 @@ class StageConfig:
     clip: Annotated[
         float | None, Setting("largest norm of all gradients together, beyond which they are scaled down", unset="any")
     ] = None
+    class_loss: Annotated[float, Setting("weight of the class loss beside the head's own", zero=True)] = 1.0
+
+
+@dataclass(frozen=True)
+class HeadStageConfig(StageConfig):
     ema: Annotated[
         float | None,
         Setting(
-            "decay, at each step, of a moving average of the head's weights that detects in their place: 0.999, say; "
-            "head stage alone",
+            "decay, at each step, of a moving average of the head's weights that detects in their place: 0.999, say",
             "DECAY", unset="no average", below=1,
         ),
     ] = None  # fmt: skip
-    class_loss: Annotated[float, Setting("weight of the class loss beside the head's own", zero=True)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -365,7 +368,7 @@ class Config:
             memory=frozenset({"batch", "optimizer", "momentum"}),
         ),
     ]  # fmt: skip
-    head_stage: Annotated[StageConfig, Section("head stage", flags={"epochs": "--head-epochs", "lr": "--head-lr"})]
+    head_stage: Annotated[HeadStageConfig, Section("head stage", flags={"epochs": "--head-epochs", "lr": "--head-lr"})]
     detect: Annotated[DetectConfig, Section("detection")]
     bmn: Annotated[BMNConfig, Section("BMN alone")] = BMNConfig()
     actionformer: Annotated[ActionFormerConfig, Section("ActionFormer")] = ActionFormerConfig()

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -21,13 +21,15 @@ from lofi_fast.config import (
     DetectConfig,
     EncoderConfig,
     HeadConfig,
+    HeadName,
+    HeadStageConfig,
     PresetName,
     StageConfig,
 )
 from lofi_fast.data.annotations import FormatOptions, num_videos
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern
-from lofi_fast.settings import Setting, applied, read
+from lofi_fast.settings import Setting, applied, leaves, read
 
 
 def activitynet() -> Config:
@@ -43,7 +45,7 @@ def activitynet() -> Config:
         head=HeadConfig(),
         pretrain=StageConfig(epochs=10, batch=64, optimizer="sgd", lr=0.01, momentum=0.9, decay_every=4, decay=0.1),
         joint=StageConfig(epochs=15, batch=16, optimizer="sgd", lr=0.1, class_loss=0.0),
-        head_stage=StageConfig(epochs=10, batch=16, optimizer="adam", lr=1e-3, decay_every=5, decay=0.1),
+        head_stage=HeadStageConfig(epochs=10, batch=16, optimizer="adam", lr=1e-3, decay_every=5, decay=0.1),
         detect=DetectConfig(),
     )
 
@@ -89,7 +91,7 @@ def bmn_anet() -> Config:
         base,
         preset="bmn_anet",
         head=HeadConfig(name="bmn"),
-        head_stage=StageConfig(
+        head_stage=HeadStageConfig(
             epochs=9, batch=16, optimizer="adam", lr=1e-3, weight_decay=1e-4, decay_every=7, decay=0.1
         ),
         detect=DetectConfig(sigma=0.4),
@@ -108,7 +110,7 @@ def actionformer_thumos() -> Config:
         preset="actionformer_thumos",
         head=HeadConfig(name="actionformer"),
         joint=replace(base.joint, class_loss=1.0),
-        head_stage=StageConfig(
+        head_stage=HeadStageConfig(
             epochs=35,
             batch=2,
             optimizer="adamw",
@@ -137,7 +139,7 @@ def actionformer_anet() -> Config:
         head=HeadConfig(name="actionformer"),
         actionformer=ActionFormerConfig(hidden=256, attention_window=7, regression_loss=2.0, label_smoothing=0.1),
         joint=replace(base.joint, class_loss=1.0),
-        head_stage=StageConfig(
+        head_stage=HeadStageConfig(
             epochs=15,
             batch=16,
             optimizer="adamw",
@@ -164,7 +166,9 @@ def small() -> Config:
         ),
         pretrain=StageConfig(epochs=12, batch=16, optimizer="adamw", lr=2e-3, weight_decay=0.02, schedule="cosine"),
         joint=StageConfig(epochs=6, batch=2, optimizer="adamw", lr=5e-4, weight_decay=0.02, schedule="cosine"),
-        head_stage=StageConfig(epochs=40, batch=8, optimizer="adamw", lr=1e-3, weight_decay=0.02, schedule="cosine"),
+        head_stage=HeadStageConfig(
+            epochs=40, batch=8, optimizer="adamw", lr=1e-3, weight_decay=0.02, schedule="cosine"
+        ),
         detect=DetectConfig(tious="thumos", top_k=None),
         min_cut=4.0,
     )
@@ -218,6 +222,28 @@ def weights_warning(config: Config) -> str | None:
     )
 
 
+def unread_settings(config: Config) -> list[str]:
+    """Sentences on what was changed from the preset and the chosen head does not read."""
+    preset, chosen = PRESETS[config.preset](), config.head.name
+    changed = [leaf for leaf in leaves(Config) if leaf.of(config) != leaf.of(preset)]
+    return [
+        f"{leaf.flag} {leaf.text(leaf.of(config))} is not used: it goes with --head {' and '.join(readers)}, not with "
+        f"{chosen}"
+        for leaf in changed
+        if chosen not in (readers := _readers(leaf.name))
+    ]
+
+
+def _readers(name: str) -> tuple[HeadName, ...]:
+    """The heads that read a setting, by its name."""
+    section, _, last = name.partition(".")
+    if section in get_args(HeadName):
+        return tuple(head for head in get_args(HeadName) if head == section)
+    if section != "head" or last in ("name", "dropout"):
+        return get_args(HeadName)
+    return ("gtad",) if name in OF_GTAD_ALONE else ("gtad", "bmn")
+
+
 FILE = Setting(  # --config of every command that takes the settings of a run
     "settings in TOML or JSON, by the flags' names; flags go before them", "FILE", group=JOB, unset="none"
 )
@@ -257,12 +283,6 @@ def configured(
         raise InputError(f"--short-cycle {config.short_cycle} goes with --pattern cyclic, not {config.pattern}")
     if not 1 <= config.min_cut <= config.max_cut <= 64:
         raise InputError(f"--min-cut {config.min_cut:g} --max-cut {config.max_cut:g}: need 1 <= min <= max <= 64")
-    for flag, stage in (("--pretrain.ema", config.pretrain), ("--joint.ema", config.joint)):
-        if stage.ema is not None:
-            raise InputError(f"{flag} {stage.ema:g}: only the head stage averages weights; use --head-stage.ema")
-    if config.head.name == "bmn" and (unread := [name for name in OF_GTAD_ALONE if name in read(Config, words)]):
-        flag = "--" + unread[0].replace("_", "-")
-        raise InputError(f"{flag} goes with --head gtad: bmn has no such thing, or a fixed one; leave it out")
     {"gtad": _check_gtad, "bmn": _check_bmn, "actionformer": _check_actionformer}[config.head.name](config)
     return config
 

@@ -17,7 +17,7 @@ from lofi_fast.errors import InputError
 from lofi_fast.head.bmn import BMN
 from lofi_fast.head.maps import HeadOutput
 from lofi_fast.head.protocol import NotFiniteOutput, total
-from lofi_fast.presets import configured
+from lofi_fast.presets import configured, unread_settings
 from lofi_fast.train import main
 
 SMALL = HeadConfig(hidden=8, inner_bins=4, map_channels=16, class_bins=4)
@@ -263,10 +263,23 @@ def test_it_is_trained_and_applied_by_the_same_commands(tmp_path: Path, capsys: 
     ("flag", "value", "said"),
     [
         ("head.hidden", 30, "--head.hidden 30: the channels must be a multiple of 4"),
-        ("head.groups", 4, "--head.groups goes with --head gtad"),
         ("head.map_channels", 2, "--head.map-channels 2: must be 4 or more"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(flag: str, value: int, said: str) -> None:
     with pytest.raises(InputError, match=said):
         configured({"preset": "demo", "head.name": "bmn", flag: value}, cuda=lambda: False)
+
+
+def test_settings_that_the_head_does_not_read_are_told_of() -> None:
+    words = {"preset": "demo", "head": {"groups": 4, "hidden": 64}, "actionformer.levels": 3, "bmn.samples": 2}
+
+    def told(head: str) -> list[str]:
+        sentences = unread_settings(configured({**words, "head.name": head}, cuda=lambda: False))
+        assert all(sentence.endswith(f", not with {head}") for sentence in sentences)
+        return [sentence.partition(" is not used: it goes with ")[0] for sentence in sentences]
+
+    assert told("gtad") == ["--bmn.samples 2", "--actionformer.levels 3"]
+    assert told("bmn") == ["--head.groups 4", "--actionformer.levels 3"]
+    assert told("actionformer") == ["--head.hidden 64", "--head.groups 4", "--bmn.samples 2"]
+    assert unread_settings(configured({"preset": "demo", "head.name": "bmn"}, cuda=lambda: False)) == []

@@ -39,7 +39,7 @@ SETTINGS = [
     "--device=cpu", "--threads=1", "--mem-budget=4GB",
     "--pretrain-epochs=1", "--pretrain.optimizer=sgd", "--pretrain.lr=0.002",
     "--joint-epochs=2", "--joint.optimizer=sgd", "--joint.lr=0.01",
-    "--head-epochs=2", "--head-stage.optimizer=sgd", "--head-stage.lr=0.01",
+    "--head-epochs=2", "--head-stage.optimizer=sgd", "--head-stage.lr=0.01", "--head-stage.ema=0.75",
 ]  # fmt: skip
 ROUNDING = 1e-5  # of losses, relative: sums in fp32 in another order; 5e-7 was seen
 PATIENCE = 120

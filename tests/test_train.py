@@ -638,13 +638,6 @@ def test_the_average_of_the_weights_is_the_detector(
     assert different(load(folder).head.state_dict(), last(folder)["extra"]["average"]) == []
 
 
-def test_only_the_head_stage_averages_weights(
-    demo_set: Demo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(demo_set.command(tmp_path / "run", "--joint.ema", "0.9")) == 2
-    assert "--joint.ema 0.9: only the head stage averages weights" in capsys.readouterr().err
-
-
 def test_a_stage_without_epochs_is_not_planned(demo_set: Demo, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     flags = ["--pretrain-epochs", "0", "--joint-epochs", "0", "--head-epochs", "1"]

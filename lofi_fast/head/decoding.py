@@ -168,8 +168,7 @@ def detections(
     each proposal's class_probs; with neither, there must be one class, of probability 1. Segments are clipped to
     [0, duration] seconds and dropped when nothing is left; then soft-NMS within each class over all windows together,
     and the top_k best are kept (None: `most_detections` of so many windows), with the ends that `voted` gives them
-    where a voting is asked for. min_score drops candidates and decayed
-    scores below it.
+    where a voting is asked for. min_score drops candidates and decayed scores below it.
     Raises ValueError when the proposals or video_scores do not have len(classes) classes.
     """
     labelled = [

@@ -29,8 +29,6 @@ from lofi_fast.stages.features import encoder_digest, extract, load_features
 from lofi_fast.stages.step import for_head, targets_of
 
 WATCH_WINDOWS = 500  # up to so many validation windows, mAP is measured after each epoch; beyond, after the last
-
-
 AVERAGE = "average"  # of the head's weights, among what a checkpoint has of the stage alone
 
 

@@ -39,7 +39,7 @@ from lofi_fast.metrics import MapResult, parse_tiou
 from lofi_fast.model import MODEL, Detector
 from lofi_fast.optim import Implementation, choose_implementation
 from lofi_fast.precision import Precision, choose_device, going_on_in
-from lofi_fast.presets import weights_warning
+from lofi_fast.presets import unread_settings, weights_warning
 from lofi_fast.run import events
 from lofi_fast.run.folder import choose_folder, run_folder
 from lofi_fast.run.heartbeat import restarts
@@ -121,7 +121,8 @@ def _run_job(
         introduce(log, config, device, meter, precision, optimizers, budget, argv)
         if networks is None and (warning := weights_warning(config)):
             log.say(warning)
-        for note in [*notes, *filter(None, [precision_note])]:
+        unread = unread_settings(config) if networks is None else []
+        for note in [*notes, *unread, *filter(None, [precision_note])]:
             log.say(f"note: {note}")
         dataset = processes.in_turns("data", lambda: prepare(config, log, min(budget, meter.available()) - meter.own()))
         config = with_window(config, dataset.window)
