@@ -24,7 +24,7 @@ from lofi_fast.settings import Section, Setting, leaves, made, read
 Stage = Literal["pretrain", "joint", "head", "eval"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 EncoderName = Literal["tsm_r18", "tsm_r34", "tsm_r50"]
-HeadName = Literal["gtad", "bmn", "actionformer"]
+HeadName = Literal["gtad", "bmn", "actionformer", "spotting"]
 OptimizerImpl = Literal["auto", "apex", "torch"]
 Recompute = Literal["auto", "always", "never"]
 PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
@@ -266,6 +266,28 @@ class ActionFormerConfig:
 
 
 @dataclass(frozen=True)
+class SpottingConfig:
+    """Spotting of points in time. The defaults are those of E2E-Spot's published code."""
+
+    hidden: Annotated[
+        int | None,
+        Setting(
+            "channels of the recurrent network in each direction", "N", unset="as the features, 768 at most",
+            memory=True,
+        ),
+    ] = None  # fmt: skip
+    layers: Annotated[int, Setting("layers of the recurrent network", memory=True)] = 1
+    dropout: Annotated[
+        float, Setting("share of the recurrent network's output that training sets to zero", zero=True, below=1)
+    ] = 0.5
+    dilation: Annotated[int, Setting("snippets on either side of a point's own that are taught it too", zero=True)] = 0
+    point_weight: Annotated[float, Setting("weight of a snippet with a point in the loss; one without has 1")] = 5.0
+    suppression: Annotated[
+        float, Setting("of points of one label that are as near to each other, the best is kept", "SECONDS", zero=True)
+    ] = 1.0
+
+
+@dataclass(frozen=True)
 class StageConfig:
     epochs: Annotated[int, Setting("passes over the training videos", zero=True, may_change=True)]
     batch: Annotated[int, Setting("samples of one step: clips in pretrain, windows of videos elsewhere")]
@@ -307,6 +329,14 @@ class DetectConfig:
             "tIoUs of the mAP: activitynet, thumos, or like 0.3:0.1:0.7", "SPEC", flag="--tiou", may_change=True
         ),
     ] = "activitynet"  # fmt: skip
+    tolerances: Annotated[
+        str,
+        Setting(
+            "how far a point may be from a true one for the mAP of --head spotting: seconds like 0.5,1,2 or 1:1:5, "
+            "SoccerNet's tight or loose, or frames like 1f,2f with --fps",
+            "SPEC", flag="--tolerance", may_change=True,
+        ),
+    ] = "0.5,1,2"  # fmt: skip
     sigma: Annotated[float, Setting("width of soft-NMS, in tIoU", flag="--sigma")] = 0.84
     voting: Annotated[
         float | None,
@@ -372,6 +402,7 @@ class Config:
     detect: Annotated[DetectConfig, Section("detection")]
     bmn: Annotated[BMNConfig, Section("BMN alone")] = BMNConfig()
     actionformer: Annotated[ActionFormerConfig, Section("ActionFormer")] = ActionFormerConfig()
+    spotting: Annotated[SpottingConfig, Section("spotting of points in time")] = SpottingConfig()
     stages: Annotated[
         tuple[Stage, ...],
         Setting(
@@ -471,6 +502,11 @@ class Config:
         int | None,
         Setting("CPU threads", group=TRAINING, unset="all cores", may_change=True),
     ] = None
+
+    @property
+    def points(self) -> bool:
+        """Whether points in time are what is looked for, and not segments."""
+        return self.head.name == "spotting"
 
     def to_json(self) -> str:
         return json.dumps({VERSION: __version__} | msgspec.to_builtins(self), indent=1)

@@ -232,9 +232,10 @@ def _summary(name: str, detections: Sequence[Detection], least: float) -> str:
         return f"{name}: nothing that scores {least:g} or more ({len(detections)} detections in all)"
     counts = ", ".join(f"{label} {count}" for label, count in Counter(d.label for d in clear).most_common(8))
     first = clear[0]
+    where = f"from {first.start:.1f} to {first.end:.1f} s" if first.end > first.start else f"at {first.start:.1f} s"
     return (
-        f"{name}: {len(clear)} detections that score {least:g} or more ({counts}); best: {first.label} from "
-        f"{first.start:.1f} to {first.end:.1f} s, {first.score:.2f}"
+        f"{name}: {len(clear)} detections that score {least:g} or more ({counts}); best: {first.label} {where}, "
+        f"{first.score:.2f}"
     )
 
 

@@ -20,9 +20,13 @@ from lofi_fast.metrics import (
     metrics_table,
     parse_tiou,
 )
+from lofi_fast.point_metrics import PointResult, parse_tolerance, point_precision, points_table
 from lofi_fast.settings import Section, Setting
 
-DESCRIPTION = "mAP of detections, equal to the last bit to the official ActivityNet evaluator."
+DESCRIPTION = (
+    "mAP of detections, equal to the last bit to the official ActivityNet evaluator; or of points in time, as E2E-Spot "
+    "and SoccerNet define it."
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,14 @@ class EvaluateFlags:
     predictions: Annotated[Path, Setting("detections in ActivityNet's form", "JSON")]
     labels: Annotated[LabelFlags, Section("labels", flat=True)]
     tiou: Annotated[str, Setting("activitynet, thumos, start:step:stop or a list", "SPEC")] = "activitynet"
+    tolerance: Annotated[
+        str | None,
+        Setting(
+            "score points in time: seconds like 0.5,1,2 or 1:1:5, frames like 1f,2f with --fps, or SoccerNet's tight "
+            "or loose; segments count by their start",
+            "SPEC", unset="score segments",
+        ),
+    ] = None  # fmt: skip
     subset: Annotated[
         str | None, Setting("subset of the annotations", unset="validation, else the only one, else testing")
     ] = None
@@ -51,15 +63,22 @@ def evaluate(
 
     Raises InputError for files that cannot be read and values that cannot be.
     """
-    return _evaluated(Path(ground_truth), Path(predictions), tiou, subset, options)[1]
-
-
-def _evaluated(
-    ground_truth: Path, predictions: Path, tiou: str, subset: str | None, options: FormatOptions
-) -> tuple[str, MapResult]:
     tious = parse_tiou(tiou)
-    name, truth = load_subset(ground_truth, subset, options)
-    return name, mean_average_precision(truth, load_predictions(predictions), tious)
+    _, truth = load_subset(Path(ground_truth), subset, options)
+    return mean_average_precision(truth, load_predictions(Path(predictions)), tious)
+
+
+def evaluate_points(
+    ground_truth: str | Path,
+    predictions: str | Path,
+    tolerance: str,
+    subset: str | None = None,
+    options: FormatOptions = NO_OPTIONS,
+) -> PointResult:
+    """The same of points in time; `tolerance` as `parse_tolerance` takes it, frames by the rate of `options`."""
+    tolerances = parse_tolerance(tolerance, options.fps)
+    _, truth = load_subset(Path(ground_truth), subset, options)
+    return point_precision(truth, load_predictions(Path(predictions)), tolerances)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +88,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str] | None) -> None:
     flags = parse(EvaluateFlags, argv, prog="lofi-fast evaluate", description=DESCRIPTION)
-    subset, result = _evaluated(flags.ground_truth, flags.predictions, flags.tiou, flags.subset, flags.labels.options)
+    options = flags.labels.options
+    tious = parse_tiou(flags.tiou)
+    tolerances = None if flags.tolerance is None else parse_tolerance(flags.tolerance, options.fps)
+    subset, truth = load_subset(flags.ground_truth, flags.subset, options)
+    predictions = load_predictions(flags.predictions)
+    result: MapResult | PointResult
+    if tolerances is None:
+        result = mean_average_precision(truth, predictions, tious)
+    else:
+        result = point_precision(truth, predictions, tolerances)
     if flags.json is not None:
         _write(flags.json, subset, result)
     print(
@@ -80,14 +108,20 @@ def _command(argv: Sequence[str] | None) -> None:
         print(f"note: {result.num_unknown_label} predictions ignored: the ground truth has no such label")
     if result.num_unknown_video:
         print(f"note: {result.num_unknown_video} predictions count as false positives: their video is not in {subset}")
-    print(metrics_table(result, per_class=flags.per_class))
+    if isinstance(result, PointResult):
+        print(points_table(result, flags.per_class))
+    else:
+        print(metrics_table(result, flags.per_class))
 
 
-def _write(path: Path, subset: str, result: MapResult) -> None:
+def _write(path: Path, subset: str, result: MapResult | PointResult) -> None:
+    if isinstance(result, PointResult):
+        by = {"tolerance": result.tolerances.seconds.tolist(), "map": result.map_by_tolerance.tolist()}
+    else:
+        by = {"tiou": result.tious.tolist(), "map": result.map_by_tiou.tolist()}
     content: dict[str, Any] = {
         "subset": subset,
-        "tiou": result.tious.tolist(),
-        "map": result.map_by_tiou.tolist(),
+        **by,
         "average_map": result.average,
         "average_precision": {
             name: values.tolist() for name, values in zip(result.classes, result.average_precision, strict=True)

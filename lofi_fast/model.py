@@ -49,7 +49,7 @@ from lofi_fast.encoder.protocol import Encoder
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.files import write_bytes
-from lofi_fast.head.decoding import Candidates, best, candidates
+from lofi_fast.head.decoding import Candidates, best, best_points, candidates, point_candidates
 from lofi_fast.head.protocol import Head, NotFiniteOutput
 from lofi_fast.ledger import EncoderLedger
 from lofi_fast.memory.settle import open_meter, settle_here
@@ -380,11 +380,14 @@ class Session:
                         kept += self._candidates(batch, info, min_score)
                         batch.clear()
                     told(min(window.end, info.duration))
-            found = best(
-                kept, classes, sigma=config.detect.sigma, voting=config.detect.voting,
-                top_k=config.detect.top_k if top_k is None else top_k,
-                min_score=min_score,
-            )  # fmt: skip
+            most = config.detect.top_k if top_k is None else top_k
+            if config.points:
+                found = best_points(kept, classes, suppression=config.spotting.suppression, top_k=most)
+            else:
+                found = best(
+                    kept, classes, sigma=config.detect.sigma, voting=config.detect.voting, top_k=most,
+                    min_score=min_score,
+                )  # fmt: skip
         return Found(path, info.duration, found)
 
     def features(self, video: Anything, *, told: Callable[[float], None] = lambda _: None) -> VideoFeatures:
@@ -514,6 +517,11 @@ class Session:
                 output = self.detector.head(features_BCL)
             edges = [window.edges(np.arange(length), length) for window, _ in filled]
             proposals = self.detector.head.proposals(output, edges)
+        if self.config.points:
+            return [
+                point_candidates(window, duration=info.duration, min_score=min_score)
+                for window in proposals[: len(batch)]
+            ]
         return [
             candidates(
                 window, self.detector.classes, duration=info.duration, min_score=min_score,

@@ -203,8 +203,11 @@ PRESETS: dict[PresetName, Callable[[], Config]] = {
 
 
 MOST_PROPOSALS = 2**24  # of a window: at 512 channels and 4 bytes they alone are 34 GB
-MOST_LEVELS, MOST_POSITIONS = 12, 2**16  # of ActionFormer's pyramid, and of its first level
+MOST_LEVELS, MOST_POSITIONS = 12, 2**16  # of ActionFormer's pyramid; of a head that answers at every snippet
 OF_GTAD_ALONE = ("head.groups", "head.context_bins", "head.middle_kernel")  # settings that BMN does not share
+OF_SEGMENTS = (  # settings that points in time have no use for
+    "data.video_scores", "detect.tious", "detect.sigma", "detect.voting", "detect.labels_per_proposal",
+)  # fmt: skip
 MANY_VIDEOS = 2000  # from which on own data are a large set, for which the paper's recipe is meant
 
 # Presets whose rates and epochs are for a pre-trained encoder.
@@ -239,6 +242,10 @@ def _readers(name: str) -> tuple[HeadName, ...]:
     section, _, last = name.partition(".")
     if section in get_args(HeadName):
         return tuple(head for head in get_args(HeadName) if head == section)
+    if name == "detect.tolerances":
+        return ("spotting",)
+    if name in OF_SEGMENTS:
+        return tuple(head for head in get_args(HeadName) if head != "spotting")
     if section != "head" or last in ("name", "dropout"):
         return get_args(HeadName)
     return ("gtad",) if name in OF_GTAD_ALONE else ("gtad", "bmn")
@@ -283,7 +290,8 @@ def configured(
         raise InputError(f"--short-cycle {config.short_cycle} goes with --pattern cyclic, not {config.pattern}")
     if not 1 <= config.min_cut <= config.max_cut <= 64:
         raise InputError(f"--min-cut {config.min_cut:g} --max-cut {config.max_cut:g}: need 1 <= min <= max <= 64")
-    {"gtad": _check_gtad, "bmn": _check_bmn, "actionformer": _check_actionformer}[config.head.name](config)
+    checks = {"gtad": _check_gtad, "bmn": _check_bmn, "actionformer": _check_actionformer, "spotting": _check_length}
+    checks[config.head.name](config)
     return config
 
 
@@ -325,6 +333,11 @@ def _check_actionformer(config: Config) -> None:
         )
     if head.levels > MOST_LEVELS:
         raise InputError(f"--actionformer.levels {head.levels}: {MOST_LEVELS} at most")
+    _check_length(config)
+
+
+def _check_length(config: Config) -> None:
+    """Of a head that answers at every snippet."""
     if config.full.num_snippets > MOST_POSITIONS:
         raise InputError(
             f"--fidelity {config.full.num_snippets}x{config.full.side}: more snippets than any machine trains on; give "

@@ -23,6 +23,7 @@ from lofi_fast.settings import Section, Setting, leaves, read
 
 if TYPE_CHECKING:
     from lofi_fast.metrics import MapResult
+    from lofi_fast.point_metrics import PointResult
     from lofi_fast.stages.job import Finished
 
 DESCRIPTION = (
@@ -53,7 +54,7 @@ class Trained:
     """What `lofi_fast.train` gives back."""
 
     run: Path  # the run folder
-    metrics: MapResult | None  # mAP of the validation videos; None where nothing was evaluated
+    metrics: MapResult | PointResult | None  # mAP of the validation videos; None where nothing was evaluated
 
     def detector(self) -> Any:
         """The `Detector` that was trained. Raises InputError where the run has made none."""

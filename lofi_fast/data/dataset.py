@@ -150,6 +150,8 @@ def cached_dataset(
         labels = np.array([number[s.label] for s in video.segments], dtype=np.int64)
         for window in found.windows[video.name]:
             touching = (segments[:, 1] > window.start) & (segments[:, 0] < window.end)
+            at_edge = (segments[:, 0] == window.start) | (segments[:, 0] == window.end)
+            touching |= at_edge & (segments[:, 0] == segments[:, 1])  # a point on the border of a window is in it
             entry = cached[video.name]
             grid = FullGrid(entry, window, config.full.num_snippets, config.data.frame_stride)
             samples[video.subset].append(Sample(index, window, segments[touching], labels[touching], entry, grid))
@@ -216,7 +218,8 @@ class Sampler:
         return [[samples[i] for i in order[k : k + batch]] for k in range(0, len(order), batch)]
 
     def clip_epoch(self, epoch: int, batch: int) -> list[list[Clip]]:
-        """Pre-training clips of one epoch in random order: every grid snippet whose centre lies in a segment, once.
+        """Pre-training clips of one epoch in random order: every grid snippet whose centre lies in a segment, or that
+        holds a point in time, once.
         A last batch too small for live BN is left out.
         """
         clips = self.clips
@@ -229,8 +232,10 @@ class Sampler:
         """All pre-training clips. Raises InputError when no segment holds the centre of a snippet."""
         clips = []
         for sample in self.dataset.samples["training"]:
+            starts, ends = sample.segments.T
+            half = (sample.window.end - sample.window.start) / self.full.num_snippets / 2 * (starts == ends)
             for snippet, centre in enumerate(sample.window.centres(self.full.num_snippets)):
-                hit = np.flatnonzero((sample.segments[:, 0] <= centre) & (centre <= sample.segments[:, 1]))
+                hit = np.flatnonzero((starts - half <= centre) & (centre <= ends + half))
                 if len(hit):
                     clips.append(Clip(sample, snippet, tuple(np.unique(sample.labels[hit]).tolist())))
         if not clips:

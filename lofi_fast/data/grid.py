@@ -27,12 +27,14 @@ Array = NDArray[np.float64]
 class Grid:
     """The proposals of a head: windows of `window` seconds (None: whole videos) that overlap by a share of their
     length, each of `num_snippets` equal snippets. A proposal is 1 to `max_duration` (None: all) snippets in a row.
+    `points`: the head looks for points in time, which are found wherever they are.
     """
 
     window: float | None
     overlap: float
     num_snippets: int
     max_duration: int | None = None
+    points: bool = False
 
     def __str__(self) -> str:
         window = "whole videos" if self.window is None else f"window {self.window:g} s"
@@ -62,8 +64,10 @@ class Labelled:
 def best_tiou(segments: Labelled, grid: Grid) -> Array:
     """(G,) the highest tIoU of each segment with a proposal of any window of its video; proposals end with the video.
 
-    0 for a segment of no length.
+    0 for a segment of no length; 1 for all where points are looked for.
     """
+    if grid.points:
+        return np.ones(len(segments))
     shown = segments.video_ends - segments.video_starts
     length = shown if grid.window is None else np.full(len(segments), grid.window)
     stride = length * (1 - grid.overlap)

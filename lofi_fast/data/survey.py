@@ -411,7 +411,7 @@ def divided(found: Survey, usable: Iterable[str]) -> tuple[Survey, list[str]]:
 
 def _grid(config: Config, window: float | None) -> Grid:
     longest = config.head.max_duration if config.head.name in ("gtad", "bmn") else None
-    return Grid(window, config.data.overlap, config.full.num_snippets, longest)
+    return Grid(window, config.data.overlap, config.full.num_snippets, longest, config.points)
 
 
 def times_of(videos: Iterable[tuple[Surveyed, Video]]) -> Labelled:
@@ -434,7 +434,11 @@ def _with_window(found: Survey) -> Survey:
     found = replace(found, window=window, tried=tried)
     now = share(training, found.grid)
     notes, warnings, refused = list(found.notes), list(found.warnings), found.refused
-    if asked == "labels":
+    if config.points and (long := int((training.ends > training.starts).sum())):
+        notes.append(f"--head spotting learns where segments start; {long} of {count} training segments have a length")
+    if asked == "labels" and config.points:
+        notes.append(f"the window is {window:g} s, as for segments of any length; --window sets another")
+    elif asked == "labels":
         length = "whole videos" if window is None else f"{window:g} s"
         notes.append(
             f"the window is {length}, chosen from the labels: {now.positive} of {count} training segments are near a "
@@ -477,6 +481,8 @@ def _lost(training: Labelled, now: Share, tried: Sequence[Share]) -> str:
     if better.found > now.found:
         flag = "video" if better.grid.window is None else f"{better.grid.window:g}"
         advice = f"; --window {flag} would let {better.found} be found"
+    elif none and not now.found:
+        advice = "; labels that are points in time are learned by --head spotting"
     elif too_short:
         advice = "; more snippets (--fidelity), or a shorter --window, would let more be found"
     elif too_long and grid.max_duration is not None:

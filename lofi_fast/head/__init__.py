@@ -3,8 +3,9 @@
 `Head` (head/protocol.py) is all that the rest of the package knows of one. G-TAD and BMN score every (start, duration)
 of a window: their networks (gtad.py, bmn.py; maps.py), and what is the same for both (map_head.py), of labels
 (targets.py), loss (loss.py) and decoding (map_decoding.py); G-TAD with these is gtad_head.py. ActionFormer is its
-network (actionformer.py), and the rest (actionformer_head.py). The bytes that a head takes are in NAME_ledger.py. What
-is the same for every head: dropout.py before it, and decoding.py after it, from proposals to detections.
+network (actionformer.py), and the rest (actionformer_head.py). Points in time are found by spotting.py. The bytes that
+a head takes are in NAME_ledger.py. What is the same for every head: dropout.py before it, and decoding.py after it,
+from proposals to detections.
 
 Importing this package imports no torch, so that memory can be planned without it.
 """
@@ -28,6 +29,10 @@ def build(config: Config, num_features: int, num_classes: int) -> Head:
         from lofi_fast.head.actionformer_head import ActionFormerHead
 
         return ActionFormerHead(config.actionformer, num_features, num_classes)
+    if config.head.name == "spotting":
+        from lofi_fast.head.spotting import Spotting
+
+        return Spotting(config.spotting, num_features, num_classes)
     if config.head.name == "bmn":
         from lofi_fast.head.bmn import BMN
 
@@ -42,7 +47,7 @@ def ledger_of(config: Config, num_features: int, num_classes: int, class_loss: b
 
     `class_loss`: whether the loss has a term for classes.
     """
-    if config.head.name == "actionformer":
+    if config.head.name in ("actionformer", "spotting"):
         return None
     if config.head.name == "bmn":
         return BMNLedger(config.head, num_features, num_classes, config.full.num_snippets, class_loss, config.bmn)

@@ -22,6 +22,8 @@ FloatArray = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 
 FEWEST_LABELS, MOST_LABELS = 2, 10  # of a proposal, where the settings name no number (MultiTHUMOS: up to 9 at once)
+LEAST_POINT = 0.01  # probability of a class at a point
+SAME_TIME = 1e-6  # seconds that a sum of times is rounded by
 OF_ONE_WINDOW, OF_EACH_MORE = 200, 20  # detections that a video may have, where the settings name no number
 
 
@@ -127,6 +129,44 @@ def best(
         Detection(float(start), float(end), classes[label], score)
         for (start, end), label, score in zip(ends, labels[kept].tolist(), decayed.tolist(), strict=True)
     ]
+
+
+def point_candidates(window: Proposals, *, duration: float, min_score: float = MIN_SCORE) -> Candidates:
+    """Of the points of one window, each with the probabilities of its classes: every class that is likely enough, where
+    the video goes on until then. Segments start and end at once.
+    """
+    probabilities = window.class_probs_KP
+    if probabilities is None:
+        raise ValueError("class_probs must say which class a point is")
+    times = window.segments_P2[:, 0]
+    labels, places = np.nonzero((probabilities >= max(min_score, LEAST_POINT)) & (times <= duration))
+    return Candidates(window.segments_P2[places], probabilities[labels, places].astype(np.float64), labels)
+
+
+def best_points(
+    windows: Sequence[Candidates], classes: Sequence[str], *, suppression: float, top_k: int | None
+) -> list[Detection]:
+    """Points of one video, best first, out of `point_candidates`: those that no better one of their label is as near to
+    as `suppression` seconds, whether that is kept or not; the `top_k` best of them (None: `most_detections`). Of equal
+    ones at the same time, which windows that overlap may give, one is kept.
+
+    Source: non-maximum suppression in E2E-Spot's code (jhong93/spot, util/eval.py).
+    """
+    times = np.concatenate([np.empty(0), *(window.segments_N2[:, 0] for window in windows)])
+    scores = np.concatenate([np.empty(0), *(window.scores_N for window in windows)])
+    labels = np.concatenate([np.empty(0, dtype=np.int64), *(window.labels_N for window in windows)])
+    kept: list[int] = []
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        own = own[np.lexsort((-scores[own], times[own]))]
+        own = own[np.diff(times[own], prepend=-np.inf) > 0]
+        low = np.searchsorted(times[own], times[own] - suppression - SAME_TIME, "left")
+        high = np.searchsorted(times[own], times[own] + suppression + SAME_TIME, "right")
+        best_near = np.array([scores[own[a:b]].max() for a, b in zip(low, high, strict=True)])
+        kept += own[scores[own] >= best_near].tolist()
+    order = sorted(kept, key=lambda one: (-scores[one], times[one]))
+    order = order[: most_detections(len(windows)) if top_k is None else top_k]
+    return [Detection(float(times[k]), float(times[k]), classes[labels[k]], float(scores[k])) for k in order]
 
 
 def voted(segments_N2: Floats, scores_N: Floats, labels_N: Ints, kept_K: Ints, voting: float) -> Floats:

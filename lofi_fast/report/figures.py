@@ -21,7 +21,18 @@ import numpy as np
 
 from lofi_fast.fidelity import CYCLE
 from lofi_fast.report.read import Floats, RunContents, Steps
-from lofi_fast.report.rows import MOST_LANES, Timeline, clock, column, headline, map_by_tiou, memory, percent, ticks
+from lofi_fast.report.rows import (
+    MOST_LANES,
+    Timeline,
+    clock,
+    column,
+    headline,
+    map_by_threshold,
+    memory,
+    percent,
+    threshold_name,
+    ticks,
+)
 from lofi_fast.run import events
 
 if TYPE_CHECKING:
@@ -84,11 +95,13 @@ def panels(run: RunContents) -> dict[str, Panel | str]:
     log = run.log
     found: dict[str, Panel | str] = {}
 
-    by_tiou = map_by_tiou(run.metrics)
+    by_threshold, name = map_by_threshold(run.metrics), threshold_name(run.metrics)
     found["map"] = "No mAP: the run was not evaluated, or has no validation videos."
-    if by_tiou:
-        words = ", ".join(f"{percent(m)} at {t:g}" for t, m in by_tiou.items())
-        found["map"] = Panel("map", "mAP by tIoU", f"mAP in percent: {words}.", lambda axes: draw_map(axes[0], by_tiou))
+    if by_threshold:
+        words = ", ".join(f"{percent(m)} at {t:g}" for t, m in by_threshold.items())
+        found["map"] = Panel(
+            "map", f"mAP by {name}", f"mAP in percent: {words}.", lambda axes: draw_map(axes[0], by_threshold, name)
+        )
 
     joint = log.steps.get("joint", Steps())
     found["memory"] = found["rungs"] = "No joint step was logged."
@@ -150,16 +163,16 @@ def _ends(values: Floats, say: Callable[[float], str]) -> str:
     return f"from {say(float(known[0]))} to {say(float(known[-1]))}" if len(known) else "never a finite number"
 
 
-def draw_map(axes: Axes, by_tiou: Mapping[float, float]) -> None:
-    """Bars of mAP in percent, one for each tIoU; a line where there are too many for bars."""
-    values = [100 * value for value in by_tiou.values()]
+def draw_map(axes: Axes, by_threshold: Mapping[float, float], name: str) -> None:
+    """Bars of mAP in percent, one for each tIoU or tolerance; a line where there are too many for bars."""
+    values = [100 * value for value in by_threshold.values()]
     if len(values) > 15:
-        axes.plot(list(by_tiou), values, color=PALETTE[0])
+        axes.plot(list(by_threshold), values, color=PALETTE[0])
     else:
-        bars = axes.bar([f"{tiou:g}" for tiou in by_tiou], values, color=PALETTE[0], width=0.7)
+        bars = axes.bar([f"{threshold:g}" for threshold in by_threshold], values, color=PALETTE[0], width=0.7)
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize="small")
         axes.grid(False, axis="x")
-    axes.set(xlabel="tIoU", ylabel="mAP, %", ylim=(0, 1.12 * max(np.nanmax([0.0, *values]), 1e-3)))
+    axes.set(xlabel=name, ylabel="mAP, %", ylim=(0, 1.12 * max(np.nanmax([0.0, *values]), 1e-3)))
 
 
 def _by_pattern(joint: Steps, name: str) -> Iterator[tuple[str, str, str, Floats, Floats]]:

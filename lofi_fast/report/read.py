@@ -71,6 +71,7 @@ class MetricsFile(msgspec.Struct, frozen=True):
 
     average_map: Number = None
     map_by_tiou: dict[str, Number] = {}
+    map_by_tolerance: dict[str, Number] = {}
     average_precision: dict[str, list[Number]] = {}
     best_epoch: dict[str, Number] | None = None
     videos: int | None = None

@@ -57,13 +57,15 @@ def ticks(whole: float) -> list[float]:
     return [round(i * step, 6) for i in range(int(whole / step + 1e-6) + 1)]
 
 
-def tiou_range(tious: Sequence[float]) -> str:
-    """Which tIoUs an average goes over."""
-    if len(tious) < 2:
-        return f"at tIoU {tious[0]:g}" if tious else "tIoU unknown"
-    steps = np.diff(tious)
-    even = f" in steps of {steps[0]:.3g}" if np.allclose(steps, steps[0], atol=1e-6) else f", {len(tious)} thresholds"
-    return f"tIoU {tious[0]:g} to {tious[-1]:g}{even}"
+def threshold_range(thresholds: Sequence[float], name: str = "tIoU") -> str:
+    """Which tIoUs, or tolerances, an average goes over."""
+    if len(thresholds) < 2:
+        return f"at {name} {thresholds[0]:g}" if thresholds else f"{name} unknown"
+    steps = np.diff(thresholds)
+    even = f" in steps of {steps[0]:.3g}"
+    if not np.allclose(steps, steps[0], atol=1e-6):
+        even = f", {len(thresholds)} thresholds"
+    return f"{name} {thresholds[0]:g} to {thresholds[-1]:g}{even}"
 
 
 def count(number: int, noun: str) -> str:
@@ -197,7 +199,7 @@ def _map_tile(run: RunContents) -> Tile:
     validations, metrics = run.log.validations, run.metrics
     average = finite(metrics.average_map)
     if not math.isnan(average):
-        note = tiou_range(list(map_by_tiou(metrics)))
+        note = threshold_range(list(map_by_threshold(metrics)), threshold_name(metrics))
         if metrics.videos is not None and metrics.segments is not None:
             note += f"; {metrics.videos} videos, {metrics.segments} segments"
         if final := final_epoch(run):
@@ -231,10 +233,15 @@ def best_epoch(run: RunContents) -> str:
     )
 
 
-def map_by_tiou(metrics: MetricsFile) -> dict[float, float]:
-    """mAP from 0 to 1 by tIoU, in order."""
+def threshold_name(metrics: MetricsFile) -> str:
+    """What mAP is told by."""
+    return "tolerance in seconds" if metrics.map_by_tolerance else "tIoU"
+
+
+def map_by_threshold(metrics: MetricsFile) -> dict[float, float]:
+    """mAP from 0 to 1 by tIoU, or by tolerance where points were looked for, in order."""
     values: dict[float, float] = {}
-    for key, value in metrics.map_by_tiou.items():
+    for key, value in (metrics.map_by_tolerance or metrics.map_by_tiou).items():
         try:
             values[float(key)] = finite(value)
         except ValueError:

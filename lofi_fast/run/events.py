@@ -178,13 +178,14 @@ class Metrics(Event, frozen=True, kw_only=True, tag="metrics"):
 
     average_map: Number
     map_by_tiou: dict[str, Number]
-    average_precision: dict[str, list[Number]]  # of each class, one value for each tIoU
+    average_precision: dict[str, list[Number]]  # of each class, one value for each tIoU, or tolerance
     best_epoch: dict[str, Number] | None  # "epoch" and "average" of the best validation; checkpoints/best.pt holds it
     videos: int
     segments: int
     # Against all videos and segments of the annotation file as they stand there, which is the official measure; None
     # where the file is no ActivityNet JSON.
     average_map_as_given: Number = None
+    map_by_tolerance: dict[str, Number] = {}  # in seconds, where points were looked for; `map_by_tiou` is empty then
     epoch: int | None = None  # of the head stage, whose weights these numbers are of: its last
 
 

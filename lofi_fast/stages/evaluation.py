@@ -15,15 +15,25 @@ from lofi_fast.data.ground_truth import load_ground_truth
 from lofi_fast.data.video_scores import load_video_scores
 from lofi_fast.detections import Detection, write_predictions
 from lofi_fast.errors import InputError
-from lofi_fast.head.decoding import detections
+from lofi_fast.head.decoding import best_points, detections, point_candidates
 from lofi_fast.head.protocol import NotFiniteOutput, Proposals
-from lofi_fast.metrics import MapResult, mean_average_precision, metrics_table, parse_tiou
+from lofi_fast.metrics import (
+    GroundTruth,
+    MapResult,
+    Predictions,
+    mean_average_precision,
+    metrics_table,
+    parse_tiou,
+)
+from lofi_fast.point_metrics import PointResult, parse_tolerance, point_precision, points_table
 from lofi_fast.run import events
 from lofi_fast.run.state import Run
 from lofi_fast.stages.features import extract, load_features
 
+Result = MapResult | PointResult  # of segments, or of points in time
 
-def _reported(run: Run, result: MapResult, as_given: MapResult | None) -> str:
+
+def _reported(run: Run, result: Result, as_given: Result | None) -> str:
     """What the table is of, and what it is not."""
     said = f"these are the weights of the last epoch ({run.config.head_stage.epochs}) of the head stage"
     if run.best:
@@ -95,6 +105,14 @@ def _detect(
         for sample, window in zip(batch, found, strict=True):
             proposals[sample.window.video].append(window)
     durations = run.dataset.durations(subset)
+    if config.points:
+        return {
+            name: best_points(
+                [point_candidates(window, duration=durations[name]) for window in windows], run.dataset.classes,
+                suppression=config.spotting.suppression, top_k=config.detect.top_k,
+            )
+            for name, windows in proposals.items()
+        }  # fmt: skip
     scores = None
     if config.data.video_scores:
         scores = load_video_scores(Path(config.data.video_scores), list(proposals), list(run.dataset.classes))
@@ -109,29 +127,45 @@ def _detect(
     }  # fmt: skip
 
 
-def score(run: Run, found: dict[str, list[Detection]]) -> MapResult:
-    """mAP of validation detections at the run's tIoUs."""
+def _scored(run: Run, truth: GroundTruth, found: dict[str, list[Detection]]) -> Result:
+    """mAP at the run's tIoUs, or its tolerances where points are what was looked for."""
+    predictions: Predictions = {name: [(d.start, d.end, d.label, d.score) for d in of] for name, of in found.items()}
+    config = run.config
+    if config.points:
+        return point_precision(truth, predictions, parse_tolerance(config.detect.tolerances, config.data.fps))
+    return mean_average_precision(truth, predictions, parse_tiou(config.detect.tious))
+
+
+def score(run: Run, found: dict[str, list[Detection]]) -> Result:
+    """mAP of validation detections."""
     truth = {v.name: [(s.start, s.end, s.label) for s in v.segments] for v in run.dataset.videos["validation"]}
-    predictions = {name: [(d.start, d.end, d.label, d.score) for d in items] for name, items in found.items()}
-    return mean_average_precision(truth, predictions, parse_tiou(run.config.detect.tious))
+    return _scored(run, truth, found)
 
 
-def score_as_given(run: Run, found: dict[str, list[Detection]]) -> MapResult | None:
+def by_threshold(result: Result) -> dict[str, float | None]:
+    """mAP by tIoU, or by tolerance in seconds."""
+    if isinstance(result, PointResult):
+        thresholds, values = result.tolerances.seconds, result.map_by_tolerance
+    else:
+        thresholds, values = result.tious, result.map_by_tiou
+    return {f"{threshold:g}": float(value) for threshold, value in zip(thresholds, values, strict=True)}
+
+
+def score_as_given(run: Run, found: dict[str, list[Detection]]) -> Result | None:
     """The same against all videos and segments of the annotation file: those of videos that could not be read are
     missed, and none is clipped or left out as a duplicate. None where the file is no ActivityNet JSON.
     """
     path = run.dataset.annotations
     if path is None or path.suffix.lower() != ".json" or not is_activitynet(path):
         return None
-    predictions = {name: [(d.start, d.end, d.label, d.score) for d in items] for name, items in found.items()}
     try:
-        return mean_average_precision(load_ground_truth(path), predictions, parse_tiou(run.config.detect.tious))
+        return _scored(run, load_ground_truth(path), found)
     except InputError as error:
         run.log.say(f"note: no mAP against the annotations as given: {error}")
         return None
 
 
-def evaluate(run: Run) -> MapResult | None:
+def evaluate(run: Run) -> Result | None:
     """Detect on the validation videos, write predictions, ground truth and metrics; None without such videos."""
     if run.due("eval") is None:
         return None
@@ -164,7 +198,8 @@ def evaluate(run: Run) -> MapResult | None:
     )
     metrics = events.Metrics(
         average_map=result.average,
-        map_by_tiou={f"{t:g}": float(m) for t, m in zip(result.tious, result.map_by_tiou, strict=True)},
+        map_by_tiou={} if run.config.points else by_threshold(result),
+        map_by_tolerance=by_threshold(result) if run.config.points else {},
         average_precision={
             name: [float(x) for x in row] for name, row in zip(result.classes, result.average_precision, strict=True)
         },
@@ -178,6 +213,6 @@ def evaluate(run: Run) -> MapResult | None:
     del content["time"]
     run.write_json("metrics.json", content)
     run.log.event(metrics)
-    run.log.say(metrics_table(result))
+    run.log.say(points_table(result) if isinstance(result, PointResult) else metrics_table(result))
     run.log.say(_reported(run, result, as_given))
     return result

@@ -24,7 +24,7 @@ from lofi_fast.run.seeds import seed_of
 from lofi_fast.run.state import Run
 from lofi_fast.stages import epochs
 from lofi_fast.stages.epochs import Outcome, gradients_of_all, numbers, optimizer_of, update
-from lofi_fast.stages.evaluation import detect_subset, score
+from lofi_fast.stages.evaluation import by_threshold, detect_subset, score
 from lofi_fast.stages.features import encoder_digest, extract, load_features
 from lofi_fast.stages.step import for_head, targets_of
 
@@ -162,7 +162,9 @@ class HeadStage:
             return
         result = score(run, found)
         run.log.event(
-            events.Validation(stage="head", epoch=epoch, average=result.average, map=list(result.map_by_tiou))
+            events.Validation(
+                stage="head", epoch=epoch, average=result.average, map=list(by_threshold(result).values())
+            )
         )
         run.save_best(epoch, result.average)
         best = ", the best so far" if run.best["epoch"] == epoch else ""

@@ -35,9 +35,10 @@ from lofi_fast.kernels import library
 from lofi_fast.memory.meter import Meter
 from lofi_fast.memory.ranks import lowest_of_all
 from lofi_fast.memory.settle import give_back, open_meter
-from lofi_fast.metrics import MapResult, parse_tiou
+from lofi_fast.metrics import parse_tiou
 from lofi_fast.model import MODEL, Detector
 from lofi_fast.optim import Implementation, choose_implementation
+from lofi_fast.point_metrics import parse_tolerance
 from lofi_fast.precision import Precision, choose_device, going_on_in
 from lofi_fast.presets import unread_settings, weights_warning
 from lofi_fast.run import events
@@ -50,7 +51,7 @@ from lofi_fast.run.state import Machine, Run, environment, open_run
 from lofi_fast.run.stop import Stop
 from lofi_fast.run.trained_on import RECORD
 from lofi_fast.settings import leaves
-from lofi_fast.stages.evaluation import evaluate
+from lofi_fast.stages.evaluation import Result, evaluate
 from lofi_fast.stages.head import check_head, train_head
 from lofi_fast.stages.joint import joint, plan_joint
 from lofi_fast.stages.pretrain import plan_pretrain, pretrain
@@ -61,7 +62,7 @@ class Finished:
     """What a job leaves: the run folder, and mAP of the validation videos, or None where nothing was evaluated."""
 
     folder: Path
-    metrics: MapResult | None
+    metrics: Result | None
     seconds: float  # from the plans to the end
     first: bool = True  # whether this process is the one that speaks, where several have trained together
 
@@ -234,6 +235,8 @@ def plan(run: Run) -> None:
 def check_values(config: Config) -> None:
     """What would otherwise be found wrong only after hours of decoding or training."""
     parse_tiou(config.detect.tious)
+    if config.points:
+        parse_tolerance(config.detect.tolerances, config.data.fps)
     for flag, name in (("--encoder-weights", config.encoder.weights), ("--video-scores", config.data.video_scores)):
         if name and not os.path.isfile(name):
             raise InputError(f"{flag} {name}: no such file")
