@@ -514,7 +514,7 @@ def test_a_config_that_this_version_did_not_write_is_refused(tmp_path: Path, cha
 def test_what_a_resumed_run_may_change_and_what_readings_of_memory_depend_on() -> None:
     planned = {"budget", "min_cut", "max_cut", "cut", "epoch_time", "micro_batch", "recompute", "replay"}
     assert set(PLANNED_FOR) == planned
-    longer = {"pretrain.epochs", "joint.epochs", "head_stage.epochs", "detect.tious"}
+    longer = {"pretrain.epochs", "joint.epochs", "head_stage.epochs", "detect.tious", "detect.tolerances"}
     assert set(MAY_CHANGE) == planned | longer | {
         "stages", "threads", "device", "optimizer_impl", "out", "data.cache", "data.annotations", "data.videos",
         "data.video_scores", "encoder.weights",  # which are compared by content
@@ -524,7 +524,8 @@ def test_what_a_resumed_run_may_change_and_what_readings_of_memory_depend_on() -
     key = memory_settings(config)
     for changed in ("--width=9", "--encoder=tsm_r50", "--kept-maps=8bit", "--fidelity=16x32", "--batch=9",
                     "--joint.optimizer=sgd", "--head.hidden=64", "--head.middle-kernel=3", "--head=actionformer",
-                    "--actionformer.levels=3", "--head=bmn", "--bmn.samples=2", "--bmn.definition=paper"):  # fmt: skip
+                    "--actionformer.levels=3", "--head=bmn", "--bmn.samples=2", "--bmn.definition=paper",
+                    "--spotting.layers=2"):  # fmt: skip
         assert memory_settings(config_of(changed)) != key, changed
     for same in ("--seed=5", "--joint-lr=1", "--pretrain.batch=3", "--mem-budget=3GB", "--data.overlap=0"):
         assert memory_settings(config_of(same)) == key, same
