@@ -105,12 +105,16 @@ class Checked:
             lines.append(
                 f"{subset}: {of['videos']} videos, {of['segments']} segments{f': {classes}' if classes else ''}"
             )
-        found, segments = content[f"found_at_tiou_{FOUND:g}"], content["segments"]
-        lines.append(f"{found} of {segments} segments can be found at tIoU {FOUND:g} ({self.survey.grid})")
-        if content["windows"]:
+        found, segments, windows = content[f"found_at_tiou_{FOUND:g}"], content["segments"], content["windows"]
+        if self.survey.config.points:
+            lines.append(f"{segments} points in time can be found, to half a snippet ({self.survey.grid})")
+            windows = []
+        else:
+            lines.append(f"{found} of {segments} segments can be found at tIoU {FOUND:g} ({self.survey.grid})")
+        if windows:
             lines.append(
-                f"training segments found with other windows, of {content['windows'][0]['training_segments']}: "
-                + ", ".join(f"{_shown(of['window'])} {of[f'found_at_tiou_{FOUND:g}']}" for of in content["windows"])
+                f"training segments found with other windows, of {windows[0]['training_segments']}: "
+                + ", ".join(f"{_shown(of['window'])} {of[f'found_at_tiou_{FOUND:g}']}" for of in windows)
             )
         lines.append(f"frame cache: about {content['cache_bytes'] / 1e6:,.1f} MB")
         lines += [note if note.startswith("WARNING") else f"note: {note}" for note in self.notes]
