@@ -346,6 +346,25 @@ def test_a_clip_has_the_labels_of_all_segments_that_it_lies_in(dataset: Dataset,
     assert len(sampler.clips) == len(samples) * int((centres <= 2.0).sum())
 
 
+def test_points_belong_to_every_window_and_snippet_that_they_touch(files: Files, tmp_path: Path) -> None:
+    times = [0.0, 2.6, 4.0, 8.0]
+    points = [{"segment": [at, at], "label": "jump"} for at in times]
+    labels = tmp_path / "points.json"
+    database = {name: {"subset": subset, "annotations": points} for name, subset in NAMES.items()}
+    labels.write_text(json.dumps({"database": database}))
+    base = demo()
+    data = dataclasses.replace(base.data, window=4.0, overlap=0.0, frame_stride=1)
+    config = dataclasses.replace(base, full=FULL, data=data, head=dataclasses.replace(base.head, name="spotting"))
+    found = load_dataset(
+        config, labels, files.folder / "videos", files.folder / "cache", lambda done, total, name: None
+    )
+    first, second = found.samples["training"][:2]
+    assert first.segments[:, 0].tolist() == [0.0, 2.6, 4.0] and second.segments[:, 0].tolist() == [4.0, 8.0]
+    clips = [clip for clip in Sampler(found, data, FULL, 0).clips if clip.sample in (first, second)]
+    assert [clip.snippet for clip in clips] == [0, 5, 7, 0, 7]
+    assert not [note for note in found.notes if "can be found" in note or "have a length" in note]
+
+
 @pytest.mark.parametrize(("batch", "sizes"), [(4, [4] * 5), (5, [5] * 4), (8, [8, 8, 5]), (3, [3] * 7), (64, [21])])
 def test_each_clip_once_an_epoch_but_a_last_batch_too_small(
     make: Callable[..., Sampler], batch: int, sizes: list[int]

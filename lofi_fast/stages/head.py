@@ -15,7 +15,7 @@ from torch import nn
 from lofi_fast.budget import gigabytes
 from lofi_fast.data.dataset import Sample
 from lofi_fast.errors import InputError
-from lofi_fast.head.protocol import total
+from lofi_fast.head.protocol import Head, total
 from lofi_fast.memory.ranks import gather
 from lofi_fast.memory.step_bytes import head_bytes
 from lofi_fast.run import events
@@ -81,6 +81,13 @@ def check_head(run: Run) -> None:
         )
 
 
+def _copy(run: Run) -> Head:
+    """The run's head as it is now, which does not learn. It is moved to where it is already, so that the weights of a
+    recurrent network lie together again, as cuDNN wants them.
+    """
+    return deepcopy(run.head).to(run.machine.device).requires_grad_(False)
+
+
 class HeadStage:
     """The steps of the stage."""
 
@@ -90,7 +97,7 @@ class HeadStage:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.optimizer = optimizer_of(run, run.config.head_stage, run.head)
-        self.average = None if run.config.head_stage.ema is None else deepcopy(run.head).requires_grad_(False)
+        self.average = None if run.config.head_stage.ema is None else _copy(run)
         self.modules: dict[str, nn.Module] = {} if self.average is None else {AVERAGE: self.average}
         self._scored = any(video.segments for video in run.dataset.videos["validation"])
         self._watched = len(run.dataset.samples["validation"]) <= WATCH_WINDOWS
