@@ -388,15 +388,9 @@ def _content(scores: _Scores) -> dict[str, Any]:
             "gains": diagnosis.gains,
         }
     if (segmental := scores.segmental) is not None:
-        content["frames"] = {
-            "num_frames": segmental.num_frames,
-            "accuracy": segmental.accuracy,
-            "edit": segmental.edit,
-            "f1": dict(zip((f"{100 * o:g}" for o in segmental.overlaps), segmental.f1.tolist(), strict=True)),
-        }
-        if segmental.f1_intervals is not None:
-            spans = (segmental.accuracy_interval, segmental.edit_interval, segmental.f1_intervals)
-            content["frames"]["intervals"] = dict(zip(("accuracy", "edit", "f1"), spans, strict=True))
+        content["frames"] = {"num_frames": segmental.num_frames, **segmental.named}
+        if segmental.intervals is not None:
+            content["frames"]["intervals"] = dict(zip(segmental.named, segmental.intervals.tolist(), strict=True))
     if (over_frames := scores.frame_map) is not None:
         content["frame_map"] = {
             "num_frames": over_frames.num_frames,

@@ -53,16 +53,17 @@ def frames_at(rate: float, durations: Mapping[str, float]) -> Frames:
 
 def charades_frames(durations: Mapping[str, float]) -> Frames:
     """CHARADES_FRAMES instants of each video from its start on, evenly spaced, as Charades_v1_localize has them."""
-    even = np.arange(CHARADES_FRAMES) / CHARADES_FRAMES
-    return Frames({name: even * seconds for name, seconds in durations.items()}, closed=True)
+    numbers = np.arange(CHARADES_FRAMES)
+    return Frames({name: numbers * seconds / CHARADES_FRAMES for name, seconds in durations.items()}, closed=True)
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentalResult:
     """Scores in percent; f1 (K,) at `overlaps`.
 
-    accuracy: share of all frames with the right label; edit: mean over videos; f1: of counts over all videos. The
-    ..._intervals [low, high] are 95% bootstrap intervals over videos, None where none were asked for.
+    accuracy: share of all frames with the right label; edit: mean over videos; f1: of counts over all videos.
+    intervals (2 + K, 2): [low, high] of accuracy, edit score and each F1, 95% bootstrap intervals over videos; None
+    where none were asked for.
     """
 
     overlaps: tuple[float, ...]
@@ -71,9 +72,13 @@ class SegmentalResult:
     f1: Floats
     num_videos: int
     num_frames: int
-    accuracy_interval: Floats | None = None
-    edit_interval: Floats | None = None
-    f1_intervals: Floats | None = None
+    intervals: Floats | None = None
+
+    @property
+    def named(self) -> dict[str, float]:
+        """The scores by their usual names, in the order of `intervals`."""
+        f1 = {f"F1@{100 * overlap:g}": float(score) for overlap, score in zip(self.overlaps, self.f1, strict=True)}
+        return {"accuracy": self.accuracy, "edit": self.edit, **f1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,26 +183,30 @@ def segmental_scores(
         edit = edit_score(runs(found)[0], runs(truth)[0])
         rows.append([(found == truth).sum(), len(truth), edit, *segmental_counts(found, truth).ravel()])
     by_video = np.array(rows, dtype=np.float64)  # (V, 3 + 3 * K)
-    accuracy, edits, f1 = _scores(np.ones((1, len(by_video))), by_video)
-    result = SegmentalResult(
-        OVERLAPS, float(accuracy[0]), float(edits[0]), f1[0], len(by_video), int(by_video[:, 1].sum())
-    )
-    if not num_draws:
-        return result
-    parts = [_scores(drawn, by_video) for drawn in draws(len(by_video), num_draws, seed)]
-    several = [interval(np.concatenate(score)) for score in zip(*parts, strict=True)]
+    once = _scores(np.ones((1, len(by_video))), by_video)[0]
+    spans = None
+    if num_draws:
+        drawn = draws(len(by_video), num_draws, seed)
+        spans = interval(np.concatenate([_scores(times, by_video) for times in drawn]))
     return SegmentalResult(
-        OVERLAPS, result.accuracy, result.edit, result.f1, result.num_videos, result.num_frames, *several
+        overlaps=OVERLAPS,
+        accuracy=float(once[0]),
+        edit=float(once[1]),
+        f1=once[2:],
+        num_videos=len(by_video),
+        num_frames=int(by_video[:, 1].sum()),
+        intervals=spans,
     )
 
 
-def _scores(times: Floats | Ints, by_video: Floats) -> tuple[Floats, Floats, Floats]:
-    """Accuracy (R,), edit score (R,) and F1 (R, K) in percent, where each video counts `times` (R, V)."""
+def _scores(times: Floats | Ints, by_video: Floats) -> Floats:
+    """Accuracy, edit score and F1 in percent, (R, 2 + K), where each video counts `times` (R, V)."""
     totals = times @ by_video
     right, wrong, missed = np.moveaxis(totals[:, 3:].reshape(len(times), 3, -1), 1, 0)
     chances = 2 * right + wrong + missed
     f1 = np.divide(2 * right, chances, out=np.zeros_like(right), where=chances > 0)
-    return 100 * totals[:, 0] / totals[:, 1], totals[:, 2] / times.sum(axis=1), 100 * f1
+    accuracy, edit = totals[:, 0] / totals[:, 1], totals[:, 2] / times.sum(axis=1)
+    return np.column_stack([100 * accuracy, edit, 100 * f1])
 
 
 def average_precision(scores: Floats, truth: npt.NDArray[np.bool_]) -> float:
@@ -251,10 +260,8 @@ def frame_map(ground_truth: GroundTruth, predictions: Predictions, frames: Frame
 
 def segmental_table(result: SegmentalResult) -> str:
     """The scores as plain text, in percent, with their intervals below where they were computed."""
-    names = ["accuracy", "edit", *(f"F1@{100 * overlap:g}" for overlap in result.overlaps)]
-    rows = ["".join(f"{name:>16}" for name in names)]
-    rows.append("".join(f"{value:>16.2f}" for value in (result.accuracy, result.edit, *result.f1)))
-    if result.accuracy_interval is not None and result.edit_interval is not None and result.f1_intervals is not None:
-        spans = (result.accuracy_interval, result.edit_interval, *result.f1_intervals)
-        rows.append("".join(f"{f'[{low:.2f}, {high:.2f}]':>16}" for low, high in spans))
+    scores = result.named
+    rows = ["".join(f"{name:>16}" for name in scores), "".join(f"{value:>16.2f}" for value in scores.values())]
+    if result.intervals is not None:
+        rows.append("".join(f"{f'[{low:.2f}, {high:.2f}]':>16}" for low, high in result.intervals))
     return "\n".join(rows)

@@ -131,9 +131,5 @@ def _draw_kinds(axes: Axes, diagnosis: Diagnosis) -> None:
 
 
 def _draw_segmental(axes: Axes, result: SegmentalResult) -> None:
-    names = ["accuracy", "edit", *(f"F1@{100 * overlap:g}" for overlap in result.overlaps)]
-    spans = None
-    if result.accuracy_interval is not None and result.edit_interval is not None and result.f1_intervals is not None:
-        spans = np.array([result.accuracy_interval, result.edit_interval, *result.f1_intervals])
-    _draw_bars(axes, names, [result.accuracy, result.edit, *result.f1], spans)
+    _draw_bars(axes, list(result.named), list(result.named.values()), result.intervals)
     axes.set(ylabel="%")
