@@ -175,8 +175,11 @@ def _detected(flags: EvaluateFlags) -> _Scores:
         durations = _durations(subset, flags.labels.videos)
     if flags.diagnose or full:
         buckets = flags.buckets or ("thumos" if flags.tiou == "thumos" else "activitynet")
-        scores.diagnosis = diagnose(subset.truth, predictions, tious, durations, buckets)
-        if unknown := sum(name not in durations for name in subset.truth):
+        if any(start < end for segments in subset.truth.values() for start, end, _ in segments):
+            scores.diagnosis = diagnose(subset.truth, predictions, tious, durations, buckets)
+        else:
+            scores.notes.append("no diagnosis: all segments of the ground truth are points")
+        if scores.diagnosis and (unknown := sum(name not in durations for name in subset.truth)):
             scores.notes.append(
                 f"nothing tells how long {plural(unknown, 'video')} of {len(subset.truth)} are, so that their segments "
                 "have no coverage; --videos names the folder of the videos"

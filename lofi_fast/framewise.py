@@ -187,7 +187,7 @@ def segmental_scores(
     spans = None
     if num_draws:
         drawn = draws(len(by_video), num_draws, seed)
-        spans = interval(np.concatenate([_scores(times, by_video) for times in drawn]))
+        spans = interval(once, np.concatenate([_scores(times, by_video) for times in drawn]), most=100.0)
     return SegmentalResult(
         overlaps=OVERLAPS,
         accuracy=float(once[0]),

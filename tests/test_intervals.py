@@ -38,10 +38,11 @@ def test_equals_the_evaluator_on_every_draw(seed):
             by_class.setdefault(name, []).append(values.mean())
     told = map_intervals(matches(truth, predictions, TIOUS), 40, seed)
     assert (told.count, told.seed) == (40, seed)
-    np.testing.assert_allclose(told.map_by_tiou, interval(by_tiou), rtol=1e-12)
-    np.testing.assert_allclose(told.average, interval(average), rtol=1e-12)
-    classes = mean_average_precision(truth, predictions, TIOUS).classes
-    np.testing.assert_allclose(told.by_class, [interval(by_class[name]) for name in classes], rtol=1e-12)
+    score = mean_average_precision(truth, predictions, TIOUS)
+    np.testing.assert_allclose(told.map_by_tiou, interval(score.map_by_tiou, by_tiou), rtol=1e-12)
+    np.testing.assert_allclose(told.average, interval(score.average, average), rtol=1e-12)
+    for bounds, name, values in zip(told.by_class, score.classes, score.average_precision, strict=True):
+        np.testing.assert_allclose(bounds, interval(values.mean(), by_class[name]), rtol=1e-12)
 
 
 def test_a_class_that_a_draw_lacks_is_no_zero():
@@ -73,10 +74,28 @@ def test_memory_has_no_part_in_the_result(monkeypatch):
     assert np.array_equal(map_intervals(found, 30, 0).average, whole.average)
 
 
-def test_an_interval_holds_the_middle_of_the_draws():
-    assert interval(np.arange(1001)) == pytest.approx([25, 975])
-    assert interval([[0.0, 5.0], [1.0, math.nan]]) == pytest.approx(np.array([[0.025, 0.975], [5.0, 5.0]]))
-    assert np.isnan(interval([[math.nan], [math.nan]])).all()
+def test_an_interval_holds_the_middle_of_the_draws_around_the_score():
+    thousand = np.arange(1001) / 1000
+    assert interval(0.5, thousand) == pytest.approx([0.025, 0.975])
+    assert interval(0.52, 0.1 * thousand) == pytest.approx([0.4725, 0.5675])  # their mean is 0.05
+    assert interval(0.97, 0.1 * thousand) == pytest.approx([0.9225, 1])
+    assert interval(40, 100 * thousand, most=100) == pytest.approx([0, 87.5])
+    assert interval([0.5, 0.2], [[0.0, 0.2], [1.0, math.nan]]) == pytest.approx(np.array([[0.025, 0.975], [0.2, 0.2]]))
+    assert np.isnan(interval([0.0], [[math.nan], [math.nan]])).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_score_lies_within_its_interval(seed):
+    """Also with many classes of few videos, of which draws score higher than the whole does."""
+    truth, predictions, _ = random_set(seed, videos=60, classes=40)
+    told = map_intervals(matches(truth, predictions, TIOUS), 200, 0)
+    score = mean_average_precision(truth, predictions, TIOUS)
+    assert told.average[0] < score.average < told.average[1]
+    assert (told.map_by_tiou[:, 0] < score.map_by_tiou).all() and (score.map_by_tiou < told.map_by_tiou[:, 1]).all()
+    within = (told.by_class[:, 0] <= score.average_precision.mean(axis=1) + 1e-12) & (
+        score.average_precision.mean(axis=1) <= told.by_class[:, 1] + 1e-12
+    )
+    assert within.mean() > 0.9
 
 
 def test_a_wider_choice_of_videos_gives_a_narrower_interval():
