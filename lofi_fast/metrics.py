@@ -113,7 +113,7 @@ def parse_tiou(text: str) -> Floats:
     return tious
 
 
-def _tiou(start: Floats, end: Floats, other_start: Floats, other_end: Floats) -> Floats:
+def tiou(start: Floats, end: Floats, other_start: Floats, other_end: Floats) -> Floats:
     """tIoU of predictions with ground truth (the "other"), broadcast; NaN where both have zero length (0/0)."""
     intersection = (np.minimum(end, other_end) - np.maximum(start, other_start)).clip(0)
     union = (other_end - other_start) + (end - start) - intersection
@@ -187,6 +187,52 @@ def mean_average_precision(ground_truth: GroundTruth, predictions: Predictions, 
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """Which segment every prediction finds, for measures that average precision alone does not give.
+
+    Predictions (P,) stand class by class, and in each class the best score first, as average precision ranks them;
+    those of labels that the ground truth does not have are left out. video: an index into `videos`, -1 where the ground
+    truth does not name it; label: an index into `classes`; start and end in seconds; segment (P, K): at each threshold
+    the ground-truth segment found, an index into the arrays gt_... (G,), or -1.
+    """
+
+    tious: Floats
+    videos: tuple[str, ...]
+    classes: tuple[str, ...]
+    video: Ints
+    label: Ints
+    start: Floats
+    end: Floats
+    segment: Ints
+    gt_video: Ints
+    gt_label: Ints
+    gt_start: Floats
+    gt_end: Floats
+
+
+def matches(ground_truth: GroundTruth, predictions: Predictions, tious: Floats) -> Matches:
+    """The matching under `mean_average_precision`, prediction by prediction; takes and raises what that does."""
+    _check_overlap(ground_truth, predictions)
+    video_index = {name: i for i, name in enumerate(ground_truth)}
+    gt_rows = [(video_index[name], *segment) for name, segments in ground_truth.items() for segment in segments]
+    class_index: dict[str, int] = {}
+    gt_label = np.array([class_index.setdefault(row[3], len(class_index)) for row in gt_rows], dtype=np.int64)
+    gt_video, gt_start, gt_end = (np.array([row[i] for row in gt_rows]) for i in range(3))
+    given, num_classes = _columns(predictions, video_index, class_index), len(class_index)
+    parts = np.split(np.argsort(given.label, kind="stable"), np.cumsum(np.bincount(given.label, minlength=num_classes)))
+    ranked = np.concatenate([part[given.score[part].argsort()[::-1]] for part in parts])
+    video, label = given.video[ranked].astype(np.int64), given.label[ranked].astype(np.int64)
+    start, end = given.start[ranked], given.end[ranked]
+    segment = np.full((len(ranked), len(tious)), -1, dtype=np.int64)
+    gt_key, gt_start, gt_end = gt_video * num_classes + gt_label, gt_start.astype(np.float64), gt_end.astype(np.float64)
+    _match(np.where(video < 0, -1, video * num_classes + label), start, end, gt_key, gt_start, gt_end, tious, segment)
+    return Matches(
+        np.asarray(tious, dtype=np.float64), tuple(video_index), tuple(class_index), video, label, start, end, segment,
+        gt_video, gt_label, gt_start, gt_end,
+    )  # fmt: skip
+
+
 class _Columns(NamedTuple):
     """Predictions whose label is known, as arrays (P,) in their order; `video` is -1 where it is unknown."""
 
@@ -230,9 +276,17 @@ def _runs(counts: Ints, most: int) -> Iterator[tuple[int, int]]:
 
 
 def _match(
-    key: Ints, start: Floats, end: Floats, gt_key: Ints, gt_start: Floats, gt_end: Floats, tious: Floats
+    key: Ints,
+    start: Floats,
+    end: Floats,
+    gt_key: Ints,
+    gt_start: Floats,
+    gt_end: Floats,
+    tious: Floats,
+    segment: Ints | None = None,
 ) -> npt.NDArray[np.bool_]:
     """Greedy matching -> (P, K) true positives. Predictions come ranked by score within a key (= video and class).
+    Where `segment` (P, K) is given, the index of the matched segment is written there.
 
     Predictions of one key depend on each other through the segments already taken, those of different keys do not: so
     round r settles the r-th prediction of every key at once. Keys are taken together by their number of ground-truth
@@ -250,7 +304,7 @@ def _match(
 
         def overlaps(rows: Ints, size: int = size) -> Floats:
             members = gt_order[first_gt[group[rows], None] + np.arange(size)]
-            return _tiou(start[rows, None], end[rows, None], gt_start[members], gt_end[members])
+            return tiou(start[rows, None], end[rows, None], gt_start[members], gt_end[members])
 
         # A prediction below every threshold takes nothing: it can leave without changing the others.
         rows = np.concatenate([part[~(overlaps(part) < tious.min()).all(axis=1)] for part in _parts(rows, most)])
@@ -276,7 +330,10 @@ def _match(
                 hit = free.any(axis=1)
                 matched[rows[part[now]]] = hit
                 i, k = np.nonzero(hit)
-                taken[owner[i], order[i, free.argmax(axis=1)[i, k]], k] = True
+                place = order[i, free.argmax(axis=1)[i, k]]
+                taken[owner[i], place, k] = True
+                if segment is not None:
+                    segment[rows[part[now[i]]], k] = gt_order[first_gt[group[rows[part[now[i]]]]] + place]
     return matched
 
 
@@ -342,7 +399,7 @@ def average_recall(
         bounds = np.array([item[:2] for item in items], dtype=np.float64)[best[:kept]]
         gt = np.array([segment[:2] for segment in segments], dtype=np.float64)
         for part in _parts(np.arange(len(gt)), max(MOST_PAIRS // kept, 1)):
-            overlap = _tiou(bounds[:, 0], bounds[:, 1], gt[part, 0, None], gt[part, 1, None])
+            overlap = tiou(bounds[:, 0], bounds[:, 1], gt[part, 0, None], gt[part, 1, None])
             reached = overlap[:, :, None] >= tious
             first = reached.argmax(axis=1)
             never[part] = np.where(reached.any(axis=1), first, never[part])

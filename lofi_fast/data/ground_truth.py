@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lofi_fast.data.annotations import (
     FormatOptions,
@@ -25,6 +25,16 @@ from lofi_fast.metrics import number_of, read_object, segments_of
 Truth = dict[str, list[tuple[float, float, str]]]
 
 
+class Subset(NamedTuple):
+    """One subset of labels: its name, video -> [(start, end, label)], and the seconds of those videos whose length the
+    labels tell.
+    """
+
+    name: str
+    truth: Truth
+    durations: dict[str, float]
+
+
 def load_ground_truth(path: Path, subset: str | None = None, options: FormatOptions = NO_OPTIONS) -> Truth:
     """One subset of an annotation file: video -> [(start, end, label)], seconds.
 
@@ -37,25 +47,28 @@ def load_ground_truth(path: Path, subset: str | None = None, options: FormatOpti
     return load_subset(path, subset, options)[1]
 
 
-def load_subset(path: Path, wanted: str | None, options: FormatOptions = NO_OPTIONS) -> tuple[str, Truth]:
-    """(name of the subset, its ground truth); see `load_ground_truth`."""
-    subset, truth = _as_given(path, wanted) if is_activitynet(path) else _as_trained(path, wanted, options)
-    if not any(truth.values()):
-        raise InputError(f"{path} has no segment in the subset {subset!r}; choose another with --subset.")
-    return subset, truth
+def load_subset(path: Path, wanted: str | None, options: FormatOptions = NO_OPTIONS) -> Subset:
+    """The subset with its name and the lengths of its videos; see `load_ground_truth`."""
+    subset = _as_given(path, wanted) if is_activitynet(path) else _as_trained(path, wanted, options)
+    if not any(subset.truth.values()):
+        raise InputError(f"{path} has no segment in the subset {subset.name!r}; choose another with --subset.")
+    return subset
 
 
-def _as_trained(path: Path, wanted: str | None, options: FormatOptions) -> tuple[str, Truth]:
+def _as_trained(path: Path, wanted: str | None, options: FormatOptions) -> Subset:
     if not path.exists():
         raise InputError(f"{path} does not exist; give --ground-truth an existing file.")
     videos = load_annotations(path, options=options).videos
-    subset = _choose_subset(path, {video.subset for video in videos}, wanted)
-    return subset, {
-        video.name: [(s.start, s.end, s.label) for s in video.segments] for video in videos if video.subset == subset
-    }
+    name = _choose_subset(path, {video.subset for video in videos}, wanted)
+    chosen = [video for video in videos if video.subset == name]
+    return Subset(
+        name,
+        {video.name: [(s.start, s.end, s.label) for s in video.segments] for video in chosen},
+        {video.name: video.duration for video in chosen if video.duration is not None},
+    )
 
 
-def _as_given(path: Path, wanted: str | None) -> tuple[str, Truth]:
+def _as_given(path: Path, wanted: str | None) -> Subset:
     """Of ActivityNet JSON; videos of other subsets may hold anything."""
     database = read_object(path, "--ground-truth", "database", once_each(path, "; mend --ground-truth."))
     subsets: dict[str, str] = {}
@@ -65,9 +78,13 @@ def _as_given(path: Path, wanted: str | None) -> tuple[str, Truth]:
             raise InputError(f'{path}, video {name}: "subset" is missing or is not a text.')
         subsets[name] = _subset_named(said)
     subset = _choose_subset(path, set(subsets.values()), wanted)
-    return subset, {
-        name: _segments(database[name], subset, f"{path}, video {name}") for name, of in subsets.items() if of == subset
-    }
+    names = [name for name, of in subsets.items() if of == subset]
+    told = {name: seconds_of(database[name].get("duration")) for name in names}
+    return Subset(
+        subset,
+        {name: _segments(database[name], subset, f"{path}, video {name}") for name in names},
+        {name: seconds for name, seconds in told.items() if seconds is not None and seconds > 0},
+    )
 
 
 def _segments(entry: Mapping[str, Any], subset: str, where: str) -> list[tuple[float, float, str]]:

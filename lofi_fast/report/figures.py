@@ -389,6 +389,23 @@ def svg(panel: Panel) -> str:
     return text.strip()
 
 
+def png(panel: Panel) -> bytes:
+    """A panel as a picture by itself, with its title, on white."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_style("white")):
+        figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = list(np.atleast_1d(figure.subplots(panel.num_axes, 1)))
+        panel.draw(axes)
+        axes[0].set_title(panel.title, loc="left", weight="bold", fontsize=10.5, pad=10)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", metadata={"Software": "lofi_fast"})
+    return file.getvalue()
+
+
 def overview(run: RunContents, shown: Mapping[str, Panel | str], rows: Sequence[Timeline]) -> bytes:
     """report.png: the headline, every figure and the timelines, on white."""
     import matplotlib

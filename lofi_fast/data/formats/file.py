@@ -32,13 +32,15 @@ class FormatOptions:
 
     fps: frames a second, for labels that count frames; None: what the file says, or else the videos. label: which of
     the several labels that a segment has. tiers: those of an ELAN file that hold the actions. videos: the folder of the
-    videos, which are asked for what a file does not tell.
+    videos, which are asked for what a file does not tell. background: labels of frames that are no action, in lower
+    case; None: the usual ones.
     """
 
     fps: float | None = None
     label: str | None = None
     tiers: tuple[str, ...] = ()
     videos: Path | None = None
+    background: frozenset[str] | None = None
 
     @staticmethod
     def of(data: DataConfig) -> FormatOptions:

@@ -19,7 +19,7 @@ from lofi_fast.data.labels import UNASSIGNED, Video
 from lofi_fast.errors import InputError
 
 NAME = "labels of frames"
-OPTIONS = frozenset(("fps",))
+OPTIONS = frozenset(("fps", "background"))
 BACKGROUND = frozenset(("background", "bg", "sil", "action_start", "action_end"))
 CHOLEC80_RATE = 25.0
 _RUN = re.compile(r"\s*(\d{1,9})\s*-\s*(\d{1,9})\s+(\S.*?)\s*", re.ASCII)
@@ -52,17 +52,18 @@ def read(file: LabelFile) -> list[Video]:
     if is_table:
         runs, count = _of_table(file, lines)
     elif _RUN.fullmatch(lines[0][1]):
-        runs, count = _of_runs(file, lines)
+        runs, count = _of_runs(file.path, lines)
     else:
         runs, count = list(_together(enumerate(line.strip() for _, line in lines))), len(lines)
+    no_action = BACKGROUND if file.options.background is None else file.options.background
     rate = file.rates({name: CHOLEC80_RATE if is_table else None})[name]
     where = f"{file.path}: video {name}"
     found = Gathered(file)
     subset = _subset(file.path)
     found.video(name, where, subset=subset, duration=count / rate)
-    background = [run for run in runs if run[2].casefold() in BACKGROUND]
+    background = [run for run in runs if run[2].casefold() in no_action]
     for first, after, label in runs:
-        if label.casefold() not in BACKGROUND:
+        if label.casefold() not in no_action:
             found.segment(name, first / rate, after / rate, label, where)
     told = "no subset" if subset is None else "subsets by split 1"
     file.note(f"read as {NAME}: {rate:g} a second; the video is named like the file; {told}")
@@ -74,20 +75,37 @@ def read(file: LabelFile) -> list[Video]:
     return found.videos()
 
 
+def recognised(path: Path) -> tuple[str, list[Run]]:
+    """The video's name, and its labels of frames as a program that recognises them has written them: one a line, in
+    runs, or all in the second line, below one that begins with "###", as MS-TCN writes. Raises InputError for what
+    cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as labels of frames ({error}); mend --predictions") from error
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if lines and lines[0][1].startswith("###"):
+        return _stem(path), list(_together(enumerate(label for _, line in lines[1:] for label in line.split())))
+    if lines and _RUN.fullmatch(lines[0][1]):
+        return _stem(path), _of_runs(path, lines)[0]
+    return _stem(path), list(_together(enumerate(line.strip() for _, line in lines)))
+
+
 def _stem(path: Path) -> str:
     """The file's name without .txt, and without the extension of a video before it."""
     return re.sub(r"\.(?:avi|mp4)$", "", path.name.removesuffix(path.suffix), flags=re.IGNORECASE)
 
 
-def _of_runs(file: LabelFile, lines: list[tuple[int, str]]) -> tuple[list[Run], int]:
+def _of_runs(path: Path, lines: list[tuple[int, str]]) -> tuple[list[Run], int]:
     runs = []
     for number, line in lines:
         match = _RUN.fullmatch(line)
         if match is None:
-            raise InputError(f"{file.path} line {number}: {line.strip()!r} is no run of frames like 31-150 take_bowl")
+            raise InputError(f"{path} line {number}: {line.strip()!r} is no run of frames like 31-150 take_bowl")
         first, last = int(match[1]), int(match[2])
         if not 1 <= first <= last:
-            raise InputError(f"{file.path} line {number}: a run from frame {first} to {last}; frames count from 1")
+            raise InputError(f"{path} line {number}: a run from frame {first} to {last}; frames count from 1")
         runs.append((first - 1, last, match[3]))
     return runs, max(after for _, after, _ in runs)
 
