@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 CXX_FILES := $(wildcard kernels/*.h kernels/*/*.h kernels/*/*.cpp lofi_fast/memory/*.cpp)
 STUBS := $(wildcard tests/null_gpu/*.[ch] tests/null_gpu/*.cpp)
 
-.PHONY: train test check format null-gpu report kernels-report clean distclean
+.PHONY: train test check format dist null-gpu report kernels-report clean distclean
 
 train: $(VENV)/installed
 	$(BIN)/python -m lofi_fast.train --mem-budget $(BUDGET) $(ARGS)
@@ -31,6 +31,10 @@ format: $(VENV)/tested-with
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES) $(STUBS)
 
+# The source distribution, and from that the wheel, whose kernels serve torch 2.11 and later on this platform.
+dist: $(VENV)/tested-with
+	$(BIN)/python -m build --no-isolation
+
 # The version of CUDA whose DALI is installed: cuda13, or cuda12 for older cards and drivers (README.md).
 CUDA ?= cuda13
 
@@ -40,13 +44,13 @@ $(VENV)/build-tools: constraints.txt
 	$(PIP) setuptools wheel cmake ninja torch
 	@touch $@
 
-$(VENV)/installed: $(VENV)/build-tools pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
+$(VENV)/installed: $(VENV)/build-tools pyproject.toml setup.py build_backend.py CMakeLists.txt $(CXX_FILES)
 	$(PIP) --no-build-isolation --editable ".[$(CUDA)]"
 	@$(BIN)/python -c "from lofi_fast.kernels import describe; print('kernels:', describe())"
 	@touch $@
 
 $(VENV)/tested-with: $(VENV)/installed
-	$(PIP) pytest hypothesis ruff mypy clang-format import-linter
+	$(PIP) pytest hypothesis ruff mypy clang-format import-linter build
 	@touch $@
 
 # The CUDA path without a card (tests/null_gpu/conftest.py says how). It needs the CUDA build of torch, some 3 GB, in an

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -50,18 +51,26 @@ def _find() -> Path | None:
     return max(built, key=lambda place: place.stat().st_mtime_ns, default=None)
 
 
+def why_not_built() -> str:
+    """Why there is no library, as the installation left it (setup.py), or as it looks where it left nothing."""
+    left = Path(__file__).with_name("not_built.txt")
+    if left.exists():
+        return left.read_text().strip()
+    lacking = [name for name in ("cmake", "c++") if shutil.which(name) is None]
+    return f"{' and '.join(lacking)} not on PATH" if lacking else "nothing was built at the installation"
+
+
 def _load(setting: str) -> Path | None:
     if setting == "0":
         return None
     path = _find()
     if path is None:
         if setting == "1":
-            raise ImportError(
-                "LOFI_FAST_NATIVE=1, but the C++ kernels are not built: install with a C++ compiler, or set it to auto"
-            )
+            raise ImportError(f"LOFI_FAST_NATIVE=1, but the C++ kernels are not built ({why_not_built()})")
         warnings.warn(
-            "lofi_fast: the C++ kernels are not built, so the slower references run on the CPU; install with a C++ "
-            "compiler to have them, or set LOFI_FAST_NATIVE=0 to be told no more",
+            f"lofi_fast: the C++ kernels are not built ({why_not_built()}). So slower references run on the CPU, whose "
+            "memory then has no hard cap; install what is missing, then lofi_fast again, to have them, or set "
+            "LOFI_FAST_NATIVE=0 to be told no more",
             stacklevel=2,
         )
         return None

@@ -328,13 +328,11 @@ def _native() -> Finding:
     except ImportError as error:
         return Finding("native kernels", "broken", " ".join(str(error).split())[:300])
     if not native_available():
-        lacking = [name for name in ("cmake", "c++") if shutil.which(name) is None]
-        why = f"{' and '.join(lacking)} not on PATH" if lacking else "not built when lofi_fast was installed"
         if os.environ.get("LOFI_FAST_NATIVE") == "0":
             return Finding("native kernels", "costs", "are turned off by LOFI_FAST_NATIVE=0", slower, "unset it")
         return Finding(
-            "native kernels", "costs", f"are not here ({why})", f"{slower}, and no hard cap on CPU memory",
-            "install a C++ compiler and cmake, then pip install --no-build-isolation lofi_fast again",
+            "native kernels", "costs", f"are not built ({library.why_not_built()})",
+            f"{slower}, and no hard cap on CPU memory", "install what is missing, then lofi_fast again",
         )  # fmt: skip
     counted = sum(form == "C++" for form in library.forms["cpu"].values())
     return Finding("native kernels", "ok", f"{counted} of {len(library.forms['cpu'])} operators run as C++ on the CPU")
