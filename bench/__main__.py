@@ -43,6 +43,10 @@ COMMANDS = {
         "[options] -- <arguments of lofi_fast.train>",
         "a change of recipes: mAP of another checkout and of this one",
     ),
+    "gain": (
+        "[options] -- <arguments of lofi_fast.train>",
+        "what joint training is worth, and which fidelity an hour should buy: frozen, LoFi, full",
+    ),
     "tables": ("[--check]", "make the README's tables from the rows"),
 }
 

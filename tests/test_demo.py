@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lofi_fast.data import demo
+from lofi_fast.data.generated import Script, labels_of
 from lofi_fast.errors import InputError
 
 
@@ -48,7 +49,7 @@ def test_same_arguments_same_set_whatever_the_workers(made: tuple[Path, Path], t
 
 
 def test_another_seed_is_another_set() -> None:
-    first, second = (demo._annotations(demo._write_scripts(2, 1, seed)) for seed in (3, 4))
+    first, second = (labels_of("demo", demo._write_scripts(2, 1, seed)) for seed in (3, 4))
     assert first != second
 
 
@@ -77,7 +78,7 @@ def test_pixels_survive_the_encoder(made: tuple[Path, Path]) -> None:
 
 
 def test_segments_and_balance() -> None:
-    database = demo._annotations(demo._write_scripts(40, 12, 0))["database"]
+    database = labels_of("demo", demo._write_scripts(40, 12, 0))["database"]
     assert Counter(video["subset"] for video in database.values()) == {"training": 40, "validation": 12}
     counts: dict[str, Counter[str]] = {"training": Counter(), "validation": Counter()}
     for video in database.values():
@@ -96,7 +97,7 @@ def test_segments_and_balance() -> None:
 
 
 def _traced(label: str | None, *, switches: bool = True, seed: int = 0, num_frames: int = 60) -> demo._Path:
-    script = demo._Script("one", "training", (0,), 96, 96, num_frames, ())
+    script = Script("one", "training", (0,), 96, 96, num_frames, ())
     return demo._trace(np.random.default_rng(seed), script, [demo._Stretch(0, num_frames, label)], switches=switches)
 
 
@@ -213,7 +214,7 @@ def test_numbers_out_of_range_are_named(tmp_path: Path, wrong: dict[str, int]) -
 
 
 def test_rolled_labels_miss_their_actions() -> None:
-    true = demo._annotations(demo._write_scripts(40, 12, 0))
+    true = labels_of("demo", demo._write_scripts(40, 12, 0))
     kept = copy.deepcopy(true)
     rolled = demo.roll_annotations(true)
     assert true == kept

@@ -1,4 +1,6 @@
-"""The tables of both README.md, made from rows: what stands between `<!-- bench:NAME -->` and `<!-- /bench -->`."""
+"""The tables of both README.md and of docs/gain.md, from rows: what stands between `<!-- bench:NAME -->` and
+`<!-- /bench -->`.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ from lofi_fast.errors import InputError
 TABLES = (
     "job", "ops", "kernels", "memory", "step", "planner", "truth", "epochs", "tuners", "day", "optim", "overhead",
     "data", "eval", "gpu_planner", "fits", "plan", "scaling", "gpu", "tests", "launches", "faults", "recipes", "start",
-    "published",
+    "published", "gain",
 )  # fmt: skip
-FIGURES = ("fits", "day")  # commands that draw one too
-PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
+FIGURES = ("fits", "day", "gain")  # commands that draw one too
+PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "docs" / "gain.md")
 SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 

@@ -13,34 +13,33 @@ The files are real H.264 with B-frames, so the whole path (probe, cache, decode)
 from __future__ import annotations
 
 import copy
-import fcntl
-import json
 import math
-import multiprocessing
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from lofi_fast.data.packages import require_pyav
-from lofi_fast.errors import InputError
+from lofi_fast.data.generated import (
+    FRAME_RATE,
+    SUBSETS,
+    Action,
+    Floats,
+    Frame,
+    Kind,
+    Progress,
+    Script,
+    make,
+    smooth_noise,
+)
 
 VERSION = 4
 """Raised with every change of what is drawn: a folder of another version is never reused."""
 
 CLASSES = ("blink", "grow", "rise", "shake", "shrink", "sink")
-FRAME_RATE = 15
 SIZES = ((96, 96), (112, 84))
 """Width and height in pixels."""
-
-_Floats = npt.NDArray[np.float32]
 
 _SECONDS = (22, 26)
 _ACTIONS = (3, 6)
@@ -61,33 +60,6 @@ _LAMP_OFF = 0.5
 _TEXTURE_SIDE = 64
 _BACKGROUND_SIDE = 192
 
-_SUBSETS = ("training", "validation")
-_MARKER = "complete.json"
-
-
-@dataclass(frozen=True)
-class _Action:
-    start: float
-    end: float
-    label: str
-
-
-@dataclass(frozen=True)
-class _Script:
-    """All that is decided about a video before it is drawn."""
-
-    name: str
-    subset: str
-    entropy: tuple[int, ...]
-    width: int
-    height: int
-    num_frames: int
-    actions: tuple[_Action, ...]
-
-    @property
-    def duration(self) -> float:
-        return self.num_frames / FRAME_RATE
-
 
 @dataclass(frozen=True)
 class _Stretch:
@@ -102,17 +74,17 @@ class _Stretch:
 class _Path:
     """State of one object at each frame of a shot, arrays of shape (num_frames,)."""
 
-    x: _Floats
-    y: _Floats
-    radius: _Floats
-    angle: _Floats
-    gain: _Floats
+    x: Floats
+    y: Floats
+    radius: Floats
+    angle: Floats
+    gain: Floats
 
 
 @dataclass(frozen=True)
 class _Looks:
     shape: str
-    texture: _Floats  # (_TEXTURE_SIDE, _TEXTURE_SIDE, 3), periodic
+    texture: Floats  # (_TEXTURE_SIDE, _TEXTURE_SIDE, 3), periodic
 
 
 def generate(
@@ -122,7 +94,7 @@ def generate(
     num_validation: int = 12,
     seed: int = 0,
     workers: int | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Path, Path]:
     """Make the demo set below `folder`, or find it there.
 
@@ -152,31 +124,11 @@ def generate(
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
 
-    folder = Path(folder)
-    target = folder / f"demo-v{VERSION}-{num_training}-{num_validation}-seed{seed}"
     marker = {"version": VERSION, "num_training": num_training, "num_validation": num_validation, "seed": seed}
+    kind = Kind("demo", f"lofi_fast demo {VERSION}", _render)
+    name = f"demo-v{VERSION}-{num_training}-{num_validation}-seed{seed}"
     scripts = _write_scripts(num_training, num_validation, seed)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".demo.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_complete(target, marker, scripts):
-                # Under the lock nobody else is writing here, so whatever bears this name was left by a killed call.
-                for leftover in folder.glob(f"{target.name}.partial-*"):
-                    shutil.rmtree(leftover)
-                if target.exists():
-                    shutil.rmtree(target)
-                # A name of its own: a killed call's workers may outlive it for a video and write where it was.
-                partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-                try:
-                    _fill(partial, marker, scripts, workers, progress)
-                    partial.rename(target)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"the demo set cannot be written to {folder} ({reason}): --cache names another") from error
-    return target / "annotations.json", target / "videos"
+    return make(Path(folder) / name, kind, marker, scripts, workers=workers, progress=progress)
 
 
 def roll_annotations(annotations: dict[str, Any]) -> dict[str, Any]:
@@ -210,71 +162,9 @@ def roll_annotations(annotations: dict[str, Any]) -> dict[str, Any]:
     return rolled
 
 
-def _is_complete(target: Path, marker: dict[str, int], scripts: list[_Script]) -> bool:
-    try:
-        written = json.loads((target / _MARKER).read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    files = [target / "annotations.json", *(_video_path(target, script) for script in scripts)]
-    return bool(written == marker) and all(file.is_file() for file in files)
-
-
-def _video_path(target: Path, script: _Script) -> Path:
-    return target / "videos" / f"{script.name}.mp4"
-
-
-def _fill(
-    target: Path,
-    marker: dict[str, int],
-    scripts: list[_Script],
-    workers: int | None,
-    progress: Callable[[int, int, str], None] | None,
-) -> None:
-    require_pyav()
-    (target / "videos").mkdir(parents=True)
-    (target / "annotations.json").write_text(json.dumps(_annotations(scripts), indent=1) + "\n")
-    num_workers = min(workers or len(os.sched_getaffinity(0)), len(scripts))
-    for done, name in enumerate(_written(target, scripts, num_workers), start=1):
-        if progress is not None:
-            progress(done, len(scripts), name)
-    (target / _MARKER).write_text(json.dumps(marker) + "\n")
-
-
-def _written(target: Path, scripts: list[_Script], num_workers: int) -> Iterator[str]:
-    """Write the videos and yield each name when its file is whole."""
-    if num_workers == 1:
-        for script in scripts:
-            _write_video(script, _video_path(target, script))
-            yield script.name
-        return
-    # Spawned, not forked: the caller may hold threads and a CUDA context.
-    executor = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        names = {executor.submit(_write_video, script, _video_path(target, script)): script.name for script in scripts}
-        for future in as_completed(names):
-            future.result()
-            yield names[future]
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _annotations(scripts: list[_Script]) -> dict[str, Any]:
-    database = {
-        script.name: {
-            "subset": script.subset,
-            "duration": script.duration,
-            "annotations": [
-                {"segment": [action.start, action.end], "label": action.label} for action in script.actions
-            ],
-        }
-        for script in scripts
-    }
-    return {"version": f"lofi_fast demo {VERSION}", "database": database}
-
-
-def _write_scripts(num_training: int, num_validation: int, seed: int) -> list[_Script]:
+def _write_scripts(num_training: int, num_validation: int, seed: int) -> list[Script]:
     scripts = []
-    for code, (subset, count) in enumerate(zip(_SUBSETS, (num_training, num_validation), strict=True)):
+    for code, (subset, count) in enumerate(zip(SUBSETS, (num_training, num_validation), strict=True)):
         rng = np.random.default_rng((VERSION, seed, code))
         deck: list[str] = []
         for index in range(count):
@@ -283,10 +173,10 @@ def _write_scripts(num_training: int, num_validation: int, seed: int) -> list[_S
             # Dealt from shuffled decks of all six, so that the classes are balanced within each subset.
             while len(deck) < len(times):
                 deck.extend(rng.permutation(CLASSES).tolist())
-            actions = tuple(_Action(start, end, deck.pop(0)) for start, end in times)
+            actions = tuple(Action(start, end, deck.pop(0)) for start, end in times)
             width, height = SIZES[int(rng.integers(len(SIZES)))]
             entropy = (VERSION, seed, code, index)
-            scripts.append(_Script(f"demo_{subset}_{index:03d}", subset, entropy, width, height, num_frames, actions))
+            scripts.append(Script(f"demo_{subset}_{index:03d}", subset, entropy, width, height, num_frames, actions))
     return scripts
 
 
@@ -311,37 +201,14 @@ def _draw_times(rng: np.random.Generator, duration: float) -> list[tuple[float, 
         ]
 
 
-def _write_video(script: _Script, path: Path) -> None:
-    import av
-    from av.video.reformatter import ColorRange, Colorspace
-
-    with av.open(str(path), "w") as container:
-        # x264's bits depend on the number of threads, and its fast macroblock-tree code gives other bits from one run
-        # to the next (seen with core 165, frames of 96 x 96); cpu-independent leaves that code out.
-        options = {"crf": "18", "preset": "veryfast", "bf": "3", "g": "60", "x264-params": "cpu-independent=1"}
-        stream = container.add_stream("libx264", rate=FRAME_RATE, options=options)
-        context = stream.codec_context
-        context.thread_count = 1
-        context.width, context.height = script.width, script.height
-        context.pix_fmt = "yuv420p"
-        context.colorspace, context.color_range = 6, 1  # BT.601 as SMPTE 170M, limited range
-        for index, pixels in enumerate(_render(script)):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG
-            )
-            frame.pts, frame.time_base = index, Fraction(1, FRAME_RATE)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def _render(script: _Script) -> Iterator[npt.NDArray[np.uint8]]:
+def _render(script: Script) -> Iterator[Frame]:
     """Yield each frame, (height, width, 3) RGB."""
     rng = np.random.default_rng(script.entropy)
     for shot in _draw_shots(rng, script):
         yield from _render_shot(rng, script, shot)
 
 
-def _draw_shots(rng: np.random.Generator, script: _Script) -> list[list[_Stretch]]:
+def _draw_shots(rng: np.random.Generator, script: Script) -> list[list[_Stretch]]:
     """The video's stretches of action and rest, in shots; every shot shows another scene with other objects.
 
     Cuts fall in rests, and not in every one: they give few videos many looks, and no cut marks an action's edge.
@@ -362,7 +229,7 @@ def _draw_shots(rng: np.random.Generator, script: _Script) -> list[list[_Stretch
     return shots
 
 
-def _render_shot(rng: np.random.Generator, script: _Script, shot: list[_Stretch]) -> Iterator[npt.NDArray[np.uint8]]:
+def _render_shot(rng: np.random.Generator, script: Script, shot: list[_Stretch]) -> Iterator[Frame]:
     first, last = shot[0].first, shot[-1].last
     seconds = np.arange(last - first) / FRAME_RATE
     hue = rng.uniform()
@@ -391,25 +258,15 @@ def _render_shot(rng: np.random.Generator, script: _Script, shot: list[_Stretch]
         yield np.clip(frame + 0.5, 0, 255).astype(np.uint8)
 
 
-def _smooth_noise(rng: np.random.Generator, side: int, wavelength: float) -> _Floats:
-    """Periodic noise of shape (side, side, 3), zero mean, unit deviation, little detail below `wavelength`."""
-    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
-    response = np.exp(-0.5 * (frequency * wavelength) ** 2 * 4)[..., None]
-    spectrum = np.fft.rfft2(rng.standard_normal((side, side, 3)), axes=(0, 1)) * response
-    spectrum[0, 0] = 0
-    noise = np.fft.irfft2(spectrum, s=(side, side), axes=(0, 1))
-    return np.asarray(noise / noise.std(), np.float32)
-
-
-def _colour(hue: float, saturation: float, value: float) -> _Floats:
+def _colour(hue: float, saturation: float, value: float) -> Floats:
     """RGB in 0 to 255 of a hue in turns."""
     offsets = np.abs((hue + np.array([0.0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1
     return np.asarray(255 * value * (1 - saturation * (1 - np.clip(offsets, 0, 1))), np.float32)
 
 
-def _draw_background(rng: np.random.Generator, hue: float, script: _Script) -> _Floats:
+def _draw_background(rng: np.random.Generator, hue: float, script: Script) -> Floats:
     base = _colour(hue, rng.uniform(0.15, 0.5), rng.uniform(0.15, 0.35))
-    noise = 9 * _smooth_noise(rng, _BACKGROUND_SIDE, 24.0) + 4 * _smooth_noise(rng, _BACKGROUND_SIDE, 5.0)
+    noise = 9 * smooth_noise(rng, _BACKGROUND_SIDE, 24.0) + 4 * smooth_noise(rng, _BACKGROUND_SIDE, 5.0)
     texture = np.clip(base + noise, 0, 255).astype(np.float32)
     # Repeated past its period so that every window is one plain slice.
     return np.pad(texture, ((0, script.height + 1), (0, script.width + 1), (0, 0)), mode="wrap")
@@ -419,11 +276,11 @@ def _draw_object(rng: np.random.Generator, background_hue: float) -> _Looks:
     shape = ("disc", "square", "star")[int(rng.integers(3))]
     # Away from the background's hue: the task is to see motion, not to find camouflage.
     base = _colour(background_hue + rng.uniform(0.25, 0.75), rng.uniform(0.5, 0.9), rng.uniform(0.85, 1.0))
-    noise = 30 * _smooth_noise(rng, _TEXTURE_SIDE, rng.uniform(6.0, 12.0))
+    noise = 30 * smooth_noise(rng, _TEXTURE_SIDE, rng.uniform(6.0, 12.0))
     return _Looks(shape, np.clip(base + noise, 0, 255).astype(np.float32))
 
 
-def _window(scene: _Floats, x: float, y: float, script: _Script) -> _Floats:
+def _window(scene: Floats, x: float, y: float, script: Script) -> Floats:
     """The frame's part of the periodic background whose top left corner is at (x, y), bilinear, as a new array."""
     x, y = x % _BACKGROUND_SIDE, y % _BACKGROUND_SIDE
     left, top = int(x), int(y)
@@ -433,7 +290,7 @@ def _window(scene: _Floats, x: float, y: float, script: _Script) -> _Floats:
     return np.asarray(rows[:, :-1] + across * (rows[:, 1:] - rows[:, :-1]))
 
 
-def _paint(frame: _Floats, looks: _Looks, x: float, y: float, radius: float, angle: float, gain: float) -> None:
+def _paint(frame: Floats, looks: _Looks, x: float, y: float, radius: float, angle: float, gain: float) -> None:
     """Draw the object into `frame` (height, width, 3), with edges one pixel soft."""
     reach = math.ceil(1.3 * radius) + 1
     top, bottom = max(0, int(y) - reach), min(frame.shape[0], int(y) + reach + 1)
@@ -461,7 +318,7 @@ def _paint(frame: _Floats, looks: _Looks, x: float, y: float, radius: float, ang
     area += alpha * (looks.texture[rows, columns] * np.float32(gain) - area)
 
 
-def _trace(rng: np.random.Generator, script: _Script, stretches: list[_Stretch], *, switches: bool) -> _Path:
+def _trace(rng: np.random.Generator, script: Script, stretches: list[_Stretch], *, switches: bool) -> _Path:
     """Move one object through a shot.
 
     Height and radius are phases in [0, 1) that an action drives round and nothing else touches; the lamp is a bit that
