@@ -49,6 +49,7 @@ DESCRIPTION = (
 )
 DRAWS = 1000  # of the bootstrap, where --full does not say how many
 CHARADES = "charades"
+MOST_FRAMES = 50_000_000  # that are looked at; 8 bytes each in several arrays
 SHOWN_PROPOSALS = (1, 5, 10, 50, 100)  # a video, on average, at which the recall is printed
 
 
@@ -282,6 +283,12 @@ def _frames(
         else max((float(row[1]) for row in (*subset.truth[name], *predictions.get(name, ()))), default=0.0)
         for name in subset.truth
     }
+    if rate * sum(seconds.values()) > MOST_FRAMES:
+        longest = max(seconds, key=lambda name: seconds[name])
+        raise InputError(
+            f"{rate:g} frames a second are more than {MOST_FRAMES:,} in all; give --frames a lower rate "
+            f"(the longest video, {longest}, is said to have {seconds[longest]:g} s)"
+        )
     return frames_at(rate, seconds)
 
 
