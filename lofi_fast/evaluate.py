@@ -56,7 +56,7 @@ SHOWN_PROPOSALS = (1, 5, 10, 50, 100)  # a video, on average, at which the recal
 @dataclass(frozen=True)
 class EvaluateFlags:
     ground_truth: Annotated[Path, Setting("annotations, of any format that train takes", "FILE")]
-    predictions: Annotated[Path, Setting("detections in ActivityNet's form, or a folder of labels of frames", "JSON")]
+    predictions: Annotated[Path, Setting("detections in ActivityNet's form, or a folder of labels of frames", "PATH")]
     labels: Annotated[LabelFlags, Section("labels", flat=True)]
     tiou: Annotated[str, Setting("activitynet, thumos, start:step:stop or a list", "SPEC")] = "activitynet"
     subset: Annotated[
@@ -71,7 +71,8 @@ class EvaluateFlags:
         bool, Setting("also scores by length, coverage and number of the segments, and kinds of false positives")
     ] = False
     buckets: Annotated[
-        BucketNames | None, Setting("whose bounds of length, coverage and number", unset="thumos with --tiou thumos")
+        BucketNames | None,
+        Setting("whose groups of length, coverage and number", unset="activitynet; thumos with --tiou thumos"),
     ] = None
     bootstrap: Annotated[
         int, Setting("also 95% intervals, by so many draws of the videos", zero=True, most=1_000_000)
