@@ -18,7 +18,7 @@ COMMANDS = {  # name: (module with `main`, what it does)
     "detect": ("lofi_fast.detect", "find actions in videos with a trained detector"),
     "convert": ("lofi_fast.convert", "labels or detections of any format into another one"),
     "extract": ("lofi_fast.extract", "features of videos by a trained encoder, for other programs"),
-    "evaluate": ("lofi_fast.evaluate", "mAP of any predictions against any ground truth"),
+    "evaluate": ("lofi_fast.evaluate", "scores of any predictions against any ground truth"),
     "doctor": ("lofi_fast.doctor", "what works on this machine, and what each missing piece costs"),
     "report": ("lofi_fast.report", "write report.html of a run folder"),
 }

@@ -50,13 +50,14 @@ DESCRIPTION = (
 )
 DRAWS = 1000  # of the bootstrap, where --full does not say how many
 CHARADES = "charades"
+MOST_FRAMES = 50_000_000  # that are looked at; 8 bytes each in several arrays
 SHOWN_PROPOSALS = (1, 5, 10, 50, 100)  # a video, on average, at which the recall is printed
 
 
 @dataclass(frozen=True)
 class EvaluateFlags:
     ground_truth: Annotated[Path, Setting("annotations, of any format that train takes", "FILE")]
-    predictions: Annotated[Path, Setting("detections in ActivityNet's form, or a folder of labels of frames", "JSON")]
+    predictions: Annotated[Path, Setting("detections in ActivityNet's form, or a folder of labels of frames", "PATH")]
     labels: Annotated[LabelFlags, Section("labels", flat=True)]
     tiou: Annotated[str, Setting("activitynet, thumos, start:step:stop or a list", "SPEC")] = "activitynet"
     tolerance: Annotated[
@@ -79,7 +80,8 @@ class EvaluateFlags:
         bool, Setting("also scores by length, coverage and number of the segments, and kinds of false positives")
     ] = False
     buckets: Annotated[
-        BucketNames | None, Setting("whose bounds of length, coverage and number", unset="thumos with --tiou thumos")
+        BucketNames | None,
+        Setting("whose groups of length, coverage and number", unset="activitynet; thumos with --tiou thumos"),
     ] = None
     bootstrap: Annotated[
         int, Setting("also 95% intervals, by so many draws of the videos", zero=True, most=1_000_000)
@@ -322,6 +324,12 @@ def _frames(
         else max((float(row[1]) for row in (*subset.truth[name], *predictions.get(name, ()))), default=0.0)
         for name in subset.truth
     }
+    if rate * sum(seconds.values()) > MOST_FRAMES:
+        longest = max(seconds, key=lambda name: seconds[name])
+        raise InputError(
+            f"{rate:g} frames a second are more than {MOST_FRAMES:,} in all; give --frames a lower rate "
+            f"(the longest video, {longest}, is said to have {seconds[longest]:g} s)"
+        )
     return frames_at(rate, seconds)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,57 @@ def test_without_any_prediction_the_recall_is_left_out(
     assert "no average recall: there is no prediction" in capsys.readouterr().out
 
 
+def test_points_have_no_diagnosis(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = [{"segment": [3, 3], "label": "c0"}]
+    (tmp_path / "g.json").write_text(json.dumps({"database": {"v0": {"subset": "validation", "annotations": points}}}))
+    assert main([*files, "--full", "--bootstrap", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "note: no diagnosis: all segments of the ground truth are points" in out and "mAP_N" not in out
+
+
+def test_videos_tell_how_long_they_are(files: list[str], tmp_path: Path) -> None:
+    video = Path(__file__).parents[2] / "shared" / "data" / "videos" / "h264_340x256_28fps.mp4"
+    if not video.exists():
+        pytest.skip(f"{video} is not here")
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "v1.mp4").symlink_to(video)
+    coverage = []
+    for flags in ([], ["--videos", str(tmp_path / "videos")]):
+        assert main([*files, "--diagnose", "--json", str(tmp_path / "m.json"), *flags]) == 0
+        told = numbers(tmp_path / "m.json")["diagnosis"]
+        coverage.append((told["num_left_out"], sum(g["num_segments"] for g in told["characteristics"]["coverage"])))
+    assert coverage[0] != coverage[1]  # segments of v1 are longer than the file, or have a coverage now
+
+
+def test_the_commands_of_the_documentation_run(
+    files: list[str], labelled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "g.json").rename(tmp_path / "labels.json")
+    results = json.loads((tmp_path / "p.json").read_text())["results"]
+    results["P03_milk"] = [{"segment": [0.3, 0.7], "label": "take", "score": 0.9}]
+    (tmp_path / "detections.json").write_text(json.dumps({"results": results}))
+    labels = json.loads((tmp_path / "labels.json").read_text())["database"]
+    for name in ("multithumos.json", "charades.json"):
+        actions = {
+            video: {
+                "subset": "testing",
+                "duration": 100.0,
+                "actions": [[one["label"], *one["segment"]] for one in entry["annotations"]],
+            }
+            for video, entry in labels.items()
+        }
+        (tmp_path / name).write_text(json.dumps(actions))
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    commands = [
+        shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("lofi-fast evaluate ")
+    ]
+    assert len(commands) == 9
+    for command in commands:
+        assert main(command[2:]) == 0, command
+    assert (tmp_path / "scores.json").exists() and len(list((tmp_path / "pictures").iterdir())) == 4
+
+
 # --- labels of frames ---------------------------------------------------------------------------------------------
 
 
@@ -167,6 +219,8 @@ def test_bad_frames(files: list[str], labelled: list[str], tmp_path: Path, capsy
     assert "--frames many: must be" in refused(capsys, *files, "--frames", "many")
     assert "--frames 0: must be" in refused(capsys, *files, "--frames", "0")
     assert "--frames charades needs how long" in refused(capsys, *files, "--frames", "charades")
+    too_many = refused(capsys, *labelled, "--fps", "1e-7", "--frames", "1000")
+    assert "more than 50,000,000 in all; give --frames a lower rate" in too_many
     empty = tmp_path / "empty"
     empty.mkdir()
     flags = [*labelled[:2], "--predictions", str(empty), "--fps", "15"]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lofi_fast.config import Config
 from lofi_fast.data.annotations import load_annotations
+from lofi_fast.data.formats.frames import recognised
 from lofi_fast.data.ground_truth import load_ground_truth
 from lofi_fast.data.video_scores import load_video_scores
 from lofi_fast.errors import InputError
@@ -46,6 +47,8 @@ LOADERS: dict[str, tuple[Callable[[Path], Any], str, bytes]] = {
     "ground_truth": (load_ground_truth, "g.json", dumped({"database": {"v": VIDEO}})),
     "ground_truth_csv": (load_ground_truth, "g.csv", TABLE.encode()),
     "predictions": (load_predictions, "p.json", dumped({"results": {"v": [SEGMENT]}})),
+    "labels_of_frames": (recognised, "v.txt", b"1-4 take\n5-15 pour\n"),
+    "recognised_frames": (recognised, "v", b"### Frame level recognition: ###\ntake take pour\n"),
     "scores": (lambda p: load_video_scores(p, ["v"], ["jump"]), "s.json", dumped({"v": {"jump": 1}})),
     "scores_table": (
         lambda p: load_video_scores(p, ["v"], ["jump"]), "s.json", dumped({"results": {"v": [1]}, "class": ["jump"]}),
