@@ -18,7 +18,7 @@ from lofi_fast.errors import InputError
 from lofi_fast.head.decoding import detections
 from lofi_fast.head.protocol import NotFiniteOutput, Proposals
 from lofi_fast.metrics import MapResult, mean_average_precision, metrics_table, parse_tiou
-from lofi_fast.run import events
+from lofi_fast.run import events, moments
 from lofi_fast.run.state import Run
 from lofi_fast.stages.features import extract, load_features
 
@@ -130,6 +130,16 @@ def score_as_given(run: Run, found: dict[str, list[Detection]]) -> MapResult | N
         return None
 
 
+def looked_at(run: Run, found: dict[str, list[Detection]]) -> moments.Moments:
+    """What the report shows of the validation videos, with pictures from the frame cache."""
+    truth = {
+        video.name: [moments.Labelled(video.name, s.start, s.end, s.label) for s in video.segments]
+        for video in run.dataset.videos["validation"]
+    }
+    entries = {sample.window.video: sample.cached for sample in run.dataset.samples["validation"]}
+    return moments.pictured(moments.moments(truth, found), entries)
+
+
 def evaluate(run: Run) -> MapResult | None:
     """Detect on the validation videos, write predictions, ground truth and metrics; None without such videos."""
     if run.due("eval") is None:
@@ -147,6 +157,7 @@ def evaluate(run: Run) -> MapResult | None:
     result = score(run, found)
     as_given = score_as_given(run, found)
     write_predictions(run.folder / "predictions.json", found)
+    run.write_json(moments.FILE, looked_at(run, found))
     run.write_json(
         "ground_truth.json",
         {
