@@ -46,7 +46,7 @@ $(VENV)/installed: $(VENV)/build-tools pyproject.toml setup.py CMakeLists.txt $(
 	@touch $@
 
 $(VENV)/tested-with: $(VENV)/installed
-	$(PIP) pytest hypothesis ruff mypy clang-format import-linter
+	$(PIP) pytest hypothesis ruff mypy clang-format import-linter tensorboard
 	@touch $@
 
 # The CUDA path without a card (tests/null_gpu/conftest.py says how). It needs the CUDA build of torch, some 3 GB, in an

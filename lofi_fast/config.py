@@ -416,6 +416,12 @@ class Config:
         int | None,
         Setting("CPU threads", group=TRAINING, unset="all cores", may_change=True),
     ] = None
+    tensorboard: Annotated[
+        bool,
+        Setting(
+            "write the curves for TensorBoard too, into tensorboard/ of the run folder", group=JOB, may_change=True
+        ),
+    ] = False
 
     def to_json(self) -> str:
         return json.dumps({VERSION: __version__} | msgspec.to_builtins(self), indent=1)

@@ -40,8 +40,6 @@ def _command(argv: Sequence[str] | None) -> None:
         ReportFlags, argv, prog="lofi-fast report",
         description="Write report.html and report.png into run folders, or one page that compares runs.",
     )  # fmt: skip
-    if not flags.runs:
-        raise InputError("name a run folder, the --out of a run")
     folders = [Path(name) for name in flags.runs]
     if flags.compare:
         from lofi_fast.report.compare import write_comparison  # --help and a typo are answered before it is imported

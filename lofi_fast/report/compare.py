@@ -78,9 +78,8 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
 def named(runs: Sequence[RunContents]) -> list[Compared]:
     """The runs with names: of their folders, with as much of their paths as it takes to tell them apart."""
     parts = [run.folder.resolve().parts for run in runs]
-    length = 1
-    while len({part[-length:] for part in parts}) < len(parts):
-        length += 1
+    lengths = range(1, max(map(len, parts)) + 1)
+    length = next((k for k in lengths if len({part[-k:] for part in parts}) == len(parts)), len(lengths))
     return [
         Compared("/".join(part[-length:]), k % len(PALETTE), DASHES[k // len(PALETTE) % len(DASHES)], run)
         for k, (part, run) in enumerate(zip(parts, runs, strict=True))

@@ -41,7 +41,7 @@ from lofi_fast.model import MODEL, Detector
 from lofi_fast.optim import Implementation, choose_implementation
 from lofi_fast.precision import Precision, choose_device, going_on_in
 from lofi_fast.presets import weights_warning
-from lofi_fast.run import events
+from lofi_fast.run import events, tensorboard
 from lofi_fast.run.folder import choose_folder, run_folder
 from lofi_fast.run.heartbeat import restarts
 from lofi_fast.run.live import LiveView
@@ -50,6 +50,7 @@ from lofi_fast.run.networks import Networks
 from lofi_fast.run.processes import Processes, check_alike, check_batches, check_data, check_same, opened
 from lofi_fast.run.state import Machine, Run, environment, open_run
 from lofi_fast.run.stop import Stop
+from lofi_fast.run.tensorboard import Board
 from lofi_fast.run.trained_on import RECORD
 from lofi_fast.settings import leaves
 from lofi_fast.stages.evaluation import evaluate
@@ -196,7 +197,8 @@ def open_log(config: Config, folder: Path, plain: bool) -> RunLog:
     plain = plain or not console.is_terminal or console.is_dumb_terminal
     epochs = {"pretrain": config.pretrain.epochs, "joint": config.joint.epochs, "head": config.head_stage.epochs}
     view = None if plain else LiveView(console, str(folder), {stage: epochs.get(stage, 0) for stage in config.stages})
-    return RunLog(folder / "log.jsonl", console, plain=plain, view=view)
+    boards = [Board(folder / tensorboard.FOLDER)] if config.tensorboard else []
+    return RunLog(folder / "log.jsonl", console, plain=plain, view=view, watchers=boards)
 
 
 def batch_sizes(run: Run) -> dict[str, int]:
@@ -250,6 +252,8 @@ def check_values(config: Config) -> None:
             raise InputError(f"{flag} {name}: no such file")
     require_pyav()  # imports them, so that what they hold counts from the first reading of memory on
     require_dali()
+    if config.tensorboard:
+        tensorboard.require_tensorboard()
 
 
 def check_budget(config: Config, budget: int, meter: Meter) -> None:
