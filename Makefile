@@ -50,7 +50,7 @@ $(VENV)/installed: $(VENV)/build-tools pyproject.toml setup.py build_backend.py 
 	@touch $@
 
 $(VENV)/tested-with: $(VENV)/installed
-	$(PIP) pytest hypothesis ruff mypy clang-format import-linter build
+	$(PIP) pytest hypothesis ruff mypy clang-format import-linter build tensorboard
 	@touch $@
 
 # The CUDA path without a card (tests/null_gpu/conftest.py says how). It needs the CUDA build of torch, some 3 GB, in an

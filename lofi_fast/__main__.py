@@ -20,7 +20,7 @@ COMMANDS = {  # name: (module with `main`, what it does)
     "extract": ("lofi_fast.extract", "features of videos by a trained encoder, for other programs"),
     "evaluate": ("lofi_fast.evaluate", "scores of any predictions against any ground truth"),
     "doctor": ("lofi_fast.doctor", "what works on this machine, and what each missing piece costs"),
-    "report": ("lofi_fast.report", "write report.html of a run folder"),
+    "report": ("lofi_fast.report", "write report.html of a run folder, or compare runs"),
 }
 
 

@@ -502,6 +502,12 @@ class Config:
         int | None,
         Setting("CPU threads", group=TRAINING, unset="all cores", may_change=True),
     ] = None
+    tensorboard: Annotated[
+        bool,
+        Setting(
+            "write the curves for TensorBoard too, into tensorboard/ of the run folder", group=JOB, may_change=True
+        ),
+    ] = False
 
     @property
     def points(self) -> bool:

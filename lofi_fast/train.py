@@ -47,6 +47,9 @@ class TrainFlags:
         ),
     ] = False
     config: Annotated[Path | None, FILE] = None
+    plain: Annotated[
+        bool, Setting("lines on the terminal as in a file, and no live view of the training", group=JOB)
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def train(
     config: str | Path | Config | None = None,
     encoder: str | Mapping[str, Any] | Callable[..., Any] | None = None,
     head: Mapping[str, Any] | Callable[..., Any] | None = None,
+    plain: bool = False,
     **settings: Any,
 ) -> Trained:
     """Train a detector, as the command does: its flags are the keywords.
@@ -79,7 +83,8 @@ def train(
     mapping or the dataclass of config.py. `config` is a file of settings, or a whole `Config`, that they change.
     `encoder` and `head` may be factories of networks of one's own (encoder/protocol.py, head/protocol.py): of the
     config, and of (config, num_features, num_classes). `resume` goes on with the run in `out`, or in the folder that
-    `resume` names, with its own settings; others can be given as far as a run may change them.
+    `resume` names, with its own settings; others can be given as far as a run may change them. `plain`: no live view on
+    a terminal.
 
     The memory budget holds from this call on; a note says what of this process it does not cover. Raises InputError,
     with one sentence, for anything that the caller can mend.
@@ -110,7 +115,9 @@ def train(
     from lofi_fast.stages.job import run_job
 
     networks = Networks(**factories) if factories else None
-    return _reported(run_job(whole, resume=resume, networks=networks, argv=flags_of(asked, resume), notes=notes))
+    return _reported(
+        run_job(whole, resume=resume, networks=networks, argv=flags_of(asked, resume), notes=notes, plain=plain)
+    )
 
 
 def flags_of(asked: Mapping[str, Any], resume: bool) -> list[str]:
@@ -157,13 +164,14 @@ def read_flags(argv: Sequence[str], cuda: Callable[[], bool] | None = None) -> t
     return _read_flags(argv, cuda or _cuda)[:2]
 
 
-def _read_flags(argv: Sequence[str], cuda: Callable[[], bool]) -> tuple[Config, bool, list[str]]:
-    """(config, resume, sentences on what was chosen by default)."""
+def _read_flags(argv: Sequence[str], cuda: Callable[[], bool]) -> tuple[Config, bool, bool, list[str]]:
+    """(config, resume, plain, sentences on what was chosen by default)."""
     words = given(TrainFlags, spelled_out(argv), prog="lofi-fast train", description=DESCRIPTION, shown=_shown)
-    own = read(TrainFlags, {name: words.pop(name) for name in ("resume", "config") if name in words})
+    own = read(TrainFlags, {name: words.pop(name) for name in ("resume", "config", "plain") if name in words})
     resume: bool = own.get("resume", False)
     config = settings_of(words, own.get("config"), cuda, resume)
-    return config, resume, [] if resume else preset_note(words, own.get("config"), config)
+    told = [] if resume else preset_note(words, own.get("config"), config)
+    return config, resume, own.get("plain", False), told
 
 
 def spelled_out(argv: Sequence[str]) -> list[str]:
@@ -197,7 +205,7 @@ def settings_of(words: Mapping[str, Any], file: Path | None, cuda: Callable[[], 
 
 
 def _command(argv: list[str], owns_process: bool) -> int:
-    config, resume, notes = _read_flags(argv, _cuda)
+    config, resume, plain, notes = _read_flags(argv, _cuda)
     if owns_process:
         from lofi_fast.memory.settle import settle_allocator
 
@@ -208,7 +216,7 @@ def _command(argv: list[str], owns_process: bool) -> int:
     stop = Stop()
     try:
         with stop.on_signals():
-            finished = run_job(config, resume=resume, argv=argv, notes=notes, stop=stop)
+            finished = run_job(config, resume=resume, argv=argv, notes=notes, stop=stop, plain=plain)
     except Stopped as stopped:
         again = "nothing was begun"
         if stop.folder is not None:

@@ -647,7 +647,7 @@ def test_a_stage_without_epochs_is_not_planned(demo_set: Demo, tmp_path: Path) -
     assert (folder / "report.html").exists()
 
 
-READINGS_OF_A_STEP = ("peak", "predicted", "base", "limit", "room", "free", "reason")
+READINGS_OF_A_STEP = ("peak", "predicted", "base", "limit", "room", "free", "reason", "waited")
 EPOCHS = ["--pretrain-epochs", "2", "--joint-epochs", "2", "--head-epochs", "2"]
 
 

@@ -11,6 +11,7 @@ was never looked at, can be sent again and gives the same bits.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -140,6 +141,7 @@ class FramePipeline:
         self._num_threads = num_threads
         self._depth = depth
         self.pending = 0  # bytes of the tensors in flight
+        self.waited = 0.0  # seconds that consumers have waited for tensors in all
         self._copy_stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
             if self._device.index is None:
@@ -180,7 +182,9 @@ class FramePipeline:
             submit(self._depth)
             while in_flight:
                 # Held in a list and popped: a local variable would keep the tensor alive after the consumer drops it.
+                asked = time.monotonic()
                 ready = [in_flight[0][0].result()]
+                self.waited += time.monotonic() - asked
                 self.pending -= in_flight.popleft()[1]
                 submit(1)
                 yield ready.pop()

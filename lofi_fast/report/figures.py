@@ -371,7 +371,7 @@ def svg(panel: Panel) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_style("none")):
-        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+        figure = Figure(figsize=(4.8, 2.9), layout="constrained")
         panel.draw(list(np.atleast_1d(figure.subplots(panel.num_axes, 1))))
         FigureCanvasSVG(figure)
         file = io.StringIO()

@@ -6,6 +6,7 @@ words stand in page.html.jinja, its looks in style.css.
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 import shlex
@@ -52,7 +53,7 @@ def page(run: RunContents, shown: Mapping[str, Panel | str], timelines: Sequence
     """The text of report.html. `shown`: every figure by name, or the sentence that says why there is none."""
     preset = run.config.get("preset")
     best = best_score(timelines)
-    template = _environment(best).get_template("page.html.jinja")
+    template = environment(best).get_template("page.html.jinja")
     return template.render(
         title=f"{run.folder.resolve().name}{f' · {preset}' if preset else ''}",
         state=rows.state(run),
@@ -65,6 +66,8 @@ def page(run: RunContents, shown: Mapping[str, Panel | str], timelines: Sequence
         average=math.nan if run.metrics.average_map is None else run.metrics.average_map,
         best_epoch=rows.best_epoch(run),
         budget=run.budget,
+        moments=run.moments,
+        meters=rows.meter_rows(run),
         plans=rows.plan_rows(run),
         rungs=rows.rung_rows(run.log.steps.get("joint", Steps())),
         timelines=timelines,
@@ -88,7 +91,8 @@ def page(run: RunContents, shown: Mapping[str, Panel | str], timelines: Sequence
     )
 
 
-def _environment(best: float) -> Environment:
+def environment(best: float) -> Environment:
+    """Templates and what they can ask for. `best`: the score of a detection that is drawn in full colour."""
     # Imported here as matplotlib is in figures.py: the training process imports this file.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -101,6 +105,7 @@ def _environment(best: float) -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {
+        "base64": lambda content: base64.b64encode(content).decode("ascii"),
         "clock": rows.clock,
         "duration": duration,
         "flags": _flags,

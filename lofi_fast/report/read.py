@@ -21,6 +21,8 @@ import numpy.typing as npt
 from lofi_fast.errors import InputError
 from lofi_fast.run import events
 from lofi_fast.run.events import Number
+from lofi_fast.run.moments import FILE as MOMENTS
+from lofi_fast.run.moments import Moments
 
 T = TypeVar("T")
 Floats = npt.NDArray[np.float64]
@@ -176,6 +178,7 @@ class RunContents:
     metrics: MetricsFile
     predictions: PredictionsFile
     ground_truth: GroundTruthFile
+    moments: Moments
     log: Log
     unread: tuple[str, ...]  # a sentence for each file that is missing and should be there, or is unreadable
 
@@ -225,9 +228,18 @@ def read_run(folder: Path) -> RunContents:
         metrics=content("metrics.json", MetricsFile, MetricsFile()),
         predictions=content("predictions.json", PredictionsFile, PredictionsFile()),
         ground_truth=content("ground_truth.json", GroundTruthFile, GroundTruthFile()),
+        moments=_moments(folder / MOMENTS),
         log=Log() if log is None else log,
         unread=tuple(unread),
     )
+
+
+def _moments(path: Path) -> Moments:
+    """What is shown of the validation videos; empty where there is no such file, or one that cannot be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Moments)
+    except (OSError, ValueError, RecursionError):
+        return Moments(0.0, {}, [])
 
 
 def read_log(lines: Iterable[str]) -> Log:

@@ -258,6 +258,33 @@ def column(logged: Sequence[events.Validation] | Sequence[events.Epoch], name: s
 
 
 @dataclass(frozen=True)
+class MeterRow:
+    """The highest peak of a stage, in bytes, and as a share of the budget."""
+
+    stage: str
+    peak: float
+    share: float
+
+
+def meter_rows(run: RunContents) -> list[MeterRow]:
+    """The stages whose memory was measured, in order."""
+    peaks: dict[str, list[float]] = {"pretrain": [], "joint": [], "features": []}
+    if run.plan.plans.pretrain:
+        peaks["pretrain"].append(finite(run.plan.plans.pretrain.peak))
+    peaks["joint"] += list(run.log.steps.get("joint", Steps())["peak"])
+    for name, (event, readings) in run.log.plans.items():
+        stage = name.partition(",")[0]
+        if stage in ("pretrain", "features"):
+            peaks[stage] += [finite(r.peak) for r in readings if r.candidate == event.chosen]
+    rows = []
+    for stage, values in peaks.items():
+        known = [value for value in values if not math.isnan(value)]
+        if known and run.budget > 0:
+            rows.append(MeterRow(stage, max(known), max(known) / run.budget))
+    return rows
+
+
+@dataclass(frozen=True)
 class PlanRow:
     """One plan: what was chosen, and what else was measured, as (candidate, peak in bytes or None: out of memory)."""
 

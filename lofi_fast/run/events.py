@@ -79,7 +79,7 @@ class Planned(Event, frozen=True, kw_only=True, tag="plan"):
 class Step(Event, frozen=True, kw_only=True, tag="step"):
     """One optimiser step of any stage that trains.
 
-    The fields after `videos` are those of a LoFi step: the plan that it ran under, and its memory as it was predicted
+    The fields after `waited` are those of a LoFi step: the plan that it ran under, and its memory as it was predicted
     and measured.
     """
 
@@ -91,6 +91,9 @@ class Step(Event, frozen=True, kw_only=True, tag="step"):
     terms: Mapping[str, Number] = {}  # of the loss, by name, as they are added up in it
     accuracy: Number = None  # share of the clips named right, in this epoch so far
     videos: list[str] = []
+    steps: int = 0  # of its epoch
+    samples: int = 0  # that it took: windows of videos, or clips in pretraining
+    waited: float = 0.0  # seconds, for frames
 
     pattern: str | None = None
     num_snippets: int = 0

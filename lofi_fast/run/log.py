@@ -1,10 +1,10 @@
-"""What a run says: JSON lines for programs, a terminal for people."""
+"""What a run says: JSON lines for programs, a terminal for people, and whatever else watches its events."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lofi_fast.errors import printable
 from lofi_fast.run.events import Event, Step, encode
+from lofi_fast.run.live import LiveView
 
 NOTE_SECONDS = 30.0  # how often a long task is reported where no live bar can be drawn
 
@@ -23,11 +24,21 @@ class Advance(Protocol):
         """Report `done` units, with a short note; `total` corrects the total where it was not known before."""
 
 
-class Terminal:
-    """Sentences and progress for people."""
+class Watcher(Protocol):
+    """Who is told of every event of a run beside its log."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def event(self, event: Event) -> None: ...
+
+    def close(self) -> None:
+        """No event follows."""
+
+
+class Terminal:
+    """Sentences and progress for people; with `plain` as lines alone, whatever the terminal could show."""
+
+    def __init__(self, console: Console | None = None, plain: bool = False) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
+        self.plain = plain or not self.console.is_terminal
 
     def say(self, text: str) -> None:
         self.console.print(printable(text), markup=False)
@@ -35,7 +46,7 @@ class Terminal:
     @contextmanager
     def progress(self, title: str, total: int, start: int = 0) -> Iterator[Advance]:
         """A bar with the time left on a terminal; a line every half minute elsewhere. Yields advance(done, note)."""
-        if not self.console.is_terminal:
+        if self.plain:
             yield self._plain(title, total)
             return
         columns = (
@@ -68,10 +79,19 @@ class Terminal:
 
 
 class RunLog(Terminal):
-    """`log.jsonl` of a run folder, one event a line, and the terminal."""
+    """`log.jsonl` of a run folder, one event a line, and the terminal, on which `view` shows what goes on."""
 
-    def __init__(self, path: Path, console: Console | None = None) -> None:
-        super().__init__(console)
+    def __init__(
+        self,
+        path: Path,
+        console: Console | None = None,
+        *,
+        plain: bool = False,
+        view: LiveView | None = None,
+        watchers: Sequence[Watcher] = (),
+    ) -> None:
+        super().__init__(console, plain)
+        self._view, self._watchers = view, [*([] if view is None else [view]), *watchers]
         torn = _ends_torn(path)
         self._file = path.open("ab")
         if torn:  # a killed run's last line: the next event starts a line of its own
@@ -82,8 +102,26 @@ class RunLog(Terminal):
         """Append one line. Flushed, so that a killed run keeps what it logged."""
         self._file.write(encode(event))
         self._file.flush()
+        for watcher in self._watchers:
+            watcher.event(event)
+
+    @contextmanager
+    def progress(self, title: str, total: int, start: int = 0) -> Iterator[Advance]:
+        """As `Terminal.progress`; in the view where there is one, which leaves a line when it is over."""
+        if self._view is None:
+            with super().progress(title, total, start) as advance:
+                yield advance
+            return
+        self._view.begin(title, total, start)
+        try:
+            yield self._view.advance
+        finally:
+            if said := self._view.end():
+                self.say(said)
 
     def close(self) -> None:
+        for watcher in self._watchers:
+            watcher.close()
         self._file.close()
 
 

@@ -88,6 +88,7 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
                 lr = learning_rate(config, epoch, step, count)
                 set_learning_rate(stage.optimizer, lr)
                 versions = [value._version for value in parameters]  # torch counts what changes a tensor in place
+                waited = run.pipeline.waited
                 try:
                     done = stage.step(epoch, step)
                 except InputError as error:
@@ -103,7 +104,9 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
                         f"{error}; all up to here is saved: go on with --resume {shlex.quote(str(run.folder))}"
                     ) from error
                 at: dict[str, Any] = {"stage": stage.name, "epoch": epoch, "step": step}
-                run.log.event(events.Step(**at, loss=done.loss, lr=lr, **done.logged))
+                waited = round(run.pipeline.waited - waited, 4)
+                seen: dict[str, Any] = {"steps": count, "samples": len(done.videos), "waited": waited}
+                run.log.event(events.Step(**at, loss=done.loss, lr=lr, **seen, **done.logged))
                 in_a_row = in_a_row + 1 if done.not_finite else 0
                 if done.not_finite:
                     run.log.event(

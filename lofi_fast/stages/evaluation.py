@@ -26,7 +26,7 @@ from lofi_fast.metrics import (
     parse_tiou,
 )
 from lofi_fast.point_metrics import PointResult, parse_tolerance, point_precision, points_table
-from lofi_fast.run import events
+from lofi_fast.run import events, moments
 from lofi_fast.run.state import Run
 from lofi_fast.stages.features import extract, load_features
 
@@ -165,6 +165,16 @@ def score_as_given(run: Run, found: dict[str, list[Detection]]) -> Result | None
         return None
 
 
+def looked_at(run: Run, found: dict[str, list[Detection]]) -> moments.Moments:
+    """What the report shows of the validation videos, with pictures from the frame cache."""
+    truth = {
+        video.name: [moments.Labelled(video.name, s.start, s.end, s.label) for s in video.segments]
+        for video in run.dataset.videos["validation"]
+    }
+    entries = {sample.window.video: sample.cached for sample in run.dataset.samples["validation"]}
+    return moments.pictured(moments.moments(truth, found), entries)
+
+
 def evaluate(run: Run) -> Result | None:
     """Detect on the validation videos, write predictions, ground truth and metrics; None without such videos."""
     if run.due("eval") is None:
@@ -182,6 +192,8 @@ def evaluate(run: Run) -> Result | None:
     result = score(run, found)
     as_given = score_as_given(run, found)
     write_predictions(run.folder / "predictions.json", found)
+    if not run.config.points:
+        run.write_json(moments.FILE, looked_at(run, found))
     run.write_json(
         "ground_truth.json",
         {

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from rich.console import Console
 
 from lofi_fast import __version__, gpu
 from lofi_fast import encoder as encoders
@@ -41,14 +42,16 @@ from lofi_fast.optim import Implementation, choose_implementation
 from lofi_fast.point_metrics import parse_tolerance
 from lofi_fast.precision import Precision, choose_device, going_on_in
 from lofi_fast.presets import unread_settings, weights_warning
-from lofi_fast.run import events
+from lofi_fast.run import events, tensorboard
 from lofi_fast.run.folder import choose_folder, run_folder
 from lofi_fast.run.heartbeat import restarts
+from lofi_fast.run.live import LiveView
 from lofi_fast.run.log import RunLog, SilentLog
 from lofi_fast.run.networks import Networks
 from lofi_fast.run.processes import Processes, check_alike, check_batches, check_data, check_same, opened
 from lofi_fast.run.state import Machine, Run, environment, open_run
 from lofi_fast.run.stop import Stop
+from lofi_fast.run.tensorboard import Board
 from lofi_fast.run.trained_on import RECORD
 from lofi_fast.settings import leaves
 from lofi_fast.stages.evaluation import Result, evaluate
@@ -75,20 +78,21 @@ def run_job(
     argv: Sequence[str] = (),
     notes: Sequence[str] = (),
     stop: Stop | None = None,
+    plain: bool = False,
 ) -> Finished:
     """Train as `config` says, from the start or from the run's last checkpoint. `networks` None: the config's.
 
     `argv` (the flags that say the same) and `notes` (sentences about this process) are logged. `stop` says whether
-    signals have asked the run to end. Raises InputError, with a sentence for the user, for anything that is theirs to
-    mend, and Stopped when the run has ended early.
+    signals have asked the run to end. `plain`: lines alone on the terminal. Raises InputError, with a sentence for the
+    user, for anything that is theirs to mend, and Stopped when the run has ended early.
     """
     with opened() as processes:
-        return _run_job(config, processes, resume, networks, argv, notes, stop or Stop())
+        return _run_job(config, processes, resume, networks, argv, notes, stop or Stop(), plain)
 
 
 def _run_job(
     config: Config, processes: Processes, resume: bool, networks: Networks | None, argv: Sequence[str],
-    notes: Sequence[str], stop: Stop,
+    notes: Sequence[str], stop: Stop, plain: bool,
 ) -> Finished:  # fmt: skip
     check_alike(processes, config)
     processes.together("settings' values", lambda: check_values(config))
@@ -116,7 +120,7 @@ def _run_job(
     processes.together("budget and weights", check)
     with (
         _folder_of_all(config, resume, processes) as (folder, going_on),
-        closing(RunLog(folder / "log.jsonl") if processes.first else SilentLog()) as log,
+        closing(open_log(config, folder, plain) if processes.first else SilentLog()) as log,
     ):
         stop.folder = folder
         introduce(log, config, device, meter, precision, optimizers, budget, argv)
@@ -189,6 +193,16 @@ def _folder_of_all(config: Config, resume: bool, processes: Processes) -> Iterat
         yield taken
 
 
+def open_log(config: Config, folder: Path, plain: bool) -> RunLog:
+    """The log of a run, and what shows it as it goes on: on a terminal a panel, elsewhere lines."""
+    console = Console(highlight=False, soft_wrap=True)
+    plain = plain or not console.is_terminal or console.is_dumb_terminal
+    epochs = {"pretrain": config.pretrain.epochs, "joint": config.joint.epochs, "head": config.head_stage.epochs}
+    view = None if plain else LiveView(console, str(folder), {stage: epochs.get(stage, 0) for stage in config.stages})
+    boards = [Board(folder / tensorboard.FOLDER)] if config.tensorboard else []
+    return RunLog(folder / "log.jsonl", console, plain=plain, view=view, watchers=boards)
+
+
 def batch_sizes(run: Run) -> dict[str, int]:
     """Videos, or clips, of the first step of each stage to come that trains, by the flag of its batch."""
     config, windows = run.config, len(run.dataset.samples["training"])
@@ -242,6 +256,8 @@ def check_values(config: Config) -> None:
             raise InputError(f"{flag} {name}: no such file")
     require_pyav()  # imports them, so that what they hold counts from the first reading of memory on
     require_dali()
+    if config.tensorboard:
+        tensorboard.require_tensorboard()
 
 
 def check_budget(config: Config, budget: int, meter: Meter) -> None:
