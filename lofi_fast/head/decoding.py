@@ -1,4 +1,5 @@
-"""From the proposals of a video's windows to its detections: labels, soft-NMS, the best. The same for every head.
+"""From the proposals of a video's windows to its detections: labels, soft-NMS, the best. The same for every head, but
+that points in time, which overlap nothing, go their own way: `point_candidates`, `best_points`.
 
 Shape legend: K classes, N proposals of a window.
 """
