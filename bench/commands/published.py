@@ -12,12 +12,15 @@ from pathlib import Path
 
 import torch
 
-from bench.peers import published_actionformer
+from bench.peers import published_actionformer, published_mstcn
 from bench.tools.rows import RESULTS, Row, append_row, environment, software
 from bench.tools.table import Section, Table, by_place, newest, screen, when
 from lofi_fast.errors import InputError
 
-PEERS: dict[str, Callable[[Path], Iterator[Row]]] = {"actionformer": published_actionformer.compared}
+PEERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "actionformer": published_actionformer.compared,
+    "mstcn": published_mstcn.compared,
+}
 LARGEST = 1e-6  # relative error that is still rounding: the published losses are float32
 
 
@@ -68,5 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--actionformer", type=Path, metavar="FOLDER", help="a clone of happyharrycn/actionformer_release"
     )
+    parser.add_argument("--mstcn", type=Path, metavar="FOLDER", help="a clone of yabufarha/ms-tcn")
     parser.add_argument("--results", type=Path, default=RESULTS / "published.jsonl", help="file of rows to append to")
     return parser
