@@ -269,7 +269,8 @@ def _seen(found: Matches, hit: npt.NDArray[np.bool_], per_class: float) -> npt.N
 
 def diagnosis_table(told: Diagnosis) -> str:
     """The diagnosis as plain text, in percent."""
-    lines = [f"normalised mAP (%) {100 * told.precision:.2f}, by characteristic of the segment:"]
+    left_out = f" ({told.num_left_out} left out: no length, or longer than the video)" if told.num_left_out else ""
+    lines = [f"normalised mAP (%) {100 * told.precision:.2f}, by characteristic of the segment{left_out}:"]
     lines.append(f"{'':<12}{'group':<6}{'range':<16}{'segments':>9}{'mAP_N':>8}{'missed':>8}")
     units = {"length": " s", "coverage": "", "instances": ""}
     for characteristic, groups in told.characteristics.items():

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import torch
 
-from bench.peers import published_actionformer, published_bmn, published_soccernet, published_spot
+from bench.peers import (
+    published_actionformer,
+    published_bmn,
+    published_mstcn,
+    published_soccernet,
+    published_spot,
+)
 from bench.tools.rows import RESULTS, Row, append_row, environment, software
 from bench.tools.table import Section, Table, by_place, newest, screen, when
 from lofi_fast.errors import InputError
@@ -22,6 +28,7 @@ PEERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "bmn": published_bmn.compared,
     "spot": published_spot.compared,
     "soccernet": published_soccernet.compared,
+    "mstcn": published_mstcn.compared,
 }
 LARGEST = 1e-6  # relative error that is still rounding: the published losses are float32
 
@@ -76,5 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bmn", type=Path, metavar="FOLDER", help="a clone of JJBOY/BMN-Boundary-Matching-Network")
     parser.add_argument("--spot", type=Path, metavar="FOLDER", help="a clone of jhong93/spot (E2E-Spot)")
     parser.add_argument("--soccernet", type=Path, metavar="FOLDER", help="a clone of SoccerNet/SoccerNet")
+    parser.add_argument("--mstcn", type=Path, metavar="FOLDER", help="a clone of yabufarha/ms-tcn")
     parser.add_argument("--results", type=Path, default=RESULTS / "published.jsonl", help="file of rows to append to")
     return parser
