@@ -349,10 +349,13 @@ def _apex() -> Finding:
 
 
 def _memory() -> Finding:
+    from lofi_fast.memory import allocator
     from lofi_fast.memory.cpu import CpuMeter
 
     meter = CpuMeter()
-    says = f"{gigabytes(meter.available())} free of {gigabytes(meter.total())} ({meter.source})"
+    says = f"{gigabytes(meter.available())} free of {gigabytes(meter.total())}"
+    if reason := allocator.missing():
+        says += f"; a training on the CPU has no hard cap: {reason}"
     if _sees_gpu():
         import torch
 

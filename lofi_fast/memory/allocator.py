@@ -54,6 +54,25 @@ def install() -> str | None:
     global _library
     if _library is not None:
         return None
+    if reason := missing():
+        return reason
+    path = _find()
+    assert path is not None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"cannot load {path} ({error}): rebuild it"
+    library.lofi_fast_install.restype = ctypes.c_bool
+    library.lofi_fast_limit.argtypes = [ctypes.c_int64]
+    library.lofi_fast_read.argtypes = [ctypes.POINTER(ctypes.c_int64)]
+    if not library.lofi_fast_install():
+        return "another library has put its allocator under torch, and keeps it there"
+    _library = library
+    return None
+
+
+def missing() -> str | None:
+    """Why ``install`` cannot succeed, as far as it can be told without loading anything."""
     if not sys.platform.startswith("linux"):
         return "the CPU allocator is written for Linux"
     if os.environ.get("LOFI_FAST_NATIVE") == "0":
@@ -67,16 +86,6 @@ def install() -> str | None:
     version = built_with[1].decode()
     if version != torch.__version__.partition("+")[0]:
         return f"{path} was built with torch {version}, and this is torch {torch.__version__}: rebuild it"
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        return f"cannot load {path} ({error}): rebuild it"
-    library.lofi_fast_install.restype = ctypes.c_bool
-    library.lofi_fast_limit.argtypes = [ctypes.c_int64]
-    library.lofi_fast_read.argtypes = [ctypes.POINTER(ctypes.c_int64)]
-    if not library.lofi_fast_install():
-        return "another library has put its allocator under torch, and keeps it there"
-    _library = library
     return None
 
 
