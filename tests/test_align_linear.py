@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +25,7 @@ from lofi_fast.kernels.align_linear import (
     reference,
     roi_grid,
 )
-from lofi_fast.kernels.align_linear.sampling import Windows, weights_of
+from lofi_fast.kernels.align_linear.sampling import GROUP, RowGroups, Runs, SparseRows, Windows, group_rows, weights_of
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 
@@ -189,12 +193,241 @@ def test_wrong_arguments_do_not_reach_memory_in_cpp() -> None:
             torch.ops.lofi_fast.gather_rows(*arguments)
 
 
+@pytest.fixture(params=["reference", "C++"])
+def gather_groups(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """One form of gather_groups."""
+    if request.param == "reference":
+        return reference.gather_groups
+    request.getfixturevalue("native")
+    assert library.forms["cpu"]["gather_groups"] == "C++"
+    op: Callable[..., Tensor] = torch.ops.lofi_fast.gather_groups
+    return op
+
+
+def with_bias(groups: RowGroups, bias: Tensor | None) -> tuple[Any, ...]:
+    """What gather_groups is given after `dense`."""
+    *tensors, num_rows, row_step = groups
+    return *tensors, bias, num_rows, row_step
+
+
+def runs(*lengths: int, step: int = 1) -> Runs:
+    """One after the other, or all side by side where they are `step` runs."""
+    lengths_R = torch.tensor(lengths)
+    return Runs(lengths_R.cumsum(0) - lengths_R if step == 1 else torch.arange(step), lengths_R, step)
+
+
+def neighbours(rows: int, columns: int, width: int, step: int) -> SparseRows:
+    """Row n has entries in columns (n + k) * step, k < width, where these exist, and one by itself in every 5th row."""
+    matrix = torch.zeros(rows, columns, dtype=torch.float64)
+    numbers = normal(rows, width + 1, seed=3)
+    for n in range(rows):
+        for k in range(width):
+            if (n + k) * step < columns:
+                matrix[n, (n + k) * step] = numbers[n, k]
+        if n % 5 == 0:
+            matrix[n, (7 * n + 3) % columns] = numbers[n, width]
+    offsets = torch.cat([torch.zeros(1), (matrix != 0).sum(1).cumsum(0)]).to(torch.int32)
+    return SparseRows(offsets, matrix.nonzero()[:, 1].to(torch.int32), matrix[matrix != 0])
+
+
+# (matrix, num_columns, runs of its rows, runs of its columns)
+GROUPED = {
+    "one-row": (SparseRows(*sparse(1, 9, (9,))), 9, runs(1), runs(9)),
+    "one-row-a-run": (neighbours(6, 12, 3, 1), 12, runs(1, 1, 1, 1, 1, 1), runs(12)),
+    "one-column-a-run": (neighbours(6, 4, 3, 1), 4, runs(6), runs(1, 1, 1, 1)),
+    "eight": (neighbours(8, 20, 4, 1), 20, runs(8), runs(20)),
+    "nine": (neighbours(9, 9, 2, 1), 9, runs(9), runs(9)),
+    "columns-in-steps": (neighbours(17, 40, 6, 2), 40, runs(17), runs(20, 20, step=2)),
+    "rows-in-steps": (neighbours(36, 30, 5, 1), 30, runs(12, 12, 12, step=3), runs(25, 5)),
+    "long-diagonals": (neighbours(30, 30, 30, 1), 30, runs(30), runs(30)),
+    "nothing-in-common": (SparseRows(*sparse(20, 50, (5, 3, 0))), 50, runs(20), runs(50)),
+    "empty-rows": (SparseRows(*sparse(10, 20, (0,))), 20, runs(4, 6), runs(20)),
+}
+PROPOSALS = [(1, 1, 1), (5, 9, 4), (25, 25, 32), (40, 7, 3)]
+
+
+def literal_groups(groups: RowGroups) -> Tensor:
+    """The matrix that they are, in float64."""
+    matrix = torch.zeros(groups.num_rows, len(groups.places), dtype=torch.float64)
+    column_at = {place: column for column, place in enumerate(groups.places.tolist())}
+    diagonal = single = 0
+    for first, count, last_diagonal, last_single in groups.groups.tolist():
+        for e in range(diagonal, last_diagonal):
+            for i, value in enumerate(groups.values[e].tolist()):
+                column = column_at.get(int(groups.diagonals[e]) + i)
+                if i < count and column is not None:
+                    matrix[first + i * groups.row_step, column] += value
+                else:
+                    assert value == 0
+        for e in range(single, last_single):
+            i, place = groups.singles[e].tolist()
+            assert i < count
+            matrix[first + i * groups.row_step, column_at[place]] += float(groups.single_values[e])
+        diagonal, single = last_diagonal, last_single
+    assert (diagonal, single) == (len(groups.diagonals), len(groups.singles))
+    return matrix
+
+
+@pytest.mark.parametrize("case", GROUPED.values(), ids=GROUPED.keys())
+def test_groups_are_the_matrix(case: tuple[SparseRows, int, Runs, Runs]) -> None:
+    matrix, num_columns, rows, columns = case
+    groups = group_rows(matrix, rows, columns, torch.float64)
+    assert torch.equal(literal_groups(groups), dense_of(*matrix, num_columns))
+    assert len(groups.groups) == sum(-(-length // GROUP) for length in rows.lengths.tolist())
+
+
+@pytest.mark.parametrize(("num_snippets", "max_duration", "num_bins"), PROPOSALS)
+@pytest.mark.parametrize("make", [proposal_grid, boundary_matching_grid])
+def test_cells_are_grouped_by_their_starts(
+    make: Callable[[int, int, int], SamplingGrid], num_snippets: int, max_duration: int, num_bins: int
+) -> None:
+    grid = make(num_snippets, max_duration, num_bins)
+    grouped = grid.weights.grouped(torch.float64)
+    assert grouped is not None and grid.weights.grouped(torch.float64) is grouped
+    for groups, matrix in zip(grouped, grid.matrices(torch.device("cpu"), torch.float64), strict=True):
+        assert torch.equal(literal_groups(groups), dense_of(*matrix, len(groups.places)))
+        # Those of one duration start one snippet after another; those of one bin lie one snippet after another.
+        assert groups.row_step == (1 if groups is grouped[0] else num_bins)
+        if num_snippets >= 25:
+            assert len(groups.singles) < 0.1 * grid.num_weights
+
+
+def test_rois_in_no_order_are_not_grouped() -> None:
+    assert roi_grid(torch.tensor([[0.0, 3.0], [1.0, 4.0]]), 5, 2).weights.grouped(torch.float32) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", range(len(GROUPED)), ids=GROUPED.keys())
+def test_every_form_of_gather_groups_is_equal(
+    gather_groups: Callable[..., Tensor], number: int, dtype: torch.dtype
+) -> None:
+    matrix, num_columns, rows, columns = list(GROUPED.values())[number]
+    batch, num_outputs = (1, 2, 3, 0)[number % 4], (33, 1, 70, 8, 16)[number % 5]
+    sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    bias = normal(2 * num_outputs, dtype=sum_dtype, seed=2)[::2] if number % 2 else None
+    dense = laid_out(normal(batch, num_columns, num_outputs, dtype=dtype), LAYOUTS[number % 3])
+    groups = group_rows(matrix, rows, columns, sum_dtype)
+    out = gather_groups(dense, *with_bias(groups, bias))
+    values = matrix.values.to(sum_dtype)
+    exact = dense_of(*matrix[:2], values, num_columns) @ dense.double()
+    exact = exact if bias is None else exact + bias.double()
+    assert out.is_contiguous() and out.dtype == dtype
+    if dtype == torch.float64:
+        torch.testing.assert_close(out, exact, rtol=0, atol=1e-12)
+    else:
+        assert_as_good_as(out, reference.gather_rows(dense, *matrix[:2], values, bias, 1), exact)
+
+
+def test_gather_groups_reads_nothing_else(gather_groups: Callable[..., Tensor]) -> None:
+    """A column that a row has no entry in has no part in it, be it NaN, though its neighbours have."""
+    matrix = neighbours(24, 40, 3, 1)
+    groups = group_rows(matrix, runs(24), runs(40), torch.float64)
+    assert len(groups.diagonals) and len(groups.singles)
+    for column in range(40):
+        dense = torch.ones(1, 40, 5, dtype=torch.float64)
+        dense[:, column] = torch.nan
+        out = gather_groups(dense, *with_bias(groups, None))
+        assert torch.equal(out.isnan().any(2)[0], dense_of(*matrix, 40)[:, column] != 0)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_do_not_change_the_bits_of_groups(dtype: torch.dtype) -> None:
+    for groups in proposal_grid(40, 40, 8).weights.grouped(torch.float32) or ():
+        dense = normal(2, len(groups.places), 150, dtype=dtype)
+        torch.set_num_threads(1)
+        one = torch.ops.lofi_fast.gather_groups(dense, *with_bias(groups, None))
+        torch.set_num_threads(3)
+        assert torch.equal(torch.ops.lofi_fast.gather_groups(dense, *with_bias(groups, None)), one)
+
+
+@pytest.mark.usefixtures("native")
+def test_wrong_groups_do_not_reach_memory_in_cpp() -> None:
+    groups = group_rows(neighbours(11, 14, 3, 1), runs(11), runs(14), torch.float32)
+    right: dict[str, Any] = dict(zip(RowGroups._fields, groups, strict=True))
+    assert len(groups.groups) == 2 and len(groups.singles) > 1
+    dense = torch.zeros(1, 14, 8)
+
+    def call(dense: Tensor = dense, bias: Tensor | None = None, **wrong: Any) -> Tensor:
+        result: Tensor = torch.ops.lofi_fast.gather_groups(dense, *with_bias(RowGroups(**right | wrong), bias))
+        return result
+
+    def changed(name: str, *index: int, to: int) -> Tensor:
+        tensor: Tensor = right[name].clone()
+        tensor[index] = to
+        return tensor
+
+    assert call().shape == (1, 11, 8)
+    last = int(groups.places.max())
+    wrongs: list[dict[str, Any]] = [
+        {"dense": dense[0]},
+        {"dense": dense.int()},
+        {"dense": dense.double()},
+        {"dense": dense[:, 1:]},
+        {"bias": torch.zeros(7)},
+        {"bias": torch.zeros(8).double()},
+        {"places": groups.places.long()},
+        {"places": changed("places", 0, to=-1)},
+        {"groups": groups.groups[:, :3]},
+        {"groups": groups.groups[:1]},
+        {"groups": changed("groups", 1, 0, to=9)},
+        {"groups": changed("groups", 1, 0, to=-1)},
+        {"groups": changed("groups", 0, 1, to=9)},
+        {"groups": changed("groups", 0, 1, to=0)},
+        {"groups": changed("groups", 0, 2, to=-1)},
+        {"groups": changed("groups", 0, 2, to=len(groups.diagonals) + 1)},
+        {"groups": changed("groups", 1, 3, to=len(groups.singles) + 1)},
+        {"groups": changed("groups", 1, 3, to=0)},
+        {"diagonals": groups.diagonals[:-1]},
+        {"diagonals": changed("diagonals", 0, to=-1)},
+        {"diagonals": changed("diagonals", 0, to=last + 1)},
+        {"diagonals": groups.diagonals.flip(0)},
+        {"values": groups.values[:, :7]},
+        {"values": groups.values.double()},
+        {"singles": groups.singles[:-1]},
+        {"singles": changed("singles", 0, 0, to=8)},
+        {"singles": changed("singles", 0, 1, to=-1)},
+        {"singles": changed("singles", 0, 1, to=last + 8)},
+        {"single_values": groups.single_values.double()},
+        {"num_rows": 10},
+        {"num_rows": 12},
+        {"num_rows": -1},
+        {"row_step": 0},
+        {"row_step": 2},
+    ]
+    for wrong in wrongs:
+        with pytest.raises(RuntimeError, match="gather_groups"):
+            call(**wrong)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_the_forms_for_narrower_vectors(capability: str) -> None:
+    """As torch is told which vectors to use: in a process of its own, since it is read once."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", __file__, "-k", "gather_groups or bits_of_groups"],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def test_gather_groups_is_well_formed() -> None:
+    for bias in (None, normal(9)):
+        groups = group_rows(neighbours(11, 14, 3, 1), runs(11), runs(14), torch.float64)
+        dense = laid_out(normal(2, 14, 9), "window")
+        torch.library.opcheck(torch.ops.lofi_fast.gather_groups.default, (dense, *with_bias(groups, bias)))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[:3])
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
-def test_gather_rows_is_well_formed(layout: str, with_bias: bool) -> None:
+@pytest.mark.parametrize("biased", [False, True], ids=["no-bias", "bias"])
+def test_gather_rows_is_well_formed(layout: str, biased: bool) -> None:
     offsets, columns, values = sparse(6, 5, (3, 0, 2))
     dense = laid_out(normal(2, 5, 9), layout)
-    bias = normal(9) if with_bias else None
+    bias = normal(9) if biased else None
     torch.library.opcheck(torch.ops.lofi_fast.gather_rows.default, (dense, offsets, columns, values.double(), bias, 2))
 
 

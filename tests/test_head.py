@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -17,7 +17,7 @@ from lofi_fast.config import HeadConfig
 from lofi_fast.data.dataset import Jitter, jitter_pixels
 from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.head.dropout import video_dropout
-from lofi_fast.head.gtad import GTAD, GCNeXt, gather_neighbours, nearest_neighbours
+from lofi_fast.head.gtad import GTAD, GCNeXt, GroupedPointwise, gather_neighbours, nearest_neighbours
 from lofi_fast.head.gtad_head import GTADHead
 from lofi_fast.head.loss import Counts, tal_loss
 from lofi_fast.head.maps import HeadOutput
@@ -95,6 +95,43 @@ def grouped_1x1(x_C: np.ndarray, weight: np.ndarray, bias: np.ndarray, groups: i
     """A 1x1 convolution on one column, group by group."""
     parts = np.split(x_C, groups)
     return np.concatenate([w @ x for w, x in zip(np.split(weight, groups), parts, strict=True)]) + bias
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize(("groups", "into", "out"), [(1, 3, 5), (4, 8, 12), (6, 6, 6)])
+def test_grouped_pointwise_is_the_grouped_convolution(batch: int, groups: int, into: int, out: int) -> None:
+    layer = GroupedPointwise(into, out, groups).double()
+    x = torch.randn(batch, 5, 3, into, dtype=torch.float64).permute(0, 3, 1, 2).requires_grad_()  # in another order
+    found = layer(x)
+    expected = F.conv2d(x, layer.weight, layer.bias, groups=groups)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    inputs, grad = (x, layer.weight, layer.bias), torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
+        assert ours is not None
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grouped_pointwise_keeps_what_a_convolution_keeps(dtype: torch.dtype) -> None:
+    layer, x = GroupedPointwise(8, 8, 4), torch.randn(2, 8, 5, 3, requires_grad=True)
+
+    def kept(run: Callable[[Tensor], Tensor]) -> list[tuple[tuple[int, ...], str]]:
+        saved: list[tuple[tuple[int, ...], str]] = []
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda x: saved.append((tuple(x.shape), str(x.dtype))) or x, lambda x: x
+            ),
+        ):
+            out = run(x)
+        assert out.dtype == dtype
+        out.sum().backward()
+        assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+        return sorted(saved)
+
+    assert kept(layer) == kept(lambda x: F.conv2d(x, layer.weight, layer.bias, groups=4))
 
 
 def literal_gcnext(block: GCNeXt, x_CL: np.ndarray, groups: int) -> np.ndarray:

@@ -41,7 +41,7 @@ from lofi_fast.head.loss import Counts, LossTerms, tal_loss
 from lofi_fast.head.map_ledger import MapLedger
 from lofi_fast.head.targets import Targets, make_targets
 from lofi_fast.kernels import boundary_matching_grid, proposal_grid
-from lofi_fast.kernels.align_linear.sampling import weights_of
+from lofi_fast.kernels.align_linear.sampling import SamplingWeights, weights_of
 from lofi_fast.ledger import FLOAT, LONG, Parameters, Pass, Stage, Tally, default_chunk
 from lofi_fast.memory.step_bytes import Setting, StepBytes, features_bytes, head_bytes, pretrain_bytes, step_bytes
 from lofi_fast.optim import make_optimizer
@@ -526,7 +526,9 @@ def test_parameters_gradients_and_optimizer_state(
 
 
 def grid_bytes(config: HeadConfig, full: int, length: int, device: Literal["cpu", "cuda"]) -> int:
-    """The sampling weights of the head's proposals at one L, on `device`. They stay for every L that was used."""
+    """The sampling weights of the head's proposals at one L, on `device`. They stay for every L that was used. On a CPU
+    those that run are beside them, by groups (`grouped_bytes`).
+    """
     duration = config.longest(length, full)
     cells = np.array([(d, s) for d in range(duration) for s in range(length - d)])
     inner, context = (sampled(cells, length, bins, 0.5, 0.0) for bins in (config.inner_bins, config.context_bins))
@@ -539,10 +541,34 @@ def grid_bytes(config: HeadConfig, full: int, length: int, device: Literal["cpu"
     both, bins = inner + context, config.inner_bins + config.context_bins
     if device == "cuda":
         return sparse(both, bins, FLOAT) + sparse(classes, config.class_bins, FLOAT)
-    # Each grid in float64 with its rois and cells, the sum of inner and context, and what runs, in fp32.
+    # Each grid in float64 with its rois, cells and how many cells a duration has; the sum of inner and context.
     grids = ((inner, config.inner_bins), (context, config.context_bins), (classes, config.class_bins))
     exact = sum(sparse(weights, bins, 8) + len(cells) * (2 * FLOAT + 2 * LONG) for weights, bins in grids)
-    return exact + sparse(both, bins, 8) + 2 * FLOAT * (both + classes)
+    return exact + len(grids) * LONG * min(duration, length) + sparse(both, bins, 8)
+
+
+def grouped_bytes(weights: SamplingWeights, cells: Tensor) -> int:
+    """The weights and their transpose in fp32, by groups of 8 rows."""
+    length, bins = weights.num_snippets, weights.num_bins
+    there = np.zeros((len(cells), length * bins), dtype=bool)
+    there[np.repeat(np.arange(len(cells)), weights.forward.offsets.diff()), weights.forward.columns] = True
+    durations = cells[:, 0].numpy()
+    of_cells = [np.flatnonzero(durations == d) for d in range(durations.max() + 1)]
+    of_bins = [np.arange(r, length * bins, bins) for r in range(bins)]
+
+    def of(there: Any, row_runs: list[Any], column_runs: list[Any]) -> int:
+        gap = [-1] * 7  # stands for a column that is not there
+        places = np.array(gap + [column for run in column_runs for column in [*run, *gap]])
+        starts = np.arange(len(places) - 7)
+        groups = diagonals = singles = 0
+        for rows in (run[k : k + 8] for run in row_runs for k in range(0, len(run), 8)):
+            read = np.stack([places[starts + i] for i in range(len(rows))])
+            taken = there[rows[:, None], read] & (read >= 0)
+            whole = (taken | (read < 0)).all(0) & (taken.sum(0) > (len(rows) > 1))
+            groups, diagonals, singles = groups + 1, diagonals + int(whole.sum()), singles + int(taken[:, ~whole].sum())
+        return 4 * (there.shape[1] + 4 * groups) + (4 + 8 * FLOAT) * diagonals + (8 + FLOAT) * singles
+
+    return of(there, of_cells, of_bins) + of(there.T, of_bins, of_cells)
 
 
 def sampled(cells: Any, length: int, bins: int, expand: float, margin: float) -> int:
@@ -572,15 +598,23 @@ def test_sampling_grids_to_the_byte(head: HeadConfig, full: int, length: int) ->
     joined = weights_of((inner, context))
     used: dict[int, int] = {}
     device: list[Tensor] = []
+    running = 0
     for weights in (inner.weights, context.weights, classes.weights, joined):
-        for rows in (weights.forward, weights.transposed):
-            used |= {storage(t): t.nbytes for t in rows}
+        held = [*weights.forward, *weights.transposed, weights.cells]
+        assert weights.cells is not None
+        for grouped in weights._grouped.values():
+            held += [t for groups in grouped for t in groups]
+            running += grouped_bytes(weights, inner.cells)
         for pair in weights._placed.values():
-            device += [t for rows in pair for t in rows]
-            used |= {storage(t): t.nbytes for rows in pair for t in rows}
+            held += [t for rows in pair for t in rows]
+            running += sum(rows.values.nbytes for rows in pair)
+        used |= {storage(t): t.nbytes for t in held if isinstance(t, Tensor)}
+    # A GPU has compressed rows, as has a CPU without the C++ kernels.
+    for weights in (classes.weights, joined):
+        device += [t for rows in weights.on(torch.device("cpu")) for t in rows]
     for grid in (inner, context, classes):
         used |= {storage(t): t.nbytes for t in (grid.rois, grid.cells)}
-    assert grid_bytes(head, full, length, "cpu") == sum(used.values())
+    assert running > 0 and grid_bytes(head, full, length, "cpu") + running == sum(used.values())
     assert grid_bytes(head, full, length, "cuda") == sum(t.nbytes for t in device)
 
 

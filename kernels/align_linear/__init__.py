@@ -27,7 +27,6 @@ from .sampling import (
     ProposalGrid,
     SamplingGrid,
     SamplingWeights,
-    SparseRows,
     boundary_matching_grid,
     proposal_grid,
     roi_grid,
@@ -155,18 +154,12 @@ class _AlignLinear(torch.autograd.Function):
         batch, _, num_snippets = features.shape
         num_outputs = len(weight)
         num_bins = sum(weight.shape[2] for weight in operands[1::2])
-        sum_dtype = _sum_dtype(dtype)
-        matrix, _ = weights.on(features.device, sum_dtype)
         with torch.autocast(features.device.type, enabled=False):
             projected = features.new_empty(batch * num_snippets, num_bins * num_outputs, dtype=dtype)
             for rows, flat_weight, columns in _products(operands, dtype):
                 torch.mm(rows, flat_weight, out=projected[:, columns])
-            out_BNO = _gather_rows(
-                projected.view(batch, num_snippets * num_bins, num_outputs),
-                matrix,
-                None if bias is None else bias.to(sum_dtype),
-                1,
-            )
+            projected = projected.view(batch, num_snippets * num_bins, num_outputs)
+            out_BNO = _product(weights, False, projected, None if bias is None else bias.to(_sum_dtype(dtype)))
         return out_BNO.transpose(1, 2)
 
     @staticmethod
@@ -175,15 +168,12 @@ class _AlignLinear(torch.autograd.Function):
         operands, dtype = ctx.saved_tensors, ctx.dtype
         num_bins = sum(weight.shape[2] for weight in operands[1::2])
         grad_BNO = grads[0].transpose(1, 2)
-        sum_dtype = _sum_dtype(dtype)
         needs_bias, *needed = ctx.needs_input_grad[2:]
-        grad_bias = grad_BNO.sum((0, 1), dtype=sum_dtype).to(ctx.bias_dtype) if needs_bias else None
+        grad_bias = grad_BNO.sum((0, 1), dtype=_sum_dtype(dtype)).to(ctx.bias_dtype) if needs_bias else None
         grad_operands: list[Tensor | None] = [None] * len(operands)
         if any(needed):
-            _, transposed = ctx.weights.on(grad_BNO.device, sum_dtype)
             with torch.autocast(grad_BNO.device.type, enabled=False):
-                # Neighbouring snippets of one bin are sampled by neighbouring cells.
-                grad_projected = _gather_rows(grad_BNO, transposed, None, num_bins)
+                grad_projected = _product(ctx.weights, True, grad_BNO, None)
                 batch, _, num_snippets = operands[0].shape
                 grad_projected = grad_projected.view(batch * num_snippets, num_bins * grad_BNO.shape[2])
                 for term, (rows, flat_weight, columns) in enumerate(_products(operands, dtype)):
@@ -228,8 +218,20 @@ def _gather_rows_triton(*arguments: Any) -> Any:
     return _kernel().gather_rows(*arguments)
 
 
-def _gather_rows(dense: Tensor, matrix: SparseRows, bias: Tensor | None, row_step: int) -> Tensor:
-    """The operator inside an autograd function."""
+def _product(weights: SamplingWeights, transposed: bool, dense: Tensor, bias: Tensor | None) -> Tensor:
+    """A, or A transposed, times ``dense`` (B, num_columns, O), plus bias: (B, num_rows, O), by the operator that serves
+    the device and the cells best.
+    """
+    sum_dtype = _sum_dtype(dense.dtype)
+    if dense.device.type == "cpu" and library.forms["cpu"]["gather_groups"] == "C++":
+        groups = weights.grouped(sum_dtype)
+        if groups is not None:
+            *tensors, num_rows, row_step = groups[transposed]
+            grouped: Tensor = torch.ops.lofi_fast.gather_groups(dense, *tensors, bias, num_rows, row_step)
+            return grouped
+    matrix = weights.on(dense.device, sum_dtype)[transposed]
+    # Neighbouring snippets of one bin are sampled by neighbouring cells.
+    row_step = weights.num_bins if transposed else 1
     rows: Tensor = library.operator("gather_rows", dense)(dense, *matrix, bias, row_step)
     return rows
 
@@ -247,4 +249,28 @@ library.define(
     reference.gather_rows,
     _gather_rows_fake,
     triton=_gather_rows_triton,
+)
+
+
+def _gather_groups_fake(
+    dense: Tensor,
+    places: Tensor,
+    groups: Tensor,
+    diagonals: Tensor,
+    values: Tensor,
+    singles: Tensor,
+    single_values: Tensor,
+    bias: Tensor | None,
+    num_rows: int,
+    row_step: int,
+) -> Tensor:
+    return dense.new_empty(dense.shape[0], num_rows, dense.shape[2])
+
+
+# The same product of a matrix by groups of rows (sampling.RowGroups), on a CPU.
+library.define(
+    "gather_groups(Tensor dense, Tensor places, Tensor groups, Tensor diagonals, Tensor values, Tensor singles, "
+    "Tensor single_values, Tensor? bias, int num_rows, int row_step) -> Tensor",
+    reference.gather_groups,
+    _gather_groups_fake,
 )

@@ -1,8 +1,12 @@
-// CPU form of gather_rows, the sparse product of align_linear; reference.py in this folder is the definition.
+// CPU forms of gather_rows and gather_groups, the sparse products of align_linear; reference.py in this folder is their
+// definition. A matrix whose rows have nothing in common goes row by row. Where neighbouring rows read neighbouring
+// columns, eight rows are summed together: what they read is loaded for all of them at once.
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -200,6 +204,311 @@ Tensor gather_rows(const Tensor& dense, const Tensor& offsets, const Tensor& col
   return out;
 }
 
+// Compilers would rather load a vector again for each product.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define LOFI_FAST_IN_REGISTER(vector) asm("" : "+v"(vector))
+#else
+#define LOFI_FAST_IN_REGISTER(vector)
+#endif
+
+// Rows of a group, and of a diagonal's values.
+constexpr int64_t kGroup = 8;
+
+struct Groups {
+  const int32_t* places;      // of the matrix's columns in a packed block
+  const int32_t* groups;      // (num_groups, 4): first row, rows, end of its diagonals, end of its single entries
+  const int32_t* diagonals;   // place that the first row reads; row i reads the i-th after it
+  const void* values;         // (num_diagonals, kGroup)
+  const int32_t* singles;     // (num_singles, 2): row in its group, place
+  const void* single_values;  // (num_singles,)
+  int64_t num_columns;
+  int64_t num_groups;
+  int64_t num_places;
+  int64_t row_step;
+};
+
+// Rows of the packed block are `kVectors` vectors of `kBytes`, and sums of `kRows` rows of a group are in registers at
+// a time: what fits into those that the CPU has.
+template <typename T, int kBytes, int64_t kVectors, int64_t kRows>
+struct Tile {
+  using S = Sum<T>;
+  typedef S Vector __attribute__((vector_size(kBytes), may_alias));
+  static constexpr int64_t kWidth = kVectors * kBytes / sizeof(S);
+
+  static LOFI_FAST_INLINE void copy(S* block, const Groups& matrix, const Dense<T>& dense, int64_t width) {
+    for (int64_t m = 0; m < dense.num_columns; ++m) {
+      const T* const from = dense.data + m * dense.row;
+      S* const to = block + matrix.places[m] * kWidth;
+      if (dense.output == 1 && width == kWidth) {
+        for (int64_t o = 0; o < kWidth; ++o) {
+          to[o] = lofi_fast::widen(from[o]);
+        }
+      } else {
+        for (int64_t o = 0; o < width; ++o) {
+          to[o] = lofi_fast::widen(from[o * dense.output]);
+        }
+      }
+    }
+  }
+
+  // Adds diagonals that begin in neighbouring places: what one row reads on one of them, the row before reads on the
+  // next, so that a place is loaded once for all of them.
+  template <int64_t kDiagonals>
+  static LOFI_FAST_INLINE void add(Vector (&part)[kRows][kVectors], const S* from, const S* values) {
+#pragma GCC unroll 16
+    for (int64_t place = 0; place < kRows + kDiagonals - 1; ++place) {
+      Vector loaded[kVectors];
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kVectors; ++v) {
+        loaded[v] = reinterpret_cast<const Vector*>(from)[place * kVectors + v];
+        LOFI_FAST_IN_REGISTER(loaded[v]);
+      }
+#pragma GCC unroll 4
+      for (int64_t e = 0; e < kDiagonals; ++e) {
+        const int64_t row = place - e;
+        if (row >= 0 && row < kRows) {
+#pragma GCC unroll 4
+          for (int64_t v = 0; v < kVectors; ++v) {
+            part[row][v] += (values[e * kGroup + row] - Vector{}) * loaded[v];
+          }
+        }
+      }
+    }
+  }
+
+  static LOFI_FAST_INLINE void gather(const S* block, const Groups& matrix, const S* bias, T* out, int64_t out_row,
+                                      int64_t width, int64_t begin, int64_t end) {
+    const S* const values = static_cast<const S*>(matrix.values);
+    const S* const single_values = static_cast<const S*>(matrix.single_values);
+    const int32_t* const before = matrix.groups + 4 * (begin - 1);
+    int64_t diagonal = begin == 0 ? 0 : before[2];
+    int64_t single = begin == 0 ? 0 : before[3];
+    for (int64_t g = begin; g < end; ++g) {
+      const int32_t* const group = matrix.groups + 4 * g;
+      alignas(64) S sums[kGroup * kWidth];
+      for (int64_t first = 0; first < kGroup; first += kRows) {
+        Vector part[kRows][kVectors] = {};
+        for (int64_t e = diagonal; e < group[2];) {
+          const int32_t place = matrix.diagonals[e];
+          const S* const from = block + (place + first) * kWidth;
+          const S* const value = values + e * kGroup + first;
+          if (e + 3 < group[2] && matrix.diagonals[e + 3] == place + 3) {
+            add<4>(part, from, value);
+            e += 4;
+          } else if (e + 1 < group[2] && matrix.diagonals[e + 1] == place + 1) {
+            add<2>(part, from, value);
+            e += 2;
+          } else {
+            add<1>(part, from, value);
+            e += 1;
+          }
+        }
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+          for (int64_t v = 0; v < kVectors; ++v) {
+            reinterpret_cast<Vector*>(sums)[(first + i) * kVectors + v] = part[i][v];
+          }
+        }
+      }
+      diagonal = group[2];
+      for (; single < group[3]; ++single) {
+        Vector* const to = reinterpret_cast<Vector*>(sums + matrix.singles[2 * single] * kWidth);
+        const Vector* const from = reinterpret_cast<const Vector*>(block + matrix.singles[2 * single + 1] * kWidth);
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kVectors; ++v) {
+          to[v] += (single_values[single] - Vector{}) * from[v];
+        }
+      }
+      for (int64_t i = 0; i < group[1]; ++i) {
+        T* const to = out + (group[0] + i * matrix.row_step) * out_row;
+        const S* const from = sums + i * kWidth;
+        if (bias != nullptr) {
+          for (int64_t o = 0; o < width; ++o) {
+            to[o] = lofi_fast::narrow<T>(from[o] + bias[o]);
+          }
+        } else {
+          for (int64_t o = 0; o < width; ++o) {
+            to[o] = lofi_fast::narrow<T>(from[o]);
+          }
+        }
+      }
+    }
+  }
+};
+
+// The work, compiled for vectors of one size.
+template <typename T>
+struct Machine {
+  int64_t width;  // outputs of a block
+  void (*copy)(Sum<T>*, const Groups&, const Dense<T>&, int64_t);
+  void (*gather)(const Sum<T>*, const Groups&, const Sum<T>*, T*, int64_t, int64_t, int64_t, int64_t);
+};
+
+// clang-format off
+#define LOFI_FAST_MACHINE(name, bytes, vectors, rows, target)                                                          \
+  namespace name {                                                                                                     \
+  template <typename T>                                                                                                \
+  target void copy(Sum<T>* block, const Groups& matrix, const Dense<T>& dense, int64_t width) {                        \
+    Tile<T, bytes, vectors, rows>::copy(block, matrix, dense, width);                                                  \
+  }                                                                                                                    \
+  template <typename T>                                                                                                \
+  target void gather(const Sum<T>* block, const Groups& matrix, const Sum<T>* bias, T* out, int64_t out_row,           \
+                     int64_t width, int64_t begin, int64_t end) {                                                      \
+    Tile<T, bytes, vectors, rows>::gather(block, matrix, bias, out, out_row, width, begin, end);                       \
+  }                                                                                                                    \
+  template <typename T>                                                                                                \
+  constexpr Machine<T> machine{Tile<T, bytes, vectors, rows>::kWidth, copy<T>, gather<T>};                             \
+  }
+// clang-format on
+
+LOFI_FAST_MACHINE(plain, 16, 2, 4, )
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+LOFI_FAST_MACHINE(avx2, 32, 2, 4, __attribute__((target("arch=x86-64-v3"))))
+LOFI_FAST_MACHINE(avx512, 64, 2, 8, __attribute__((target("arch=x86-64-v4"))))
+#endif
+#undef LOFI_FAST_MACHINE
+#undef LOFI_FAST_IN_REGISTER
+
+// The widest vectors of this CPU, or those that torch is told to stop at: ATEN_CPU_CAPABILITY=avx2 or default.
+template <typename T>
+const Machine<T>& choose_machine() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  const char* const told = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view most = told == nullptr ? "" : told;
+  if (most != "default" && __builtin_cpu_supports("x86-64-v3")) {
+    return most != "avx2" && __builtin_cpu_supports("x86-64-v4") ? avx512::machine<T> : avx2::machine<T>;
+  }
+#endif
+  return plain::machine<T>;
+}
+
+template <typename T>
+const Machine<T>& machine() {
+  static const Machine<T>& chosen = choose_machine<T>();
+  return chosen;
+}
+
+template <typename T>
+void gather_grouped(const Tensor& dense, const Groups& matrix, const Sum<T>* bias, Tensor& out) {
+  using S = Sum<T>;
+  const Machine<T>& run = machine<T>();
+  const int64_t num_outputs = dense.size(2);
+  const int64_t num_blocks = (num_outputs + run.width - 1) / run.width;
+  const int64_t groups_of_part = (matrix.num_groups + kParts - 1) / kParts;
+  const T* from = static_cast<const T*>(dense.const_data_ptr());
+  T* to = static_cast<T*>(out.mutable_data_ptr());
+  lofi_fast::expect_to_fill(out);
+  torch::stable::parallel_for(0, dense.size(0) * num_blocks * kParts, 1, [&](int64_t begin, int64_t end) {
+    // Zeros in the places of no column, and where the last block has no outputs.
+    std::vector<Lane<S>> block((matrix.num_places * run.width * sizeof(S) + 63) / 64);
+    int64_t copied = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t part = i % kParts;
+      const int64_t batch = i / kParts / num_blocks;
+      const int64_t first = i / kParts % num_blocks * run.width;
+      const int64_t width = std::min(run.width, num_outputs - first);
+      if (copied != i / kParts) {
+        copied = i / kParts;
+        const Dense<T> source{from + batch * dense.stride(0) + first * dense.stride(2), matrix.num_columns,
+                              dense.stride(1), dense.stride(2)};
+        run.copy(block.data()->sums, matrix, source, width);
+      }
+      run.gather(block.data()->sums, matrix, bias == nullptr ? nullptr : bias + first,
+                 to + batch * out.size(1) * num_outputs + first, num_outputs, width,
+                 std::min(part * groups_of_part, matrix.num_groups),
+                 std::min((part + 1) * groups_of_part, matrix.num_groups));
+    }
+  });
+}
+
+// Reading or writing elsewhere is undefined behaviour, so this cannot be left to the caller.
+void check(const Groups& matrix, int64_t num_rows, int64_t num_diagonals, int64_t num_singles) {
+  int64_t rows = 0, diagonal = 0, single = 0;
+  for (int64_t g = 0; g < matrix.num_groups; ++g) {
+    const int32_t* const group = matrix.groups + 4 * g;
+    STD_TORCH_CHECK(
+        group[0] >= 0 && group[1] >= 1 && group[1] <= kGroup && group[0] + (group[1] - 1) * matrix.row_step < num_rows,
+        "gather_groups: a group has 1 to 8 rows, which must lie in [0, ", num_rows, ")");
+    STD_TORCH_CHECK(diagonal <= group[2] && group[2] <= num_diagonals && single <= group[3] && group[3] <= num_singles,
+                    "gather_groups: ends of groups must not fall, nor exceed ", num_diagonals, " diagonals and ",
+                    num_singles, " single entries");
+    int64_t before = -1;
+    for (; diagonal < group[2]; ++diagonal) {
+      const int64_t place = matrix.diagonals[diagonal];
+      STD_TORCH_CHECK(before < place && place + kGroup <= matrix.num_places,
+                      "gather_groups: diagonals of a group must ascend and lie in [0, ", matrix.num_places - kGroup,
+                      "]");
+      before = place;
+    }
+    for (; single < group[3]; ++single) {
+      const int32_t row = matrix.singles[2 * single], place = matrix.singles[2 * single + 1];
+      STD_TORCH_CHECK(row >= 0 && row < group[1] && place >= 0 && place < matrix.num_places,
+                      "gather_groups: a single entry lies outside of its group");
+    }
+    rows += group[1];
+  }
+  STD_TORCH_CHECK(rows == num_rows, "gather_groups: groups have ", rows, " rows, the result ", num_rows);
+  STD_TORCH_CHECK(diagonal == num_diagonals && single == num_singles, "gather_groups: groups must end with ",
+                  num_diagonals, " diagonals and ", num_singles, " single entries");
+}
+
+Tensor gather_groups(const Tensor& dense, const Tensor& places, const Tensor& groups, const Tensor& diagonals,
+                     const Tensor& values, const Tensor& singles, const Tensor& single_values,
+                     const std::optional<Tensor>& bias, int64_t num_rows, int64_t row_step) {
+  const bool is_double = dense.scalar_type() == ScalarType::Double;
+  const ScalarType sum = is_double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(dense.dim() == 3 && places.dim() == 1 && places.numel() == dense.size(1),
+                  "gather_groups: dense must be (B, num_columns, O), places one number for each column");
+  STD_TORCH_CHECK(groups.dim() == 2 && groups.size(1) == 4 && diagonals.dim() == 1 && values.dim() == 2 &&
+                      values.size(0) == diagonals.numel() && values.size(1) == kGroup && singles.dim() == 2 &&
+                      singles.size(1) == 2 && single_values.dim() == 1 && single_values.numel() == singles.size(0),
+                  "gather_groups: expected groups (G, 4), diagonals (E,) with values (E, 8), and singles (M, 2) with "
+                  "values (M,)");
+  for (const Tensor& indices : {places, groups, diagonals, singles}) {
+    STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int && indices.is_cpu(),
+                    "gather_groups: places, groups, diagonals and singles must be int32 on the CPU");
+  }
+  STD_TORCH_CHECK(values.scalar_type() == sum && single_values.scalar_type() == sum &&
+                      (!bias || (bias->scalar_type() == sum && bias->dim() == 1 && bias->size(0) == dense.size(2))),
+                  "gather_groups: values and bias must be ", sum, ", and the bias one number for each output");
+  STD_TORCH_CHECK(dense.is_cpu() && values.is_cpu() && single_values.is_cpu() && (!bias || bias->is_cpu()),
+                  "gather_groups: all tensors must be on the CPU");
+  STD_TORCH_CHECK(num_rows >= 0 && row_step >= 1, "gather_groups: num_rows must be >= 0 and row_step >= 1");
+
+  const Tensor whole[] = {torch::stable::contiguous(places),    torch::stable::contiguous(groups),
+                          torch::stable::contiguous(diagonals), torch::stable::contiguous(values),
+                          torch::stable::contiguous(singles),   torch::stable::contiguous(single_values)};
+  const std::optional<Tensor> whole_bias = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  Groups matrix{whole[0].const_data_ptr<int32_t>(),
+                whole[1].const_data_ptr<int32_t>(),
+                whole[2].const_data_ptr<int32_t>(),
+                whole[3].const_data_ptr(),
+                whole[4].const_data_ptr<int32_t>(),
+                whole[5].const_data_ptr(),
+                dense.size(1),
+                groups.size(0),
+                0,
+                row_step};
+  for (int64_t m = 0; m < matrix.num_columns; ++m) {
+    STD_TORCH_CHECK(matrix.places[m] >= 0, "gather_groups: places must be >= 0");
+    matrix.num_places = std::max<int64_t>(matrix.num_places, matrix.places[m] + kGroup);
+  }
+  check(matrix, num_rows, diagonals.numel(), singles.size(0));
+
+  Tensor out = torch::stable::new_empty(dense, {dense.size(0), num_rows, dense.size(2)});
+  if (out.numel() == 0) {
+    return out;
+  }
+  lofi_fast::with_floating_type(dense.scalar_type(), "gather_groups", [&]<typename T>(T) {
+    gather_grouped<T>(dense, matrix, bias ? whole_bias->const_data_ptr<Sum<T>>() : nullptr, out);
+  });
+  return out;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lofi_fast, CPU, m) { m.impl("gather_rows", TORCH_BOX(&gather_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(lofi_fast, CPU, m) {
+  m.impl("gather_rows", TORCH_BOX(&gather_rows));
+  m.impl("gather_groups", TORCH_BOX(&gather_groups));
+}

@@ -80,3 +80,33 @@ def gather_rows(
             )
         out_NO.copy_(sums_NO if bias is None else sums_NO + bias)
     return out
+
+
+def gather_groups(
+    dense: Tensor,
+    places: Tensor,
+    groups: Tensor,
+    diagonals: Tensor,
+    values: Tensor,
+    singles: Tensor,
+    single_values: Tensor,
+    bias: Tensor | None,
+    num_rows: int,
+    row_step: int,
+) -> Tensor:
+    """gather_rows of a matrix by groups of rows (sampling.RowGroups): dense (B, num_columns, O) -> (B, num_rows, O)."""
+    sums_BNO = dense.new_zeros(len(dense), num_rows, dense.shape[2], dtype=values.dtype)
+    num_places = int(places.max()) + values.shape[1] if len(places) else values.shape[1]
+    block_BPO = dense.new_zeros(len(dense), num_places, dense.shape[2], dtype=values.dtype)
+    block_BPO[:, places] = dense.to(values.dtype)
+    first, count, *ends = groups.to(torch.int64).unbind(1)
+    of_diagonal, of_single = (
+        torch.repeat_interleave(torch.arange(len(groups)), end.diff(prepend=end.new_zeros(1))) for end in ends
+    )
+    for i in range(values.shape[1]):
+        there = i < count[of_diagonal]
+        products = values[there, i].unsqueeze(1) * block_BPO[:, diagonals[there] + i]
+        sums_BNO.index_add_(1, (first[of_diagonal] + i * row_step)[there], products)
+    products = single_values.unsqueeze(1) * block_BPO[:, singles[:, 1]]
+    sums_BNO.index_add_(1, first[of_single] + singles[:, 0] * row_step, products)
+    return (sums_BNO if bias is None else sums_BNO + bias).to(dense.dtype)

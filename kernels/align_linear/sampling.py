@@ -6,15 +6,20 @@ Row n of A is cell n, column t*R + r is (snippet t, bin r). For cells that are R
 
 A and its transpose are both kept by rows: forward and backward are each a gather, summed in a fixed order, without
 atomics.
+
+Cells of one duration that start one snippet after another sample the same bins one snippet later. So their rows of A
+read columns that are neighbours in time, and so do the rows of the transpose. Such rows can be summed in groups
+(``RowGroups``), each of which goes through the features that it samples once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..temporal_roi_align.reference import linear_weights, sample_counts, sample_positions
@@ -30,15 +35,52 @@ class SparseRows(NamedTuple):
     values: Tensor  # (num_entries,) float32 or float64
 
 
+GROUP = 8  # rows of a group, at most
+SLOTS = 2**22  # of diagonals of groups that are looked at together
+
+
+class RowGroups(NamedTuple):
+    """The same by groups of up to 8 rows, for the CPU. Columns lie at ``places`` in a row of memory that has gaps of 7
+    zeros before, between and after its runs of columns. A diagonal is an entry of each row of a group: that of row i
+    is at the i-th place after that of row 0, and its value is 0 where that place is in a gap. What is left, because not
+    every row of the group has it, are single entries.
+    """
+
+    places: Tensor  # (num_columns,) int32
+    groups: Tensor  # (num_groups, 4) int32: first row, number of rows, ends of its diagonals and of its single entries
+    diagonals: Tensor  # (num_diagonals,) int32: the place of row 0, ascending in each group
+    values: Tensor  # (num_diagonals, 8) float32 or float64; 0 beyond the rows of the group
+    singles: Tensor  # (num_singles, 2) int32: row in the group, place
+    single_values: Tensor  # (num_singles,)
+    num_rows: int
+    row_step: int  # between the rows of a group
+
+
+class Runs(NamedTuple):
+    """Rows or columns in runs of neighbours: run i is starts[i], starts[i] + step, ..., lengths[i] of them."""
+
+    starts: Tensor  # int64
+    lengths: Tensor  # int64, >= 1
+    step: int
+
+
 @dataclass(frozen=True, eq=False)
 class SamplingWeights:
-    """A and A transposed, on the CPU in float64, and on every device where they were used."""
+    """A and A transposed, on the CPU in float64, and on every device where they were used.
+
+    ``cells``: lengths of the runs of cells that have one duration and start one snippet after another; None where cells
+    are in no such order.
+    """
 
     forward: SparseRows
     transposed: SparseRows
+    num_snippets: int
+    num_bins: int
+    cells: Tensor | None = None
     _placed: dict[tuple[torch.device, torch.dtype], tuple[SparseRows, SparseRows]] = field(
         default_factory=dict, init=False
     )
+    _grouped: dict[torch.dtype, tuple[RowGroups, RowGroups]] = field(default_factory=dict, init=False)
 
     def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[SparseRows, SparseRows]:
         """(A, A transposed) on ``device`` with float32 or float64 values; moved once, at the first call for a pair."""
@@ -51,6 +93,21 @@ class SamplingWeights:
                 placed = (_place(self.forward, device, dtype), _place(self.transposed, device, dtype))
             self._placed[device, dtype] = placed
         return placed
+
+    def grouped(self, dtype: torch.dtype) -> tuple[RowGroups, RowGroups] | None:
+        """(A, A transposed) by groups, with values of ``dtype``; made at the first call. None without ``cells``."""
+        if self.cells is None:
+            return None
+        if dtype not in self._grouped:
+            with torch.inference_mode(False), torch.no_grad():
+                cells = Runs(self.cells.cumsum(0) - self.cells, self.cells, 1)
+                bins = torch.arange(self.num_bins)
+                snippets = Runs(bins, torch.full_like(bins, self.num_snippets), self.num_bins)
+                self._grouped[dtype] = (
+                    group_rows(self.forward, cells, snippets, dtype),
+                    group_rows(self.transposed, snippets, cells, dtype),
+                )
+        return self._grouped[dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +189,8 @@ def proposal_grid(
         )
     with torch.inference_mode(False):
         cells, rois = _proposals(num_snippets, max_duration, expand, margin)
-        grid = roi_grid(rois, num_snippets, num_bins)
-        return ProposalGrid(num_snippets, num_bins, grid.rois, grid.weights, max_duration, cells, expand, margin)
+        weights = replace(roi_grid(rois, num_snippets, num_bins).weights, cells=_runs(cells))
+        return ProposalGrid(num_snippets, num_bins, rois, weights, max_duration, cells, expand, margin)
 
 
 @lru_cache(maxsize=32)
@@ -189,8 +246,9 @@ def boundary_matching_grid(
         there = (snippets >= 0) & (snippets < num_snippets)
         columns = snippets.to(torch.int64) * num_bins + bins
         weights = _sum_taps(
-            rows.expand_as(columns)[there], columns[there], values[there], len(rois), num_snippets * num_bins
+            rows.expand_as(columns)[there], columns[there], values[there], len(rois), num_snippets, num_bins
         )
+        weights = replace(weights, cells=_runs(cells))
         return BoundaryMatchingGrid(num_snippets, num_bins, rois, weights, max_duration, cells, num_samples, windows)
 
 
@@ -240,7 +298,8 @@ def _join(grids: tuple[SamplingGrid, ...]) -> SamplingWeights:
             columns.append(snippets.to(torch.int64) * num_bins + bins + first_bin)
             values.append(matrix.values)
             first_bin += grid.num_bins
-        return _sum_taps(torch.cat(rows), torch.cat(columns), torch.cat(values), num_cells, num_snippets * num_bins)
+        joined = _sum_taps(torch.cat(rows), torch.cat(columns), torch.cat(values), num_cells, num_snippets, num_bins)
+        return replace(joined, cells=grids[0].weights.cells)
 
 
 def _check_sizes(num_snippets: int, num_bins: int) -> None:
@@ -258,6 +317,12 @@ def _proposals(num_snippets: int, max_duration: int, expand: float, margin: floa
     return cells, torch.stack([s - wider, s + d + wider], dim=1)
 
 
+def _runs(cells_N2: Tensor) -> Tensor:
+    """How many cells each duration has."""
+    lengths: Tensor = torch.unique_consecutive(cells_N2[:, 0], return_counts=True)[1]
+    return lengths
+
+
 def _roi_weights(rois: Tensor, num_snippets: int, num_bins: int) -> SamplingWeights:
     starts = rois[:, 0]
     lengths = (rois[:, 1] - starts).clamp(min=1)
@@ -273,11 +338,14 @@ def _roi_weights(rois: Tensor, num_snippets: int, num_bins: int) -> SamplingWeig
     columns = torch.cat([lower, upper]) * num_bins + bins.repeat(2)
     values = torch.cat([lower_weight, upper_weight]) / counts[roi].repeat(2)
     nonzero = values != 0
-    return _sum_taps(roi.repeat(2)[nonzero], columns[nonzero], values[nonzero], len(rois), num_snippets * num_bins)
+    return _sum_taps(roi.repeat(2)[nonzero], columns[nonzero], values[nonzero], len(rois), num_snippets, num_bins)
 
 
-def _sum_taps(rows: Tensor, columns: Tensor, values: Tensor, num_rows: int, num_columns: int) -> SamplingWeights:
+def _sum_taps(
+    rows: Tensor, columns: Tensor, values: Tensor, num_rows: int, num_snippets: int, num_bins: int
+) -> SamplingWeights:
     """A out of (row, column, value) in float64, in any order; values of one entry are summed in the order given."""
+    num_columns = num_snippets * num_bins
     entries, entry_of_tap = torch.unique(rows * num_columns + columns, sorted=True, return_inverse=True)
     summed = torch.bincount(entry_of_tap, weights=values, minlength=len(entries))
     if max(len(entries), num_rows, num_columns) >= 2**31:
@@ -287,6 +355,8 @@ def _sum_taps(rows: Tensor, columns: Tensor, values: Tensor, num_rows: int, num_
     return SamplingWeights(
         _compress(rows, columns, summed, num_rows),
         _compress(columns[by_column], rows[by_column], summed[by_column], num_columns),
+        num_snippets,
+        num_bins,
     )
 
 
@@ -298,3 +368,74 @@ def _compress(rows: Tensor, columns: Tensor, values: Tensor, num_rows: int) -> S
 
 def _place(matrix: SparseRows, device: torch.device, dtype: torch.dtype) -> SparseRows:
     return SparseRows(matrix.offsets.to(device), matrix.columns.to(device), matrix.values.to(device, dtype))
+
+
+def group_rows(matrix: SparseRows, rows: Runs, columns: Runs, dtype: torch.dtype) -> RowGroups:
+    """``matrix`` by groups of rows that are neighbours in a run. The runs cover all its rows, and all its columns.
+
+    The product is the same for any runs; where rows do not read neighbouring columns, it is of single entries alone.
+    """
+    num_rows = len(matrix.offsets) - 1
+    firsts, counts = _groups(rows)
+    places, num_places = _places(columns)
+    gaps = torch.ones(num_places, dtype=torch.int64)
+    gaps[places] = 0
+    gaps_before = F.pad(gaps.cumsum(0), (1, 0))
+
+    parts: list[tuple[Tensor, ...]] = []
+    at_once = max(1, SLOTS // num_places)
+    for first, count in zip(firsts.split(at_once), counts.split(at_once), strict=True):
+        group, nth, entry = _entries(matrix, first, count, rows.step)
+        place, value = places[matrix.columns[entry].to(torch.int64)], matrix.values[entry].to(dtype)
+        # Entries of one diagonal of a group meet in one slot.
+        slot = group * num_places + place - nth
+        present = torch.bincount(slot, minlength=len(first) * num_places)
+        taken = present.nonzero().squeeze(1)
+        start, needed = taken % num_places, count[taken // num_places]
+        in_gaps = gaps_before[start + needed] - gaps_before[start]
+        # A row whose column lies in a gap reads zeros; one entry is not worth seven such rows.
+        whole = taken[(present[taken] + in_gaps == needed) & ((present[taken] > 1) | (needed == 1))]
+        diagonal = torch.full_like(present, -1)
+        diagonal[whole] = torch.arange(len(whole))
+        diagonal = diagonal[slot]
+        along, alone = diagonal >= 0, diagonal < 0
+        values = value.new_zeros(len(whole), GROUP)
+        values[diagonal[along], nth[along]] = value[along]
+        num_diagonals = torch.bincount(whole // num_places, minlength=len(first))
+        num_singles = torch.bincount(group[alone], minlength=len(first))
+        singles = torch.stack([nth[alone], place[alone]], dim=1)
+        parts.append((whole % num_places, values, singles, value[alone], num_diagonals, num_singles))
+    diagonals, values, singles, single_values, num_diagonals, num_singles = map(torch.cat, zip(*parts, strict=True))
+    groups = torch.stack([firsts, counts, num_diagonals.cumsum(0), num_singles.cumsum(0)], dim=1)
+    places, groups, diagonals, singles = (x.to(torch.int32) for x in (places, groups, diagonals, singles))
+    return RowGroups(places, groups, diagonals, values, singles, single_values, num_rows, rows.step)
+
+
+def _groups(rows: Runs) -> tuple[Tensor, Tensor]:
+    """The first row of each group, and how many it has."""
+    groups_of_run = (rows.lengths + GROUP - 1) // GROUP
+    run = torch.repeat_interleave(torch.arange(len(rows.lengths)), groups_of_run)
+    nth = torch.arange(len(run)) - (groups_of_run.cumsum(0) - groups_of_run)[run]
+    firsts = rows.starts[run] + nth * GROUP * rows.step
+    return firsts, (rows.lengths[run] - nth * GROUP).clamp(max=GROUP)
+
+
+def _places(columns: Runs) -> tuple[Tensor, int]:
+    """Where each column lies in a row of memory with gaps before, between and after the runs, and its size."""
+    gap = GROUP - 1
+    run = torch.repeat_interleave(torch.arange(len(columns.lengths)), columns.lengths)
+    nth = torch.arange(len(run)) - (columns.lengths.cumsum(0) - columns.lengths)[run]
+    places = torch.empty_like(run)
+    places[columns.starts[run] + nth * columns.step] = torch.arange(len(run)) + (run + 1) * gap
+    return places, len(run) + (len(columns.lengths) + 1) * gap
+
+
+def _entries(matrix: SparseRows, firsts: Tensor, counts: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all entries of the groups' rows: group, row in the group, place in the matrix's tensors."""
+    group, nth = torch.nonzero(torch.arange(GROUP) < counts.unsqueeze(1)).unbind(1)
+    row = firsts[group] + nth * step
+    offsets = matrix.offsets.to(torch.int64)
+    entries_of_row = offsets[row + 1] - offsets[row]
+    of_row = torch.repeat_interleave(torch.arange(len(row)), entries_of_row)
+    entry = torch.arange(len(of_row)) + (offsets[row] - (entries_of_row.cumsum(0) - entries_of_row))[of_row]
+    return group[of_row], nth[of_row], entry

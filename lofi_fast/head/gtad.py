@@ -9,9 +9,12 @@ The map (B, 2, D, L) of the paper is kept at its valid cells only, and SGAlign w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lofi_fast.config import HeadConfig
 from lofi_fast.head.gtad_ledger import BASE_GROUPS, NUM_NEIGHBOURS
@@ -33,6 +36,63 @@ def gather_neighbours(x_BCL: Tensor, index_BLk: Tensor) -> Tensor:
     return x_BCL.gather(2, flat).view(batch, channels, length, -1)
 
 
+class GroupedPointwise(nn.Conv2d):
+    """A grouped 1x1 convolution (B, C, L, k) -> (B, O, L, k). On a CPU it is a matrix product for each group, the same
+    numbers to rounding: PyTorch's convolutions of so few channels take several times as long there. No more is kept.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__(in_channels, out_channels, 1, groups=groups)
+
+    def forward(self, x_BCLk: Tensor) -> Tensor:
+        if x_BCLk.device.type != "cpu" or self.bias is None:
+            return super().forward(x_BCLk)
+        tensors: tuple[Tensor, ...] = (x_BCLk, self.weight, self.bias)
+        if torch.is_autocast_enabled("cpu") and x_BCLk.dtype != torch.float64:
+            tensors = tuple(x.to(torch.get_autocast_dtype("cpu")) for x in tensors)
+        out: Tensor = _GroupedProducts.apply(self.groups, *tensors)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _GroupedProducts(torch.autograd.Function):
+    """Shapes: G groups, I and O channels of a group, P = L * k positions."""
+
+    @staticmethod
+    def forward(ctx: Any, groups: int, x_BCLk: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BCLk, weight)
+        ctx.groups = groups
+        weight_GOI, bias_GO1 = weight.view(groups, -1, weight.shape[1]), bias.view(groups, -1, 1)
+        out_BCLk = x_BCLk.new_empty(len(x_BCLk), len(bias), *x_BCLk.shape[2:])
+        with torch.autocast("cpu", enabled=False):
+            for x_CLk, out_CLk in zip(x_BCLk, out_BCLk, strict=True):
+                x_GIP, out_GOP = (y.reshape(groups, -1, y[0].numel()) for y in (x_CLk, out_CLk))
+                torch.baddbmm(bias_GO1, weight_GOI, x_GIP, out=out_GOP)
+        return out_BCLk
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x_BCLk, weight), (grad_BCLk,) = ctx.saved_tensors, grads
+        _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        weight_GOI = weight.view(ctx.groups, -1, weight.shape[1])
+        grad_x, grad_weight_GOI = x_BCLk.new_empty(x_BCLk.shape), torch.zeros_like(weight_GOI)
+        with torch.autocast("cpu", enabled=False):
+            for x_CLk, grad_CLk, grad_x_CLk in zip(x_BCLk, grad_BCLk, grad_x, strict=True):
+                x_GIP, grad_GOP, grad_x_GIP = (
+                    y.reshape(ctx.groups, -1, y[0].numel()) for y in (x_CLk, grad_CLk, grad_x_CLk)
+                )
+                if needs_x:
+                    torch.bmm(weight_GOI.transpose(1, 2), grad_GOP, out=grad_x_GIP)
+                if needs_weight:
+                    grad_weight_GOI.baddbmm_(grad_GOP, x_GIP.transpose(1, 2))
+        return (
+            None,
+            grad_x if needs_x else None,
+            grad_weight_GOI.view_as(weight) if needs_weight else None,
+            grad_BCLk.sum((0, 2, 3)) if needs_bias else None,
+        )
+
+
 class GCNeXt(nn.Module):
     """out = relu(temporal(x) + x + semantic(x)); the semantic branch is an edge convolution over the 3 nearest
     neighbours, its first 1x1 (on the concatenation of neighbour and self) applied before gathering: the same numbers.
@@ -52,7 +112,7 @@ class GCNeXt(nn.Module):
         self.itself = nn.Conv1d(channels, width, 1, bias=False)
         self.semantic = nn.Sequential(
             nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 1, groups=groups),
+            GroupedPointwise(width, width, groups),
             nn.ReLU(inplace=True),
             nn.Conv2d(width, channels, 1),
         )
