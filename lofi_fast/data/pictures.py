@@ -36,6 +36,8 @@ T = TypeVar("T")
 # FFmpeg's quantiser scale, 2 is its best usual one (about quality 94 elsewhere); lambda units are 118 a step.
 _MJPEG_OPTIONS = {"flags": "+qscale", "global_quality": str(2 * 118)}
 
+_HANDED_OVER = 16  # pictures that one thread hands to another at once: one at a time would cost a tenth of the decoding
+
 # H.273 matrix coefficients -> swscale's, by the names that PyAV gives them; 2 is unspecified, RGB (0) and the rare ones
 # are left to swscale's default.
 _MATRICES = {
@@ -209,15 +211,23 @@ def hold_in_turn(
     held: dict[int, np.ndarray] = {}
     number = 0
 
-    def compressed() -> Generator[tuple[int, np.ndarray]]:
+    def compressed() -> Generator[dict[int, np.ndarray]]:
+        jpegs: dict[int, np.ndarray] = {}
         for index, picture in _pictures(info, wanted, short_side, threads):
-            yield index, np.frombuffer(b"".join(bytes(packet) for packet in encoder.encode(picture)), dtype=np.uint8)
+            jpegs[index] = np.frombuffer(b"".join(bytes(packet) for packet in encoder.encode(picture)), dtype=np.uint8)
+            if len(jpegs) == _HANDED_OVER:
+                yield jpegs
+                jpegs = {}
+        if jpegs:
+            yield jpegs
 
     try:
-        with closing(_ahead(compressed(), max(map(len, selections)))) as jpegs:
-            for index, jpeg in jpegs:
-                held[index] = jpeg
-                while number < len(selections) and selections[number][-1] <= index:
+        with closing(_ahead(compressed(), max(map(len, selections)) // _HANDED_OVER + 1)) as jpegs:
+            for more in jpegs:
+                latest = max(more)
+                held |= more
+                more.clear()  # `_ahead` still refers to it
+                while number < len(selections) and selections[number][-1] <= latest:
                     frames = selections[number]
                     yield HeldVideo(info.path, frames, tuple(held[int(frame)] for frame in frames), width, height)
                     number += 1
