@@ -5,7 +5,8 @@
         print(found.start, found.end, found.label, found.score)
 
 A video goes through the very path of training and evaluation (probe, windows, grid of frames, JPEG pictures, DALI,
-encoder, head, soft-NMS), window by window: memory does not grow with its length, apart from what is found.
+encoder, head, soft-NMS), a batch of snippets after the other: memory does not grow with its length, apart from what is
+found. A snippet that several windows show is encoded once. Decoding, DALI and the networks work at the same time.
 
 Shapes: C channels, L snippets of a window.
 """
@@ -17,8 +18,6 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self, overload
@@ -39,11 +38,18 @@ from lofi_fast.budget import Budget, gigabytes, resolve_budget
 from lofi_fast.config import Config, PrecisionName
 from lofi_fast.data.dataset import centre_view
 from lofi_fast.data.packages import require_dali, require_pyav
-from lofi_fast.data.pictures import HeldVideo, hold_in_turn
+from lofi_fast.data.pictures import cached_size, hold_in_turn
 from lofi_fast.data.pipeline import FramePipeline, FrameRequest, pictures_of_a_run
 from lofi_fast.data.survey import cache_side
 from lofi_fast.data.video import VideoError, VideoInfo, probe
-from lofi_fast.data.windows import Window, cut_windows, full_grid
+from lofi_fast.data.windows import (
+    SharedSnippets,
+    Window,
+    cut_windows,
+    equal_parts,
+    frames_around,
+    grids_coincide,
+)
 from lofi_fast.detections import MIN_SCORE, Detection
 from lofi_fast.encoder.protocol import Encoder
 from lofi_fast.errors import InputError
@@ -60,6 +66,7 @@ from lofi_fast.precision import choose_device, choose_precision
 MODEL = "model.safetensors"  # in a run folder
 FORMAT = 1  # of the file; raised when a reader of before would misread it
 LARGEST_CHUNK = 64  # snippets encoded at once, at most
+FEWEST = 8  # snippets of a batch, where a video has fewer the last one is repeated: tiny batches are rounded otherwise
 REFUSAL = "raise --mem-budget, or take a detector of a smaller --encoder, --width or --fidelity"
 
 Anything = str | Path
@@ -334,6 +341,12 @@ class Session:
         self.budget = resolve_budget(budget, self.meter.total(), self.meter.available())
         if self.config.data.video_scores:
             say(f"note: classes are the head's own, and not those of {self.config.data.video_scores}")
+        seconds, overlap, length = self.config.data.window, self.config.data.overlap, self.config.full.num_snippets
+        if seconds is not None and overlap and not grids_coincide(length, overlap):
+            say(
+                f"note: windows begin every {length * (1 - overlap):g} snippets, which is no whole number: what two of "
+                "them show is encoded for each"
+            )
         detector.encoder.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         detector.encoder.freeze_batchnorm()
         detector.head.to(self.device).eval()
@@ -454,39 +467,48 @@ class Session:
             ) from None
 
     def _encoded(self, info: VideoInfo, windows: Sequence[Window]) -> Generator[tuple[Window, Features]]:
-        """Features (C, L) of each window in turn, `chunk` snippets at a time. The chunk changes them by rounding."""
+        """Features (C, L) of each window in turn. Snippets are encoded `chunk` at a time, in the order in which the
+        video shows them, whichever windows they are of; how many at a time changes them by rounding.
+        """
         full = self.config.full
-        grids = [full_grid(info, window, full.num_snippets, self.config.data.frame_stride) for window in windows]
-        selections = [np.unique(grid) for grid in grids]
-        with closing(hold_in_turn(info, selections, cache_side(full), torch.get_num_threads())) as held:
-            video = next(held)
-            pipeline = self._pipeline_for(video)
-            if not self.chunk:
-                self._plan(partial(self._requests, video, grids[0]), pipeline)
-            requests = chain.from_iterable(map(self._requests, chain([video], held), grids))
-            del video  # held no longer than it is needed
-            encoded: list[Tensor] = []
-            remaining = iter(windows)
-            with closing(pipeline.stream(requests)) as stream:
-                for frames in stream:
-                    encoded.append(self._encode(frames))
-                    del frames
-                    if sum(map(len, encoded)) == full.num_snippets:
-                        features: Features = torch.cat(encoded).float().T.contiguous().cpu().numpy()
-                        encoded.clear()
-                        if not np.isfinite(features).all():
-                            raise NotFiniteOutput("a feature is not finite")
-                        yield next(remaining), features
+        snippets = SharedSnippets.of(info, windows, full.num_snippets)
+        width, height = cached_size(info, cache_side(full))
+        pipeline = self._pipeline_for(width * height)
+        if not self.chunk:
+            with closing(self._requests(info, [snippets.centres[:1]], 1)) as requests:
+                (one,) = next(requests)  # and the decoder stays open: its memory counts
+                self._plan(one, pipeline)
+                del one
+        centres = np.pad(snippets.centres, (0, max(FEWEST - len(snippets.centres), 0)), mode="edge")
+        kept: Features = np.empty((0, self.detector.encoder.num_features), dtype=np.float32)
+        first = 0  # of the snippets whose features are kept: those before are of no window to come
+        with (
+            closing(self._requests(info, equal_parts(centres, self.chunk))) as requests,
+            closing(pipeline.stream(requests)) as stream,
+        ):
+            for window, places in zip(windows, snippets.places, strict=True):
+                kept, first = kept[places[0] - first :], int(places[0])
+                while len(kept) <= places[-1] - first:
+                    new = self._encode(next(stream)).float().cpu().numpy()
+                    if not np.isfinite(new).all():
+                        raise NotFiniteOutput("a feature is not finite")
+                    kept = np.concatenate([kept, new])
+                yield window, np.ascontiguousarray(kept[places - first].T)
 
     def _requests(
-        self, video: HeldVideo, grid: NDArray[np.int64], chunk: int | None = None
-    ) -> Iterator[list[FrameRequest]]:
-        """The frames of one window, `chunk` snippets to a batch; None: as many as are encoded at once."""
-        view = centre_view(video, self.config.data.resize)
-        positions = np.searchsorted(video.frames, grid)
-        size = chunk or self.chunk
-        for start in range(0, len(positions), size):
-            yield [FrameRequest(video, positions[start : start + size].ravel(), view, self.config.full.side)]
+        self, info: VideoInfo, batches: Sequence[NDArray[np.int64]], chunk: int | None = None
+    ) -> Generator[list[FrameRequest]]:
+        """The frames of the snippets around the frames of each batch in turn, of `chunk` snippets at once; None: of as
+        many as are encoded at once, which may become fewer.
+        """
+        full, stride = self.config.full, self.config.data.frame_stride
+        selections = [np.unique(frames_around(info, batch, stride)) for batch in batches]
+        with closing(hold_in_turn(info, selections, cache_side(full), torch.get_num_threads())) as held:
+            for batch, video in zip(batches, held, strict=True):
+                view = centre_view(video, self.config.data.resize)
+                for centres in equal_parts(batch, chunk or self.chunk):
+                    positions = np.searchsorted(video.frames, frames_around(info, centres, stride).ravel())
+                    yield [FrameRequest(video, positions, view, full.side)]
 
     @torch.no_grad()
     def _encode(self, frames: Tensor) -> Tensor:
@@ -530,9 +552,9 @@ class Session:
             for window in proposals[: len(batch)]
         ]  # fmt: skip
 
-    def _pipeline_for(self, video: HeldVideo) -> FramePipeline:
-        """DALI, whose runs are as many pictures as a bounded decode pool holds."""
-        pixels = max(video.width * video.height, 2 * cache_side(self.config.full) ** 2)
+    def _pipeline_for(self, pixels: int) -> FramePipeline:
+        """DALI for pictures of so many pixels, whose runs are as many as a bounded decode pool holds."""
+        pixels = max(pixels, 2 * cache_side(self.config.full) ** 2)
         if self._pipeline is None or pixels > self._largest:
             self.close()
             self._largest = pixels
@@ -540,10 +562,11 @@ class Session:
             self._pipeline = FramePipeline(pictures_of_a_run(pixels, self.device.type), self.device.type, threads)
         return self._pipeline
 
-    def _plan(self, requests: Callable[[int], Iterator[list[FrameRequest]]], pipeline: FramePipeline) -> None:
+    def _plan(self, snippet: FrameRequest, pipeline: FramePipeline) -> None:
         """How many windows the head sees and how many snippets are encoded at once: the most that fit the budget, up
         to what training had. The head, whose steps are quick, is run; a ledger tells what the encoder needs, where
-        there is one. Raises InputError when nothing fits.
+        there is one, and else the encoder is run on the frames of one snippet, repeated. Raises InputError when nothing
+        fits.
         """
         length, side = self.config.full.num_snippets, self.config.full.side
         num_features, ledger = self.detector.encoder.num_features, self.detector.ledger
@@ -557,7 +580,7 @@ class Session:
 
         @torch.no_grad()
         def encode(size: int) -> None:
-            batch = next(requests(size))
+            batch = [snippet] * size
             with closing(pipeline.stream([batch, batch])) as stream:
                 frames = next(stream)  # the second batch is decoded meanwhile
                 with self.precision.autocast(self.device):

@@ -10,11 +10,14 @@ import errno
 import os
 import zlib
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from queue import SimpleQueue
+from threading import Event, Semaphore, Thread
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -28,8 +31,12 @@ if TYPE_CHECKING:
 
     from lofi_fast.data.nvdec import VideoEngine
 
+T = TypeVar("T")
+
 # FFmpeg's quantiser scale, 2 is its best usual one (about quality 94 elsewhere); lambda units are 118 a step.
 _MJPEG_OPTIONS = {"flags": "+qscale", "global_quality": str(2 * 118)}
+
+_HANDED_OVER = 16  # pictures that one thread hands to another at once: one at a time would cost a tenth of the decoding
 
 # H.273 matrix coefficients -> swscale's, by the names that PyAV gives them; 2 is unspecified, RGB (0) and the rare ones
 # are left to swscale's default.
@@ -178,9 +185,10 @@ def hold_in_turn(
 ) -> Generator[HeldVideo]:
     """For each selection of source frames its pictures, in one pass over the file, and nothing is written.
 
-    A picture is held until no later selection needs it, so memory is that of one selection when these follow each
-    other in time, as windows do. Selections are int64, sorted and unique, and their last frames ascend. `threads` of
-    the decoder: 0 is one for each core.
+    A thread decodes, scales and compresses while the caller is at work, ahead by as many pictures as the largest
+    selection has. A picture is held until no later selection needs it, so memory is that of two selections when these
+    follow each other in time, as windows do. Selections are int64, sorted and unique, and their last frames ascend.
+    `threads` of the decoder: 0 is one for each core.
     Raises VideoError where the file fails, ValueError for selections out of order, InputError without PyAV.
     """
     require_pyav()
@@ -202,17 +210,69 @@ def hold_in_turn(
         last_use[np.searchsorted(wanted, selection)] = number
     held: dict[int, np.ndarray] = {}
     number = 0
-    try:
+
+    def compressed() -> Generator[dict[int, np.ndarray]]:
+        jpegs: dict[int, np.ndarray] = {}
         for index, picture in _pictures(info, wanted, short_side, threads):
-            held[index] = np.frombuffer(b"".join(bytes(packet) for packet in encoder.encode(picture)), dtype=np.uint8)
-            while number < len(selections) and selections[number][-1] <= index:
-                frames = selections[number]
-                yield HeldVideo(info.path, frames, tuple(held[int(frame)] for frame in frames), width, height)
-                number += 1
-                uses = last_use[np.searchsorted(wanted, np.fromiter(held, dtype=np.int64))]
-                held = {frame: jpeg for (frame, jpeg), use in zip(held.items(), uses, strict=True) if use >= number}
+            jpegs[index] = np.frombuffer(b"".join(bytes(packet) for packet in encoder.encode(picture)), dtype=np.uint8)
+            if len(jpegs) == _HANDED_OVER:
+                yield jpegs
+                jpegs = {}
+        if jpegs:
+            yield jpegs
+
+    try:
+        with closing(_ahead(compressed(), max(map(len, selections)) // _HANDED_OVER + 1)) as jpegs:
+            for more in jpegs:
+                latest = max(more)
+                held |= more
+                more.clear()  # `_ahead` still refers to it
+                while number < len(selections) and selections[number][-1] <= latest:
+                    frames = selections[number]
+                    yield HeldVideo(info.path, frames, tuple(held[int(frame)] for frame in frames), width, height)
+                    number += 1
+                    uses = last_use[np.searchsorted(wanted, np.fromiter(held, dtype=np.int64))]
+                    held = {frame: jpeg for (frame, jpeg), use in zip(held.items(), uses, strict=True) if use >= number}
     except av.FFmpegError as error:  # a pixel format or size that cannot be converted
         raise VideoError(f"video {info.path} cannot be converted: {error}") from error
+
+
+def _ahead(items: Generator[T], count: int) -> Generator[T]:
+    """The items in order, made by a thread that is at most `count` ahead. What it raises is raised here, in its place.
+
+    Closing it waits until the item under way is made.
+    """
+    made: SimpleQueue[tuple[T | None, Exception | None]] = SimpleQueue()  # (None, None) at the end
+    room, stopped = Semaphore(count), Event()
+
+    def work() -> None:
+        failure = None
+        try:
+            with closing(items):
+                for item in items:
+                    made.put((item, None))
+                    room.acquire()
+                    if stopped.is_set():
+                        return
+        except Exception as error:
+            failure = error
+        made.put((None, failure))
+
+    thread = Thread(target=work, name="pictures", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, failure = made.get()
+            if failure is not None:
+                raise failure
+            if item is None:
+                return
+            room.release()
+            yield item
+    finally:
+        stopped.set()
+        room.release()
+        thread.join()
 
 
 class Converter:

@@ -32,7 +32,7 @@ from lofi_fast.data.matching import match_videos
 from lofi_fast.data.plausibility import check_times
 from lofi_fast.data.split import choose_validation
 from lofi_fast.data.video import VideoError, VideoInfo, probe
-from lofi_fast.data.windows import Window, cut_windows, full_grid
+from lofi_fast.data.windows import TIE, Window, cut_windows, full_grid
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
 
@@ -132,7 +132,8 @@ class Survey:
     def grid_text(self) -> str:
         """How the frames of any video are chosen, as a catalogue has it."""
         of = self.config
-        return f"{__version__} {self.window} {of.data.overlap} {of.full} {of.data.frame_stride} {cache_side(of.full)}"
+        chosen = f"{self.window} {of.data.overlap} {of.full} {of.data.frame_stride} {TIE:g}"
+        return f"{__version__} {chosen} {cache_side(of.full)}"
 
     def remembered(self, cache: Path) -> dict[str, CachedVideo]:
         """The entries that are there by what the catalogue knows; for those of other videos frames must be found."""

@@ -258,9 +258,9 @@ def _decode(info: VideoInfo, frames: np.ndarray, threads: int) -> Generator[tupl
     # what a decoded frame is found by: its place in the decoder's order, or its stamp
     places = frames if info.places is None else info.places[frames]
     keys = places if info.ticks is None else info.ticks[frames]
-    wanted = dict(zip(keys.tolist(), frames.tolist(), strict=True))
+    wanted = _Wanted(keys)
     if info.lost is not None:
-        yield from _decode_what_can_be(info, wanted, threads)
+        yield from _decode_what_can_be(info, frames, wanted, threads)
         return
     # where decoding may start for each of them
     beginning = np.iinfo(np.int64).min
@@ -290,14 +290,15 @@ def _decode(info: VideoInfo, frames: np.ndarray, threads: int) -> Generator[tupl
                 if packet.pts is not None and packet.pts in entry_ticks:
                     entered = packet.pts
                 # frames that nobody refers to and nobody asked for need no decoding: a third of the time
-                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+                context.skip_frame = "NONREF" if wanted.place(packet.pts) is None else "DEFAULT"
             for frame in context.decode(packet if packet.size else None):
                 key = position if info.ticks is None else frame.pts
                 position += 1
-                if key is None or key not in wanted:
+                place = wanted.place(key)
+                if place is None:
                     continue
-                index = wanted[key]
-                if index != frames[done]:
+                index = int(frames[place])
+                if place != done:
                     raise VideoError(f"video {info.path} gives frames out of order at {info.pts[index]:.3f} s")
                 if frame.is_corrupt:
                     raise VideoError(f"video {info.path} is damaged at {info.pts[index]:.3f} s")
@@ -305,20 +306,33 @@ def _decode(info: VideoInfo, frames: np.ndarray, threads: int) -> Generator[tupl
                 done += 1
 
 
+class _Wanted:
+    """Ascending keys of the frames that are wanted: eight bytes for each, hours of video have a hundred thousand."""
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self._keys = array("q", keys.astype(np.int64).tobytes())
+
+    def place(self, key: int | None) -> int | None:
+        """Where a key is among them; None where it is not."""
+        if key is None:
+            return None
+        place = bisect_left(self._keys, key)
+        return place if place < len(self._keys) and self._keys[place] == key else None
+
+
 def _decode_what_can_be(
-    info: VideoInfo, wanted: dict[int, int], threads: int
+    info: VideoInfo, frames: np.ndarray, wanted: _Wanted, threads: int
 ) -> Generator[tuple[int, VideoFrame], None, None]:
-    """As `probe` decoded a whole file, so that both see the same frames; `wanted`: key -> index, ascending."""
+    """As `probe` decoded a whole file, so that both see the same frames."""
     import av
 
     with av.open(str(info.path)) as container:
         stream = _best_stream(container, info.path)
         stream.thread_type, stream.thread_count = "AUTO", 1 if info.lost else threads
         for position, frame in enumerate(_whole_frames(container, stream, [])):
-            key = position if info.ticks is None else frame.pts
-            if key is None or key not in wanted:
-                continue
-            yield wanted[key], frame
+            place = wanted.place(position if info.ticks is None else frame.pts)
+            if place is not None:
+                yield int(frames[place]), frame
 
 
 def _whole_frames(
