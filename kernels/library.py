@@ -126,6 +126,14 @@ def define(
         forms["cuda"][name] = "reference (Triton is not installed)"
 
 
+def compose(schema: str, form: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an operator for CPUs that has one form, made of PyTorch's operators; see ``define``."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, form, "CPU")
+    torch.library.register_fake(f"lofi_fast::{name}", fake, lib=LIBRARY)
+
+
 def differentiate(
     name: str, backward: Callable[..., Any], setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None
 ) -> None:

@@ -16,7 +16,10 @@ COMMANDS = {  # name: (module with `main`, what it does)
     "prepare": ("lofi_fast.prepare", "fill the frame cache without training, on one machine or many"),
     "plan": ("lofi_fast.plan", "what will fit a budget? Needs no GPU and no data"),
     "detect": ("lofi_fast.detect", "find actions in videos with a trained detector"),
+    "convert": ("lofi_fast.convert", "labels or detections of any format into another one"),
+    "extract": ("lofi_fast.extract", "features of videos by a trained encoder, for other programs"),
     "evaluate": ("lofi_fast.evaluate", "mAP of any predictions against any ground truth"),
+    "doctor": ("lofi_fast.doctor", "what works on this machine, and what each missing piece costs"),
     "report": ("lofi_fast.report", "write report.html of a run folder"),
 }
 
@@ -39,7 +42,7 @@ def _command(argv: list[str]) -> int:
         meant = f"; perhaps you meant {near[0]}" if near else ""
         raise InputError(f"{name!r} is no command of lofi-fast{meant}; the commands are {', '.join(COMMANDS)}")
     module = import_module(COMMANDS[name][0])
-    how = {"owns_process": True} if name in ("train", "detect") else {}
+    how = {"owns_process": True} if name in ("train", "detect", "extract") else {}
     status: int = module.main(rest, **how)
     return status
 

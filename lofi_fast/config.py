@@ -24,8 +24,10 @@ from lofi_fast.settings import Section, Setting, leaves, made, read
 Stage = Literal["pretrain", "joint", "head", "eval"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 EncoderName = Literal["tsm_r18", "tsm_r34", "tsm_r50"]
+HeadName = Literal["gtad", "actionformer"]
 OptimizerImpl = Literal["auto", "apex", "torch"]
 Recompute = Literal["auto", "always", "never"]
+PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
 VERSION = "lofi_fast"  # the key of config.json that holds the version which wrote it
 JOB, FIDELITY, MEMORY, TRAINING = "job", "model and fidelity", "memory", "training"  # headings of --help
 
@@ -72,13 +74,33 @@ def parse_window(text: str) -> float | Literal["labels"] | None:
     return seconds
 
 
+# What formats of labels leave open: settings of a run, and flags of the other commands that read labels.
+FPS = Setting(
+    "frames a second, for labels that count frames and do not tell", "X", flag="--fps",
+    unset="as the labels say, or else the videos",
+)  # fmt: skip
+LABEL = Setting(
+    "which of several labels a segment has in some formats: verb, noun or action of EPIC-KITCHENS, ...", "NAME",
+    flag="--label", unset="the format's usual one",
+)  # fmt: skip
+TIERS = Setting(
+    "tiers of ELAN files that hold the actions", "A,B", flag="--tiers", unset="all that depend on no other one"
+)
+HELD = (  # what a budget is
+    "memory that this process may hold, as the driver shows it: 11GB, 11GiB, 80% (of the device) or auto (what is free)"
+)
+# Of the commands that apply a detector.
+MemBudget = Annotated[Budget, Setting(HELD, "11GB", parse=Budget.parse, show=lambda budget: budget.text)]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     annotations: Annotated[
         str | None,
         Setting(
-            "labels: ActivityNet-form JSON, or a CSV with video,start,end,label", "FILE", flag="--annotations",
-            group=JOB, unset="the embedded demo set", may_change=True,
+            "labels: ActivityNet-form JSON, a CSV with video,start,end,label, or what docs/formats.md lists; or a "
+            "folder of such files",
+            "FILE", flag="--annotations", group=JOB, unset="the embedded demo set", may_change=True,
         ),
     ] = None  # fmt: skip
     videos: Annotated[
@@ -88,6 +110,9 @@ class DataConfig:
             unset="the embedded demo set", may_change=True,
         ),
     ] = None  # fmt: skip
+    fps: Annotated[float | None, FPS] = None
+    label: Annotated[str | None, LABEL] = None
+    tiers: Annotated[str | None, TIERS] = None
     cache: Annotated[
         str | None,
         Setting(
@@ -157,8 +182,9 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """G-TAD. The defaults are its ActivityNet configuration."""
+    """Which head, and G-TAD, whose ActivityNet configuration is the default."""
 
+    name: Annotated[HeadName, Setting("what finds the actions in features", flag="--head", memory=True)] = "gtad"
     hidden: Annotated[
         int, Setting("channels of the graph blocks, a multiple of 4 and of twice the groups", memory=True)
     ] = 256
@@ -187,6 +213,26 @@ class HeadConfig:
     dropout: Annotated[float, Setting("share of the feature values that training sets to zero", zero=True, below=1)] = (
         0.0
     )
+
+
+@dataclass(frozen=True)
+class ActionFormerConfig:
+    """ActionFormer. The defaults are those of its published code."""
+
+    hidden: Annotated[int, Setting("channels, a multiple of the attention heads", memory=True)] = 512
+    attention_heads: Annotated[int, Setting("heads of the attention", memory=True)] = 4
+    attention_window: Annotated[
+        int, Setting("positions that one attends to, itself in the middle; 1: all of them", memory=True)
+    ] = 19
+    levels: Annotated[int, Setting("levels of the pyramid, each at half the rate of the one before", memory=True)] = 6
+    stem_blocks: Annotated[int, Setting("transformer blocks before the second level", memory=True)] = 2
+    drop_path: Annotated[
+        float, Setting("how often training leaves a residual branch out of a window", zero=True, below=1)
+    ] = 0.1
+    center_radius: Annotated[
+        float, Setting("how far from a segment's centre positions learn it, in steps of their level")
+    ] = 1.5
+    regression_loss: Annotated[float, Setting("weight of the loss of the distances to start and end", zero=True)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -233,7 +279,7 @@ class DetectConfig:
     ] = None  # fmt: skip
 
 
-PresetName = Literal["demo", "small", "activitynet", "hacs", "thumos"]
+PresetName = Literal["demo", "small", "activitynet", "hacs", "thumos", "actionformer_thumos", "actionformer_anet"]
 
 
 @dataclass(frozen=True)
@@ -257,7 +303,7 @@ class Config:
     ]  # fmt: skip
     data: Annotated[DataConfig, Section("data")]
     encoder: Annotated[EncoderConfig, Section(FIDELITY)]
-    head: Annotated[HeadConfig, Section("head")]
+    head: Annotated[HeadConfig, Section("head, and G-TAD")]
     pretrain: Annotated[
         StageConfig, Section("pretrain stage", flags={"epochs": "--pretrain-epochs", "lr": "--pretrain-lr"})
     ]
@@ -270,6 +316,7 @@ class Config:
     ]  # fmt: skip
     head_stage: Annotated[StageConfig, Section("head stage", flags={"epochs": "--head-epochs", "lr": "--head-lr"})]
     detect: Annotated[DetectConfig, Section("detection")]
+    actionformer: Annotated[ActionFormerConfig, Section("ActionFormer")] = ActionFormerConfig()
     stages: Annotated[
         tuple[Stage, ...],
         Setting(
@@ -340,12 +387,18 @@ class Config:
     budget: Annotated[
         Budget,
         Setting(
-            "memory that this process may hold, as the driver shows it: 11GB, 11GiB, 80% (of the device) or auto "
-            "(what is free)",
-            "11GB", flag="--mem-budget", group=JOB, parse=Budget.parse, show=lambda budget: budget.text,
+            HELD, "11GB", flag="--mem-budget", group=JOB, parse=Budget.parse, show=lambda budget: budget.text,
             planned_for=True,
         ),
     ] = field(default_factory=lambda: Budget.parse("auto"))  # fmt: skip
+    precision: Annotated[
+        PrecisionName,
+        Setting(
+            "what matrices are multiplied in; auto: bf16 where the device multiplies it, else fp16 on a GPU and fp32 "
+            "on a CPU; a resumed run keeps its own",
+            group=TRAINING, may_change=True,
+        ),
+    ] = "auto"  # fmt: skip
     optimizer_impl: Annotated[
         OptimizerImpl,
         Setting(

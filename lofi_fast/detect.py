@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from lofi_fast.budget import Budget
 from lofi_fast.command import INTERRUPTED, parse, run
-from lofi_fast.data.cache import file_name
-from lofi_fast.data.matching import list_videos
+from lofi_fast.config import MemBudget, PrecisionName
+from lofi_fast.data.exports import ENDINGS, TOOLS, medium_of, write_for
+from lofi_fast.data.given import paths_of, printable_name, unique_names
 from lofi_fast.data.video import VideoError, stated_duration
 from lofi_fast.detections import MIN_SCORE, Detection, draw_timeline, write_csv, write_predictions, write_srt, write_vtt
 from lofi_fast.errors import InputError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lofi_fast.run.processes import Processes
 
 FORMATS = ("json", "csv", "srt", "vtt")
+ALL_FORMATS = (*FORMATS, *TOOLS)
 SUBTITLES = {"srt": write_srt, "vtt": write_vtt}
 DESCRIPTION = (
     "Find actions in videos with a trained detector. Any file that FFmpeg reads will do, without labels. For each "
@@ -42,9 +44,9 @@ DESCRIPTION = (
 def parse_formats(text: str) -> tuple[str, ...]:
     """ "json,srt": which files to write. Raises InputError."""
     asked = [name.strip() for name in text.lower().split(",") if name.strip()]
-    if not asked or set(asked) - set(FORMATS):
-        raise InputError(f'--format "{text}": name one or more of {",".join(FORMATS)}')
-    return tuple(name for name in FORMATS if name in asked)
+    if not asked or set(asked) - set(ALL_FORMATS):
+        raise InputError(f'--format "{text}": name one or more of {",".join(ALL_FORMATS)}')
+    return tuple(name for name in ALL_FORMATS if name in asked)
 
 
 @dataclass(frozen=True)
@@ -65,33 +67,32 @@ class DetectFlags:
     format: Annotated[
         tuple[str, ...],
         Setting(
-            "json (ActivityNet form) and csv: one file for all videos; srt and vtt: subtitles of each", "A,B",
+            "json (ActivityNet form) and csv: one file for all videos; srt and vtt: subtitles of each; elan, boris, "
+            "label-studio and via: files of these tools, of what subtitles show",
+            "A,B",
             parse=parse_formats, show=",".join,
         ),
     ] = FORMATS  # fmt: skip
     min_score: Annotated[float, Setting("leave out detections that score less", zero=True, below=1)] = MIN_SCORE
     subtitle_score: Annotated[
         float,
-        Setting("subtitles, and what is counted here, leave out more", zero=True, below=1),
+        Setting("subtitles, files of tools, and what is counted here, leave out more", zero=True, below=1),
     ] = 0.2
     top_k: Annotated[
         int | None,
         Setting("most detections of a video", unset="as the run was evaluated"),
     ] = None
-    mem_budget: Annotated[
-        Budget,
-        Setting(
-            "memory that this process may hold, as the driver shows it: 11GB, 11GiB, 80% (of the device) or auto "
-            "(what is free)",
-            "11GB", parse=Budget.parse, show=lambda budget: budget.text,
-        ),
-    ] = field(default_factory=lambda: Budget.parse("auto"))  # fmt: skip
+    mem_budget: MemBudget = field(default_factory=lambda: Budget.parse("auto"))
     device: Annotated[
         Literal["auto", "cuda", "cpu"],
         Setting(
             "where to compute",
         ),
     ] = "auto"
+    precision: Annotated[
+        PrecisionName | None,
+        Setting("what matrices are multiplied in: auto, bf16, fp16 or fp32", unset="as the run was asked for"),
+    ] = None
     threads: Annotated[int | None, Setting("CPU threads", unset="all cores")] = None
 
 
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> in
 
 def _command(argv: list[str], owns_process: bool) -> int:
     flags = parse(DetectFlags, argv, prog="lofi-fast detect", description=DESCRIPTION)
-    paths = _paths(flags.videos)
+    paths = paths_of(flags.videos)
     if owns_process:
         from lofi_fast.memory.settle import settle_allocator
 
@@ -125,7 +126,9 @@ def _command(argv: list[str], owns_process: bool) -> int:
             f"{flags.run}: {detector.config.encoder.name} of width {detector.config.encoder.width}, "
             f"{len(detector.classes)} classes"
         )
-        with detector.session(mem_budget=flags.mem_budget.text, device=device, say=terminal.say) as session:
+        with detector.session(
+            mem_budget=flags.mem_budget.text, device=device, precision=flags.precision, say=terminal.say
+        ) as session:
             return _detect(flags, paths, session, terminal, processes)
 
 
@@ -161,9 +164,11 @@ def _detect(
         write_predictions(flags.out / "detections.json", found)
     if processes.first and found and "csv" in flags.format:
         write_csv(flags.out / "detections.csv", found)
+    if processes.first and found:
+        _write_for_tools(flags, {names[path]: path for path in paths if names[path] in found}, found)
     terminal.say(
         f"{'interrupted; ' if interrupted else ''}{len(found)} of {len(paths)} videos are done"
-        f"{f', {len(skipped)} skipped' if skipped else ''}; what was found is in {_printable(str(flags.out))}"
+        f"{f', {len(skipped)} skipped' if skipped else ''}; what was found is in {printable_name(str(flags.out))}"
     )
     if interrupted:
         return INTERRUPTED
@@ -189,7 +194,7 @@ def _look(
                 seen.found[names[path]] = result.detections
                 terminal.say(_summary(names[path], result.detections, flags.subtitle_score))
             except VideoError as error:
-                seen.skipped.append(_printable(str(error)))
+                seen.skipped.append(printable_name(str(error)))
                 terminal.say(f"skipped: {seen.skipped[-1]}")
             except KeyboardInterrupt:
                 seen.interrupted = True
@@ -208,6 +213,19 @@ def _write(flags: DetectFlags, name: str, result: Found) -> None:
     draw_timeline(flags.out / f"{name}.png", name, result.detections, result.duration)
 
 
+def _write_for_tools(flags: DetectFlags, paths: Mapping[str, Path], found: Mapping[str, Sequence[Detection]]) -> None:
+    """What subtitles would show, for the labelling tools that are asked for."""
+    clear = {name: [d for d in items if d.score >= flags.subtitle_score] for name, items in found.items()}
+    asked = [tool for tool in TOOLS if tool in flags.format]
+    media = {name: medium_of(path) for name, path in paths.items()} if asked else {}
+    for tool in asked:
+        if tool == "elan":
+            for name, items in clear.items():
+                write_for(tool, flags.out / f"{name}{ENDINGS[tool]}", {name: items}, media)
+        else:
+            write_for(tool, flags.out / f"detections{ENDINGS[tool]}", clear, media)
+
+
 def _summary(name: str, detections: Sequence[Detection], least: float) -> str:
     clear = [d for d in detections if d.score >= least]
     if not clear:
@@ -218,46 +236,6 @@ def _summary(name: str, detections: Sequence[Detection], least: float) -> str:
         f"{name}: {len(clear)} detections that score {least:g} or more ({counts}); best: {first.label} from "
         f"{first.start:.1f} to {first.end:.1f} s, {first.score:.2f}"
     )
-
-
-def _paths(given: Sequence[str]) -> list[Path]:
-    """The files named, and those in the folders named, each once."""
-    paths: dict[Path, Path] = {}
-    for path in map(Path, given):
-        inside = list_videos(path) if path.is_dir() else [path]
-        if not inside:
-            raise InputError(
-                f"{path}: no video in this folder (a file whose name does not tell can be named by itself)"
-            )
-        for file in inside:
-            paths.setdefault(file.resolve(), file)
-    return list(paths.values())
-
-
-def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """A name for the results of each video: its own without the extension; with it, or with the folder too, where two
-    would be the same. File systems that ignore case do not mix them up either.
-    """
-    names: dict[Path, str] = {}
-    rest = list(paths)
-    for name_of in (lambda p: p.stem, lambda p: p.name, lambda p: f"{p.resolve().parent.name}-{p.name}"):
-        wanted = {path: file_name(_printable(name_of(path))) for path in rest}
-        counts = Counter(name.casefold() for name in (*wanted.values(), *names.values()))
-        names |= {path: name for path, name in wanted.items() if counts[name.casefold()] == 1}
-        rest = [path for path in rest if path not in names]
-    taken = {name.casefold() for name in names.values()}
-    for path in rest:
-        number = 2
-        while (name := f"{wanted[path]}-{number}").casefold() in taken:
-            number += 1
-        names[path] = name
-        taken.add(name.casefold())
-    return names
-
-
-def _printable(text: str) -> str:
-    """Names of files may hold bytes that are no text."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 @contextmanager

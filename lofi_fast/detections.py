@@ -110,6 +110,18 @@ def _one_line(d: Detection) -> str:
     return f"{' '.join(d.label.split()).replace('-->', '->')} {d.score:.2f}".strip()
 
 
+def lanes(detections: Sequence[Detection]) -> list[list[Detection]]:
+    """The same by start, divided so that of one lane none overlaps or touches another; as few lanes as there can be."""
+    found: list[list[Detection]] = []
+    for d in sorted(detections, key=lambda d: (d.start, d.end, -d.score)):
+        lane = next((lane for lane in found if lane[-1].end < d.start), None)
+        if lane is None:
+            found.append([d])
+        else:
+            lane.append(d)
+    return found
+
+
 def draw_timeline(path: Path, title: str, detections: Sequence[Detection], duration: float) -> None:
     """Draw a picture (PNG) of one video's detections over its `duration` in seconds: a row for each class, a bar for
     each detection, its opacity the score as a share of the video's best. Of bars that overlap, the better one is seen.

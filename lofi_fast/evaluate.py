@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lofi_fast.command import CallableModule, parse, run
+from lofi_fast.data.formats.file import NO_OPTIONS, FormatOptions, LabelFlags
 from lofi_fast.data.ground_truth import load_subset
 from lofi_fast.errors import InputError
 from lofi_fast.files import write_json
@@ -19,15 +20,16 @@ from lofi_fast.metrics import (
     metrics_table,
     parse_tiou,
 )
-from lofi_fast.settings import Setting
+from lofi_fast.settings import Section, Setting
 
 DESCRIPTION = "mAP of detections, equal to the last bit to the official ActivityNet evaluator."
 
 
 @dataclass(frozen=True)
 class EvaluateFlags:
-    ground_truth: Annotated[Path, Setting("annotations as train takes them: ActivityNet's JSON, or CSV", "FILE")]
+    ground_truth: Annotated[Path, Setting("annotations, of any format that train takes", "FILE")]
     predictions: Annotated[Path, Setting("detections in ActivityNet's form", "JSON")]
+    labels: Annotated[LabelFlags, Section("labels", flat=True)]
     tiou: Annotated[str, Setting("activitynet, thumos, start:step:stop or a list", "SPEC")] = "activitynet"
     subset: Annotated[
         str | None, Setting("subset of the annotations", unset="validation, else the only one, else testing")
@@ -37,19 +39,26 @@ class EvaluateFlags:
 
 
 def evaluate(
-    ground_truth: str | Path, predictions: str | Path, tiou: str = "activitynet", subset: str | None = None
+    ground_truth: str | Path,
+    predictions: str | Path,
+    tiou: str = "activitynet",
+    subset: str | None = None,
+    options: FormatOptions = NO_OPTIONS,
 ) -> MapResult:
     """mAP of the detections in an ActivityNet-form JSON file against annotations as training takes them, bit-equal to
-    the official evaluator. `tiou`: "activitynet", "thumos", "start:step:stop" or a list like "0.5,0.75".
+    the official evaluator. `tiou`: "activitynet", "thumos", "start:step:stop" or a list like "0.5,0.75". `options`:
+    what some formats of annotations leave open.
 
     Raises InputError for files that cannot be read and values that cannot be.
     """
-    return _evaluated(Path(ground_truth), Path(predictions), tiou, subset)[1]
+    return _evaluated(Path(ground_truth), Path(predictions), tiou, subset, options)[1]
 
 
-def _evaluated(ground_truth: Path, predictions: Path, tiou: str, subset: str | None) -> tuple[str, MapResult]:
+def _evaluated(
+    ground_truth: Path, predictions: Path, tiou: str, subset: str | None, options: FormatOptions
+) -> tuple[str, MapResult]:
     tious = parse_tiou(tiou)
-    name, truth = load_subset(ground_truth, subset)
+    name, truth = load_subset(ground_truth, subset, options)
     return name, mean_average_precision(truth, load_predictions(predictions), tious)
 
 
@@ -60,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str] | None) -> None:
     flags = parse(EvaluateFlags, argv, prog="lofi-fast evaluate", description=DESCRIPTION)
-    subset, result = _evaluated(flags.ground_truth, flags.predictions, flags.tiou, flags.subset)
+    subset, result = _evaluated(flags.ground_truth, flags.predictions, flags.tiou, flags.subset, flags.labels.options)
     if flags.json is not None:
         _write(flags.json, subset, result)
     print(

@@ -154,7 +154,7 @@ def check_dali(device: torch.device) -> None:
     """Raises InputError where the DALI that is installed was built for a CUDA that the card or its driver lacks."""
     import torch
 
-    major = max((number for number, package in DALI.items() if _installed(package)), default=0)
+    major = max((number for number, package in DALI.items() if installed(package)), default=0)
     if device.type != "cuda" or major < 13:
         return
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
@@ -208,7 +208,8 @@ def missing_to_compile() -> list[str]:
     return lacking
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
+    """Whether a package of that name is installed."""
     try:
         version(package)
     except PackageNotFoundError:

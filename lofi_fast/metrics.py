@@ -26,10 +26,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,9 @@ from lofi_fast.errors import InputError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+MOST_MATCHED = (
+    1 << 18
+)  # predictions that are matched at once, where they are of several classes; each takes some 100 bytes
 MOST_PAIRS = 1 << 20  # of a prediction and a segment whose tIoUs are in memory at once; for each some 50 bytes
 GroundTruth = Mapping[str, Sequence[tuple[float, float, str]]]
 Predictions = Mapping[str, Sequence[tuple[float, float, str, float]]]
@@ -147,36 +151,27 @@ def mean_average_precision(ground_truth: GroundTruth, predictions: Predictions, 
     gt_start = np.array([row[1] for row in gt_rows], dtype=np.float64)
     gt_end = np.array([row[2] for row in gt_rows], dtype=np.float64)
 
-    num_predictions = sum(len(items) for items in predictions.values())
-    rows = [
-        (video_index.get(name, -1), class_index[label], start, end, score)
-        for name, items in predictions.items()
-        for start, end, label, score in items
-        if label in class_index
-    ]
-    video_of = np.array([row[0] for row in rows], dtype=np.int64)
-    class_of = np.array([row[1] for row in rows], dtype=np.int64)
-    bounds = np.array([row[2:4] for row in rows], dtype=np.float64).reshape(-1, 2)
-    score = np.array([row[4] for row in rows], dtype=np.float64)
-
-    by_class = np.argsort(class_of, kind="stable")
-    counts = np.bincount(class_of, minlength=num_classes)
-    class_stop = np.cumsum(counts)
-    class_start = class_stop - counts
-    ranked = np.empty_like(by_class)
-    for begin, stop in zip(class_start, class_stop, strict=True):
-        members = by_class[begin:stop]
-        ranked[begin:stop] = members[score[members].argsort()[::-1]]
-    # Absent videos get a negative key, which no ground truth has.
-    key = np.where(video_of < 0, -1, video_of * num_classes + class_of)[ranked]
-    start, end = bounds[ranked, 0], bounds[ranked, 1]
-    true_positive = _match(key, start, end, gt_key, gt_start, gt_end, tious)
-
-    num_gt = np.bincount(gt_key % num_classes, minlength=num_classes)
+    given = _columns(predictions, video_index, class_index)
+    gt_class = gt_key % num_classes
+    num_gt = np.bincount(gt_class, minlength=num_classes)
+    counts = np.bincount(given.label, minlength=num_classes)
+    by_class = np.argsort(given.label, kind="stable")
+    stops = np.cumsum(counts)
     # (K, C) and not (C, K): NumPy's summation order over classes follows the memory layout of the official array.
     precision = np.zeros((len(tious), num_classes))
-    for c in range(num_classes):
-        precision[:, c] = _interpolated_precision(true_positive[class_start[c] : class_stop[c]].T, float(num_gt[c]))
+    for first, last in _runs(counts, MOST_MATCHED):
+        # A prediction can only match a segment of its class, so classes may be taken some at a time.
+        members = [by_class[stops[c] - counts[c] : stops[c]] for c in range(first, last)]
+        ranked = np.concatenate([some[given.score[some].argsort()[::-1]] for some in members])
+        # Absent videos get a negative key, which no ground truth has.
+        video = given.video[ranked].astype(np.int64)
+        key = np.where(video < 0, -1, video * num_classes + given.label[ranked])
+        theirs = (first <= gt_class) & (gt_class < last)
+        truth = (gt_key[theirs], gt_start[theirs], gt_end[theirs])
+        hits = _match(key, given.start[ranked], given.end[ranked], *truth, tious)
+        ends = np.cumsum(counts[first:last])
+        for c, part in zip(range(first, last), np.split(hits, ends[:-1]), strict=True):
+            precision[:, c] = _interpolated_precision(part.T, float(num_gt[c]))
     map_by_tiou = precision.mean(axis=1)
     return MapResult(
         tious=np.asarray(tious, dtype=np.float64),
@@ -186,10 +181,52 @@ def mean_average_precision(ground_truth: GroundTruth, predictions: Predictions, 
         average=float(map_by_tiou.mean()),
         num_videos=len(ground_truth),
         num_segments=len(gt_rows),
-        num_predictions=num_predictions,
-        num_unknown_label=num_predictions - len(rows),
-        num_unknown_video=int((video_of < 0).sum()),
+        num_predictions=given.num_given,
+        num_unknown_label=given.num_given - len(given.label),
+        num_unknown_video=int((given.video < 0).sum()),
     )
+
+
+class _Columns(NamedTuple):
+    """Predictions whose label is known, as arrays (P,) in their order; `video` is -1 where it is unknown."""
+
+    video: npt.NDArray[np.int32]
+    label: npt.NDArray[np.int32]
+    start: Floats
+    end: Floats
+    score: Floats
+    num_given: int  # those of unknown labels too
+
+
+def _columns(predictions: Predictions, video_index: Mapping[str, int], class_index: Mapping[str, int]) -> _Columns:
+    """Video by video, so that no list of all predictions is made beside the arrays."""
+    total = sum(map(len, predictions.values()))
+    video, label = np.empty(total, dtype=np.int32), np.empty(total, dtype=np.int32)
+    start, end, score = np.empty(total), np.empty(total), np.empty(total)
+    at = 0
+    for name, items in predictions.items():
+        if not len(items):
+            continue
+        rows = slice(at, at + len(items))
+        start[rows], end[rows], labels, score[rows] = zip(*items, strict=True)
+        label[rows] = list(map(class_index.get, labels, repeat(-1)))
+        video[rows] = video_index.get(name, -1)
+        at = rows.stop
+    if (label < 0).any():
+        known = label >= 0
+        video, label, start, end, score = video[known], label[known], start[known], end[known], score[known]
+    return _Columns(video, label, start, end, score, total)
+
+
+def _runs(counts: Ints, most: int) -> Iterator[tuple[int, int]]:
+    """[first, last) of runs of neighbours whose counts add up to `most` at most, or of one that is larger."""
+    first = total = 0
+    for index, count in enumerate(counts.tolist()):
+        if index > first and total + count > most:
+            yield first, index
+            first, total = index, 0
+        total += count
+    yield first, len(counts)
 
 
 def _match(
@@ -249,24 +286,21 @@ def _parts(rows: Ints, most: int) -> list[Ints]:
 
 
 def _interpolated_precision(true_positive: npt.NDArray[np.bool_], num_gt: float) -> Floats:
-    """All-point interpolated average precision (VOC 2010), (K, P) ranked by score -> (K,)."""
-    num_tious, num_predictions = true_positive.shape
-    average = np.zeros(num_tious)
-    if num_predictions == 0:
-        return average
-    hits = np.cumsum(true_positive, axis=1, dtype=np.float64)
-    recall = np.zeros((num_tious, num_predictions + 2))
-    recall[:, 1:-1] = hits / num_gt
-    recall[:, -1] = 1
-    precision = np.zeros_like(recall)
-    precision[:, 1:-1] = hits / np.arange(1, num_predictions + 1)
-    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    steps = recall[:, 1:] - recall[:, :-1]
-    area = steps * precision[:, 1:]
-    changed = recall[:, 1:] != recall[:, :-1]
-    # One sum per row over the kept terms alone: leaving the zeros in would regroup NumPy's pairwise summation.
-    for k in range(num_tious):
-        average[k] = area[k, changed[k]].sum()
+    """All-point interpolated average precision (VOC 2010), (K, P) ranked by score -> (K,).
+
+    Recall rises at true positives alone, and between them precision falls, so that nothing else is looked at.
+    """
+    average = np.zeros(len(true_positive))
+    which, places = np.nonzero(true_positive)
+    for k, rank in enumerate(np.split(places, np.cumsum(np.bincount(which, minlength=len(average)))[:-1])):
+        hits = np.arange(1, len(rank) + 1)
+        recall = hits / num_gt
+        precision = np.maximum.accumulate((hits / (rank + 1))[::-1])[::-1]
+        area = np.diff(recall, prepend=0.0) * precision
+        if not len(rank) or recall[-1] != 1:
+            # The last step, up to a recall of 1, adds nothing; but NumPy groups a sum by the number of its terms.
+            area = np.append(area, 0.0)
+        average[k] = area.sum()
     return average
 
 

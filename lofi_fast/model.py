@@ -13,6 +13,7 @@ Shapes: C channels, L snippets of a window.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from lofi_fast import __version__, gpu
 from lofi_fast import encoder as encoders
 from lofi_fast import head as heads
 from lofi_fast.budget import Budget, gigabytes, resolve_budget
-from lofi_fast.config import Config
+from lofi_fast.config import Config, PrecisionName
 from lofi_fast.data.dataset import centre_view
 from lofi_fast.data.packages import require_dali, require_pyav
 from lofi_fast.data.pictures import HeldVideo, hold_in_turn
@@ -73,6 +74,19 @@ class VideoFeatures:
 
     values: Features
     times: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class RegularFeatures:
+    """Features of a video, `stride` seconds apart, feature i being centred on (i + 0.5) * stride. count: how many there
+    are. parts: (n, num_channels) float32 in turn, `count` in all, which can be gone through once.
+    """
+
+    info: VideoInfo
+    stride: float
+    count: int
+    num_channels: int
+    parts: Generator[Features]
 
 
 @dataclass(frozen=True)
@@ -205,10 +219,13 @@ class Detector:
             return session.features(video)
 
     def session(
-        self, *, mem_budget: str = "auto", device: str = "auto", say: Callable[[str], None] = lambda _: None
-    ) -> Session:
-        """The detector at work, for many videos after each other; `say` is told what was planned."""
-        return Session(self, mem_budget=mem_budget, device=device, say=say)
+        self, *, mem_budget: str = "auto", device: str = "auto", precision: PrecisionName | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> Session:  # fmt: skip
+        """The detector at work, for many videos after each other; `say` is told what was planned. `precision`: "auto",
+        "bf16", "fp16" or "fp32"; None: as the run was asked for.
+        """
+        return Session(self, mem_budget=mem_budget, device=device, precision=precision, say=say)
 
     def _weights(self) -> dict[str, Tensor]:
         parts = (("encoder", self.encoder), ("head", self.head))
@@ -297,7 +314,10 @@ class Session:
     The networks move to the device and stay there. To be closed, or used as a context.
     """
 
-    def __init__(self, detector: Detector, *, mem_budget: str, device: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, detector: Detector, *, mem_budget: str, device: str, precision: PrecisionName | None,
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
         budget = Budget.parse(mem_budget)
         require_pyav()
         require_dali()
@@ -306,7 +326,7 @@ class Session:
         gpu.check_dali(self.device)
         if device == "auto" and self.device.type == "cpu" and (reason := gpu.unused()):
             say(f"warning: {reason}. Detecting on the CPU")
-        self.precision = choose_precision(self.device)
+        self.precision = choose_precision(self.device, precision or self.config.precision)
         for note in settle_here():
             say(f"note: {note}")
         self.meter = open_meter(self.device)
@@ -385,6 +405,33 @@ class Session:
                     covered = window.end
                     told(min(covered, info.duration))
         return VideoFeatures(np.concatenate(values), np.concatenate(times))
+
+    def regular_features(self, video: Anything) -> RegularFeatures:
+        """The features of one video at regular times: feature i is centred on (i + 0.5) * stride seconds of a player's
+        clock, whenever the pictures begin. They are computed while `parts` is gone through, a window at a time.
+
+        Raises VideoError where the video cannot be used, also while `parts` is gone through.
+        """
+        path = Path(video)
+        info = _probed(path)
+        if info.lost:
+            self._say(f"note: {info.lost} frames of {path} could not be decoded and are left out")
+        length = self.config.full.num_snippets
+        seconds = self.config.data.window_seconds or info.duration
+        stride = seconds / length
+        count = max(math.ceil(info.duration / stride - 0.5 - 1e-9), 1)
+        windows = [
+            Window(str(path), k * seconds, (k + 1) * seconds) for k in range(math.ceil(count / length))
+        ]  # the last one passes the video's end
+
+        def parts() -> Generator[Features]:
+            left = count
+            with self._blaming(path), closing(self._encoded(info, windows)) as encoded:
+                for _, features in encoded:
+                    yield np.ascontiguousarray(features.T[:left])
+                    left -= length
+
+        return RegularFeatures(info, stride, count, self.detector.encoder.num_features, parts())
 
     @contextmanager
     def _blaming(self, path: Path) -> Iterator[None]:

@@ -28,7 +28,7 @@ from lofi_fast.memory.cards import Profile, profile_for, profile_named
 from lofi_fast.memory.frontier import Levers, Way, chosen, fastest, frontier, ways
 from lofi_fast.memory.plans import PRIOR, Plan, candidates, refusal, remedies
 from lofi_fast.memory.step_bytes import Setting
-from lofi_fast.precision import BF16_CAPABILITY
+from lofi_fast.precision import NAMES, resolved
 from lofi_fast.presets import FILE, configured, shown_defaults
 
 CPU_BASE = 400_000_000  # resident set of Python with torch and DALI before a step; assumed, as for a card
@@ -65,11 +65,13 @@ class Forecast:
         """
         if config.budget.amount is None and config.budget.share is None:
             raise InputError(f'--mem-budget "{config.budget.text}": give an amount like 11GB, or a share of a --card')
-        setting = Setting.of(config, classes, 4 if card is None else 2)
+        name, _ = resolved(config.precision, None if card is None else card.capability)
+        precision = NAMES[name]
+        setting = Setting.of(config, classes, 4 if name == "fp32" else 2)
         if setting is None:
             raise InputError(
-                f"--encoder {config.encoder.name}: its memory is not known before it has run: start lofi_fast.train, "
-                "which plans by running steps"
+                f"--encoder {config.encoder.name} --head {config.head.name}: their memory is not known before they "
+                "have run: start lofi_fast.train, which plans by running steps"
             )
         full, batch = config.full, config.joint.batch
         if card is None:
@@ -77,14 +79,18 @@ class Forecast:
                 raise InputError(f'--mem-budget "{config.budget.text}": give an amount like 8GB for a CPU')
             budget = config.budget.amount
             levers = Levers(setting, full, batch, "cpu", config.micro_batch, config.recompute)
-            return Forecast(config, levers, "a CPU, float32", CPU_BASE, budget, budget, epoch, None, NO_SPEED)
+            return Forecast(config, levers, f"a CPU, {precision}", CPU_BASE, budget, budget, epoch, None, NO_SPEED)
         clock = card if named else estimates.slowest(setting, full, batch, card.card_class)
         levers = Levers(
             setting, full, batch, "cuda", config.micro_batch, config.recompute,
             estimates.launch_bound(setting, full, batch, clock),
         )  # fmt: skip
         budget = config.budget.amount or round((config.budget.share or 0) * card.usable)
-        precision = "bfloat16" if card.capability >= BF16_CAPABILITY else "float16"
+        if name == "fp32":
+            return Forecast(
+                config, levers, f"{card}, {precision}", card.outside_torch, budget, card.usable, epoch, None,
+                "how fast a card is in fp32 is not assumed: a training measures it",
+            )  # fmt: skip
         seconds = estimates.full_step_seconds(setting, full, batch, clock)
         whose = clock.name if named else f"{clock.name}, the slowest known card with as much memory: --card names yours"
         return Forecast(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lofi_fast import gpu
+from lofi_fast.config import PrecisionName
 from lofi_fast.errors import InputError
 
 if TYPE_CHECKING:  # imported where it is used: the command `plan` reads this file, and answers without torch
     import torch
 
+NAMES: dict[PrecisionName, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")  # values of ONEDNN_MAX_CPU_ISA
 BF16_CAPABILITY = (8, 0)  # Ampere; a Turing card (the 11 GB 2080 Ti) has fp16 tensor cores alone
 
 
@@ -54,14 +61,62 @@ class Precision:
         return f"{str(self.dtype).removeprefix('torch.')} ({self.reason})"
 
 
-def choose_precision(device: torch.device) -> Precision:
-    """bf16 where tensor cores have it, fp16 with a gradient scaler on older GPUs, fp32 on a CPU."""
+def resolved(asked: PrecisionName, capability: tuple[int, int] | None) -> tuple[PrecisionName, str]:
+    """(what is computed in, why): what was asked for, or bf16 where the device multiplies it, and else fp16 on a GPU
+    and fp32 on a CPU. `capability` None: this CPU. Raises InputError for what the device has not. Needs no torch.
+    """
+    if asked == "fp32":
+        return "fp32", "asked for"
+    if capability is None:
+        if asked == "fp16":
+            raise InputError("--precision fp16: a CPU multiplies bf16 or fp32; give one of these, or auto")
+        if asked == "bf16":
+            return "bf16", "asked for"
+        return ("bf16", "a CPU that multiplies it") if cpu_multiplies_bf16() else ("fp32", "a CPU")
+    name = f"compute capability {capability[0]}.{capability[1]}"
+    if asked == "bf16" and capability < BF16_CAPABILITY:
+        raise InputError(f"--precision bf16: this GPU ({name}) has none; give fp16, fp32 or auto")
+    if asked == "fp16":
+        return "fp16", f"{name}; gradients are scaled"
+    return ("bf16", name) if capability >= BF16_CAPABILITY else ("fp16", f"{name} has no bf16; gradients are scaled")
+
+
+def choose_precision(device: torch.device, asked: PrecisionName = "auto") -> Precision:
+    """See `resolved`."""
     import torch
 
-    if device.type != "cuda":
-        return Precision(torch.float32, "a CPU")
-    capability = torch.cuda.get_device_capability(device)
-    name = f"compute capability {capability[0]}.{capability[1]}"
-    if capability >= BF16_CAPABILITY:
-        return Precision(torch.bfloat16, name)
-    return Precision(torch.float16, f"{name} has no bf16; gradients are scaled")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    name, reason = resolved(asked, capability)
+    return Precision(getattr(torch, NAMES[name]), reason)
+
+
+def going_on_in(device: torch.device, asked: PrecisionName, before: str | None) -> tuple[Precision, str | None]:
+    """(the precision of a run that is resumed, what there is to say of it): the run's own unless another is asked for
+    or the device has not got it. `before`: what environment.json says, None where it says nothing.
+    """
+    chosen = choose_precision(device, asked)
+    own = next((name for name, dtype in NAMES.items() if before is not None and before.startswith(dtype)), None)
+    if own is None or str(chosen).startswith(NAMES[own]):
+        return chosen, None
+    if asked == "auto":
+        try:
+            kept = choose_precision(device, own)
+        except InputError:
+            return chosen, f"the run began in {NAMES[own]}, which this device does not multiply: it goes on in {chosen}"
+        return Precision(kept.dtype, "as the run began"), None
+    return chosen, f"the run began in {NAMES[own]}, and goes on in {chosen}"
+
+
+@lru_cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16 (AVX512_BF16, AMX), and oneDNN, whose convolutions use
+    them, is not told to do without (ONEDNN_MAX_CPU_ISA). Elsewhere bf16 is slower than fp32.
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    if limit in WITHOUT_BF16:
+        return False
+    try:
+        flags = set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
+    except (OSError, IndexError):  # not Linux, or not x86
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"})

@@ -13,8 +13,18 @@ from typing import Any
 
 import msgspec
 
-from lofi_fast.config import JOB, Config, DataConfig, DetectConfig, EncoderConfig, HeadConfig, PresetName, StageConfig
-from lofi_fast.data.annotations import num_videos
+from lofi_fast.config import (
+    JOB,
+    ActionFormerConfig,
+    Config,
+    DataConfig,
+    DetectConfig,
+    EncoderConfig,
+    HeadConfig,
+    PresetName,
+    StageConfig,
+)
+from lofi_fast.data.annotations import FormatOptions, num_videos
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern
 from lofi_fast.settings import Setting, applied, read
@@ -67,6 +77,47 @@ def thumos() -> Config:
     )
 
 
+def actionformer_thumos() -> Config:
+    """THUMOS14 with ActionFormer: the head, rates, batch and soft-NMS of its configuration for it (happyharrycn/
+    actionformer_release, thumos_i3d.yaml), on the windows of `thumos`.
+
+    Not its own: windows of 43 seconds and 256 snippets instead of 307 seconds and 2,304, since the encoder learns too;
+    no moving average of the weights; a tenth of the time is warm-up where it has a seventh.
+    """
+    base = thumos()
+    return replace(
+        base,
+        preset="actionformer_thumos",
+        head=HeadConfig(name="actionformer"),
+        joint=replace(base.joint, class_loss=1.0),
+        head_stage=StageConfig(
+            epochs=35, batch=2, optimizer="adamw", lr=1e-4, weight_decay=0.05, schedule="cosine", clip=1.0
+        ),
+        detect=DetectConfig(tious="thumos", top_k=200, sigma=0.5),
+    )
+
+
+def actionformer_anet() -> Config:
+    """ActivityNet-1.3 with ActionFormer: the head, rates, batch and soft-NMS of its configuration (anet_tsp.yaml), on
+    the whole videos of `activitynet`, 100 snippets instead of 192.
+
+    Not its own: classes are told by the head, where it takes them from a classifier of whole videos (--video-scores
+    FILE gives such); no smoothing of labels, no embedding of absolute positions, no voting after soft-NMS.
+    """
+    base = activitynet()
+    return replace(
+        base,
+        preset="actionformer_anet",
+        head=HeadConfig(name="actionformer"),
+        actionformer=ActionFormerConfig(hidden=256, attention_window=7, regression_loss=2.0),
+        joint=replace(base.joint, class_loss=1.0),
+        head_stage=StageConfig(
+            epochs=15, batch=16, optimizer="adamw", lr=1e-3, weight_decay=0.05, schedule="cosine", clip=1.0
+        ),
+        detect=DetectConfig(top_k=100, sigma=0.75),
+    )
+
+
 def small() -> Config:
     """A few videos, no pre-trained weights, a CPU or a small GPU: a narrow encoder learned from scratch."""
     return Config(
@@ -107,13 +158,17 @@ PRESETS: dict[PresetName, Callable[[], Config]] = {
     "activitynet": activitynet,
     "hacs": hacs,
     "thumos": thumos,
+    "actionformer_thumos": actionformer_thumos,
+    "actionformer_anet": actionformer_anet,
 }
 
 
 MOST_PROPOSALS = 2**24  # of a window: at 512 channels and 4 bytes they alone are 34 GB
+MOST_LEVELS, MOST_POSITIONS = 12, 2**16  # of ActionFormer's pyramid, and of its first level
 MANY_VIDEOS = 2000  # from which on own data are a large set, for which the paper's recipe is meant
 
-OF_PRETRAINED = ("activitynet", "hacs", "thumos")  # presets whose rates and epochs are for a pre-trained encoder
+# Presets whose rates and epochs are for a pre-trained encoder.
+OF_PRETRAINED = ("activitynet", "hacs", "thumos", "actionformer_thumos", "actionformer_anet")
 
 
 def weights_warning(config: Config) -> str | None:
@@ -166,6 +221,14 @@ def configured(
         raise InputError(f"--short-cycle {config.short_cycle} goes with --pattern cyclic, not {config.pattern}")
     if not 1 <= config.min_cut <= config.max_cut <= 64:
         raise InputError(f"--min-cut {config.min_cut:g} --max-cut {config.max_cut:g}: need 1 <= min <= max <= 64")
+    if config.head.name == "actionformer":
+        _check_actionformer(config)
+    else:
+        _check_gtad(config)
+    return config
+
+
+def _check_gtad(config: Config) -> None:
     head = config.head
     if head.hidden % math.lcm(4, 2 * head.groups):
         raise InputError(
@@ -180,7 +243,22 @@ def configured(
         )
     if head.map_channels < 4:
         raise InputError(f"--head.map-channels {head.map_channels}: must be 4 or more")
-    return config
+
+
+def _check_actionformer(config: Config) -> None:
+    head = config.actionformer
+    if head.hidden % head.attention_heads:
+        raise InputError(
+            f"--actionformer.hidden {head.hidden} --actionformer.attention-heads {head.attention_heads}: the channels "
+            "must be a multiple of the heads"
+        )
+    if head.levels > MOST_LEVELS:
+        raise InputError(f"--actionformer.levels {head.levels}: {MOST_LEVELS} at most")
+    if config.full.num_snippets > MOST_POSITIONS:
+        raise InputError(
+            f"--fidelity {config.full.num_snippets}x{config.full.side}: more snippets than any machine trains on; give "
+            f"{MOST_POSITIONS:,} at most"
+        )
 
 
 def chosen_preset(asked: Mapping[str, Any], cuda: Callable[[], bool], with_data: bool = True) -> PresetName:
@@ -202,10 +280,16 @@ def chosen_preset(asked: Mapping[str, Any], cuda: Callable[[], bool], with_data:
     return preset
 
 
+def _options(asked: Mapping[str, Any]) -> FormatOptions:
+    """How the labels are to be read."""
+    named = {name: asked[f"data.{name}"] for name in ("fps", "label", "tiers", "videos") if f"data.{name}" in asked}
+    return FormatOptions.of(DataConfig(**named))
+
+
 def _of_own_data(asked: Mapping[str, Any], cuda: Callable[[], bool]) -> tuple[PresetName, str]:
     """(the default preset of own data, why that)."""
     weights = asked.get("encoder.weights")
-    count = 0 if weights else num_videos(Path(asked["data.annotations"]))
+    count = 0 if weights else num_videos(Path(asked["data.annotations"]), _options(asked))
     if not weights and count < MANY_VIDEOS:
         return "small", (
             f"which learns from scratch, since no --encoder-weights are given and fewer than {MANY_VIDEOS} videos are "

@@ -198,10 +198,12 @@ def _leaves(settings: Any, path: tuple[str, ...], name: str, section: Section | 
         default = one.default
         if default is dataclasses.MISSING and one.default_factory is not dataclasses.MISSING:
             default = one.default_factory()
-        yield Leaf(
+        leaf = Leaf(
             place, name + one.name, kind, setting, setting.group or above.title,
             above.flags.get(one.name, setting.flag), setting.memory or one.name in above.memory, default,
         )  # fmt: skip
+        # In a command's own flags the long name of a shared setting is the short one already.
+        yield dataclasses.replace(leaf, short="") if leaf.short == leaf.long else leaf
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Two threads everywhere, so results do not depend on the machine; tests marked `gpu` are skipped without CUDA.
+"""Two threads and fp32 on every CPU, so results do not depend on it; tests marked `gpu` are skipped without CUDA.
 
 Without CUDA, Triton kernels run on the CPU through Triton's interpreter, which must be chosen before they are imported.
 """
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from detectors import SmallRun
 
 torch.set_num_threads(2)
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # a CPU's bf16 is for the tests that ask for it
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -518,12 +518,13 @@ def test_what_a_resumed_run_may_change_and_what_readings_of_memory_depend_on() -
     assert set(MAY_CHANGE) == planned | longer | {
         "stages", "threads", "device", "optimizer_impl", "out", "data.cache", "data.annotations", "data.videos",
         "data.video_scores", "encoder.weights",  # which are compared by content
-        "data.decoder",
+        "data.decoder", "precision",  # without which a resumed run keeps its own
     }  # fmt: skip
     config = config_of()
     key = memory_settings(config)
     for changed in ("--width=9", "--encoder=tsm_r50", "--kept-maps=8bit", "--fidelity=16x32", "--batch=9",
-                    "--joint.optimizer=sgd", "--head.hidden=64", "--head.middle-kernel=3"):  # fmt: skip
+                    "--joint.optimizer=sgd", "--head.hidden=64", "--head.middle-kernel=3", "--head=actionformer",
+                    "--actionformer.levels=3"):  # fmt: skip
         assert memory_settings(config_of(changed)) != key, changed
     for same in ("--seed=5", "--joint-lr=1", "--pretrain.batch=3", "--mem-budget=3GB", "--data.overlap=0"):
         assert memory_settings(config_of(same)) == key, same

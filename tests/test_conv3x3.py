@@ -203,6 +203,52 @@ def test_where_it_is_said_to_be_faster() -> None:
     assert not conv3x3_is_faster(torch.zeros(8, 16, 8, 8, device="meta"), weight.to("meta"))
 
 
+SMALL = {"two-by-two": (64, 128, 128, 2, 2), "a-pixel": (80, 96, 192, 1, 1), "a-row": (64, 192, 96, 1, 2)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL.keys())
+def test_many_small_images_are_one_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    problem = Problem(shape)
+    x, weight, bias, grad = (t.to(dtype) for t in (problem.x, problem.weight, problem.bias, problem.grad))
+    assert conv3x3_is_faster(x, weight)
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = F.conv2d(*exact, padding=1).relu()
+    for t in (x, weight, bias):
+        t.requires_grad_()
+    out = conv3x3(x, weight, bias, relu=True)
+    assert out.dtype is dtype and out.is_contiguous(memory_format=torch.channels_last)
+    found = torch.autograd.grad(out, (x, weight, bias), grad)
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    roundings = 4 * torch.finfo(dtype).eps
+    for got, exactly in zip((out, *found), (expected, *wanted), strict=True):
+        assert got.dtype is dtype
+        assert (got.double() - exactly).norm() <= roundings * exactly.norm()
+    before = conv3x3_backward(grad, x.detach(), weight.detach(), relu=True)
+    plain = torch.autograd.grad(F.conv2d(*exact[:2], padding=1), exact[:2], grad.double())
+    assert before[0] is not None and before[1] is not None
+    assert (before[0].double() - plain[0].masked_fill(x <= 0, 0)).norm() <= roundings * plain[0].norm()
+    assert (before[1].double() - plain[1]).norm() <= roundings * plain[1].norm()
+    assert conv3x3_backward(grad, x.detach(), weight.detach(), mask=(False, True))[0] is None
+
+
+def test_where_a_product_is_said_to_be_faster() -> None:
+    weight = torch.zeros(128, 128, 3, 3)
+    assert conv3x3_is_faster(torch.zeros(64, 128, 2, 1), weight)
+    assert not conv3x3_is_faster(torch.zeros(63, 128, 2, 2), weight)
+    assert not conv3x3_is_faster(torch.zeros(64, 64, 2, 2), weight[:, :64])
+    assert not conv3x3_is_faster(torch.zeros(64, 128, 1, 3), weight)
+    assert not conv3x3_is_faster(torch.zeros(64, 128, 2, 2).double(), weight.double())
+    assert not conv3x3_is_faster(torch.zeros(64, 128, 2, 2).bfloat16(), weight)
+    assert conv3x3_is_faster(torch.zeros(64, 128, 2, 2).bfloat16(), weight, torch.bfloat16)
+
+
+def test_the_product_is_an_operator() -> None:
+    x, weight, grad = torch.randn(4, 3, 2, 2), torch.randn(5, 3, 3, 3), torch.randn(4, 5, 2, 2)
+    torch.library.opcheck(torch.ops.lofi_fast.conv3x3_product, (x, weight, torch.randn(5), True))
+    torch.library.opcheck(torch.ops.lofi_fast.conv3x3_product_backward, (grad, x, weight, True, True, False))
+
+
 def test_without_the_compiled_form_it_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(library.forms["cpu"], "conv3x3", "reference (not built)")
     problem = Problem((8, 16, 16, 8, 8))

@@ -18,6 +18,8 @@ import torch
 from detectors import ROOT, SmallRun, joined
 
 from lofi_fast import gpu
+from lofi_fast.data.annotations import FormatOptions, load_annotations
+from lofi_fast.data.video import probe
 from lofi_fast.detect import main, unique_names
 from lofi_fast.metrics import load_predictions
 from lofi_fast.model import MODEL, Detector
@@ -73,6 +75,27 @@ def test_what_is_asked_for_is_written(small: SmallRun, tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == {"detections.json", f"{video.stem}.png", f"{video.stem}.vtt"}
     assert load_predictions(out / "detections.json") == {video.stem: whole[:4]}
     assert len(re.findall(" --> ", (out / f"{video.stem}.vtt").read_text())) == 4
+
+
+def test_files_of_labelling_tools_hold_what_subtitles_show(small: SmallRun, tmp_path: Path) -> None:
+    video, out = small.validation[0], tmp_path / "found"
+    flags = ["--format", "json,elan,boris,label-studio,via", "--subtitle-score", "0.02"]
+    assert detect(small, video, "--out", out, *flags) == 0
+    shown = [row for row in load_predictions(out / "detections.json")[video.stem] if row[3] >= 0.02]
+    assert shown
+    half_a_frame = 0.5 / probe(video).fps
+    for name, unit in (
+        (f"{video.stem}.eaf", 1e-3), ("detections.boris", 1e-3), ("detections.via.json", 1e-3),
+        ("detections.label-studio.json", half_a_frame + 1e-6),
+    ):  # fmt: skip
+        (found,) = load_annotations(out / name, options=FormatOptions(videos=video.parent), clip=False).videos
+        # soft-NMS may leave a segment twice with two scores, and labels have it once
+        ours = sorted({(label, start, end) for start, end, label, _ in shown})
+        assert found.name == video.stem and len(found.segments) == len(ours)
+        theirs = sorted((s.label, s.start, s.end) for s in found.segments)
+        assert [label for label, *_ in theirs] == [label for label, *_ in ours]
+        for mine, other in zip(ours, theirs, strict=True):
+            assert other[1:] == pytest.approx(mine[1:], abs=unit)
 
 
 def test_the_command_keeps_the_scores_that_a_detector_keeps(small: SmallRun, tmp_path: Path) -> None:

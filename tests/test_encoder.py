@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lofi_fast.config import EncoderName, StageConfig
 from lofi_fast.encoder.resnet import TSMResNet
+from lofi_fast.encoder.tsm import TSMEncoder
 from lofi_fast.encoder.weights import load_encoder_weights, map_key
 from lofi_fast.errors import InputError
 from lofi_fast.optim import make_optimizer
@@ -417,3 +418,28 @@ def test_half_precision_weights_become_single(tmp_path: Path) -> None:
     load_encoder_weights(target, tmp_path / "w.pth")
     assert target.conv1.weight.dtype == torch.float32
     torch.testing.assert_close(target.conv1.weight, source.conv1.weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+def test_pretraining_on_our_kernels_is_pytorchs(half: bool) -> None:
+    """Live batch norm: features, gradients and statistics, at sizes that take each form of the convolution."""
+    exact, plain, ours = TSMResNet("tsm_r18", 16), TSMResNet("tsm_r18", 16), TSMEncoder("tsm_r18", 16)
+    for network in (exact, plain, ours):
+        fill(network)
+    exact.double()
+    x = frames(64, 64)
+
+    def step(network: TSMResNet) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and network is not exact):
+            features = network.train()(x, 8)
+        features.square().sum().backward()
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        means = [b for name, b in network.named_buffers() if name.endswith("running_mean")]
+        return [features.detach(), *gradients, *means]
+
+    expected, theirs, mine = (step(network.to(memory_format=torch.channels_last)) for network in (exact, plain, ours))  # type: ignore[call-overload]
+
+    def error(found: list[Tensor]) -> float:
+        return float(np.mean([((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]))
+
+    assert len(mine) == len(expected) and error(mine) <= (1.5 if half else 4) * error(theirs)

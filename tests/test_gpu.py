@@ -88,7 +88,8 @@ def test_each_version_of_cuda_has_an_extra_with_its_package() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     asked = project["optional-dependencies"]
     extras = {f"cuda{major}": [package] for major, package in gpu.DALI.items()}
-    assert {name: [re.split("[>;]", line)[0] for line in lines] for name, lines in asked.items()} == extras
+    of_cuda = {name: lines for name, lines in asked.items() if name.startswith("cuda")}
+    assert {name: [re.split("[>;]", line)[0] for line in lines] for name, lines in of_cuda.items()} == extras
     assert not any("dali" in line for line in project["dependencies"])
 
 

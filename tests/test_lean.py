@@ -162,10 +162,11 @@ def test_float32_is_as_good_as_plain_float32() -> None:
     assert largest_error(ours, expected) <= 4 * largest_error(plain, expected)  # conv3x3's roundings
 
 
-def test_bfloat16_autocast_is_as_good_as_plain_autocast() -> None:
+@pytest.mark.parametrize(("count", "side"), [(16, 32), (64, 64)], ids=["few", "by-products"])
+def test_bfloat16_autocast_is_as_good_as_plain_autocast(count: int, side: int) -> None:
     exact = frozen()
     single = copy.deepcopy(exact).float()
-    x = frames(16)
+    x = frames(count, side)
     expected = gradients(exact, exact(x, 8))
 
     def error(found: dict[str, Tensor]) -> float:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lofi_fast import optim
-from lofi_fast.config import OptimizerImpl, StageConfig
+from lofi_fast.config import OptimizerImpl, PrecisionName, StageConfig
 from lofi_fast.errors import InputError
 from lofi_fast.optim import Implementation, choose_implementation, learning_rate, make_optimizer, set_learning_rate
-from lofi_fast.precision import choose_device, choose_precision
+from lofi_fast.precision import choose_device, choose_precision, cpu_multiplies_bf16, going_on_in, resolved
 from lofi_fast.run import checkpoint
 from tests import apex_stand_in
 
@@ -476,6 +476,54 @@ def test_a_cpu_computes_in_fp32_and_says_so() -> None:
     assert precision.dtype is torch.float32 and not precision.scaled and str(precision) == "float32 (a CPU)"
     with precision.autocast(torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+
+
+@pytest.mark.parametrize(("limit", "flags", "expected"), [
+    ("", "fma avx2 avx512f avx512_bf16", True),
+    ("", "fma avx2 amx_bf16 amx_tile", True),
+    ("", "fma avx2 avx512f avx512_vnni", False),
+    ("AVX512_CORE", "avx512f avx512_bf16 amx_bf16", False),
+    ("avx512_core_bf16", "avx512f avx512_bf16", True),
+])  # fmt: skip
+def test_a_cpu_computes_in_bf16_where_it_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, limit: str, flags: str, expected: bool
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:\n")
+    assert cpu_multiplies_bf16.__wrapped__() is expected
+
+
+@pytest.mark.parametrize(("asked", "capability", "expected"), [
+    ("auto", None, "fp32"), ("bf16", None, "bf16"), ("fp32", None, "fp32"),
+    ("auto", (7, 5), "fp16"), ("auto", (8, 6), "bf16"), ("fp16", (9, 0), "fp16"), ("fp32", (9, 0), "fp32"),
+])  # fmt: skip
+def test_precision_is_what_was_asked_for(
+    asked: PrecisionName, capability: tuple[int, int] | None, expected: PrecisionName
+) -> None:
+    assert resolved(asked, capability)[0] == expected
+
+
+@pytest.mark.parametrize(("asked", "capability"), [("fp16", None), ("bf16", (7, 5))])
+def test_a_precision_that_the_device_has_not_is_refused(
+    asked: PrecisionName, capability: tuple[int, int] | None
+) -> None:
+    with pytest.raises(InputError, match=f"--precision {asked}: .*; give"):
+        resolved(asked, capability)
+
+
+@pytest.mark.parametrize(("asked", "before", "dtype", "said"), [
+    ("auto", None, torch.float32, None),
+    ("auto", "float32 (a CPU)", torch.float32, None),
+    ("auto", "bfloat16 (compute capability 8.6)", torch.bfloat16, None),
+    ("auto", "float16 (compute capability 7.5; gradients are scaled)", torch.float32, "began in float16, which this"),
+    ("fp32", "bfloat16 (compute capability 8.6)", torch.float32, "began in bfloat16, and goes on in float32"),
+])  # fmt: skip
+def test_a_resumed_run_keeps_its_precision_or_says_so(
+    asked: PrecisionName, before: str | None, dtype: torch.dtype, said: str | None
+) -> None:
+    precision, note = going_on_in(torch.device("cpu"), asked, before)
+    assert precision.dtype is dtype
+    assert note is None if said is None else note is not None and said in note
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is at hand")

@@ -514,6 +514,17 @@ def test_a_run_that_is_killed_twice_ends_like_one_that_is_not(whole: Path, demo_
     assert not events(folder, "step", stage="pretrain")[4:], "a stage that was done is not done again"
 
 
+def test_a_run_in_bf16_on_a_cpu_goes_on_in_bf16_to_the_same_result(demo_set: Demo, tmp_path: Path) -> None:
+    asked, whole, folder = ["--precision", "bf16"], tmp_path / "whole", tmp_path / "run"
+    assert main(demo_set.command(whole, *asked)) == 0
+    assert read(whole / "environment.json")["precision"] == "bfloat16 (asked for)"
+    killed = launch(demo_set.command(folder, *asked), folder, lambda log: any(e["event"] == "validation" for e in log))
+    assert killed.status == -signal.SIGKILL, killed.out + killed.err
+    assert main(demo_set.command(folder, "--precision", "auto", "--resume")) == 0
+    assert read(folder / "environment.json")["precision"] == "bfloat16 (as the run began)"
+    same_results(folder, whole)
+
+
 @pytest.mark.parametrize(
     ("number", "stage", "step", "status"),
     [

@@ -1,9 +1,9 @@
-"""conv3x3: the 3x3 convolution of a residual block with a quarter of the multiplications, on a CPU in float32."""
+"""conv3x3: the 3x3 convolution of a residual block, on a CPU by whatever is fastest for its shape and dtype."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,25 +11,33 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import library
-from . import reference
+from . import product, reference
 
 __all__ = ["conv3x3", "conv3x3_backward", "conv3x3_is_faster"]
 
 CHANNELS = 16  # the C++ form's come in multiples of this
 TILE = 4  # its outputs are worked out in tiles of 4 x 4
 MIN_TILES = 32  # that pay for the transformed weight; measured with 16 to 512 channels
+# Images, and pairs of channels, from which the matrix of taps pays (`product`); measured with 32 to 512 channels.
+MIN_IMAGES, MIN_PAIRS = 64, 128 * 128
 
 
-def conv3x3_is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether the C++ form takes these arguments, and is faster with them than PyTorch's own convolution.
+def conv3x3_is_faster(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether one of the forms here takes these arguments, and is faster with them than PyTorch's own convolution.
 
-    It is in float32 on a CPU with AVX2 or AVX-512 where channels come in multiples of 16, unless most of the tiles'
-    area lies beyond the edge (maps of 1, 2 or 5 pixels) or there are too few tiles. It says nothing of the stride.
+    The C++ form is, in float32 on a CPU with AVX2 or AVX-512, where channels come in multiples of 16, unless most of
+    the tiles' area lies beyond the edge (images of 1, 2 or 5 pixels) or there are too few tiles. One matrix product is,
+    in float32 and bfloat16, for many images of 1 or 2 pixels a side with many channels. It says nothing of the stride.
 
     Args:
         x: (N, C, H, W).
         weight: (K, C, h, w).
+        dtype: what both are cast to before; None: as they are.
     """
+    return _by_tiles(x, weight, dtype) or _by_product(x, weight, dtype)
+
+
+def _by_tiles(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> bool:
     if not x.is_cpu:
         return False
     num, channels, height, width = x.shape
@@ -39,11 +47,33 @@ def conv3x3_is_faster(x: Tensor, weight: Tensor) -> bool:
         and channels % CHANNELS == weight.shape[0] % CHANNELS == 0
         and tiles >= MIN_TILES
         and num * height * width >= 9 * tiles
-        and x.dtype == weight.dtype == torch.float32
+        and (dtype or x.dtype) == (dtype or weight.dtype) == torch.float32
         and weight.is_cpu
         and library.forms["cpu"]["conv3x3"] == "C++"
         and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     )
+
+
+def _by_product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> bool:
+    return (
+        x.is_cpu
+        and weight.is_cpu
+        and max(x.shape[2:]) <= product.LARGEST
+        and weight.shape[2:] == (3, 3)
+        and x.shape[0] >= MIN_IMAGES
+        and weight.shape[0] * weight.shape[1] >= MIN_PAIRS
+        and (dtype or x.dtype) == (dtype or weight.dtype)
+        and (dtype or x.dtype) in (torch.float32, torch.bfloat16)
+    )
+
+
+def _forms(x: Tensor, weight: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The convolution and its gradients, by the fastest form that takes these arguments."""
+    if _by_tiles(x, weight):
+        return torch.ops.lofi_fast.conv3x3, torch.ops.lofi_fast.conv3x3_backward
+    if _by_product(x, weight):
+        return torch.ops.lofi_fast.conv3x3_product, torch.ops.lofi_fast.conv3x3_product_backward
+    return reference.conv3x3, reference.conv3x3_backward
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -52,7 +82,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = 
     Where ``conv3x3_is_faster`` it is Winograd's F(4x4, 3x3) (Lavin and Gray 2016): 36 multiplications for each 16
     outputs and pair of channels in place of 144. Its rounding errors are 2 to 8 times those of a direct float32
     convolution (1e-6 of the result's norm at 512 channels; TF32, a GPU's default, has some 3e-4), and a NaN or an
-    infinity in x reaches the whole tiles that read it. Elsewhere it is PyTorch's convolution.
+    infinity in x reaches the whole tiles that read it. Images of 1 or 2 pixels a side are one matrix product, whose
+    rounding is that of a direct convolution. Elsewhere it is PyTorch's.
 
     Args:
         x: (N, C, H, W) floating point, any strides.
@@ -63,7 +94,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = 
     Returns:
         (N, K, H, W), channels-last, in x's dtype. The C++ form takes memory for itself while it runs: the transformed
         weight or the transformed x, whichever is smaller (four times the weight at most), and for each thread 0.5 MB at
-        64 channels, 6 MB at 512. Its results do not depend on the number of threads.
+        64 channels, 6 MB at 512. Its results do not depend on the number of threads. The product takes 16/9 of the
+        weight for images of 2 x 2.
 
         Saved for backward: x, weight, and out where `relu`. It can be differentiated once.
 
@@ -76,9 +108,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = 
             f"conv3x3: bias must be ({weight.shape[0]},) {x.dtype} on {x.device}, not {tuple(bias.shape)} "
             f"{bias.dtype} on {bias.device}"
         )
-    if not conv3x3_is_faster(x, weight):
-        return reference.conv3x3(x, weight, bias, relu)
-    out: Tensor = torch.ops.lofi_fast.conv3x3(x, weight, bias, relu)
+    forward, _ = _forms(x, weight)
+    out: Tensor = forward(x, weight, bias, relu)
     return out
 
 
@@ -107,7 +138,7 @@ def conv3x3_backward(
             f"conv3x3_backward: grad must be {expected} {x.dtype} on {x.device}, not {tuple(grad.shape)} "
             f"{grad.dtype} on {grad.device}"
         )
-    backward = torch.ops.lofi_fast.conv3x3_backward if conv3x3_is_faster(x, weight) else reference.conv3x3_backward
+    _, backward = _forms(x, weight)
     grad_x, grad_weight = backward(grad, x, weight, relu, *mask)
     return grad_x if mask[0] else None, grad_weight if mask[1] else None
 
@@ -140,42 +171,50 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, bool],
     ctx.save_for_backward(x, weight, output if relu else None)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, out = ctx.saved_tensors
-    with_x, with_weight, with_bias, _ = ctx.needs_input_grad
-    if out is not None:
-        grad = torch.ops.aten.threshold_backward(grad, out, 0)
-    grad_x, grad_weight = torch.ops.lofi_fast.conv3x3_backward(grad, x, weight, False, with_x, with_weight)
-    return (
-        grad_x if with_x else None,
-        grad_weight if with_weight else None,
-        grad.sum((0, 2, 3)) if with_bias else None,
-        None,
-    )
+def _backward_by(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The derivative of a form, whose gradients are worked out by the operator of that name."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, out = ctx.saved_tensors
+        with_x, with_weight, with_bias, _ = ctx.needs_input_grad
+        if out is not None:
+            grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        grad_x, grad_weight = getattr(torch.ops.lofi_fast, name)(grad, x, weight, False, with_x, with_weight)
+        return (
+            grad_x if with_x else None,
+            grad_weight if with_weight else None,
+            grad.sum((0, 2, 3)) if with_bias else None,
+            None,
+        )
+
+    return backward
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError("conv3x3: its gradient cannot be differentiated again")
 
 
-library.define("conv3x3(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor", reference.conv3x3, _fake)
-library.define(
-    "conv3x3_backward(Tensor grad, Tensor x, Tensor weight, bool relu, bool with_x, bool with_weight) -> "
-    "(Tensor grad_x, Tensor grad_weight)",
-    reference.conv3x3_backward,
-    _fake_backward,
+_ARGUMENTS = "(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor"
+_GRADIENTS = (
+    "(Tensor grad, Tensor x, Tensor weight, bool relu, bool with_x, bool with_weight) -> "
+    "(Tensor grad_x, Tensor grad_weight)"
 )
-library.differentiate("conv3x3", _backward, _setup_context)
-library.differentiate("conv3x3_backward", _no_second_derivative)
+library.define(f"conv3x3{_ARGUMENTS}", reference.conv3x3, _fake)
+library.define(f"conv3x3_backward{_GRADIENTS}", reference.conv3x3_backward, _fake_backward)
+library.compose(f"conv3x3_product{_ARGUMENTS}", product.conv3x3, _fake)
+library.compose(f"conv3x3_product_backward{_GRADIENTS}", product.conv3x3_backward, _fake_backward)
+for _name in ("conv3x3", "conv3x3_product"):
+    library.differentiate(_name, _backward_by(f"{_name}_backward"), _setup_context)
+    library.differentiate(f"{_name}_backward", _no_second_derivative)
 
 
-@register_flop_formula(torch.ops.lofi_fast.conv3x3)
+@register_flop_formula([torch.ops.lofi_fast.conv3x3, torch.ops.lofi_fast.conv3x3_product])
 def _operations(x: Sequence[int], weight: Sequence[int], *_: object, **__: object) -> int:
     """By the definition, as PyTorch counts every convolution's."""
     return 2 * math.prod((x[0], *x[2:], *weight))
 
 
-@register_flop_formula(torch.ops.lofi_fast.conv3x3_backward)
+@register_flop_formula([torch.ops.lofi_fast.conv3x3_backward, torch.ops.lofi_fast.conv3x3_product_backward])
 def _operations_backward(
     grad: Sequence[int],
     x: Sequence[int],

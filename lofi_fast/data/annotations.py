@@ -1,145 +1,288 @@
-"""Ground truth of temporal action localization, read from the formats people have.
+"""Labels of temporal action localization, read from any of the formats that people have (`formats/`, a file each).
 
-Times are seconds on the file's own clock, the one that players and labelling tools show: 0 is where the container
-starts, also where its sound begins before its pictures (a cut by stream copy does that).
-
-ActivityNet and HACS publish ``{"database": {name: {"subset", "duration", "annotations": [{"segment", "label"}]}}}``;
-THUMOS14 circulates in the same form with its numbers as strings; everyone else has a table. All of them come out as
-`Annotations`, in seconds. What can be repaired without a guess is repaired and said in `Annotations.notes`; anything
-else is an `InputError` that names the file, the video and the segment.
+The format is recognised by content. Whatever it is, what comes out is `Annotations`, in seconds on the clock of the
+video files. What can be repaired or left out without a guess is, and is said in `Annotations.notes`; anything else is
+an `InputError` that names the file and the place in it.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
-import os
 import re
-import sys
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from lofi_fast.data.formats import (
+    actions,
+    activitynet,
+    boris,
+    boris_table,
+    charades,
+    cholect50,
+    cvat,
+    ego4d,
+    elan,
+    epic,
+    frames,
+    hacs_clips,
+    label_studio,
+    soccer,
+    spot,
+    subtitles,
+    table,
+    thumos,
+    trace,
+    via,
+)
+from lofi_fast.data.formats.file import NO_OPTIONS, FormatOptions, LabelFile, Table, plural, shown, xml_root
+from lofi_fast.data.labels import (
+    UNASSIGNED,
+    Annotations,
+    Repairs,
+    Segment,
+    Video,
+    clip_to_duration,
+    labels_of,
+    once_each,
+    plain_spelling,
+    seconds_of,
+    subset_named,
+)
 from lofi_fast.errors import InputError
 
-_SUBSETS = {
-    "training": ("train", "training", "trn", "tr", "learn", "learning"),
-    "validation": ("val", "valid", "validation", "validate", "dev", "development", "eval", "evaluation"),
-    "testing": ("test", "testing", "tst"),
-}
-_COLUMNS = ("video", "start", "end", "label")  # that a table of labels must have
-UNASSIGNED = "unassigned"  # the subset of every video of labels that tell none
+__all__ = [
+    "UNASSIGNED",
+    "Annotations",
+    "FormatOptions",
+    "Segment",
+    "Video",
+    "clip_to_duration",
+    "is_activitynet",
+    "load_annotations",
+    "num_videos",
+    "once_each",
+    "plain_spelling",
+    "seconds_of",
+    "subset_named",
+]
+
+# Each has NAME, OPTIONS (of FormatOptions, those that it uses), `recognises(content)` and `read(file, content)`.
+JSON = (activitynet, boris, cholect50, via, soccer, ego4d, spot, label_studio, actions)
+TABLES = (table, boris_table, epic, trace, charades, hacs_clips)
+XML = (elan, cvat)
+SUFFIXES = frozenset(
+    (".json", ".csv", ".tsv", ".txt", ".eaf", ".xml", ".boris", ".labels", ".srt", ".vtt")
+)  # looked for in folders
+NOTES_SHOWN = 30  # of the files of a folder
+MOST_FILES = 100_000  # of labels in one folder
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """One action: `start` and `end` in seconds on the file's clock, start <= end."""
+def load_annotations(path: Path, *, clip: bool = True, options: FormatOptions = NO_OPTIONS) -> Annotations:
+    """Reads a file of labels, or all those in a folder, of which the videos are put together.
 
-    start: float
-    end: float
-    label: str
-
-
-@dataclass(frozen=True, slots=True)
-class Video:
-    """One annotated video. `subset`: training, validation, testing, or UNASSIGNED. `duration` is in seconds, None where
-    the labels do not tell it.
-    """
-
-    name: str
-    subset: str
-    duration: float | None
-    segments: tuple[Segment, ...]
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """All videos in the order of the file, the sorted labels of training and validation, and what was repaired."""
-
-    videos: tuple[Video, ...]
-    classes: tuple[str, ...]
-    notes: tuple[str, ...]
-    duplicates: int = 0  # segments that stood there twice with one label, of which one is left
-
-    def subset(self, name: str) -> tuple[Video, ...]:
-        """Videos of "training", "validation", "testing", or UNASSIGNED; ValueError for any other name."""
-        if name not in (*_SUBSETS, UNASSIGNED):
-            raise ValueError(f"subset must be training, validation or testing, not {name!r}")
-        return tuple(video for video in self.videos if video.subset == name)
-
-    @property
-    def untrained_classes(self) -> tuple[str, ...]:
-        """Sorted labels of validation segments that no training segment has: no detector can learn them."""
-        return tuple(sorted(_labels(self.subset("validation")) - _labels(self.subset("training"))))
-
-
-@dataclass
-class _Repairs:
-    """Counts of each kind of repair, so that a note is one sentence however many segments it concerns."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def sentences(self, where: str) -> tuple[str, ...]:
-        wording = {
-            "zero": ("has zero length and is kept", "have zero length and are kept"),
-            "early": ("starts before 0 s and is clipped", "start before 0 s and are clipped"),
-            "clipped": ("ends after the video and is clipped", "end after the video and are clipped"),
-            "outside": ("lies outside the video and is dropped", "lie outside the video and are dropped"),
-            "duplicate": ("is a duplicate and is removed", "are duplicates and are removed"),
-        }
-        return tuple(
-            f"{where}: {n} segment{'s' if n > 1 else ''} {wording[kind][n > 1]}"
-            for kind, n in ((kind, self.counts[kind]) for kind in wording)
-            if n
-        )
-
-
-def load_annotations(path: Path, *, clip: bool = True) -> Annotations:
-    """Reads a .json file in ActivityNet form or a .csv file with the header video,start,end,label[,subset][,duration].
-
-    Seconds may be numbers or strings, also with a decimal comma or as hh:mm:ss.ff. Cells of a .csv (.tsv) file are
-    separated by what separates its first line: comma, semicolon, tab, bar, or what "sep=" says; lines that begin with
-    "#" are comments. A .csv row whose start, end and label are all empty names a video without segments. Without any
-    subset all videos are UNASSIGNED.
+    ActivityNet-form JSON and tables with video,start,end,label[,subset][,duration] are the plain ones; docs/formats.md
+    lists the others. Seconds may be numbers or texts, also with a decimal comma or as hh:mm:ss.ff. Without any subset
+    all videos are UNASSIGNED. A point event is a segment that starts and ends at once.
     `clip`: segments to the durations that the labels tell; not where the files themselves are there to tell.
+    `options`: what some formats leave open; one that the format has no use for is noted.
 
     Raises InputError for an unreadable or malformed file, start > end, seconds that are not finite numbers,
-    a duration that is not positive, missing fields and unknown subsets.
+    a duration that is not positive, missing fields, unknown subsets, and frames without a rate.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".json", ".csv", ".tsv"):
-        raise InputError(f"--annotations {path} must be a .json file (ActivityNet form) or a .csv file")
+    repairs = Repairs()
+    if path.is_dir():
+        videos, notes = _of_folder(path, clip, options, repairs)
+    else:
+        file = LabelFile(path, _text(path), options, clip, repairs)
+        read, used = _reader(file)
+        videos, notes = read(file), file.notes
+        notes += _unused(path, options, used)
+    if not videos:
+        raise InputError(f"{path} holds no video")
+
+    notes += repairs.sentences(str(path))
+    classes = tuple(sorted(labels_of(v for v in videos if v.subset != "testing")))
+    annotations = Annotations(tuple(videos), classes, ())
+    untrained = annotations.untrained_classes
+    if untrained and annotations.subset("training"):
+        plural_ending = "es" if len(untrained) > 1 else ""
+        notes.append(
+            f"{path}: {len(untrained)} class{plural_ending} of validation never seen in training: {shown(untrained)}"
+        )
+    notes += _spellings(classes, path)
+    return Annotations(annotations.videos, classes, tuple(notes), repairs.counts["duplicate"])
+
+
+def num_videos(path: Path, options: FormatOptions = NO_OPTIONS) -> int:
+    """How many videos a file labels; 0 for one that `load_annotations` refuses."""
+    try:
+        return len(load_annotations(path, clip=False, options=options).videos)
+    except InputError:
+        return 0
+
+
+def is_activitynet(path: Path) -> bool:
+    """Whether a file is to be taken as ActivityNet's JSON: it is that, or nothing else can be told of it."""
+    if path.is_dir() or path.suffix.lower() in (".csv", ".tsv", ".txt"):
+        return False
+    try:
+        text = _text(path)
+        return '"database"' in text or _recognised(LabelFile(path, text)) is None
+    except InputError:
+        return True
+
+
+Reader = Callable[[LabelFile], list[Video]]
+
+
+def _reader(file: LabelFile) -> tuple[Reader, frozenset[str]]:
+    """What reads a file, and the options that it uses. Raises InputError for a file of no known format."""
+    found = _recognised(file)
+    if found is not None:
+        return found
+    path, suffix = file.path, file.path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        return partial(table.read, table=Table(path, file.text)), table.OPTIONS
+    if suffix == ".json":
+        raise InputError(
+            f'{path} is not in ActivityNet form: it needs an object "database" of videos (nor is it in another form '
+            "that docs/formats.md lists)"
+        )
+    raise InputError(
+        f"--annotations {path} must be a .json file (ActivityNet form), a .csv file, or in another format that "
+        "docs/formats.md lists"
+    )
+
+
+def _recognised(file: LabelFile) -> tuple[Reader, frozenset[str]] | None:
+    """The same, or None."""
+    path, text, suffix = file.path, file.text, file.path.suffix.lower()
+    beginning = text[:100].lstrip()[:1]
+    is_table = suffix in (".csv", ".tsv")
+    if suffix == ".json" or (beginning and beginning in "{[" and not is_table):
+        content = _json(path, text)
+        return _first(JSON, content)
+    if beginning == "<":
+        return _first(XML, xml_root(file))
+    if via.recognises_text(text):
+        return via.read_text, via.OPTIONS
+    if is_table or _NAMES_COLUMNS.search(text[:10_000]):
+        if (above := boris_table.begins(text)) is not None:
+            rest = "".join(text.splitlines(keepends=True)[above:])
+            return partial(boris_table.read, table=Table(path, rest, above)), boris_table.OPTIONS
+        rows = Table(path, text)
+        of = next((of for of in TABLES if of.recognises(rows.columns)), None)
+        if of is not None:
+            return partial(of.read, table=rows), of.OPTIONS
+    if not is_table:
+        for lines in (subtitles, thumos, frames):
+            if lines.recognises(text) or (lines is subtitles and suffix in (".srt", ".vtt")):
+                return lines.read, lines.OPTIONS
+    return None
+
+
+_NAMES_COLUMNS = re.compile(r"^.*(?:video|behavior|labelid).*[,;\t|].*$", re.IGNORECASE | re.MULTILINE)
+
+
+def _first(formats: Iterable[ModuleType], content: Any) -> tuple[Reader, frozenset[str]] | None:
+    """Of the formats that may have this content, the one that recognises it."""
+    for of in formats:
+        if of.recognises(content):
+            return partial(of.read, content=content), of.OPTIONS
+    return None
+
+
+def _json(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=once_each(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}") from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise InputError(f"{path} is not an annotation file: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is not an annotation file: it is nested too deeply") from error
+
+
+def _text(path: Path) -> str:
     try:
         # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"--annotations {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"--annotations {path} is not UTF-8 text (byte {error.start})") from error
 
-    repairs = _Repairs()
-    if path.suffix.lower() == ".json":
-        videos = _videos_of_json(path, text, repairs, clip)
-    else:
-        videos = _videos_of_csv(path, text, repairs, clip)
-    if not videos:
-        raise InputError(f"{path} holds no video")
 
-    notes = list(repairs.sentences(str(path)))
-    classes = tuple(sorted(_labels(v for v in videos if v.subset != "testing")))
-    annotations = Annotations(tuple(videos), classes, ())
-    untrained = annotations.untrained_classes
-    if untrained and annotations.subset("training"):
-        shown = ", ".join(untrained[:5]) + (", ..." if len(untrained) > 5 else "")
-        plural = "es" if len(untrained) > 1 else ""
-        notes.append(f"{path}: {len(untrained)} class{plural} of validation never seen in training: {shown}")
-    notes += _spellings(classes, path)
-    return Annotations(annotations.videos, classes, tuple(notes), repairs.counts["duplicate"])
+def _of_folder(folder: Path, clip: bool, options: FormatOptions, repairs: Repairs) -> tuple[list[Video], list[str]]:
+    """The videos of all files of labels below a folder, those of one name put together; and notes, each once."""
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not paths:
+        raise InputError(f"--annotations {folder} cannot be read: it is a folder without a file of labels")
+    if len(paths) > MOST_FILES:
+        raise InputError(
+            f"--annotations {folder} holds {len(paths)} files; name the folder that holds the labels alone"
+        )
+    found: dict[str, Video] = {}
+    notes: dict[str, int] = {}
+    used: frozenset[str] = frozenset()
+    others = []
+    for path in paths:
+        file = LabelFile(path, _text(path), options)
+        reader = _recognised(file)
+        if reader is None:
+            others.append(path.name)
+            continue
+        used |= reader[1]
+        for video in reader[0](file):
+            found[video.name] = _together(found[video.name], video, path) if video.name in found else video
+        for note in file.notes:
+            sentence = note.removeprefix(f"{path}: ")
+            notes[sentence] = notes.get(sentence, 0) + 1
+    if not found:
+        raise InputError(f"--annotations {folder} cannot be read: none of its {len(paths)} files is of a known format")
+    assigned = {video.subset == UNASSIGNED for video in found.values()}
+    if len(assigned) > 1:
+        without = next(video.name for video in found.values() if video.subset == UNASSIGNED)
+        raise InputError(
+            f"{folder}: of some videos a subset is told, and of others, such as {without}, none; tell it of all"
+        )
+    whole = LabelFile(folder, "", options, clip, repairs)
+    videos = [whole.made(video.name, video.subset, video.duration, video.segments) for video in found.values()]
+    told = [f"{folder}: {note}{f' ({count} files)' if count > 1 else ''}" for note, count in notes.items()]
+    if told[NOTES_SHOWN:]:
+        told = [*told[:NOTES_SHOWN], f"{folder}: {len(told) - NOTES_SHOWN} more notes of its files are left out"]
+    if others:
+        told.append(f"{folder}: {plural(len(others), 'file')} of no known format passed over: {shown(others)}")
+    return videos, [*told, *_unused(folder, options, used)]
+
+
+def _together(one: Video, other: Video, path: Path) -> Video:
+    """One video out of what two files say of it. Raises InputError where they contradict each other."""
+    subset = other.subset if one.subset == UNASSIGNED else one.subset
+    if other.subset not in (subset, UNASSIGNED):
+        raise InputError(
+            f"{path}: video {one.name} has the subset {other.subset}, and another file of the folder says {subset}"
+        )
+    durations = [duration for duration in (one.duration, other.duration) if duration is not None]
+    return replace(one, subset=subset, duration=max(durations, default=None), segments=one.segments + other.segments)
+
+
+def _unused(path: Path, options: FormatOptions, used: frozenset[str]) -> list[str]:
+    """A note about flags that a format has no use for."""
+    return [
+        f"{path}: --{name} is not used: nothing in these labels asks for it" for name in sorted(options.given - used)
+    ]
 
 
 def _spellings(classes: Iterable[str], path: Path) -> list[str]:
@@ -150,267 +293,5 @@ def _spellings(classes: Iterable[str], path: Path) -> list[str]:
     several = [spellings for spellings in alike.values() if len(spellings) > 1]
     if not several:
         return []
-    shown = "; ".join(" and ".join(map(repr, spellings)) for spellings in several[:3])
-    return [
-        f"{path}: labels that are spelt almost alike are classes of their own: {shown}{'; ...' * bool(several[3:])}"
-    ]
-
-
-def plain_spelling(label: str) -> str:
-    """What spellings of one word have in common: no case, and one space for white space, dashes and underscores."""
-    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", label).casefold()).strip()
-
-
-def num_videos(path: Path) -> int:
-    """How many videos a file labels; 0 for one that `load_annotations` refuses."""
-    try:
-        return len(load_annotations(path, clip=False).videos)
-    except InputError:
-        return 0
-
-
-def clip_to_duration(video: Video, duration: float) -> tuple[Video, tuple[str, ...]]:
-    """The same video with its true `duration` (seconds, as probed) and its segments clipped to it; and what changed.
-
-    Segments wholly after the end are dropped. ValueError when the duration is not a positive number.
-    """
-    if not (math.isfinite(duration) and duration > 0):
-        raise ValueError(f"duration of {video.name} must be positive seconds, not {duration}")
-    if all(0 <= segment.start < segment.end <= duration for segment in video.segments) and (
-        len({segment.start for segment in video.segments}) == len(video.segments)
-    ):
-        return replace(video, duration=duration), ()  # most are: nothing to repair
-    repairs = _Repairs()
-    segments = _repaired(video.segments, duration, repairs)
-    # zero-length segments were told of when the file was read
-    repairs.counts.pop("zero", None)
-    return Video(video.name, video.subset, duration, segments), repairs.sentences(video.name)
-
-
-def _labels(videos: Iterable[Video]) -> set[str]:
-    return {segment.label for video in videos for segment in video.segments}
-
-
-def _repaired(segments: Iterable[Segment], duration: float | None, repairs: _Repairs) -> tuple[Segment, ...]:
-    end_of_video = math.inf if duration is None else duration
-    kept: dict[Segment, None] = {}
-    for given in segments:
-        start, end = max(given.start, 0.0), min(given.end, end_of_video)
-        # a segment that only touches the video's first or last instant from outside has nothing inside it either
-        if start > end or (start == end and given.start < given.end):
-            repairs.counts["outside"] += 1
-            continue
-        segment = given if (start, end) == (given.start, given.end) else Segment(start, end, given.label)
-        if segment in kept:
-            repairs.counts["duplicate"] += 1
-            continue
-        kept[segment] = None
-        repairs.counts["zero"] += start == end
-        repairs.counts["early"] += start != given.start
-        repairs.counts["clipped"] += end != given.end
-    return tuple(kept)
-
-
-def once_each(path: Path, ending: str = "") -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    """json's `object_pairs_hook` that refuses a key which stands twice: json keeps the last, and a video would be lost
-    without a word. `ending`: of the sentence.
-    """
-
-    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise InputError(f"{path}: the key {twice!r} appears twice in one object{ending}")
-        return found
-
-    return checked
-
-
-def _videos_of_json(path: Path, text: str, repairs: _Repairs, clip: bool) -> list[Video]:
-    try:
-        content = json.loads(text, object_pairs_hook=once_each(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}") from error
-    except ValueError as error:  # a whole number of thousands of digits
-        raise InputError(f"{path} is not an annotation file: {error}") from error
-    except RecursionError as error:
-        raise InputError(f"{path} is not an annotation file: it is nested too deeply") from error
-    database = content.get("database") if isinstance(content, dict) else None
-    if not isinstance(database, dict):
-        raise InputError(f'{path} is not in ActivityNet form: it needs an object "database" of videos')
-
-    unassigned = not any(isinstance(entry, dict) and "subset" in entry for entry in database.values())
-    videos = []
-    for name, entry in database.items():
-        where = f"{path}: video {name}"
-        if not name.strip():
-            raise InputError(f"{path}: a video has an empty name")
-        try:
-            os.fsencode(name)
-        except UnicodeEncodeError:
-            raise InputError(
-                f"{path}: no file can have the name {name!r} of a video: it holds half a character"
-            ) from None
-        if not isinstance(entry, dict):
-            raise InputError(f"{where} must be an object")
-        subset = UNASSIGNED if unassigned else _subset(entry.get("subset"), where)
-        duration = _duration(entry.get("duration"), where)
-        # unpublished ground truth: the test videos of ActivityNet and HACS may have no annotations at all
-        listed = entry.get("annotations", [] if subset == "testing" else None)
-        if not isinstance(listed, list):
-            raise InputError(f'{where} needs a list "annotations"')
-        segments = []
-        for i, item in enumerate(listed):
-            at = f"{where}, segment {i}"
-            bounds = item.get("segment") if isinstance(item, dict) else None
-            if not isinstance(bounds, list) or len(bounds) != 2:
-                raise InputError(f'{at} needs "segment": [start, end]')
-            segments.append(_segment(bounds[0], bounds[1], item.get("label"), at))
-        videos.append(Video(name, subset, duration, _repaired(segments, duration if clip else None, repairs)))
-    return videos
-
-
-def _videos_of_csv(path: Path, text: str, repairs: _Repairs, clip: bool) -> list[Video]:
-    separator, text, skipped = _table(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator != "\t")
-    columns = [column.strip().lower() for column in next(reader, [])]
-    missing = [column for column in _COLUMNS if column not in columns]
-    if missing:
-        raise InputError(
-            f"{path} needs a first line video,start,end,label[,subset][,duration]; it lacks {', '.join(missing)}"
-        )
-    if len(set(columns)) < len(columns):
-        raise InputError(f"{path} names a column twice in its first line")
-
-    segments: dict[str, list[Segment]] = {}
-    told: dict[str, dict[str, str | float | None]] = {}
-    try:
-        for row in reader:
-            if not any(cell.strip() for cell in row):
-                continue
-            line = f"{path} line {skipped + reader.line_num}"
-            if len(row) != len(columns):
-                if row[0].lstrip().startswith("#"):
-                    continue  # a comment
-                raise InputError(f"{line} has {len(row)} cells, the first line has {len(columns)}")
-            cell = {column: value.strip() for column, value in zip(columns, row, strict=True)}
-            name = cell["video"]
-            if not name:
-                raise InputError(f"{line} has no video name")
-            where = f"{line}: video {name}"
-            facts: dict[str, str | float | None] = {"duration": _duration(cell.get("duration") or None, where)}
-            if "subset" in columns:
-                facts["subset"] = _subset(cell["subset"], where)
-            earlier = told.setdefault(name, facts)
-            for fact, value in facts.items():
-                if earlier[fact] is None:
-                    earlier[fact] = value
-                elif value is not None and earlier[fact] != value:
-                    raise InputError(f"{where} has the {fact} {value}, an earlier line says {earlier[fact]}")
-            own = segments.setdefault(name, [])
-            if cell["start"] or cell["end"] or cell["label"]:
-                own.append(_segment(cell["start"], cell["end"], cell["label"], f"{where}, segment {len(own)}"))
-    except csv.Error as error:
-        raise InputError(f"{path} line {skipped + reader.line_num} is not valid CSV: {error}") from error
-
-    videos = []
-    for name, own in segments.items():
-        duration = told[name]["duration"]
-        assert duration is None or isinstance(duration, float)
-        subset = str(told[name].get("subset", UNASSIGNED))
-        videos.append(Video(name, subset, duration, _repaired(own, duration if clip else None, repairs)))
-    return videos
-
-
-_LINE = re.compile(r"([^\r\n]*)(?:\r\n|\r|\n|$)")
-
-
-def _table(text: str) -> tuple[str, str, int]:
-    """What separates the cells, the text from the line with the columns' names on, and how many lines stand before it:
-    empty ones, comments that begin with "#", and "sep=;", by which spreadsheets tell the separator.
-    """
-    told, at, skipped = "", 0, 0
-    while at < len(text):
-        match = _LINE.match(text, at)
-        assert match is not None  # every line is one
-        line = match[1].strip(" \"'")
-        if line.lower().startswith("sep=") and len(line) <= 5:
-            told = line[4:] or "\t"
-        elif line.startswith("#") and set(_COLUMNS) <= {
-            cell.strip(" \"'#").lower() for cell in re.split(r"[,;\t|]", line)
-        }:
-            text = text[: match.start()] + match[1].replace("#", " ", 1) + text[match.end(1) :]
-            break
-        elif line.strip(",;\t|\"' ") and not line.startswith("#"):
-            break
-        at, skipped = match.end(), skipped + 1
-    text = text[at:]
-    # the first line holds nothing but names of columns
-    first = text[: re.search(r"[\r\n]|$", text).start()]  # type: ignore[union-attr]
-    return told or max(",;\t|", key=first.count), text, skipped
-
-
-def subset_named(text: str) -> str | None:
-    """training, validation or testing, by any of its usual spellings, such as "Val", "test_set" or "train-1"."""
-    plain = re.sub(r"[\W\d_]+", "", text.casefold())
-    for ending in ("", "set", "subset", "split", "data", "videos"):
-        for subset, spellings in _SUBSETS.items():
-            if plain.endswith(ending) and plain.removesuffix(ending) in spellings:
-                return subset
-    return None
-
-
-def _subset(value: object, where: str) -> str:
-    subset = subset_named(value) if isinstance(value, str) else None
-    if subset is None:
-        raise InputError(f"{where} has the subset {value!r}; it must be training, validation or testing")
-    return subset
-
-
-def _duration(value: object, where: str) -> float | None:
-    if value is None:
-        return None
-    duration = seconds_of(value)
-    if duration is None or duration <= 0:
-        raise InputError(f"{where} has the duration {value!r}; it must be positive seconds")
-    return duration
-
-
-def _segment(start: object, end: object, label: object, where: str) -> Segment:
-    start_s, end_s = seconds_of(start), seconds_of(end)
-    if start_s is None or end_s is None:
-        raise InputError(f"{where} runs from {start!r} to {end!r}; both must be finite seconds, or hh:mm:ss.ff")
-    if start_s > end_s:
-        raise InputError(f"{where} starts at {start_s} s, after its end at {end_s} s")
-    if not isinstance(label, str) or not label.strip():
-        raise InputError(f"{where} needs a label, not {label!r}")
-    if any("\ud800" <= character <= "\udfff" for character in label):
-        raise InputError(f"{where} has the label {label!r}, which holds half a character")
-    return Segment(start_s, end_s, sys.intern(label.strip()))
-
-
-_CLOCK = re.compile(r"(?:(?P<hours>\d{1,4}):)?(?P<minutes>\d{1,4}):(?P<seconds>\d{1,2}(?:[.,]\d*)?)", re.ASCII)
-_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
-
-
-def seconds_of(value: object) -> float | None:
-    """A finite number of seconds, or None: a number, or its text, also with a decimal comma, or as hh:mm:ss or mm:ss
-    with or without a fraction. bool is an int to Python and never a time.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    if isinstance(value, str):
-        value = value.strip()
-        if clock := _CLOCK.fullmatch(value):
-            hours, minutes = int(clock["hours"] or 0), int(clock["minutes"])
-            seconds = float(clock["seconds"].replace(",", "."))
-            # 61 s, or 61 min beside hours, is some other notation
-            sensible = seconds < 60 and (clock["hours"] is None or minutes < 60)
-            return 3600 * hours + 60 * minutes + seconds if sensible else None
-        if _DECIMAL_COMMA.fullmatch(value):
-            value = value.replace(",", ".")
-    try:
-        seconds = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return seconds if math.isfinite(seconds) else None
+    told = "; ".join(" and ".join(map(repr, spellings)) for spellings in several[:3])
+    return [f"{path}: labels that are spelt almost alike are classes of their own: {told}{'; ...' * bool(several[3:])}"]

@@ -10,37 +10,45 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lofi_fast.data.annotations import load_annotations, once_each, seconds_of, subset_named
+from lofi_fast.data.annotations import (
+    FormatOptions,
+    is_activitynet,
+    load_annotations,
+    once_each,
+    seconds_of,
+    subset_named,
+)
+from lofi_fast.data.formats.file import NO_OPTIONS
 from lofi_fast.errors import InputError
 from lofi_fast.metrics import number_of, read_object, segments_of
 
 Truth = dict[str, list[tuple[float, float, str]]]
 
 
-def load_ground_truth(path: Path, subset: str | None = None) -> Truth:
+def load_ground_truth(path: Path, subset: str | None = None, options: FormatOptions = NO_OPTIONS) -> Truth:
     """One subset of an annotation file: video -> [(start, end, label)], seconds.
 
     ActivityNet, HACS and THUMOS JSON is taken as it is given: nothing is clipped or dropped, duplicates and zero
-    lengths stay, as the official evaluator has it. Any other file is what training reads of it. subset None means
-    validation, else the only one, else testing; train, val and test are understood, in any case. Raises InputError for
-    unreadable files, missing keys, values that are no finite numbers, reversed segments, a key that stands twice in one
-    object, and subsets without a segment.
+    lengths stay, as the official evaluator has it. Any other file, or a folder of files, is what training reads of it
+    with the same `options`. subset None means validation, else the only one, else testing; train, val and test are
+    understood, in any case. Raises InputError for unreadable files, missing keys, values that are no finite numbers,
+    reversed segments, a key that stands twice in one object, and subsets without a segment.
     """
-    return load_subset(path, subset)[1]
+    return load_subset(path, subset, options)[1]
 
 
-def load_subset(path: Path, wanted: str | None) -> tuple[str, Truth]:
+def load_subset(path: Path, wanted: str | None, options: FormatOptions = NO_OPTIONS) -> tuple[str, Truth]:
     """(name of the subset, its ground truth); see `load_ground_truth`."""
-    subset, truth = (_as_trained if path.suffix.lower() in (".csv", ".tsv", ".txt") else _as_given)(path, wanted)
+    subset, truth = _as_given(path, wanted) if is_activitynet(path) else _as_trained(path, wanted, options)
     if not any(truth.values()):
         raise InputError(f"{path} has no segment in the subset {subset!r}; choose another with --subset.")
     return subset, truth
 
 
-def _as_trained(path: Path, wanted: str | None) -> tuple[str, Truth]:
+def _as_trained(path: Path, wanted: str | None, options: FormatOptions) -> tuple[str, Truth]:
     if not path.exists():
         raise InputError(f"{path} does not exist; give --ground-truth an existing file.")
-    videos = load_annotations(path).videos
+    videos = load_annotations(path, options=options).videos
     subset = _choose_subset(path, {video.subset for video in videos}, wanted)
     return subset, {
         video.name: [(s.start, s.end, s.label) for s in video.segments] for video in videos if video.subset == subset

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lofi_fast.config import DataConfig, PresetName
-from lofi_fast.data.annotations import UNASSIGNED, Video, load_annotations
+from lofi_fast.data.annotations import UNASSIGNED, FormatOptions, Video, load_annotations
 from lofi_fast.data.split import choose_validation
 from lofi_fast.data.windows import cut_windows
 from lofi_fast.errors import InputError
@@ -20,6 +20,8 @@ PUBLISHED: dict[PresetName, tuple[str, int, float]] = {
     "activitynet": ("ActivityNet-1.3's training videos", 10_024, 120.0),
     "hacs": ("HACS's training videos", 37_613, 120.0),
     "thumos": ("THUMOS14's 200 validation videos", 200, 270.0),
+    "actionformer_anet": ("ActivityNet-1.3's training videos", 10_024, 120.0),
+    "actionformer_thumos": ("THUMOS14's 200 validation videos", 200, 270.0),
     "small": ("the demo set", 80, 24.0),
     "demo": ("the demo set", 80, 24.0),
 }
@@ -46,7 +48,7 @@ def counted(path: Path, data: DataConfig) -> EpochSize:
     it does not tell lasts to the end of its last segment. Raises InputError for labels that cannot be read, and for
     labels without a training video.
     """
-    videos = load_annotations(path).videos
+    videos = load_annotations(path, options=FormatOptions.of(data)).videos
     validation = choose_validation([video for video in videos if video.subset == UNASSIGNED])
     training = [v for v in videos if v.subset == "training" or (v.subset == UNASSIGNED and v.name not in validation)]
     if not training:

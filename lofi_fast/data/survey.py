@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from lofi_fast import __version__
 from lofi_fast.config import Config
-from lofi_fast.data.annotations import UNASSIGNED, Annotations, Video, clip_to_duration, load_annotations
+from lofi_fast.data.annotations import UNASSIGNED, Annotations, FormatOptions, Video, clip_to_duration, load_annotations
 from lofi_fast.data.cache import CacheRequest, Skipped, remembered
 from lofi_fast.data.catalogue import Catalogue
 from lofi_fast.data.entry import CachedVideo
@@ -203,7 +203,9 @@ def survey(
     can start with is in `Survey.refused`, with all else that could be found out. Raises InputError for labels that
     cannot be read, and without PyAV.
     """
-    annotations = load_annotations(annotations_path, clip=False)
+    annotations = load_annotations(
+        annotations_path, clip=False, options=replace(FormatOptions.of(config.data), videos=Path(videos))
+    )
     wanted, evaluated = _wanted(annotations, annotations_path)
     known = known or Catalogue()
     found = Survey(config, annotations_path, annotations, (), (), (*annotations.notes, *evaluated), known=known)
@@ -408,7 +410,8 @@ def divided(found: Survey, usable: Iterable[str]) -> tuple[Survey, list[str]]:
 
 
 def _grid(config: Config, window: float | None) -> Grid:
-    return Grid(window, config.data.overlap, config.full.num_snippets, config.head.max_duration)
+    longest = config.head.max_duration if config.head.name == "gtad" else None
+    return Grid(window, config.data.overlap, config.full.num_snippets, longest)
 
 
 def times_of(videos: Iterable[tuple[Surveyed, Video]]) -> Labelled:

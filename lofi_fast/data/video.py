@@ -202,6 +202,19 @@ def stated_duration(path: Path) -> float:
         return 0.0
 
 
+def stated_rate(path: Path) -> float:
+    """Frames a second on average as a file's header says; 0.0 where it says nothing, or cannot be read."""
+    require_pyav()
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            rates = [stream.average_rate or stream.guessed_rate for stream in container.streams.video]
+            return float(rates[0] or 0) if rates else 0.0
+    except (av.FFmpegError, OSError):
+        return 0.0
+
+
 def decode(info: VideoInfo, frames: np.ndarray, threads: int = 0) -> Iterator[tuple[int, VideoFrame]]:
     """Yields (index, frame) for each of the sorted unique indices `frames`, and stops reading after the last.
 

@@ -125,7 +125,7 @@ class Convolution:
         residual_shift adds the exact bias to the rounded sum and rounds again: two roundings to the activations' dtype.
         cuDNN's adds the rounded bias, and may round the sum before as well, as it did on an H100: three.
         """
-        if self._takes_conv3x3(x, weight):
+        if self._takes_conv3x3(x, weight) and x.dtype == self.bias.dtype:
             return conv3x3(x, weight, self.bias, relu=True)
         if self.rounded_bias is not None:
             fused: Tensor = torch.ops.aten.cudnn_convolution_relu.default(

@@ -23,8 +23,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+class Conv(nn.Conv2d):
+    """A convolution without bias that pads by half its kernel."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -32,14 +35,14 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int, shifted: bool) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, shifted: bool, conv: type[Conv] = Conv) -> None:
         super().__init__()
         self.shifted = shifted
-        self.conv1 = _conv(in_channels, channels, 3, stride)
+        self.conv1 = conv(in_channels, channels, 3, stride)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _conv(channels, channels, 3)
+        self.conv2 = conv(channels, channels, 3)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = _downsample(in_channels, channels, stride)
+        self.downsample = _downsample(in_channels, channels, stride, conv)
 
     def forward(self, x_NCHW: Tensor, num_frames: int) -> Tensor:
         y = temporal_shift(x_NCHW, num_frames) if self.shifted else x_NCHW
@@ -54,16 +57,16 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, shifted: bool) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, shifted: bool, conv: type[Conv] = Conv) -> None:
         super().__init__()
         self.shifted = shifted
-        self.conv1 = _conv(in_channels, channels, 1)
+        self.conv1 = conv(in_channels, channels, 1)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _conv(channels, channels, 3, stride)
+        self.conv2 = conv(channels, channels, 3, stride)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = _conv(channels, 4 * channels, 1)
+        self.conv3 = conv(channels, 4 * channels, 1)
         self.bn3 = nn.BatchNorm2d(4 * channels)
-        self.downsample = _downsample(in_channels, 4 * channels, stride)
+        self.downsample = _downsample(in_channels, 4 * channels, stride, conv)
 
     def forward(self, x_NCHW: Tensor, num_frames: int) -> Tensor:
         y = temporal_shift(x_NCHW, num_frames) if self.shifted else x_NCHW
@@ -74,10 +77,10 @@ class Bottleneck(nn.Module):
         return F.relu(y + identity, inplace=True)
 
 
-def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+def _downsample(in_channels: int, out_channels: int, stride: int, conv: type[Conv]) -> nn.Sequential | None:
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
 
 class TSMResNet(Encoder):
@@ -89,12 +92,13 @@ class TSMResNet(Encoder):
 
     mean: Tensor
     std: Tensor
+    conv: type[Conv] = Conv  # what its residual blocks multiply with
 
     def __init__(self, name: EncoderName, width: int = 64) -> None:
         super().__init__()
         self.name, self.width = name, width
         block: type[BasicBlock | Bottleneck] = Bottleneck if name == "tsm_r50" else BasicBlock
-        self.conv1 = _conv(3, width, 7, 2)
+        self.conv1 = Conv(3, width, 7, 2)
         self.bn1 = nn.BatchNorm2d(width)
         channels = width
         for stage, num_blocks in enumerate(BLOCKS[name]):
@@ -102,7 +106,7 @@ class TSMResNet(Encoder):
             blocks: list[nn.Module] = []
             for index in range(num_blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(channels, width << stage, stride, shifted=index % every == 0))
+                blocks.append(block(channels, width << stage, stride, index % every == 0, self.conv))
                 channels = (width << stage) * block.expansion
             self.add_module(f"layer{stage + 1}", nn.ModuleList(blocks))
         self.num_features = channels

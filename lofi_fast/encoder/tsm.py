@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lofi_fast.encoder import lean
-from lofi_fast.encoder.resnet import TSMResNet
+from lofi_fast.encoder.resnet import Conv, TSMResNet
+from lofi_fast.kernels import conv3x3, conv3x3_is_faster
+
+
+class FastConv(Conv):
+    """By our own convolution where that is faster, with what PyTorch's keeps for backward: input and weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if self.stride == (1, 1) and self.padding == (1, 1) and conv3x3_is_faster(x, self.weight, dtype):
+            return conv3x3(x.to(dtype), self.weight.to(dtype))
+        return super().forward(x)
 
 
 class TSMEncoder(TSMResNet):
-    """`TSMResNet` with `encode` by encoder/lean.py."""
+    """`TSMResNet` on our kernels: its convolutions where batch norm is live, and `encode` by encoder/lean.py."""
 
     eight_bit = True
+    conv = FastConv
 
     def encode(
         self,

@@ -42,6 +42,11 @@ class Head(nn.Module, ABC):
     L differs from step to step, so weights must not depend on it.
     """
 
+    def seed(self, seeds: Sequence[int]) -> None:
+        """What the next forward draws, if it draws anything, is drawn from these, one for each window: a batch in parts
+        then draws what the whole batch draws.
+        """
+
     @abstractmethod
     def forward(self, features_BCL: Tensor) -> Output:
         """Under autocast."""

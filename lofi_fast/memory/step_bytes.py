@@ -37,9 +37,7 @@ class Setting:
         encoder = encoder_ledger(config.encoder)
         if encoder is None:
             return None
-        head = head_ledger(
-            config.head, encoder.num_features, num_classes, config.full.num_snippets, config.joint.class_loss != 0
-        )
+        head = head_ledger(config, encoder.num_features, num_classes, config.joint.class_loss != 0)
         if head is None:
             return None
         joint = config.joint

@@ -280,6 +280,18 @@ def check_alike(processes: Processes, config: Config) -> None:
                 )
 
 
+def check_same(processes: Processes, does: str, what: str, remedy: str) -> None:
+    """Raises InputError, the same in all processes, where what one of them `does` is not `what` process 0 does."""
+    if not processes.several:
+        return
+    told = gather(does, what)
+    other = next((rank for rank, said in enumerate(told) if said != told[0]), None)
+    if other is not None:
+        raise InputError(
+            f"process {other} of {processes.count} {does} {told[other]}, and process 0 {told[0]}; give {remedy}"
+        )
+
+
 def check_data(processes: Processes, record: bytes) -> None:
     """Raises InputError, the same in all processes, where one sees other labels or videos; `record` is what
     `trained_on.record_of` says of them.

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from lofi_fast.data.annotations import is_activitynet
 from lofi_fast.data.dataset import Sample
 from lofi_fast.data.ground_truth import load_ground_truth
 from lofi_fast.data.video_scores import load_video_scores
@@ -119,7 +120,7 @@ def score_as_given(run: Run, found: dict[str, list[Detection]]) -> MapResult | N
     missed, and none is clipped or left out as a duplicate. None where the file is no ActivityNet JSON.
     """
     path = run.dataset.annotations
-    if path is None or path.suffix.lower() != ".json":
+    if path is None or path.suffix.lower() != ".json" or not is_activitynet(path):
         return None
     predictions = {name: [(d.start, d.end, d.label, d.score) for d in items] for name, items in found.items()}
     try:

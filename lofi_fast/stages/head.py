@@ -23,7 +23,7 @@ from lofi_fast.stages import epochs
 from lofi_fast.stages.epochs import Outcome, gradients_of_all, numbers, optimizer_of, update
 from lofi_fast.stages.evaluation import detect_subset, score
 from lofi_fast.stages.features import encoder_digest, extract, load_features
-from lofi_fast.stages.step import dropout, targets_of
+from lofi_fast.stages.step import for_head, targets_of
 
 WATCH_WINDOWS = 500  # up to so many validation windows, mAP is measured after each epoch; beyond, after the last
 
@@ -102,7 +102,7 @@ class HeadStage:
             if not samples:
                 return 0.0, {}
         with run.machine.autocast():
-            output = run.head(dropout(run, load_features(run, samples), samples, "head", epoch))
+            output = run.head(for_head(run, load_features(run, samples), samples, "head", epoch))
         terms = run.head.loss(output, targets, counts, config.head_stage.class_loss)
         run.scaler.scale(total(terms)).backward()
         return numbers([terms])

@@ -7,6 +7,7 @@ This file wires the rooms together and holds nothing else.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -37,14 +38,14 @@ from lofi_fast.memory.settle import give_back, open_meter
 from lofi_fast.metrics import MapResult, parse_tiou
 from lofi_fast.model import MODEL, Detector
 from lofi_fast.optim import Implementation, choose_implementation
-from lofi_fast.precision import Precision, choose_device, choose_precision
+from lofi_fast.precision import Precision, choose_device, going_on_in
 from lofi_fast.presets import weights_warning
 from lofi_fast.run import events
 from lofi_fast.run.folder import choose_folder, run_folder
 from lofi_fast.run.heartbeat import restarts
 from lofi_fast.run.log import RunLog, SilentLog
 from lofi_fast.run.networks import Networks
-from lofi_fast.run.processes import Processes, check_alike, check_batches, check_data, opened
+from lofi_fast.run.processes import Processes, check_alike, check_batches, check_data, check_same, opened
 from lofi_fast.run.state import Machine, Run, environment, open_run
 from lofi_fast.run.stop import Stop
 from lofi_fast.run.trained_on import RECORD
@@ -98,7 +99,9 @@ def _run_job(
     processes.together("DALI", lambda: gpu.check_dali(device))
     if config.threads:
         torch.set_num_threads(config.threads)
-    precision = choose_precision(device)
+    began_in = _precision_of(Path(config.out)) if resume else None
+    precision, precision_note = going_on_in(device, config.precision, began_in)
+    check_same(processes, "computes in", str(precision).partition(" ")[0], "a --precision that all have")
     optimizers = choose_implementation(config.optimizer_impl, device)
     meter = open_meter(device)
     budget = lowest_of_all(resolve_budget(config.budget, meter.total(), meter.available()))
@@ -118,7 +121,7 @@ def _run_job(
         introduce(log, config, device, meter, precision, optimizers, budget, argv)
         if networks is None and (warning := weights_warning(config)):
             log.say(warning)
-        for note in notes:
+        for note in [*notes, *filter(None, [precision_note])]:
             log.say(f"note: {note}")
         dataset = processes.in_turns("data", lambda: prepare(config, log, min(budget, meter.available()) - meter.own()))
         config = with_window(config, dataset.window)
@@ -205,6 +208,16 @@ def _window_of(folder: Path) -> float | Literal["labels"] | None:
     """What a run was started with, or has chosen from its labels since."""
     path = folder / "config.json"
     return Config.read(path).data.window if path.exists() else "labels"
+
+
+def _precision_of(folder: Path) -> str | None:
+    """What a run has computed in; None where it does not tell."""
+    try:
+        content = json.loads((folder / "environment.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    told = content.get("precision") if isinstance(content, dict) else None
+    return told if isinstance(told, str) else None
 
 
 def plan(run: Run) -> None:

@@ -143,7 +143,7 @@ def forward_backward(
                     eight_bit=config.kept_maps == "8bit",
                 )
                 features_BCL = features_NC.unflatten(0, (len(samples), -1)).transpose(1, 2)
-                output = run.head(dropout(run, features_BCL, samples, "joint", epoch))
+                output = run.head(for_head(run, features_BCL, samples, "joint", epoch))
             labels = [targets[sample.index] for sample in samples]
             terms = run.head.loss(output, labels, counts, config.joint.class_loss)
             run.scaler.scale(total(terms)).backward()
@@ -218,11 +218,13 @@ def targets_of(
     return run.head.targets(edges, sample.segments, sample.labels, run.sampler.rng(stage, epoch, sample.index, 1))
 
 
-def dropout(run: Run, features_BCL: Tensor, samples: Sequence[Sample], stage: str, epoch: int) -> Tensor:
-    """Dropout of what the head sees, a function of (seed, stage, epoch, window): a step that is tried again, resumed,
-    or taken in parts draws the same.
+def for_head(run: Run, features_BCL: Tensor, samples: Sequence[Sample], stage: str, epoch: int) -> Tensor:
+    """What the head sees in training: the features after dropout. The head is given the seeds of what it draws itself;
+    both are a function of (seed, stage, epoch, window): a step that is tried again, resumed, or taken in parts draws
+    the same.
     """
     seeds = [seed_of(run.config.seed, "dropout", stage, epoch, sample.index) for sample in samples]
+    run.head.seed(seeds)
     return video_dropout(features_BCL, run.config.head.dropout, seeds)
 
 
