@@ -23,7 +23,7 @@ from lofi_fast.settings import Section, Setting, leaves, made, read
 
 Stage = Literal["pretrain", "joint", "head", "eval"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-EncoderName = Literal["tsm_r18", "tsm_r34", "tsm_r50"]
+EncoderName = Literal["tsm_r18", "tsm_r34", "tsm_r50", "r2plus1d_18"]
 HeadName = Literal["gtad", "actionformer"]
 OptimizerImpl = Literal["auto", "apex", "torch"]
 Recompute = Literal["auto", "always", "never"]
@@ -174,7 +174,7 @@ class EncoderConfig:
     weights: Annotated[
         str | None,
         Setting(
-            "torchvision ResNet, TSM or lofi_fast checkpoint to start from", "FILE", flag="--encoder-weights",
+            "torchvision, TSM, TSP or lofi_fast checkpoint to start from", "FILE", flag="--encoder-weights",
             unset="random weights", may_change=True,
         ),
     ] = None  # fmt: skip

@@ -334,7 +334,7 @@ class Session:
         self.budget = resolve_budget(budget, self.meter.total(), self.meter.available())
         if self.config.data.video_scores:
             say(f"note: classes are the head's own, and not those of {self.config.data.video_scores}")
-        detector.encoder.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        detector.encoder.place(self.device).eval()
         detector.encoder.freeze_batchnorm()
         detector.head.to(self.device).eval()
         self.chunk = 0  # snippets encoded at once; 0: not planned yet

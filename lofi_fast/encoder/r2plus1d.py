@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lofi_fast.encoder.lean import GradientSum, default_chunk, tie
+from lofi_fast.config import EncoderName
+from lofi_fast.encoder.lean import GradientSum, Tied, default_chunk, tie
 from lofi_fast.encoder.protocol import Encoder
 
 # Of Kinetics-400, with which torchvision's and TSP's weights were trained.
@@ -80,10 +81,11 @@ class R2Plus1D(Encoder):
     the mean and std of Kinetics-400 inside. Features are the mean over time and space.
     """
 
+    memory_format = torch.channels_last_3d
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str = "r2plus1d_18", width: int = 64) -> None:
+    def __init__(self, name: EncoderName = "r2plus1d_18", width: int = 64) -> None:
         super().__init__()
         self.name, self.width = name, width
         middle = 45 * width // 64
@@ -173,19 +175,18 @@ def _pooled(x_NCTHW: Tensor) -> Tensor:
 class Convolution:
     """How one convolution is applied; its bias (C,) is the frozen batch norm's shift, without gradient."""
 
-    weight: Tensor  # folded, in the activations' dtype, without gradient
     bias: Tensor
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     total: GradientSum  # of its folded weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv3d(x, self.weight, self.bias, self.stride, self.padding)
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv3d(x, weight, self.bias, self.stride, self.padding)
 
-    def backward(self, grad: Tensor, x: Tensor, need_x: bool, need_weight: bool) -> Tensor | None:
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> Tensor | None:
         """The gradient of x; that of the weight is added to its sum."""
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
-            grad, x, self.weight, None, self.stride, self.padding, [1, 1, 1], False, [0, 0, 0], 1,
+            grad, x, weight, None, self.stride, self.padding, [1, 1, 1], False, [0, 0, 0], 1,
             [need_x, need_weight, False],
         )  # fmt: skip
         self.total.add(grad_weight)
@@ -198,54 +199,53 @@ class Block:
 
     branch: tuple[Convolution, ...]
     downsample: Convolution | None
-    ties: tuple[Tensor, ...]  # of the branch, then of the downsampling: they tie a graph to the weights that learn
     mean: Tensor | None = None  # of the stem
     std: Tensor | None = None
 
-    def source(self, x: Tensor) -> Tensor:
+    def source(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """What the first convolution reads."""
-        if self.mean is None or self.std is None:
-            return x
-        return _pixels(x, self.mean, self.std, self.branch[0].weight.dtype)
+        return x if self.mean is None or self.std is None else _pixels(x, self.mean, self.std, dtype)
 
 
 class _Block(torch.autograd.Function):
-    """(x, ties) -> out. Keeps x and what comes out of each ReLU."""
+    """(x, folded weights, ties) -> out. Keeps x, what comes out of each ReLU, and the weights."""
 
     @staticmethod
-    def forward(ctx: Any, block: Block, x: Tensor, *_: Tensor) -> Tensor:
-        kept, hidden = [x], block.source(x)
-        for convolution in block.branch:
-            hidden = convolution.forward(hidden)
+    def forward(ctx: Any, block: Block, x: Tensor, weights: tuple[Tensor, ...], *_: Tensor) -> Tensor:
+        kept, hidden = [x], block.source(x, weights[0].dtype)
+        for convolution, weight in zip(block.branch, weights, strict=False):
+            hidden = convolution.forward(hidden, weight)
             if convolution is block.branch[-1] and block.mean is None:
-                hidden += x if block.downsample is None else block.downsample.forward(x)
+                hidden += x if block.downsample is None else block.downsample.forward(x, weights[-1])
             kept.append(hidden.relu_())
         ctx.block = block
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*kept, *weights)
         return hidden
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         block: Block = ctx.block
-        x, *kept = ctx.saved_tensors
-        _, need_x, *need_weights = ctx.needs_input_grad
+        saved, count = ctx.saved_tensors, len(block.branch) + 1
+        x, kept, weights = saved[0], list(saved[1:count]), saved[count:]
+        del saved
+        _, need_x, _, *need_weights = ctx.needs_input_grad
         grad: Tensor | None = torch.ops.aten.threshold_backward.default(grad_out, kept.pop(), 0)
         del grad_out
-        grad_identity = grad if block.mean is None else None
+        grad_identity = grad if need_x else None
         for i in reversed(range(len(block.branch))):
             assert grad is not None
-            hidden = kept.pop() if i > 0 else block.source(x)
-            grad = block.branch[i].backward(grad, hidden, i > 0 or need_x, need_weights[i])
+            hidden = kept.pop() if i > 0 else block.source(x, weights[0].dtype)
+            grad = block.branch[i].backward(grad, hidden, weights[i], i > 0 or need_x, need_weights[i])
             if i > 0:
                 torch.ops.aten.threshold_backward.grad_input(grad, hidden, 0, grad_input=grad)
             del hidden
         if block.downsample is not None:
             assert grad_identity is not None
-            grad_identity = block.downsample.backward(grad_identity, x, need_x, need_weights[-1])
+            grad_identity = block.downsample.backward(grad_identity, x, weights[-1], need_x, need_weights[-1])
         if grad is not None and grad_identity is not None:
             grad += grad_identity
-        return None, grad, *(None for _ in need_weights)
+        return None, grad, None, *(None for _ in need_weights)
 
 
 @dataclass(frozen=True)
@@ -253,6 +253,7 @@ class Lean:
     """An `R2Plus1D` with its frozen batch norm folded in, for one optimiser step."""
 
     blocks: tuple[Block, ...]  # the stem first
+    weights: tuple[Tied, ...]  # of each block: of its branch, then of its downsampling
 
     @staticmethod
     def of(encoder: R2Plus1D) -> Lean:
@@ -261,7 +262,8 @@ class Lean:
         if torch.is_autocast_enabled(device) and dtype is not torch.float64:
             dtype = torch.get_autocast_dtype(device)
 
-        def part(conv: nn.Module, bn: nn.Module) -> tuple[Convolution, Tensor]:
+        def part(conv: nn.Module, bn: nn.Module) -> tuple[Convolution, Tensor, Tensor]:
+            """With the folded weight, and its tie."""
             assert isinstance(conv, nn.Conv3d) and isinstance(bn, nn.BatchNorm3d)
             assert bn.running_mean is not None and bn.running_var is not None
             scale = bn.weight.detach() * torch.rsqrt(bn.running_var + bn.eps)
@@ -269,23 +271,26 @@ class Lean:
             weight, total = conv.weight * scale.view(-1, 1, 1, 1, 1), GradientSum()
             folded = weight.detach().to(dtype, memory_format=torch.channels_last_3d)
             padding = cast("tuple[int, ...]", conv.padding)
-            return Convolution(folded, bias.to(dtype), conv.stride, padding, total), tie(weight, total)
+            return Convolution(bias.to(dtype), conv.stride, padding, total), folded, tie(weight, total)
 
-        def block(pairs: list[tuple[nn.Module, nn.Module]], downsample: nn.Sequential | None = None) -> Block:
+        def block(
+            pairs: list[tuple[nn.Module, nn.Module]], downsample: nn.Sequential | None = None
+        ) -> tuple[Block, Tied]:
             parts = [part(*pair) for pair in pairs]
-            last = None if downsample is None else part(downsample[0], downsample[1])
-            ties = tuple(tied for _, tied in (*parts, *(() if last is None else (last,))))
-            return Block(tuple(convolution for convolution, _ in parts), None if last is None else last[0], ties)
+            if downsample is not None:
+                parts.append(part(downsample[0], downsample[1]))
+            convolutions, folded, ties = zip(*parts, strict=True)
+            branch = convolutions[: len(pairs)]
+            return Block(branch, None if downsample is None else convolutions[-1]), Tied(folded, ties)
 
-        first = block([(encoder.stem[0], encoder.stem[1]), (encoder.stem[3], encoder.stem[4])])
-        blocks = [replace(first, mean=encoder.mean, std=encoder.std)]
-        blocks += [block(module.pairs(), module.downsample) for module in encoder.blocks]
-        return Lean(tuple(blocks))
+        stem, stem_weights = block([(encoder.stem[0], encoder.stem[1]), (encoder.stem[3], encoder.stem[4])])
+        blocks, weights = zip(*(block(module.pairs(), module.downsample) for module in encoder.blocks), strict=True)
+        return Lean((replace(stem, mean=encoder.mean, std=encoder.std), *blocks), (stem_weights, *weights))
 
     def __call__(self, snippets_NTHWC: Tensor) -> Tensor:
         """Features of the snippets of one chunk."""
         x = snippets_NTHWC
         with torch.autocast(x.device.type, enabled=False):
-            for block in self.blocks:
-                x = _Block.apply(block, x, *block.ties)  # type: ignore[no-untyped-call]
+            for block, weights in zip(self.blocks, self.weights, strict=True):
+                x = _Block.apply(block, x, weights.folded, *weights.ties)  # type: ignore[no-untyped-call]
             return _pooled(x)

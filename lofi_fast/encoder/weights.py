@@ -1,4 +1,4 @@
-"""Encoder weights from elsewhere, by key mapping: torchvision ResNets, TSM checkpoints, our own run folders."""
+"""Encoder weights from elsewhere, by key mapping: torchvision, TSM and TSP checkpoints, our own run folders."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 from lofi_fast.encoder.protocol import Encoder
 from lofi_fast.errors import InputError
 
-CLASSIFIER_KEYS = ("fc.", "new_fc.", "classifier.")
+CLASSIFIER_KEYS = ("fc.", "fc1.", "fc2.", "new_fc.", "classifier.")
 
 
 def map_key(key: str) -> str | None:
     """Our name of a checkpoint's key, or None for a classifier that is left behind.
 
     torchvision: the same names. TSM: `module.base_model.layer1.0.conv1.net.weight`, shifted convolutions wrapped in
-    `.net`, the classifier `new_fc`. Ours: `encoder.` in front.
+    `.net`, the classifier `new_fc`. TSP: `features.layer1.0.conv1.0.0.weight`, two classifiers. Ours: `encoder.` in
+    front.
     """
-    for prefix in ("module.", "base_model.", "encoder.", "backbone."):
+    for prefix in ("module.", "base_model.", "encoder.", "backbone.", "features."):
         key = key.removeprefix(prefix)
     if key.startswith(CLASSIFIER_KEYS):
         return None
