@@ -231,6 +231,8 @@ def configured(
 
 def _check_encoder(config: Config) -> None:
     encoder = config.encoder
+    if encoder.train != "all" and encoder.name != "vit_b16":
+        raise InputError(f"--encoder.train {encoder.train}: {encoder.name} learns as a whole; use --encoder vit_b16")
     if encoder.name.startswith("tsm_"):
         return
     if config.kept_maps == "8bit":

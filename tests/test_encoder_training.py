@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 from detectors import ROOT, SETTINGS, SmallRun
 
-ENCODERS = {"r2plus1d_18": ("--width", "4")}
+ENCODERS = {
+    "r2plus1d_18": ("--encoder", "r2plus1d_18", "--width", "4"),
+    "vit_b16": ("--encoder", "vit_b16", "--width", "4", "--encoder.train", "adapters"),
+}
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -28,9 +31,9 @@ def run(*command: object) -> None:
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_an_encoder_trains_as_predicted_and_detects(encoder: str, small: SmallRun, tmp_path: Path) -> None:
-    out, (annotations,) = tmp_path / "run", small.videos.parent.glob("*.json")
+    out, annotations = tmp_path / "run", small.videos.parent / "annotations.json"
     data = ("--annotations", annotations, "--videos", small.videos, "--cache", small.cache)
-    run("train", *data, *SETTINGS, "--encoder", encoder, *ENCODERS[encoder], "--out", out)
+    run("train", *data, *SETTINGS, *ENCODERS[encoder], "--out", out)
     steps = [step for step in events(out, "step") if step["stage"] == "joint"]
     assert steps and not events(out, "out_of_memory")
     for step in steps:

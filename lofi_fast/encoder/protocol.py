@@ -27,6 +27,7 @@ class Encoder(nn.Module, ABC):
     memory_format = torch.channels_last  # in which its weights lie in memory
     eight_bit = False  # whether `encode` can keep the activations for backward in 8 bits
     frozen_batchnorm = False
+    added: tuple[str, ...] = ()  # parts of the names of what published weights do not have, and which begins anew
 
     @abstractmethod
     def forward(self, frames_NHWC: Tensor, num_frames: int) -> Tensor:
