@@ -23,7 +23,7 @@ from lofi_fast.settings import Section, Setting, leaves, made, read
 
 Stage = Literal["pretrain", "joint", "head", "eval"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-EncoderName = Literal["tsm_r18", "tsm_r34", "tsm_r50"]
+EncoderName = Literal["tsm_r18", "tsm_r34", "tsm_r50", "r2plus1d_18", "vit_b16"]
 HeadName = Literal["gtad", "bmn", "actionformer", "spotting"]
 OptimizerImpl = Literal["auto", "apex", "torch"]
 Recompute = Literal["auto", "always", "never"]
@@ -72,6 +72,13 @@ def parse_window(text: str) -> float | Literal["labels"] | None:
             "chosen from the labels"
         )
     return seconds
+
+
+def parse_trained(text: str) -> str:
+    """ "all", "adapters" or "last:N" blocks. Raises InputError."""
+    if not re.fullmatch(r"all|adapters|last:([1-9]|1[0-2])", text):
+        raise InputError(f'--encoder.train "{text}": write all, adapters, or last:N for the last 1 to 12 blocks')
+    return text
 
 
 # What formats of labels leave open: settings of a run, and flags of the other commands that read labels.
@@ -170,11 +177,23 @@ class DataConfig:
 @dataclass(frozen=True)
 class EncoderConfig:
     name: Annotated[EncoderName, Setting("the network that makes features", flag="--encoder", memory=True)] = "tsm_r18"
-    width: Annotated[int, Setting("channels of its first stage (the paper's: 64)", flag="--width", memory=True)] = 64
+    width: Annotated[
+        int,
+        Setting(
+            "channels of its first stage, or of an attention head (the papers': 64)", flag="--width", memory=True
+        ),
+    ] = 64  # fmt: skip
+    train: Annotated[
+        str,
+        Setting(
+            "what of vit_b16 learns: all, adapters (small layers beside blocks that stay), or last:N blocks",
+            "all|adapters|last:N", memory=True, parse=parse_trained,
+        ),
+    ] = "all"  # fmt: skip
     weights: Annotated[
         str | None,
         Setting(
-            "torchvision ResNet, TSM or lofi_fast checkpoint to start from", "FILE", flag="--encoder-weights",
+            "torchvision, TSM, TSP, V-JEPA 2 or lofi_fast checkpoint to start from", "FILE", flag="--encoder-weights",
             unset="random weights", may_change=True,
         ),
     ] = None  # fmt: skip

@@ -347,7 +347,7 @@ class Session:
                 f"note: windows begin every {length * (1 - overlap):g} snippets, which is no whole number: what two of "
                 "them show is encoded for each"
             )
-        detector.encoder.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        detector.encoder.place(self.device).eval()
         detector.encoder.freeze_batchnorm()
         detector.head.to(self.device).eval()
         self.chunk = 0  # snippets encoded at once; 0: not planned yet

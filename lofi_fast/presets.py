@@ -290,9 +290,22 @@ def configured(
         raise InputError(f"--short-cycle {config.short_cycle} goes with --pattern cyclic, not {config.pattern}")
     if not 1 <= config.min_cut <= config.max_cut <= 64:
         raise InputError(f"--min-cut {config.min_cut:g} --max-cut {config.max_cut:g}: need 1 <= min <= max <= 64")
+    _check_encoder(config)
     checks = {"gtad": _check_gtad, "bmn": _check_bmn, "actionformer": _check_actionformer, "spotting": _check_length}
     checks[config.head.name](config)
     return config
+
+
+def _check_encoder(config: Config) -> None:
+    encoder = config.encoder
+    if encoder.train != "all" and encoder.name != "vit_b16":
+        raise InputError(f"--encoder.train {encoder.train}: {encoder.name} learns as a whole; use --encoder vit_b16")
+    if encoder.name.startswith("tsm_"):
+        return
+    if config.kept_maps == "8bit":
+        raise InputError(f"--kept-maps 8bit: {encoder.name} cannot keep its activations in 8 bits; use exact")
+    if encoder.name == "r2plus1d_18" and encoder.width < 2:
+        raise InputError(f"--width {encoder.width}: {encoder.name} needs 2 channels or more")
 
 
 def _check_gtad(config: Config) -> None:

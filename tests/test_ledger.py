@@ -5,9 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -18,10 +16,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import fill, frames
+from networks import BF16, FP32, Alive, fill, frames, precision, saved_bytes, storage
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lofi_fast.config import BMNConfig, EncoderName, HeadConfig, StageConfig
 from lofi_fast.data.pipeline import FramePipeline
@@ -51,7 +47,6 @@ SMALL = HeadConfig(hidden=32, groups=4, inner_bins=5, context_bins=2, map_channe
 LARGE = HeadConfig(hidden=128, groups=16, inner_bins=16, map_channels=256)
 RELEASED, PAPER = BMNConfig(), BMNConfig(definition="paper")
 NUM_CLASSES = 6
-FP32, BF16 = 4, 2
 
 
 @pytest.fixture(autouse=True)
@@ -60,66 +55,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)  # the maps are so small that a second thread is only waited for
     yield
     torch.set_num_threads(threads)
-
-
-def storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-class Alive(TorchDispatchMode):
-    """Bytes of all storages that operators made and that are still alive, and the most there were.
-
-    What an operator takes for itself and gives back is not seen. `known` storages are not counted.
-    """
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = {storage(tensor) for tensor in known}
-        self._alive: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
-        return out
-
-    def _see(self, tensor: Tensor) -> None:
-        made = tensor.untyped_storage()
-        key, size = made._cdata, made.nbytes()
-        if key in self._known or key in self._alive:
-            return
-
-        def gone(reference: object) -> None:
-            if self._alive.get(key) is reference:
-                del self._alive[key]
-                self.now -= size
-
-        self._alive[key] = weakref.ref(made, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-def saved_bytes(known: list[Tensor], forward: Callable[[], object]) -> int:
-    """What autograd holds of `forward`, whose results are alive: every storage once, `known` ones not."""
-    ours = {storage(tensor) for tensor in known}
-    saved: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if storage(tensor) not in ours:
-            saved[storage(tensor)] = weakref.ref(tensor.untyped_storage())
-        return tensor.detach()  # a function's own result would otherwise hold its own graph
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    alive = sum(made.nbytes() for reference in saved.values() if (made := reference()) is not None)
-    del result
-    return alive
-
-
-def precision(itemsize: int) -> AbstractContextManager[None]:
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=itemsize == BF16)
 
 
 def frozen(name: EncoderName, width: int) -> TSMResNet:

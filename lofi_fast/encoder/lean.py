@@ -396,14 +396,14 @@ class LeanEncoder:
             convolution = Convolution(conv.stride[0], int(conv.padding[0]), bias, GradientSum())
             weight = conv.weight * scale
             kept = () if recompute else (_placed(weight, dtype),)
-            return convolution, Unfolded(conv.weight.detach(), scale, dtype), _tie(weight, convolution.total), kept
+            return convolution, Unfolded(conv.weight.detach(), scale, dtype), tie(weight, convolution.total), kept
 
         scale, bias = frozen_affine(encoder.bn1)
         stem = Convolution(2, 3, bias, GradientSum())
         weight = fold_normalization(encoder.conv1.weight * scale, encoder.std.flatten())
         if dtype is torch.float16:
             weight = weight * PIXELS
-        stem_weight = Tied((_placed(weight, dtype),), (_tie(weight, stem.total),))
+        stem_weight = Tied((_placed(weight, dtype),), (tie(weight, stem.total),))
         modules = [block for stage in encoder.stages for block in stage]
         blocks, weights = [], []
         for index, module in enumerate(modules):
@@ -467,9 +467,10 @@ def _placed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.detach().to(dtype, memory_format=torch.channels_last)
 
 
-def _tie(weight: Tensor, total: GradientSum) -> Tensor:
-    tie: Tensor = _Summed.apply(weight, total)  # type: ignore[no-untyped-call]
-    return tie
+def tie(weight: Tensor, total: GradientSum) -> Tensor:
+    """An empty tensor that ties the graphs of chunks to `weight`, whose gradient is then what `total` has summed."""
+    tied: Tensor = _Summed.apply(weight, total)  # type: ignore[no-untyped-call]
+    return tied
 
 
 def encode(

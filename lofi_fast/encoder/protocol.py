@@ -24,12 +24,18 @@ class Encoder(nn.Module, ABC):
 
     name: str = "encoder"  # in messages
     num_features: int
+    memory_format = torch.channels_last  # in which its weights lie in memory
     eight_bit = False  # whether `encode` can keep the activations for backward in 8 bits
     frozen_batchnorm = False
+    added: tuple[str, ...] = ()  # parts of the names of what published weights do not have, and which begins anew
 
     @abstractmethod
     def forward(self, frames_NHWC: Tensor, num_frames: int) -> Tensor:
         """Features (N, C) with the network in the mode it is in; pretraining calls this, with live batch norm."""
+
+    def place(self, device: torch.device) -> Self:
+        """Move to `device`, the weights in the order in memory that its convolutions read."""
+        return self.to(device).to(memory_format=self.memory_format)  # type: ignore[call-overload, no-any-return]
 
     def freeze_batchnorm(self, frozen: bool = True) -> None:
         """Hold statistics and affine parameters of batch norm still from now on, in training mode too; or let them

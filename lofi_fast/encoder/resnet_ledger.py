@@ -21,10 +21,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 from lofi_fast.config import EncoderName
 from lofi_fast.encoder import resnet_live_ledger
+from lofi_fast.encoder.chunks import Chunk, divided, play_backward, play_forward
 from lofi_fast.encoder.resnet_table import Activation, Block, Conv, Network, network
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.ledger import FLOAT, LONG, RGB, Parameters, Pass, Stage, Tally
@@ -174,15 +174,6 @@ def _weight_gradient(conv: Conv, done: int, e: int, first: bool) -> int:
     return made
 
 
-class Chunk(NamedTuple):
-    """Bytes of one chunk of the encoder; peaks are above what was there before."""
-
-    kept: int
-    features: int
-    forward: int
-    backward: int  # counting what was kept in forward
-
-
 @lru_cache(maxsize=1024)
 def chunk_bytes(
     name: EncoderName,
@@ -258,17 +249,9 @@ class ResNetLedger:
     def forward(self, tally: Tally, work: Pass) -> int:
         """The folded weights and batch norms, then one chunk after the other, then the features put together."""
         net = network(self.name, self.width, work.side)
-        others, other, end = self._chunks(work)
         once = self._folded(net, work) + FLOAT * 2 * net.channels
         tally.take(once)
-        if others:
-            tally.take((others - 1) * (other.kept + other.features))
-            tally.spike(other.forward)
-            tally.take(other.kept + other.features)
-        tally.spike(end.forward)
-        tally.take(end.kept + end.features)
-        tally.spike(others * other.features + end.features)
-        return once + others * other.kept + end.kept
+        return once + play_forward(tally, *self._chunks(work))
 
     def without_gradients(self, tally: Tally, work: Pass) -> None:
         """The folded weights, then one chunk after the other, then the features put together."""
@@ -289,16 +272,7 @@ class ResNetLedger:
     def backward(self, tally: Tally, work: Pass) -> None:
         """The chunks in reverse, then from the gradients of the folded weights to those of the parameters."""
         net = network(self.name, self.width, work.side)
-        others, other, end = self._chunks(work)
-        features = others * other.features + end.features
-        tally.take(features)  # their gradient
-        tally.spike(end.backward)
-        made = FLOAT * net.weights - end.kept  # the sums of the gradients of the folded weights
-        if others:
-            tally.take(made)
-            tally.spike(other.backward)
-            made = -others * other.kept
-        tally.take(made - features - self._folded(net, work))  # the folded weights go with the last chunk
+        play_backward(tally, FLOAT * net.weights, self._folded(net, work), *self._chunks(work))
         for conv in reversed(net.convs):
             tally.spike(FLOAT * conv.weight)
             tally.take((work.gradient - FLOAT) * conv.weight)
@@ -309,16 +283,10 @@ class ResNetLedger:
         return work.itemsize * (net.stem.weight if work.recompute else net.weights)
 
     def _chunks(self, work: Pass) -> tuple[int, Chunk, Chunk]:
-        """(number of others, one of the others, end chunk). The end chunk comes last in forward and first in backward,
-        and may be smaller than the others, which are alike.
-        """
-        others = -(-work.snippets // work.chunk) - 1
-
         def part(snippets: int, first: bool, last: bool) -> Chunk:
             frames = snippets * FRAMES_PER_SNIPPET
             return chunk_bytes(
                 self.name, self.width, work.side, frames, work.itemsize, work.recompute, work.eight_bit, first, last
             )
 
-        end = part(work.snippets - others * work.chunk, True, others == 0)
-        return others, part(work.chunk, False, others == 1) if others else Chunk(0, 0, 0, 0), end
+        return divided(work, part)

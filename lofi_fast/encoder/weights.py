@@ -1,4 +1,4 @@
-"""Encoder weights from elsewhere, by key mapping: torchvision ResNets, TSM checkpoints, our own run folders."""
+"""Encoder weights from elsewhere, by key mapping: torchvision, TSM, TSP and V-JEPA 2 checkpoints, our own runs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 from lofi_fast.encoder.protocol import Encoder
 from lofi_fast.errors import InputError
 
-CLASSIFIER_KEYS = ("fc.", "new_fc.", "classifier.")
+CLASSIFIER_KEYS = ("fc.", "fc1.", "fc2.", "new_fc.", "classifier.")
 
 
 def map_key(key: str) -> str | None:
     """Our name of a checkpoint's key, or None for a classifier that is left behind.
 
     torchvision: the same names. TSM: `module.base_model.layer1.0.conv1.net.weight`, shifted convolutions wrapped in
-    `.net`, the classifier `new_fc`. Ours: `encoder.` in front.
+    `.net`, the classifier `new_fc`. TSP: `features.layer1.0.conv1.0.0.weight`, two classifiers. V-JEPA 2:
+    `module.backbone.blocks.0.attn.qkv.weight`. Ours: `encoder.` in front.
     """
-    for prefix in ("module.", "base_model.", "encoder.", "backbone."):
+    for prefix in ("module.", "base_model.", "encoder.", "backbone.", "features."):
         key = key.removeprefix(prefix)
     if key.startswith(CLASSIFIER_KEYS):
         return None
@@ -49,7 +50,7 @@ def _fitting(encoder: Encoder, path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: no such file; give the encoder's weights with --encoder-weights FILE") from None
     except Exception as error:  # a foreign file can make the unpickler raise anything
         raise InputError(f"{path}: not a PyTorch checkpoint that holds only tensors ({type(error).__name__})") from None
-    for name in ("state_dict", "encoder", "model"):
+    for name in ("state_dict", "target_encoder", "encoder", "model"):  # V-JEPA's target is the one that it evaluates
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     if not isinstance(content, dict):
@@ -60,7 +61,9 @@ def _fitting(encoder: Encoder, path: Path) -> dict[str, Tensor]:
         if mapped is not None and isinstance(value, Tensor):
             state[mapped] = value
     expected = encoder.state_dict()
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    added = [k for k in expected if any(part in k for part in encoder.added)]
+    begin_anew = set() if any(k in state for k in added) else set(added)
+    missing = [k for k in expected if k not in state.keys() | begin_anew and not k.endswith("num_batches_tracked")]
     unknown = [k for k in state if k not in expected]
     if missing or unknown:
         raise InputError(

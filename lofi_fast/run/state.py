@@ -386,7 +386,7 @@ def open_run(
         raise InputError(f"--kept-maps 8bit: {encoder.name} cannot keep its activations in 8 bits; use exact")
     if config.encoder.weights:
         log.say(load_encoder_weights(encoder, Path(config.encoder.weights)))
-    encoder.to(machine.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder.place(machine.device)
     largest = max(s.cached.width * s.cached.height for samples in dataset.samples.values() for s in samples)
     device = machine.device.type
     with machine.meter.settle("the frame pipeline"):
