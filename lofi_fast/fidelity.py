@@ -30,7 +30,7 @@ PAPER_CUT = 4.0
 LARGEST_STEP = 0.1  # of Omega, from one rung to the next, where whole snippets and even pixels allow it
 HALVINGS = (4, 8, 16, 32)  # pixels of a frame to one of an activation, in the four stages of a ResNet
 SIDES = 8  # sides that are offered are multiples of it
-DEAREST = 1.25  # the most that a pixel costs at a side that is offered; multiples of 16 from 48 on, and 32, are within
+DEAREST = 1.25  # the most that a pixel costs at a side that is offered: at 32 and multiples of 16 above at most 1.2
 
 
 class Pattern(StrEnum):
@@ -101,7 +101,7 @@ def ladder(pattern: Pattern, full: Fidelity, min_cut: float = 1.0, max_cut: floa
 
 def pixel_cost(side: int) -> float:
     """What a pixel costs in multiplications where frames of `side` x `side` pixels are halved five times, rounding up,
-    with as much work in each of the four last sizes, as in a ResNet: 1 at multiples of 32, 1.75 at 16, 1.9 at 34.
+    with as much work in each of the four last sizes, as in a ResNet: 1 at multiples of 32, 1.75 at 16, 2 at 34.
     """
     return sum((step * -(-side // step) / side) ** 2 for step in HALVINGS) / len(HALVINGS)
 

@@ -17,7 +17,7 @@ from lofi_fast.errors import InputError
 TABLES = (
     "job", "ops", "kernels", "memory", "step", "planner", "truth", "epochs", "tuners", "day", "optim", "overhead",
     "data", "eval", "gpu_planner", "fits", "plan", "scaling", "gpu", "tests", "launches", "faults", "recipes", "start",
-    "published",
+    "published", "rungs",
 )  # fmt: skip
 FIGURES = ("fits", "day")  # commands that draw one too
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
