@@ -19,6 +19,7 @@ COMMANDS = {
     ),
     "memory": ("[options]", "what autograd keeps of a frame, and the peak of a step: lean against plain PyTorch"),
     "scaling": ("[options]", "time and peak of a step over snippets, pixels, videos, the encoder, and processes"),
+    "rungs": ("[options]", "what a frame pixel costs at the sides of the rungs, as measured and as counted"),
     "step": ("[options]", "time of the encoder, the head and the whole step: ours against plain PyTorch"),
     "optim": ("[options]", "time of one update: apex's and torch's optimisers"),
     "planner": ("[options]", "predicted and measured peaks over many budgets, alone or beside a neighbour"),

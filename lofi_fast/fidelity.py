@@ -4,6 +4,9 @@ A fidelity is (num_snippets L, side); a mini-batch costs Omega = L * side^2 for 
 k = Omega_full / Omega is taken from: pixels (spatial), snippets (temporal) or both (spatio_temporal). The cyclic
 pattern visits the three in turn.
 
+`ladder` has the rungs of the method, `offered` those of them that the planner takes when nobody names one: a network
+that halves its images rounds up, so that a pixel costs up to twice as much at some sides as at others (`pixel_cost`).
+
 The temporal pattern may fall to a few snippets, on which few actions have a proposal that covers them well. There is no
 floor, because it would take cut 4, the paper's, from presets with few snippets; `--max-cut` sets one.
 """
@@ -11,7 +14,7 @@ floor, because it would take cut 4, the paper's, from presets with few snippets;
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -25,6 +28,9 @@ MIN_SIDE = 16  # below this the last ResNet stage sees less than one pixel
 MAX_CUT = 16.0
 PAPER_CUT = 4.0
 LARGEST_STEP = 0.1  # of Omega, from one rung to the next, where whole snippets and even pixels allow it
+HALVINGS = (4, 8, 16, 32)  # pixels of a frame to one of an activation, in the four stages of a ResNet
+SIDES = 8  # sides that are offered are multiples of it
+DEAREST = 1.25  # the most that a pixel costs at a side that is offered: at 32 and multiples of 16 above at most 1.2
 
 
 class Pattern(StrEnum):
@@ -88,10 +94,50 @@ def ladder(pattern: Pattern, full: Fidelity, min_cut: float = 1.0, max_cut: floa
     landmarks = sorted({min_cut, max_cut, *({PAPER_CUT} if min_cut < PAPER_CUT < max_cut else ())})
     chosen: dict[Fidelity, None] = {}
     for low, high in zip(landmarks, landmarks[1:] or landmarks, strict=False):
-        cuts = np.geomspace(low, high, 1 + math.ceil(1000 * math.log2(high / low)) if high > low else 1)
-        chosen |= dict.fromkeys(_thinned(list(dict.fromkeys(rung(pattern, full, float(cut)) for cut in cuts))))
+        chosen |= dict.fromkeys(_thinned(list(dict.fromkeys(rung(pattern, full, cut) for cut in _cuts(low, high)))))
     usable = [f for f in chosen if f.num_snippets >= 2 and f.side >= MIN_SIDE]
     return tuple(usable or list(chosen)[:1])
+
+
+def pixel_cost(side: int) -> float:
+    """What a pixel costs in multiplications where frames of `side` x `side` pixels are halved five times, rounding up,
+    with as much work in each of the four last sizes, as in a ResNet: 1 at multiples of 32, 1.75 at 16, 2 at 34.
+    """
+    return sum((step * -(-side // step) / side) ** 2 for step in HALVINGS) / len(HALVINGS)
+
+
+@lru_cache(maxsize=64)
+def offered(pattern: Pattern, full: Fidelity, min_cut: float = 1.0, max_cut: float = MAX_CUT) -> tuple[Fidelity, ...]:
+    """The rungs among which the planner chooses by itself, highest first: the first, the last and the paper's cut of 4
+    as in the `ladder` of the same arguments, and between them sides at which a pixel costs about as much as elsewhere:
+    multiples of 8 within `DEAREST`. Snippets are as many as the pattern has there. Steps are larger than those of the
+    ladder where there is no such side.
+    """
+    every = ladder(pattern, full, min_cut, max_cut)
+    if pattern is Pattern.TEMPORAL:
+        return every
+    named = [every[0], every[-1]]
+    if min_cut < PAPER_CUT < max_cut and (paper := rung(pattern, full, PAPER_CUT)) in every[1:-1]:
+        named.insert(1, paper)
+    chosen: dict[Fidelity, None] = {}
+    for high, low in pairwise(named):
+        fair = [side for side in range(low.side, high.side + 1) if side % SIDES == 0 and pixel_cost(side) <= DEAREST]
+        exact = _cuts(full.omega / high.omega, full.omega / low.omega) if fair else []
+        near = [_nearest(rung(pattern, full, cut), fair) for cut in exact]
+        between = [one for one in dict.fromkeys(near) if low.omega < one.omega < high.omega]
+        chosen |= dict.fromkeys(_thinned([high, *between, low]))
+    return tuple(chosen)
+
+
+def _nearest(exact: Fidelity, sides: Sequence[int]) -> Fidelity:
+    return Fidelity(exact.num_snippets, min(sides, key=lambda side: abs(side - exact.side)))
+
+
+def _cuts(low: float, high: float) -> list[float]:
+    """So many, from `low` to `high`, that no rung between them is missed."""
+    steps = math.ceil(1000 * math.log2(high / low)) if high > low else 0
+    cuts: list[float] = np.geomspace(low, high, 1 + steps).tolist()
+    return cuts
 
 
 def _thinned(rungs: list[Fidelity]) -> list[Fidelity]:

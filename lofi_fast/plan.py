@@ -21,7 +21,7 @@ from lofi_fast.command import CallableModule, given, run
 from lofi_fast.config import Config, EncoderName
 from lofi_fast.data.samples import EpochSize, counted, published
 from lofi_fast.errors import InputError
-from lofi_fast.fidelity import CYCLE, PAPER_CUT, Fidelity, Pattern, coinciding, ladder
+from lofi_fast.fidelity import CYCLE, PAPER_CUT, Fidelity, Pattern, coinciding, offered
 from lofi_fast.files import write_bytes
 from lofi_fast.memory import estimates
 from lofi_fast.memory.cards import Profile, profile_for, profile_named
@@ -123,7 +123,7 @@ class Forecast:
         return CYCLE if self.config.pattern is Pattern.CYCLIC else (self.config.pattern,)
 
     def rungs(self, pattern: Pattern) -> tuple[Fidelity, ...]:
-        return ladder(pattern, self.config.full, self.config.min_cut, self.config.max_cut)
+        return offered(pattern, self.config.full, self.config.min_cut, self.config.max_cut)
 
     def way(self, pattern: Pattern) -> Way | None:
         """What is chosen for a pattern; None where nothing fits."""

@@ -18,13 +18,15 @@ from av.video.frame import VideoFrame
 
 from bench.__main__ import main
 from bench.commands import data as bench_data
-from bench.commands import epochs, job, recipes, scaling, tables
+from bench.commands import epochs, job, recipes, rungs, scaling, tables
 from bench.commands import eval as bench_eval
 from bench.peers import decoders, official_map
 from bench.tools import networks
 from bench.tools.rows import ROOT, Row, append_row, environment, read_rows
+from bench.tools.table import Table
 from lofi_fast.data import demo
 from lofi_fast.errors import InputError
+from lofi_fast.fidelity import offered
 from lofi_fast.metrics import parse_tiou
 from lofi_fast.presets import PRESETS
 from lofi_fast.train import read_flags
@@ -524,3 +526,23 @@ def test_epochs_are_measured_beside_their_plan(tmp_path: Path) -> None:
         assert length * side**2 <= 32 * 64**2 / 12, "a cut of 16, as near as its rungs come"
         assert len(row["seconds"]) == 1 and min(row["seconds"][0], row["predicted_seconds"]) > 0
         assert row["error"] == pytest.approx(row["predicted_seconds"] / row["seconds"][0] - 1, abs=0.01)
+
+
+def test_what_a_pixel_costs_at_each_side(tmp_path: Path) -> None:
+    results = tmp_path / "rungs.jsonl"
+    assert main(["rungs", "--quick", "--device", "cpu", "--rounds", "1", "--results", str(results)]) == 0
+    rows = read_rows(results)
+    assert {(row["width"], row["side"], row["dtype"]) for row in rows} == {
+        (8, side, dtype) for side in (16, 32) for dtype in ("float32", "bfloat16")
+    }
+    assert all(row["least"] <= row["ns"][0] and row["quick"] for row in rows)
+    assert {row["side"]: row["counted"] for row in rows} == {16: 1.75, 32: 1}
+
+    measured = rungs.all_sides()
+    assert {96, 68, 46, 38} <= set(measured[32]) and {224, 104, 28} <= set(measured[64])
+    shared = rows[0] | {"quick": False, "dtype": "float32"}
+    made = [shared | {"width": 32, "side": side, "least": 100.0 + side} for side in rungs.sides_of("demo", offered)]
+    (of_presets, _) = rungs.table(made)[:2]
+    assert isinstance(of_presets, Table)
+    demo = next(line for line in of_presets.lines if line[0] == "demo")
+    assert demo == ("demo", "float32", "4", "1.41", "1.75", "17", "", "2.33")

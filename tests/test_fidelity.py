@@ -10,7 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lofi_fast.fidelity import CYCLE, MIN_SIDE, Fidelity, Pattern, coinciding, ladder, phase, rung, select_snippets
+from lofi_fast.config import EncoderName, PresetName
+from lofi_fast.encoder.resnet_ledger import ResNetLedger
+from lofi_fast.fidelity import (
+    CYCLE,
+    MIN_SIDE,
+    Fidelity,
+    Pattern,
+    coinciding,
+    ladder,
+    offered,
+    phase,
+    pixel_cost,
+    rung,
+    select_snippets,
+)
 from lofi_fast.presets import PRESETS
 
 PAPER = Fidelity(100, 224)
@@ -96,6 +110,92 @@ def test_too_small_rungs_are_left_out_but_never_the_last_one_left() -> None:
     assert ladder(Pattern.SPATIAL, tiny) == (tiny,)
     assert ladder(Pattern.TEMPORAL, tiny)[-1].num_snippets == 2
     assert ladder(Pattern.SPATIAL, tiny, 4.0) == (Fidelity(4, 8),)
+
+
+def literal_pixel_cost(side: int) -> float:
+    """Pixels of the four last sizes when an image is halved five times, each as a share of what halving without
+    rounding would leave, on average.
+    """
+    shares, size = [], side
+    for halving in range(1, 6):
+        size = size // 2 + size % 2
+        if halving > 1:
+            shares.append(size * size * 4**halving / side**2)
+    return sum(shares) / 4
+
+
+def test_a_pixel_costs_what_rounded_halves_cost() -> None:
+    for side in range(MIN_SIDE, 321):
+        assert pixel_cost(side) == pytest.approx(literal_pixel_cost(side), rel=1e-12)
+    assert [pixel_cost(side) for side in (16, 32, 64, 96, 160, 224)] == [1.75, 1, 1, 1, 1, 1]
+    within: dict[EncoderName, float] = {"tsm_r18": 0.06, "tsm_r34": 0.15, "tsm_r50": 0.15}
+    for name, most in within.items():
+        ledger = ResNetLedger(name)
+        best = ledger.multiply_adds(224) / 224**2
+        for side in range(MIN_SIDE, 226, 2):
+            counted = ledger.multiply_adds(side) / side**2 / best
+            assert counted == pytest.approx(pixel_cost(side), rel=most), (name, side)
+
+
+@pytest.mark.parametrize("pattern", CYCLE)
+@pytest.mark.parametrize("full", FULLS, ids=NAMES)
+class TestWhatIsOffered:
+    def test_the_ends_and_the_papers_cut_are_those_of_the_ladder(self, full: Fidelity, pattern: Pattern) -> None:
+        rungs, every = offered(pattern, full), ladder(pattern, full)
+        assert (rungs[0], rungs[-1]) == (every[0], every[-1]) and rung(pattern, full, 4) in rungs
+        assert offered(pattern, full, 4.0, 4.0) == (rung(pattern, full, 4.0),)
+        assert offered(pattern, full, 3.0, 9.0)[0] == rung(pattern, full, 3.0)
+
+    def test_between_them_are_sides_at_which_a_pixel_costs_at_most_a_quarter_more(
+        self, full: Fidelity, pattern: Pattern
+    ) -> None:
+        rungs = offered(pattern, full)
+        named = (rungs[0], rung(pattern, full, 4), rungs[-1])
+        fair = [s for s in range(MIN_SIDE, full.side + 1) if s % 8 == 0 and literal_pixel_cost(s) <= 1.25]
+        for one in rungs:
+            assert one in named or one.side in (fair if pattern is not Pattern.TEMPORAL else [full.side])
+        for above, below in pairwise(rungs):
+            assert below.omega < above.omega
+            assert below.num_snippets <= above.num_snippets and below.side <= above.side
+            if below.omega >= 0.9 * above.omega or pattern is Pattern.TEMPORAL:
+                continue
+            # A longer step jumps over no such side, and in the spatio-temporal pattern goes to a neighbour.
+            over = [side for side in fair if below.side < side < above.side]
+            assert not over, f"{above} to {below}"
+
+    def test_snippets_are_those_of_the_pattern_where_its_side_is_near(self, full: Fidelity, pattern: Pattern) -> None:
+        for one in offered(pattern, full):
+            if pattern is Pattern.SPATIAL:
+                assert one.num_snippets == full.num_snippets
+            if pattern is Pattern.TEMPORAL:
+                assert one in ladder(pattern, full)
+            if pattern is Pattern.SPATIO_TEMPORAL:
+                exact = full.side * math.sqrt(one.num_snippets / full.num_snippets)
+                assert abs(one.side - exact) <= 0.25 * full.side
+
+
+@pytest.mark.parametrize("name", ["activitynet", "hacs", "thumos", "actionformer_anet", "actionformer_thumos"])
+def test_a_pixel_costs_about_as_much_at_every_rung_of_the_papers_presets(name: PresetName) -> None:
+    config = PRESETS[name]()
+    for pattern in CYCLE:
+        rungs = offered(pattern, config.full, config.min_cut, config.max_cut)
+        costs = [literal_pixel_cost(one.side) for one in rungs]
+        assert max(costs) / min(costs) <= 1.25
+        assert len(rungs) >= 10
+
+
+@given(
+    length=st.integers(4, 200), side=st.integers(8, 160), bounds=st.tuples(st.floats(1, 64), st.floats(1, 64)),
+    pattern=st.sampled_from(CYCLE),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_something_is_offered_between_any_bounds(
+    length: int, side: int, bounds: tuple[float, float], pattern: Pattern
+) -> None:
+    full = Fidelity(length, 2 * side)
+    every, rungs = (of(pattern, full, min(bounds), max(bounds)) for of in (ladder, offered))
+    assert (rungs[0], rungs[-1]) == (every[0], every[-1])
+    assert all(below.omega < above.omega for above, below in pairwise(rungs))
 
 
 def test_the_cyclic_pattern_has_no_rung_of_its_own() -> None:

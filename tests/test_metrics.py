@@ -492,6 +492,22 @@ def test_command_line(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gt.json", "m.json", "p.json"]
 
 
+def test_of_several_processes_the_first_evaluates_alone(tmp_path, capsys, monkeypatch):
+    truth = {"v": {"subset": "validation", "annotations": [{"segment": [1, 3], "label": "run"}]}}
+    (tmp_path / "truth.json").write_text(json.dumps({"database": truth}))
+    found = {"v": [{"segment": [1, 3], "label": "run", "score": 1.0}]}
+    (tmp_path / "found.json").write_text(json.dumps({"results": found}))
+    argv = ["--ground-truth", str(tmp_path / "truth.json"), "--predictions", str(tmp_path / "found.json")]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert main([*argv, "--json", str(tmp_path / f"{rank}.json")]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == "" and not (tmp_path / "1.json").exists()
+    assert "average" in said[1] and json.loads((tmp_path / "0.json").read_text())["average_map"] == 1
+
+
 def test_command_line_error(tmp_path, capsys):
     gt = write(tmp_path / "gt.json", one())
     predictions = write(tmp_path / "p.json", {"results": {"other": []}})

@@ -18,7 +18,7 @@ from lofi_fast import encoder as encoders
 from lofi_fast import head as heads
 from lofi_fast.data import demo
 from lofi_fast.encoder.protocol import Encoder
-from lofi_fast.fidelity import Fidelity, Pattern, ladder
+from lofi_fast.fidelity import Fidelity, Pattern, offered
 from lofi_fast.head.protocol import Head
 from lofi_fast.presets import demo as demo_preset
 from lofi_fast.run.networks import Networks
@@ -136,7 +136,7 @@ def test_networks_without_ledgers_are_planned_by_trial_and_kept_within_the_budge
     for step in steps:
         assert step["peak"] <= budget and step["predicted"] <= step["room"]
         rung = Fidelity(step["num_snippets"], step["side"])
-        assert rung in ladder(Pattern(step["pattern"]), Fidelity(16, 64))[1:-1], (
+        assert rung in offered(Pattern(step["pattern"]), Fidelity(16, 64))[1:-1], (
             "neither the highest nor the last resort"
         )
         assert step["terms"].keys() == {"snippets"} and step["terms"]["snippets"] == step["loss"]

@@ -248,6 +248,10 @@ def test_cost_follows_omega_and_costs_a_third_more_when_recomputed() -> None:
     assert many == pytest.approx(1, abs=1e-6)
     assert relative_cost(Plan(LOW, 10**6), HIGH) == pytest.approx(many / 4)
     assert relative_cost(Plan(HIGH, 4, True), HIGH) == pytest.approx(4 / 3 * relative_cost(Plan(HIGH, 4), HIGH))
+    # A pixel costs more where halves are rounded up: 36 px are 9, 5, 3 and 2, and 48 px 12, 6, 3 and 2.
+    dear, fair = (relative_cost(Plan(Fidelity(32, side), 1), HIGH) for side in (36, 48))
+    work = [4**2 * a**2 + 8**2 * b**2 + 16**2 * c**2 + 32**2 * d**2 for a, b, c, d in ((9, 5, 3, 2), (12, 6, 3, 2))]
+    assert dear / fair == pytest.approx(work[0] / work[1]) and dear / fair > 0.8 > (36 / 48) ** 2
     one, two, sixteen = (relative_cost(Plan(HIGH, n), HIGH) for n in (1, 2, 16))
     assert many < sixteen < two < one < 1.2 * many
 

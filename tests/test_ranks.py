@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,18 @@ class Job:
         annotations = f"--annotations={self.folder / 'annotations.json'}"
         return [*data, annotations, *SETTINGS, "--out", str(self.folder / name), *more]
 
-    @contextmanager
     def started(
         self, count: int, name: str, *more: str, program: str = "-m lofi_fast.train", restarts: int = 0
-    ) -> Iterator[Any]:
+    ) -> AbstractContextManager[subprocess.Popen[str]]:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         launcher += ["--max-restarts", str(restarts)]
-        command = [sys.executable, *(launcher if count > 1 else []), *program.split(), *self.flags(name, *more)]
+        return self.launched(launcher if count > 1 else [], name, *more, program=program)
+
+    @contextmanager
+    def launched(
+        self, launcher: Sequence[str], name: str, *more: str, program: str = "-m lofi_fast.train"
+    ) -> Iterator[subprocess.Popen[str]]:
+        command = [sys.executable, *launcher, *program.split(), *self.flags(name, *more)]
         with subprocess.Popen(
             command, cwd=ROOT, text=True, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as process:
@@ -213,6 +218,25 @@ def test_two_processes_train_as_one_where_memory_runs_out_in_one_of_them(job: Jo
     assert "process 1 of 2: out of memory" in failed["reason"]
     steps = [event for event in job.events("two", "step") if event["stage"] == "joint"]
     assert [event.get("retries", 0) for event in steps] == [0, 1, 0, 0], "each step once in the log, none lost"
+
+
+def test_two_agents_with_a_process_each_train_as_one_agent_with_two(job: Job) -> None:
+    """The command that docs/scale.md gives for two machines, both on this one: the same numbers, and one of the two
+    processes speaks and writes.
+    """
+    flags = ["--stages=joint,head,eval", "--joint-epochs=1", "--head-epochs=1"]
+    together = job.run(2, "together", *flags)
+    assert together.status == 0, together.err
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    launcher += ["--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "agents"]
+    with job.launched(launcher, "agents", *flags) as first, job.launched(launcher, "agents", *flags) as second:
+        outcomes = [ended(first), ended(second)]
+    assert [outcome.status for outcome in outcomes] == [0, 0], outcomes
+    assert sum(outcome.out.count("head 1/1: mAP") for outcome in outcomes) == 1
+    assert len(job.events("agents", "start")) == 1
+    assert job.losses("agents") == job.losses("together")
+    for file in ("predictions.json", "metrics.json"):
+        assert job.read("agents", file) == job.read("together", file)
 
 
 def kill_in_joint(job: Job, name: str, process: subprocess.Popen[str], rank: int) -> None:

@@ -33,7 +33,7 @@ from lofi_fast.data import demo
 from lofi_fast.data.pipeline import FramePipeline
 from lofi_fast.encoder.tsm import TSMEncoder
 from lofi_fast.errors import InputError
-from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder
+from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder, offered
 from lofi_fast.head import map_head
 from lofi_fast.memory.decision import Decision
 from lofi_fast.memory.governor import Governor
@@ -780,7 +780,7 @@ def test_a_budget_that_binds_takes_lower_rungs_and_is_kept_to(
     written = read(folder / "plan.json")
     assert written["budget"] == budget
     for name, chosen in written["plans"]["joint"].items():
-        rungs = ladder(Pattern(name), Fidelity(16, 96))
+        rungs = offered(Pattern(name), Fidelity(16, 96))
         rung = Fidelity(*chosen["rung"])
         assert rung in rungs[1:-1], "below the full fidelity, and not the last resort"
         assert not chosen["recompute"] and chosen["predicted"] <= budget

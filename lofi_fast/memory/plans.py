@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from lofi_fast.budget import gigabytes
 from lofi_fast.config import Recompute
-from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
+from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity, pixel_cost
 from lofi_fast.ledger import CHUNK_PIXELS, default_chunk
 
 T = TypeVar("T")
@@ -130,14 +130,15 @@ def worthwhile(plans: Iterable[Plan], ledger: Callable[[Plan], int]) -> Iterator
 
 
 def relative_cost(plan: Plan, full: Fidelity, device: Device | None = None, launch_bound: float | None = None) -> float:
-    """Time of a step, of that at full fidelity with many videos at once: in proportion to Omega, which is what the
-    convolutions cost, with a little more for few videos at once, whose kernels are small. On a GPU small chunks cost
-    more, because the host cannot launch their kernels as fast as they run.
+    """Time of a step, of that at full fidelity with many videos at once: in proportion to Omega and to what a pixel
+    costs at the side, which is what the convolutions cost, with a little more for few videos at once, whose kernels are
+    small. On a GPU small chunks cost more, because the host cannot launch their kernels as fast as they run.
 
     `launch_bound`: frame pixels of the chunk below which that is so, where more is known of the GPU than that it is one
     (`estimates.launch_bound`); the slower the GPU, the fewer.
     """
-    cost = plan.omega / full.omega * (RECOMPUTE_COST if plan.recompute else 1.0) * (1 + SMALL_BATCH / plan.micro_batch)
+    cost = plan.omega * pixel_cost(plan.fidelity.side) / (full.omega * pixel_cost(full.side))
+    cost *= (RECOMPUTE_COST if plan.recompute else 1.0) * (1 + SMALL_BATCH / plan.micro_batch)
     if device == "cuda" and plan.chunk:
         side = plan.fidelity.side
         if launch_bound is None:

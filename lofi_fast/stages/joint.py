@@ -13,7 +13,7 @@ from torch import nn
 
 from lofi_fast.budget import duration, gigabytes
 from lofi_fast.data.dataset import Sample
-from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, coinciding, ladder, phase
+from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, coinciding, offered, phase
 from lofi_fast.memory.cards import profile_of
 from lofi_fast.memory.decision import Decision, Planner
 from lofi_fast.memory.estimates import full_step_seconds, launch_bound
@@ -109,7 +109,7 @@ def patterns_of(run: Run) -> tuple[Pattern, ...]:
 
 def ladders(run: Run) -> dict[Pattern, tuple[Fidelity, ...]]:
     config = run.config
-    return {pattern: ladder(pattern, config.full, config.min_cut, config.max_cut) for pattern in patterns_of(run)}
+    return {pattern: offered(pattern, config.full, config.min_cut, config.max_cut) for pattern in patterns_of(run)}
 
 
 def new_planner(run: Run) -> Planner:
@@ -343,9 +343,9 @@ def kept_down(run: Run, planner: Governor, chosen: Mapping[str, PatternPlan]) ->
     config = run.config
     ledger = ledger_of(run, [])
     for pattern in patterns_of(run):
-        top = ladder(pattern, config.full, config.min_cut, config.max_cut)[0]
+        top = offered(pattern, config.full, config.min_cut, config.max_cut)[0]
         rung = Fidelity(*chosen[pattern.value]["rung"])
-        higher = [of for of in ladder(pattern, config.full, 1.0, config.min_cut) if of.omega > rung.omega]
+        higher = [of for of in offered(pattern, config.full, 1.0, config.min_cut) if of.omega > rung.omega]
         if rung != top or not higher or config.epoch_time is not None:
             continue
         plans = candidates(higher, share_of_a_step(run), config.micro_batch, config.recompute, planner.device)
