@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -26,7 +26,7 @@ from av.video.frame import VideoFrame
 
 from lofi_fast.data.cache import CacheRequest, Skipped, estimate_bytes, file_name, prepare
 from lofi_fast.data.entry import CachedVideo
-from lofi_fast.data.pictures import cached_size, hold_in_turn
+from lofi_fast.data.pictures import _ahead, cached_size, hold_in_turn
 from lofi_fast.data.video import VideoError, VideoInfo, probe
 from lofi_fast.errors import InputError
 
@@ -676,6 +676,38 @@ def test_pictures_are_held_no_longer_than_needed(tmp_path: Path) -> None:
         alive = max(alive, sum(jpeg() is not None for jpeg in jpegs))
     assert len(jpegs) == len(np.unique(np.concatenate(OVERLAPPING)))
     assert alive <= 2 * len(OVERLAPPING[0])
+
+
+def test_a_thread_makes_no_more_than_it_may_and_ends_when_left() -> None:
+    made, ended = [], []
+
+    def items() -> Generator[int]:
+        try:
+            for number in range(100):
+                made.append(number)
+                yield number
+        finally:
+            ended.append(True)
+
+    ahead = _ahead(items(), 3)
+    assert [next(ahead) for _ in range(5)] == [0, 1, 2, 3, 4]
+    time.sleep(0.2)
+    assert 5 < len(made) <= 5 + 3 + 1 and not ended
+    ahead.close()
+    assert ended and len(made) <= 5 + 3 + 2
+    assert list(_ahead((number for number in range(7)), 3)) == list(range(7))
+
+
+def test_what_a_thread_raises_comes_in_its_place() -> None:
+    def items() -> Generator[int]:
+        yield from range(3)
+        raise OSError("gone")
+
+    seen = []
+    with pytest.raises(OSError, match="gone"):
+        for number in _ahead(items(), 2):
+            seen.append(number)
+    assert seen == [0, 1, 2]
 
 
 def test_held_pictures_of_a_damaged_video(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from lofi_fast.__main__ import COMMANDS
 from lofi_fast.budget import Budget
 from lofi_fast.command import given
 from lofi_fast.settings import leaves, made, negated, read
-from lofi_fast.train import spelled_out
+from lofi_fast.train import read_flags, spelled_out
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -195,6 +195,14 @@ def test_every_link_leads_somewhere() -> None:
             if anchor:
                 headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
                 assert anchor in map(slug, headings), f"{page.name}: {link}"
+
+
+def test_files_of_settings_can_be_read(tmp_path: Path) -> None:
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "toml":
+                (tmp_path / "settings.toml").write_text(block.text)
+                read_flags(["--config", str(tmp_path / "settings.toml")], cuda=lambda: True)
 
 
 def test_python_in_the_docs_names_what_there_is() -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from copy import copy
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -228,6 +229,40 @@ def test_window_by_window_equals_all_at_once(
     assert rows(found) == rows(all_at_once(other, video, tmp_path / "cache"))
     assert len(found) > 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "v.mp4"]
+
+
+@pytest.mark.parametrize(("window", "snippets"), [(8.0, 72), (5.0, 26 * 4 + 8 + 8), (100.0, 8), (None, 8)])
+def test_a_snippet_of_several_windows_is_encoded_once(
+    window: float | None, snippets: int, detector: Detector, small: SmallRun, tmp_path: Path
+) -> None:
+    video = joined(small.validation[:1], tmp_path / "v.mp4", times=3)
+    data = replace(detector.config.data, window=window)
+    encoder, encoded = copy(detector.encoder), []
+
+    def counted(frames: torch.Tensor, num_frames: int, **levers: object) -> torch.Tensor:
+        encoded.append(len(frames) // num_frames)
+        return detector.encoder.encode(frames, num_frames, **levers)  # type: ignore[arg-type]
+
+    encoder.encode = counted  # type: ignore[method-assign]
+    other = Detector(encoder, detector.head, detector.classes, replace(detector.config, data=data))
+    with other.session(mem_budget=BUDGET) as session:
+        session.detect(video)
+        assert sum(encoded) >= snippets - 1  # of the planning too
+        encoded.clear()
+        session.detect(video)
+    # that of the last window, which ends with the video, may by chance be one of another window
+    assert snippets - 1 <= sum(encoded) <= snippets
+
+
+def test_it_is_said_where_windows_can_share_no_snippets(detector: Detector) -> None:
+    said: list[str] = []
+    data = replace(detector.config.data, overlap=0.3)
+    other = Detector(detector.encoder, detector.head, detector.classes, replace(detector.config, data=data))
+    other.session(mem_budget=BUDGET, say=said.append).close()
+    assert any("begin every 5.6 snippets, which is no whole number" in text for text in said)
+    said.clear()
+    detector.session(mem_budget=BUDGET, say=said.append).close()
+    assert not any("whole number" in text for text in said)
 
 
 def test_scores_and_counts_are_cut_as_asked(detector: Detector, small: SmallRun) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lofi_fast.data.video import VideoInfo
-from lofi_fast.data.windows import Window, cut_windows, full_grid
+from lofi_fast.data.windows import SharedSnippets, Window, cut_windows, equal_parts, full_grid, grids_coincide
 from lofi_fast.fidelity import select_snippets
 
 
@@ -148,3 +148,54 @@ def test_grid_is_the_nearest_frame_by_time(
         assert away[frames[4]] <= away.min() + 1e-9
         expected = [min(max(frames[4] + offset * stride, 0), len(info.pts) - 1) for offset in range(-4, 4)]
         assert frames.tolist() == expected
+
+
+def test_of_two_frames_as_near_the_earlier_is_taken_whatever_the_window() -> None:
+    # At 30 frames a second a snippet every 5 frames has its centre between two frames, and windows start at times that
+    # floating point does not hold.
+    info, seconds = video(np.arange(9000) / 30), 256 * 5 / 30
+    for window in cut_windows("v", 300.0, seconds, 0.5)[:-1]:
+        centres = full_grid(info, window, 256, 1)[:, 4]
+        assert centres.tolist() == (round(window.start * 30) + 2 + 5 * np.arange(256)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("fps", "seconds", "num_snippets", "overlap", "begins"),
+    [
+        (30, 256 * 5 / 30, 256, 0.5, 0.0),
+        (25, 32.0, 64, 0.5, 0.0),
+        (29.97, 10.0, 30, 0.9, 1.3),
+        (24, 7.0, 21, 2 / 3, 0.4),
+    ],
+)
+def test_windows_share_the_snippets_that_they_have_in_common(
+    fps: float, seconds: float, num_snippets: int, overlap: float, begins: float
+) -> None:
+    assert grids_coincide(num_snippets, overlap)
+    info = video(begins + np.arange(round(200 * fps)) / fps, 1 / fps)
+    windows = cut_windows("v", info.duration, seconds, overlap, begins)
+    snippets = SharedSnippets.of(info, windows, num_snippets)
+    shift = round(num_snippets * (1 - overlap))
+    # each once, and the last window, which ends with the video, has snippets of its own
+    assert len(snippets.centres) <= shift * (len(windows) - 2) + 2 * num_snippets
+    for window, places in zip(windows, snippets.places, strict=True):
+        assert np.array_equal(snippets.centres[places], full_grid(info, window, num_snippets, 1)[:, 4])
+    for before, after in pairwise(snippets.places[:-1]):
+        assert np.array_equal(before[shift:], after[:-shift])
+
+
+def test_the_snippets_past_the_end_of_a_video_are_one() -> None:
+    info = video(np.arange(100) / 10)
+    snippets = SharedSnippets.of(info, [Window("v", 0.0, 40.0)], 8)
+    assert snippets.centres.tolist() == [25, 75, 99]
+    assert snippets.places[0].tolist() == [0, 1, 2, 2, 2, 2, 2, 2]
+
+
+def test_grids_that_do_not_coincide() -> None:
+    assert not grids_coincide(5, 0.5) and not grids_coincide(64, 0.3) and not grids_coincide(64, 0.0)
+
+
+def test_equal_parts() -> None:
+    assert [len(part) for part in equal_parts(np.arange(65), 64)] == [33, 32]
+    assert [len(part) for part in equal_parts(np.arange(64), 64)] == [64]
+    assert np.array_equal(np.concatenate(equal_parts(np.arange(100), 7)), np.arange(100))

@@ -1,14 +1,16 @@
-"""Two other ways to a linear layer over the ROI-aligned features of every proposal; both form those features."""
+"""Other ways to a linear layer over the ROI-aligned features of every proposal. Two of them form those features."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lofi_fast.kernels import ProposalGrid, temporal_roi_align
+from lofi_fast.kernels.align_linear.sampling import SparseRows, weights_of
 from lofi_fast.kernels.temporal_roi_align import temporal_roi_align_reference
 
 CHUNK = 256  # ROIs at once, so that what the definition sums stays in the processor's cache
@@ -83,3 +85,40 @@ class Materialised:
             rows = aligned.transpose(1, 2).flatten(1)  # as the kernel writes them: a view
             out = torch.addmm(out, rows, weight.transpose(1, 2).flatten(1).t())
         return out.view(self.batch, -1, len(bias)).transpose(1, 2)
+
+
+class ProjectedCsr:
+    """The order of ours with PyTorch's own operators: a matrix product for each source, whose weight lies in memory as
+    that wants it, then the product with the sampling weights in CSR; in backward with their transpose, kept in CSR too.
+    """
+
+    def __init__(self, grids: Sequence[ProposalGrid], like: Tensor) -> None:
+        self.bins = sum(grid.num_bins for grid in grids)
+        matrix, transposed = weights_of(tuple(grids)).on(like.device, like.dtype)
+        cells, projections = grids[0].num_cells, grids[0].num_snippets * self.bins
+        self.matrix, self.transposed = _csr(matrix, cells, projections), _csr(transposed, projections, cells)
+
+    def __call__(self, features: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor) -> Tensor:
+        """(B, O, cells)."""
+        rows = [
+            (source.transpose(1, 2) @ weight.permute(1, 2, 0).flatten(1)).unflatten(2, (weight.shape[2], -1))
+            for source, weight in zip(features, weights, strict=True)
+        ]
+        projected = rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
+        sums = [_CsrProduct.apply(self.matrix, self.transposed, element) for element in projected.flatten(1, 2)]
+        return (torch.stack(sums) if len(sums) > 1 else sums[0].unsqueeze(0)).add(bias).transpose(1, 2)
+
+
+class _CsrProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, transposed: Tensor, dense: Tensor) -> Tensor:
+        ctx.transposed = transposed
+        return matrix @ dense
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, ctx.transposed @ grads[0]
+
+
+def _csr(matrix: SparseRows, rows: int, columns: int) -> Tensor:
+    return torch.sparse_csr_tensor(*matrix, size=(rows, columns), check_invariants=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.peers.align import CHUNK, DenseSampling, Materialised, batched_rois, sampling_matrix
+from bench.peers.align import CHUNK, DenseSampling, Materialised, ProjectedCsr, batched_rois, sampling_matrix
 from bench.peers.blocks import eager_block_end, eager_stem, eager_stem_input, frozen_norm
 from bench.peers.shift import published_shift
 from bench.peers.soft_nms import published_soft_nms
@@ -46,6 +46,7 @@ STAGES = ((56, 64), (28, 128), (14, 256), (7, 512))  # side and channels of a Re
 TINY_STAGES = ((3, 16),)
 GRIDS = ((25, 25), (50, 50), (100, 100), (256, 64))  # snippets and longest duration: ActivityNet's rungs, THUMOS
 CHANNELS, OUTPUTS, BINS = 256, 512, (32, 4)  # G-TAD's map: inner and context bins
+SMALLER = ((64, 64, (32,)), (128, 256, (16, 4)))  # maps of smaller heads, at L=100
 PROPOSALS, KEPT, SIGMA = 14_000, 100, 0.84  # of one ActivityNet video before suppression
 
 Outputs = tuple[Tensor, ...]
@@ -127,7 +128,8 @@ def gate(problem: Problem) -> None:
 
 def form_of(op: str, device: torch.device) -> str:
     """What runs: "C++", "Triton 3.7.1" or "reference"; soft_nms has a CPU form alone."""
-    operator = {"align_linear": "gather_rows"}.get(op, op)  # its products are PyTorch's
+    # Its matrix products are PyTorch's.
+    operator = {"align_linear": "gather_groups" if device.type == "cpu" else "gather_rows"}.get(op, op)
     return (forms["cpu"] | forms[device.type])[operator].partition(" (")[0]
 
 
@@ -164,11 +166,16 @@ def cases(device: torch.device, quick: bool = False, tiny: bool = False) -> list
     for length, duration in ((3, 2),) if tiny else ((12, 12),) if quick else GRIDS:
         shape = f"L={length}, D={duration}"
         add("temporal_roi_align", f"{shape}, {BINS[0]} bins", head, _temporal_roi_align, length, duration)
-        add("align_linear", shape, head, _align_linear, length, duration, 1)
+        add("align_linear", shape, head, _align_linear, length, duration, 1, CHANNELS, OUTPUTS, BINS)
         for way in ("forward", "backward"):
-            add("gather_rows", f"{shape}, {way}", head, _gather_rows, length, duration, way)
+            sparse = "gather_groups" if device.type == "cpu" else "gather_rows"
+            add(sparse, f"{shape}, {way}", head, _sparse_sum, length, duration, way)
     if not quick:
-        add("align_linear", "L=100, D=100, batch 4", head, _align_linear, 100, 100, 4, timed=False)
+        for sizes in SMALLER:
+            shape = f"L=100, D=100, {sizes[0]} to {sizes[1]}, {sum(sizes[2])} bins"
+            add("align_linear", shape, head, _align_linear, 100, 100, 1, *sizes)
+        map_sizes = (CHANNELS, OUTPUTS, BINS)
+        add("align_linear", "L=100, D=100, batch 4", head, _align_linear, 100, 100, 4, *map_sizes, timed=False)
     if device.type == "cpu" and not tiny:  # it has no form for a GPU
         proposals = 500 if quick else PROPOSALS
         add("soft_nms", f"{proposals:,} proposals, {KEPT} kept", (torch.float64,), _soft_nms, proposals)
@@ -369,13 +376,18 @@ def _temporal_roi_align(length: int, duration: int, dtype: torch.dtype, device: 
     )
 
 
-def _align_linear(length: int, duration: int, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
-    grids = [proposal_grid(length, duration, bins) for bins in BINS]
-    features = [torch.randn(batch, CHANNELS, length, device=device).to(dtype).requires_grad_() for _ in BINS]
-    spread = (CHANNELS * sum(BINS)) ** -0.5
-    stored = [(spread * torch.randn(CHANNELS, bins, OUTPUTS, device=device)).to(dtype) for bins in BINS]
-    bias = torch.randn(OUTPUTS, device=device).to(dtype).requires_grad_()
-    grad = torch.randn(batch, grids[0].num_cells, OUTPUTS, device=device).to(dtype).transpose(1, 2)
+def _align_linear(
+    length: int, duration: int, batch: int, channels: int, outputs: int, num_bins: tuple[int, ...],
+    dtype: torch.dtype, device: torch.device,
+) -> Problem:  # fmt: skip
+    """A term for each number of bins. Inputs are features of each, weights of each, the bias."""
+    grids = [proposal_grid(length, duration, bins) for bins in num_bins]
+    terms = len(grids)
+    features = [torch.randn(batch, channels, length, device=device).to(dtype).requires_grad_() for _ in grids]
+    spread = (channels * sum(num_bins)) ** -0.5
+    stored = [(spread * torch.randn(channels, bins, outputs, device=device)).to(dtype) for bins in num_bins]
+    bias = torch.randn(outputs, device=device).to(dtype).requires_grad_()
+    grad = torch.randn(batch, grids[0].num_cells, outputs, device=device).to(dtype).transpose(1, 2)
 
     def weights(*order: int) -> list[Tensor]:
         """The weights as (O, C, R), in memory as ``order`` of these."""
@@ -395,31 +407,32 @@ def _align_linear(length: int, duration: int, batch: int, dtype: torch.dtype, de
     def materialised() -> Materialised:
         return Materialised(grids, features[0])
 
-    def definition(inner: Tensor, context: Tensor, weight: Tensor, context_weight: Tensor, bias: Tensor) -> Outputs:
-        out = bias.unsqueeze(1)
-        for source, matrix, part in zip((inner, context), matrices(), (weight, context_weight), strict=True):
+    @cache
+    def csr() -> ProjectedCsr:
+        return ProjectedCsr(grids, features[0])
+
+    def by(way: Callable[[], Callable[..., Tensor]]) -> Callable[..., Outputs]:
+        return lambda *inputs: (way()(inputs[:terms], inputs[terms:-1], inputs[-1]),)
+
+    def definition(*inputs: Tensor) -> Outputs:
+        out = inputs[-1].unsqueeze(1)
+        for source, matrix, part in zip(inputs[:terms], matrices(), inputs[terms:-1], strict=True):
             aligned = torch.matmul(source, matrix).view(batch, -1, grids[0].num_cells)
             out = out + torch.matmul(part.flatten(1), aligned)
         return (out,)
 
-    def projected(inner: Tensor, context: Tensor, weight: Tensor, context_weight: Tensor, bias: Tensor) -> Outputs:
-        pairs = ((inner, weight), (context, context_weight))
+    def projected(*inputs: Tensor) -> Outputs:
+        pairs = zip(inputs[:terms], inputs[terms:-1], strict=True)
         rows = torch.cat([torch.einsum("bcl,ocr->blro", *pair) for pair in pairs], dim=2).flatten(1, 2)
         sums = [_bags(weights_of(tuple(grids)).on(device)[0], element) for element in rows]
-        return ((torch.stack(sums) + bias).transpose(1, 2),)
+        return ((torch.stack(sums) + inputs[-1]).transpose(1, 2),)
 
     peers = {
-        "materialised": Form(
-            lambda a, b, v, w, bias: (materialised()((a, b), (v, w), bias),),
-            (*features, *weights(0, 2, 1), bias),
-            (grad,),
-        ),
-        "dense matrix (BMN)": Form(
-            lambda a, b, v, w, bias: (dense()((a, b), (v, w), bias),),
-            (*features, *weights(0, 1, 2), bias),
-            (grad.contiguous(),),
-        ),
+        "materialised": Form(by(materialised), (*features, *weights(0, 2, 1), bias), (grad,)),
+        "dense matrix (BMN)": Form(by(dense), (*features, *weights(0, 1, 2), bias), (grad.contiguous(),)),
     }
+    if dtype == torch.float32:
+        peers["CSR, projected first"] = Form(by(csr), (*features, *weights(1, 2, 0), bias), (grad,))
     left_out = {}
     # Backward holds the gradient of the product's input beside it, and convolutions copy into layouts of their own.
     needed = 2 * DenseSampling.nbytes(grids, features[0])
@@ -427,11 +440,11 @@ def _align_linear(length: int, duration: int, batch: int, dtype: torch.dtype, de
     if needed > available:
         del peers["dense matrix (BMN)"]
         left_out["dense matrix (BMN)"] = f"it may need {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB are free"
-    ours = Form(
-        lambda a, b, v, w, bias: (align_linear_sum([(a, grids[0], v), (b, grids[1], w)], bias),),
-        (*features, *weights(1, 2, 0), bias),
-        (grad,),
-    )
+
+    def align(features: tuple[Tensor, ...], weights: tuple[Tensor, ...], bias: Tensor) -> Tensor:
+        return align_linear_sum(list(zip(features, grids, weights, strict=True)), bias)
+
+    ours = Form(by(lambda: align), (*features, *weights(1, 2, 0), bias), (grad,))
     return Problem(
         ours=ours,
         peers=peers,
@@ -443,7 +456,7 @@ def _align_linear(length: int, duration: int, batch: int, dtype: torch.dtype, de
     )
 
 
-def _gather_rows(length: int, duration: int, way: str, dtype: torch.dtype, device: torch.device) -> Problem:
+def _sparse_sum(length: int, duration: int, way: str, dtype: torch.dtype, device: torch.device) -> Problem:
     """The sparse sum inside align_linear: over the projections forward, over the cells' gradients backward."""
     grids = tuple(proposal_grid(length, duration, bins) for bins in BINS)
     matrix, transposed = weights_of(grids).on(device)
@@ -451,8 +464,13 @@ def _gather_rows(length: int, duration: int, way: str, dtype: torch.dtype, devic
     offsets, columns, values = matrix if way == "forward" else transposed
     dense = torch.randn(1, projections if way == "forward" else cells, OUTPUTS, device=device).to(dtype)
     row_step = 1 if way == "forward" else sum(BINS)
+    grouped = weights_of(grids).grouped(torch.float32)
+    assert grouped is not None
+    *groups, num_rows, _ = grouped[way == "backward"]
 
     def ours(dense: Tensor) -> Outputs:
+        if dense.is_cpu:
+            return (torch.ops.lofi_fast.gather_groups(dense, *groups, None, num_rows, row_step),)
         return (torch.ops.lofi_fast.gather_rows(dense, offsets, columns, values, None, row_step),)
 
     weights = cache(values.to)  # embedding_bag wants them in the dtype of what it sums
