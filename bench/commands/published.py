@@ -18,6 +18,8 @@ from bench.peers import (
     published_mstcn,
     published_soccernet,
     published_spot,
+    published_torchvision,
+    published_vjepa2,
 )
 from bench.tools.rows import RESULTS, Row, append_row, environment, software
 from bench.tools.table import Section, Table, by_place, newest, screen, when
@@ -29,6 +31,8 @@ PEERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "spot": published_spot.compared,
     "soccernet": published_soccernet.compared,
     "mstcn": published_mstcn.compared,
+    "torchvision": published_torchvision.compared,
+    "vjepa2": published_vjepa2.compared,
 }
 LARGEST = 1e-6  # relative error that is still rounding: the published losses are float32
 
@@ -84,5 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--spot", type=Path, metavar="FOLDER", help="a clone of jhong93/spot (E2E-Spot)")
     parser.add_argument("--soccernet", type=Path, metavar="FOLDER", help="a clone of SoccerNet/SoccerNet")
     parser.add_argument("--mstcn", type=Path, metavar="FOLDER", help="a clone of yabufarha/ms-tcn")
+    parser.add_argument(
+        "--torchvision", type=Path, metavar="FOLDER", help="a clone of pytorch/vision, or its wheel unpacked"
+    )
+    parser.add_argument("--vjepa2", type=Path, metavar="FOLDER", help="a clone of facebookresearch/vjepa2")
     parser.add_argument("--results", type=Path, default=RESULTS / "published.jsonl", help="file of rows to append to")
     return parser
