@@ -35,6 +35,7 @@ LANGUAGES = {"sh", "bash", "console", "python", "csv", "toml", "text", ""}
 OTHERS = {"cd", "export", "git", "source", "sudo", "APEX_CPP_EXT=1"}
 FLAGS_OF_OTHERS = {
     "--help", "--max-restarts", "--no-build-isolation", "--nproc-per-node", "--shm-size", "--standalone",
+    "--tune",  # of bench gain
 }  # fmt: skip
 
 

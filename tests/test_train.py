@@ -181,7 +181,7 @@ def test_a_run_writes_all_its_files_and_leaves_nothing_else(whole: Path) -> None
     videos = [*(f"demo_training_00{i}" for i in range(4)), "demo_validation_000", "demo_validation_001"]
     expected = {
         *("config.json", "environment.json", "data.json", "plan.json", "log.jsonl", "metrics.json", "predictions.json"),
-        *("ground_truth.json", "report.html", "model.safetensors"),
+        *("ground_truth.json", "report.html", "moments.json", "model.safetensors"),
         *(f"checkpoints/{name}.pt" for name in ("last", "previous", "best")),
         *(f"features/{video}.npy" for video in videos),
     }
