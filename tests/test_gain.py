@@ -157,7 +157,7 @@ def test_intervals_are_students_and_pairs_are_of_the_same_seed() -> None:
     def row(arm: str, seed: int, value: float) -> dict[str, object]:
         return {
             "measured": "row", "data": "rooms", "version": "1", "fold": 0, "seed": seed, "arm": arm, "flags": [],
-            "average_map": value, "map_by_tiou": {}, "peak": None, "seconds": {"head": 1.0},
+            "average_map": value, "map_by_tiou": {}, "peak": None, "seconds": {"head": 1.0}, "device": "CPU, 1 thread",
         }  # fmt: skip
 
     rows = [row("ACP+", 0, 0.2), row("ACP+", 1, 0.4), row("long C", 1, 0.5), row("long C", 0, 0.35)]

@@ -348,7 +348,8 @@ def table(rows: Sequence[Row]) -> list[Section]:
             "row", "trainings", *(f"mAP@{tiou}" for tiou in picked), "average mAP", f"less {REFERENCE}, in pairs",
             "peak of the joint stage", "CPU seconds: clips, joint, head",
         )  # fmt: skip
-        title = f"`{data}`, version {of[0]['version']}; {of[0]['machine']}; {when(of)}:"
+        where = of[0]["machine"] if of[0]["device"].startswith("CPU,") else of[0]["device"]
+        title = f"`{data}`, version {of[0]['version']}; {where}; {when(of)}:"
         found.append(Table(title, header, [one.cells(picked) for one in here]))
     if found:
         found.append(Picture("Average mAP over memory, and over the time of training", "../bench/results/gain.svg"))

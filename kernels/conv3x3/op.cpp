@@ -44,19 +44,25 @@ LOFI_FAST_INLINE int64_t whole_rows(int64_t count) { return (count + kRows - 1) 
 
 template <int kBytes>
 struct Vector {
-  // Aligned as its elements are: tensors promise no more.
-  typedef float Lanes __attribute__((vector_size(kBytes), aligned(4), may_alias));
+  typedef float Lanes __attribute__((vector_size(kBytes)));
   static constexpr int64_t kLanes = kBytes / sizeof(float);
 };
 
+// Lanes in a tensor, which promises the alignment of a number and no more. An attribute of the type itself would not
+// do: it is lost where the type is a template's argument, and its arrays would be aligned as little.
 template <typename Lanes>
-LOFI_FAST_INLINE Lanes& at(float* p) {
-  return *reinterpret_cast<Lanes*>(p);
+struct __attribute__((packed, may_alias)) Unaligned {
+  Lanes lanes;
+};
+
+template <typename Lanes>
+LOFI_FAST_INLINE Lanes load(const float* p) {
+  return reinterpret_cast<const Unaligned<Lanes>*>(p)->lanes;
 }
 
 template <typename Lanes>
-LOFI_FAST_INLINE const Lanes& at(const float* p) {
-  return *reinterpret_cast<const Lanes*>(p);
+LOFI_FAST_INLINE void store(float* p, Lanes lanes) {
+  reinterpret_cast<Unaligned<Lanes>*>(p)->lanes = lanes;
 }
 
 // The transforms along one axis; `from` and `to` are apart by whole vectors.
@@ -167,7 +173,7 @@ LOFI_FAST_INLINE void read_tile(const Tiles& tiles, const Place& place, const fl
   if (top >= 0 && left >= 0 && top + kSize <= tiles.height && left + kSize <= tiles.width) {
     for (int i = 0; i < kSize; ++i) {
       for (int j = 0; j < kSize; ++j) {
-        pixels[i * kSize + j] = at<Lanes>(images + corner + i * row + j * channels);
+        pixels[i * kSize + j] = load<Lanes>(images + corner + i * row + j * channels);
       }
     }
     return;
@@ -176,7 +182,7 @@ LOFI_FAST_INLINE void read_tile(const Tiles& tiles, const Place& place, const fl
     const bool inside = top + i >= 0 && top + i < tiles.height;
     for (int j = 0; j < kSize; ++j) {
       pixels[i * kSize + j] = inside && left + j >= 0 && left + j < tiles.width
-                                  ? at<Lanes>(images + corner + i * row + j * channels)
+                                  ? load<Lanes>(images + corner + i * row + j * channels)
                                   : Lanes{};
     }
   }
@@ -211,7 +217,7 @@ LOFI_FAST_INLINE void points_of_tiles(const Tiles& tiles, const float* images, i
           transform_input(half + i * kSize, 1, whole, 1);
         }
         for (int j = 0; j < kIn; ++j) {
-          at<Lanes>(points + ((i * kIn + j) * stride + t) * channels + channel) = whole[j];
+          store<Lanes>(points + ((i * kIn + j) * stride + t) * channels + channel, whole[j]);
         }
       }
     }
@@ -228,13 +234,13 @@ LOFI_FAST_INLINE void multiply_panel(const float* __restrict left, int64_t left_
   Lanes sums[kHeight][kVectors];
   for (int i = 0; i < kHeight; ++i) {
     for (int j = 0; j < kVectors; ++j) {
-      sums[i][j] = kAdd ? at<Lanes>(result + i * result_row + j * kLanes) : Lanes{};
+      sums[i][j] = kAdd ? load<Lanes>(result + i * result_row + j * kLanes) : Lanes{};
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
     Lanes values[kVectors];
     for (int j = 0; j < kVectors; ++j) {
-      values[j] = at<Lanes>(right + k * right_k + j * kLanes);
+      values[j] = load<Lanes>(right + k * right_k + j * kLanes);
     }
     for (int i = 0; i < kHeight; ++i) {
       const float factor = left[i * left_row + k * left_k];
@@ -245,7 +251,7 @@ LOFI_FAST_INLINE void multiply_panel(const float* __restrict left, int64_t left_
   }
   for (int i = 0; i < kHeight; ++i) {
     for (int j = 0; j < kVectors; ++j) {
-      at<Lanes>(result + i * result_row + j * kLanes) = sums[i][j];
+      store<Lanes>(result + i * result_row + j * kLanes, sums[i][j]);
     }
   }
 }
@@ -317,7 +323,7 @@ LOFI_FAST_INLINE void weight_points(const Forward& f, const typename Vector<kByt
   for (int i = 0; i < kIn; ++i) {
     transform_weight(half + 3 * i, 1, whole, 1);
     for (int j = 0; j < kIn; ++j) {
-      at<Lanes>(points + (i * kIn + j) * f.in * f.columns) = whole[j];
+      store<Lanes>(points + (i * kIn + j) * f.in * f.columns, whole[j]);
     }
   }
 }
@@ -333,7 +339,7 @@ LOFI_FAST_INLINE void panel_points_of(const Forward& f, int64_t panel, int64_t b
       for (int64_t c = begin; c < end; ++c) {
         Lanes taps[9];
         for (int i = 0; i < 9; ++i) {
-          taps[i] = at<Lanes>(f.weight + (c * 9 + 8 - i) * f.out + k);
+          taps[i] = load<Lanes>(f.weight + (c * 9 + 8 - i) * f.out + k);
         }
         weight_points<kBytes>(f, taps, points + c * f.columns + column);
       }
@@ -370,12 +376,12 @@ LOFI_FAST_INLINE void outputs_of_tiles(const Forward& f, int64_t first, int64_t 
     for (int64_t column = 0; column < f.columns; column += Vector<kBytes>::kLanes) {
       Lanes products[kPoints], half[kTile * kIn], whole[kTile];
       for (int p = 0; p < kPoints; ++p) {
-        products[p] = at<Lanes>(points + (p * stride + t) * f.columns + column);
+        products[p] = load<Lanes>(points + (p * stride + t) * f.columns + column);
       }
       for (int j = 0; j < kIn; ++j) {
         transform_output(products + j, kIn, half + j, kIn);
       }
-      const Lanes bias = f.bias == nullptr ? Lanes{} : at<Lanes>(f.bias + channel + column);
+      const Lanes bias = f.bias == nullptr ? Lanes{} : load<Lanes>(f.bias + channel + column);
       for (int64_t i = 0; i < height; ++i) {
         transform_output(half + i * kIn, 1, whole, 1);
         const int64_t offset = place.offset(f.tiles, f.out, place.y + i, place.x) + channel + column;
@@ -385,9 +391,9 @@ LOFI_FAST_INLINE void outputs_of_tiles(const Forward& f, int64_t first, int64_t 
             value = value < 0 ? Lanes{} : value;  // a NaN stays
           }
           if (f.mask != nullptr) {
-            value = at<Lanes>(f.mask + offset + j * f.out) <= 0 ? Lanes{} : value;
+            value = load<Lanes>(f.mask + offset + j * f.out) <= 0 ? Lanes{} : value;
           }
-          at<Lanes>(f.result + offset + j * f.out) = value;
+          store<Lanes>(f.result + offset + j * f.out, value);
         }
       }
     }
@@ -445,7 +451,7 @@ LOFI_FAST_INLINE void weight_grad_of(const WeightGrad& g, const float* sums, int
     for (int64_t column = 0; column < g.in; column += Vector<kBytes>::kLanes) {
       Lanes points[kPoints], half[3 * kIn], whole[3];
       for (int p = 0; p < kPoints; ++p) {
-        points[p] = at<Lanes>(sums + (p * stride + row - begin) * g.in + column);
+        points[p] = load<Lanes>(sums + (p * stride + row - begin) * g.in + column);
       }
       for (int j = 0; j < kIn; ++j) {
         transform_weight_grad(points + j, kIn, half + j, kIn);
@@ -453,7 +459,7 @@ LOFI_FAST_INLINE void weight_grad_of(const WeightGrad& g, const float* sums, int
       for (int i = 0; i < 3; ++i) {
         transform_weight_grad(half + i * kIn, 1, whole, 1);
         for (int j = 0; j < 3; ++j) {
-          at<Lanes>(g.result + (row * 9 + i * 3 + j) * g.in + column) = whole[j];
+          store<Lanes>(g.result + (row * 9 + i * 3 + j) * g.in + column, whole[j]);
         }
       }
     }
