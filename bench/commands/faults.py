@@ -45,8 +45,8 @@ FLAGS = ("--preset=demo", "--fidelity=8x32", "--width=8", "--batch=2", "--min-cu
 # Steps so small that sums in another order cannot grow to be seen: Adam would make a full step of any difference.
 OF_RANKS = ("--batch=4", "--pretrain-epochs=1", "--pretrain.optimizer=sgd", "--pretrain.lr=0.002",
             "--joint.optimizer=sgd", "--joint.lr=0.01", "--head-stage.optimizer=sgd", "--head-stage.lr=0.01",
-            "--seed=2")  # fmt: skip
-ROUNDING = 1e-4  # of losses, relative, and of scores
+            "--seed=2", "--precision=fp32")  # fmt: skip
+ROUNDING = 1e-4  # of losses, relative, and of scores, in fp32
 HUNG = 120.0  # seconds in which all processes must have ended after one was killed, or have gone on to the end
 COMPARED = ("metrics.json", "predictions.json")
 AGAIN = 0.3  # share of the resumed trainings that are killed once more
@@ -176,19 +176,22 @@ def kills(trial: Trial, rng: Random, number: int) -> Row:
 
 
 def ranks(trial: Trial, rng: Random, number: int) -> Row:
-    """`number` kills of one of two processes, at moments spread over the whole of a training."""
+    """`number` kills of one of two processes, at moments spread over the whole of a training, its start and end too."""
     whole = trial.folder / "one" / "run"
     ended = trial.train(whole, *OF_RANKS)
     began = time.monotonic()
     unbroken = _together(trial, trial.folder / "two" / "run", 2)
     seconds = time.monotonic() - began
     if ended.status or unbroken.status or (differs := not_to_rounding(trial.folder / "two" / "run", whole)):
-        raise RuntimeError(f"the unbroken trainings failed: {ended.last_line or unbroken.last_line or differs}")
+        failed = next((one.said for one in (ended, unbroken) if one.status), None)
+        raise RuntimeError(f"the unbroken trainings failed: {failed or differs}")
     failures: list[str] = []
     struck: Counter[str] = Counter()
     stages: Counter[str] = Counter()
-    for i in range(number):
-        out = trial.folder / f"ranks{i}" / "run"
+    trainings = 0
+    while sum(struck.values()) < number:
+        trainings += 1
+        out = trial.folder / f"ranks{trainings}" / "run"
         rank, restarts, after = rng.randrange(2), rng.randrange(2), rng.uniform(0, seconds)
         what = f"process {rank} killed after {after:.2f} s, {restarts} restarts"
         ended = _together(trial, out, 2, restarts=restarts, kill=(after, rank))
@@ -206,9 +209,9 @@ def ranks(trial: Trial, rng: Random, number: int) -> Row:
             what += f", then {count}"
         if not _done(out) or (differs := not_to_rounding(out, whole)):
             failures.append(f"{what}: {differs if _done(out) else ended.last_line}")
-        print(f"{i + 1} trainings, {sum(struck.values())} kills, {len(failures)} failures", flush=True)
+        print(f"{sum(struck.values())} kills, {trainings} trainings, {len(failures)} failures", flush=True)
         shutil.rmtree(out.parent)
-    return _of_kills(struck, stages, number, failures)
+    return _of_kills(struck, stages, trainings, failures)
 
 
 def _of_kills(struck: Counter[str], stages: Counter[str], trainings: int, failures: list[str]) -> Row:
@@ -492,7 +495,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--kills", type=int, default=40, help="of trainings (default: 40)")
-    parser.add_argument("--ranks", type=int, default=20, help="trainings by two processes (default: 20)")
+    parser.add_argument("--ranks", type=int, default=20, help="of one of two processes (default: 20)")
     parser.add_argument("--checkpoints", type=int, default=100, help="damaged (default: 100)")
     parser.add_argument("--fuzz", type=int, default=200_000, help="damaged files, over all kinds (default: 200000)")
     parser.add_argument("--part", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)} (default: all)")
