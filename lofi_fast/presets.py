@@ -202,6 +202,26 @@ PRESETS: dict[PresetName, Callable[[], Config]] = {
 }
 
 
+def preset(name: PresetName, head: HeadName | None = None) -> Config:
+    """The settings of a preset, with `head` in place of its own.
+
+    Learned from scratch on a few videos, ActionFormer is small and takes gentler joint steps than G-TAD: at G-TAD's
+    rate and without clipping the features of a run can collapse (docs/heads-and-encoders.md).
+    """
+    config = PRESETS[name]()
+    if head is None or head == config.head.name:
+        return config
+    config = replace(config, head=replace(config.head, name=head))
+    if head != "actionformer" or name in OF_PRETRAINED:
+        return config
+    return replace(
+        config,
+        actionformer=ActionFormerConfig(hidden=128, levels=4, attention_window=9),
+        joint=replace(config.joint, lr=2e-4, clip=1.0),
+        head_stage=replace(config.head_stage, clip=1.0),
+    )
+
+
 MOST_PROPOSALS = 2**24  # of a window: at 512 channels and 4 bytes they alone are 34 GB
 MOST_LEVELS, MOST_POSITIONS = 12, 2**16  # of ActionFormer's pyramid; of a head that answers at every snippet
 OF_GTAD_ALONE = ("head.groups", "head.context_bins", "head.middle_kernel")  # settings that BMN does not share
@@ -227,8 +247,9 @@ def weights_warning(config: Config) -> str | None:
 
 def unread_settings(config: Config) -> list[str]:
     """Sentences on what was changed from the preset and the chosen head does not read."""
-    preset, chosen = PRESETS[config.preset](), config.head.name
-    changed = [leaf for leaf in leaves(Config) if leaf.of(config) != leaf.of(preset)]
+    chosen = config.head.name
+    before = preset(config.preset, chosen)
+    changed = [leaf for leaf in leaves(Config) if leaf.of(config) != leaf.of(before)]
     return [
         f"{leaf.flag} {leaf.text(leaf.of(config))} is not used: it goes with --head {' and '.join(readers)}, not with "
         f"{chosen}"
@@ -274,7 +295,7 @@ def configured(
     asked |= read(Config, words)
     if base is not None and asked.get("preset", base.preset) != base.preset:
         raise InputError(f"--preset {asked['preset']}: the settings given are a whole config, of {base.preset}")
-    config = applied(base or PRESETS[chosen_preset(asked, cuda, with_data)](), asked)
+    config = applied(base or preset(chosen_preset(asked, cuda, with_data), asked.get("head.name")), asked)
     if config.cut is not None:
         if clash := [flag for name, flag in (("min_cut", "--min-cut"), ("max_cut", "--max-cut")) if name in asked]:
             raise InputError(f"--cut {config.cut:g} goes without {clash[0]}: it sets both bounds")
@@ -368,13 +389,13 @@ def chosen_preset(asked: Mapping[str, Any], cuda: Callable[[], bool], with_data:
         raise InputError("--videos is given without --annotations: name the file of labels too")
     if annotations and not videos and with_data:
         raise InputError("--annotations is given without --videos: name the folder of the videos too")
-    preset: PresetName | None = asked.get("preset")
-    if preset is None and annotations:
+    named: PresetName | None = asked.get("preset")
+    if named is None and annotations:
         return _of_own_data(asked, cuda)[0]
-    preset = preset or ("demo" if with_data else "activitynet")
-    if preset != "demo" and not annotations and with_data:
-        raise InputError(f"--preset {preset} needs your data: add --annotations FILE --videos DIR")
-    return preset
+    named = named or ("demo" if with_data else "activitynet")
+    if named != "demo" and not annotations and with_data:
+        raise InputError(f"--preset {named} needs your data: add --annotations FILE --videos DIR")
+    return named
 
 
 def _options(asked: Mapping[str, Any]) -> FormatOptions:
@@ -410,12 +431,12 @@ def preset_note(words: Mapping[str, Any], file: Path | None, config: Config) -> 
     return [f"preset {config.preset}, {why}; --preset names another"]
 
 
-def shown_defaults(words: Mapping[str, Any], preset: PresetName) -> Config:
-    """The settings that --help shows as defaults: of the preset and the file that the same command line names."""
+def shown_defaults(words: Mapping[str, Any], default: PresetName) -> Config:
+    """The settings that --help shows as defaults: of the preset, head and file that the same command line names."""
     file = words.get("config")
     asked = read(Config, file_of_settings(Path(file)), f"{file}: ") if file else {}
-    asked |= read(Config, {"preset": words["preset"]} if "preset" in words else {})
-    return applied(PRESETS[asked.get("preset", preset)](), asked)
+    asked |= read(Config, {name: words[name] for name in ("preset", "head.name") if name in words})
+    return applied(preset(asked.get("preset", default), asked.get("head.name")), asked)
 
 
 def file_of_settings(path: Path) -> Mapping[str, Any]:

@@ -20,7 +20,15 @@ from lofi_fast.encoder.resnet import TSMResNet
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern
 from lofi_fast.head.gtad import GTAD
-from lofi_fast.presets import MANY_VIDEOS, PRESETS, configured, preset_note, weights_warning
+from lofi_fast.presets import (
+    MANY_VIDEOS,
+    PRESETS,
+    configured,
+    preset,
+    preset_note,
+    unread_settings,
+    weights_warning,
+)  # fmt: skip
 from lofi_fast.settings import Leaf, leaves, negated, read
 from lofi_fast.train import main, read_flags
 
@@ -334,6 +342,24 @@ def test_every_preset_builds_its_models(name: str, encoder: str) -> None:
     expected = config.encoder.width * (32 if encoder == "tsm_r50" else 8)
     assert model.num_features == expected
     assert head.base[0].in_channels == expected
+
+
+@pytest.mark.parametrize("name", ["demo", "small"])
+def test_actionformer_learns_from_scratch_by_gentler_steps(
+    name: PresetName, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*([] if name == "demo" else OWN), "--preset", name, "--head", "actionformer"]
+    config, gtad = config_of(*flags), PRESETS[name]()
+    assert dataclasses.replace(config, data=gtad.data) == preset(name, "actionformer") and not unread_settings(config)
+    assert (config.actionformer.hidden, config.actionformer.levels) == (128, 4)
+    assert (config.joint.lr, config.joint.clip, config.head_stage.clip) == (2e-4, 1.0, 1.0)
+    assert dataclasses.replace(config.joint, lr=gtad.joint.lr, clip=gtad.joint.clip) == gtad.joint
+    assert config_of(*flags, "--joint-lr", "0.25").joint.lr == 0.25
+    with pytest.raises(SystemExit):
+        program.main(["train", "--help", *flags])
+    assert "(default: 0.0002)" in capsys.readouterr().out
+    assert preset("thumos", "actionformer").joint == PRESETS["thumos"]().joint
+    assert preset(name, "gtad") == gtad and preset(name, "bmn").joint == gtad.joint
 
 
 # Every setting, by every way in
