@@ -35,20 +35,23 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "generate", partial(module.generate, num_training=3, num_validation=2))
 
 
-def test_rooms_are_the_same_for_the_same_arguments_and_hold_what_they_say() -> None:
-    scripts = rooms.scripts(12, 4, 3)
-    assert scripts == rooms.scripts(12, 4, 3) != rooms.scripts(12, 4, 4)
+@pytest.mark.parametrize("version", rooms.VERSIONS)
+def test_rooms_are_the_same_for_the_same_arguments_and_hold_what_they_say(version: int) -> None:
+    scripts = rooms.scripts(12, 4, 3, version)
+    assert scripts == rooms.scripts(12, 4, 3, version) != rooms.scripts(12, 4, 4, version)
     labels = {action.label for script in scripts for action in script.actions}
     assert labels == set(rooms.CLASSES)
     for script in scripts:
         edges = [0.0, *(time for action in script.actions for time in (action.start, action.end)), script.seconds]
-        assert all(later - earlier >= 2.9 for earlier, later in zip(edges[::2], edges[1::2], strict=True))
+        gap = rooms.VERSIONS[version].gap - 0.1
+        assert all(later - earlier >= gap for earlier, later in zip(edges[::2], edges[1::2], strict=True))
         assert sum(action.end - action.start for action in script.actions) < 0.5 * script.seconds
 
 
-def test_a_room_moves_at_rest_as_in_actions_and_its_people_are_small() -> None:
-    script = rooms.scripts(1, 0, 0)[0]
-    frames = np.stack(list(rooms.render(script))).astype(np.float32)
+@pytest.mark.parametrize("version", rooms.VERSIONS)
+def test_a_room_moves_at_rest_as_in_actions_and_its_people_are_small(version: int) -> None:
+    script = rooms.scripts(1, 0, 0, version)[0]
+    frames = np.stack(list(rooms.render(script, version))).astype(np.float32)
     assert frames.shape == (script.num_frames, rooms.HEIGHT, rooms.WIDTH, 3)
     moved = np.abs(np.diff(frames.mean(axis=3), axis=0)).max(axis=(1, 2))
     acting = np.zeros(script.num_frames - 1, bool)
@@ -107,6 +110,9 @@ def test_rows_share_encoders_and_are_not_trained_twice(
     assert "2 rows appended" in capsys.readouterr().out
     assert gain.main([*asked, "--", *TINY]) == 0
     assert "0 rows appended" in capsys.readouterr().out
+    (cost,) = tmp_path.glob("rooms/fold0/seed0/long-C/detector/cost.json")
+    assert gain.main([*asked, "--", *TINY, "--head-lr", "0.01"]) == 0  # the same places, but not the same trainings
+    assert "2 rows appended" in capsys.readouterr().out and "0.01" in json.loads(cost.read_text())["words"]
     drawn = gain.figure(_as_results(tmp_path))
     assert drawn is not None and "long C" in drawn
 

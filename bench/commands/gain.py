@@ -117,7 +117,7 @@ class Gain:
     def key(self, arm: Arm, fold: int | str, seed: int, measured: str, flags: Sequence[str]) -> Row:
         return {
             "bench": "gain", "measured": measured, "data": self.data.name, "version": self.data.version, "fold": fold,
-            "seed": seed, "arm": arm.name, "flags": [*arm.joint, *flags, *self.more],
+            "seed": seed, "arm": arm.name, "flags": [*arm.joint, *arm.head, *flags, *self.more],
         }  # fmt: skip
 
     def trained(self, arm: Arm, labelled: Labelled, fold: int | str, seed: int, flags: Sequence[str]) -> Row:
@@ -128,14 +128,14 @@ class Gain:
         passed = 0
         if arm.joint:
             joint = place / _slug(arm.name) / "joint"
-            told = [*arm.joint, *self.share_of(arm, fold, seed), *(flags if "--joint-lr" in flags else ())]
+            told = [*arm.joint, *arm.head, *self.share_of(arm, fold, seed), *(flags if "--joint-lr" in flags else ())]
             seconds["joint"] = self.train(joint, labelled, seed, "joint", [*encoder, *told], arm.peer)
             steps = [event for event in read_log(joint) if isinstance(event, events.Step) and event.peak is not None]
             peak, budget = max(step.peak or 0 for step in steps), steps[0].budget
             passed = len(violations(steps, []))
             encoder = _weights(joint)
         out = place / _slug(arm.name) / "detector"
-        seconds["head"] = self.train(out, labelled, seed, "head,eval", [*encoder, *flags])
+        seconds["head"] = self.train(out, labelled, seed, "head,eval", [*encoder, *arm.head, *flags])
         metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         return {
             "average_map": metrics["average_map"], "map_by_tiou": metrics["map_by_tiou"], "seconds": seconds,
@@ -166,8 +166,8 @@ class Gain:
     def train(
         self, out: Path, labelled: Labelled, seed: int, stages: str, flags: Sequence[str], peer: str | None = None
     ) -> float:
-        """CPU seconds of a training, which is not repeated where it is there whole; of two rows that want it, the
-        second waits. Raises InputError where it fails; it has said why.
+        """CPU seconds of a training, which is not repeated where it is there whole, by the same words; of two rows that
+        want it, the second waits. Raises InputError where it fails; it has said why.
         """
         with self.places[out]:
             return self._train(out, labelled, seed, stages, flags, peer)
@@ -175,16 +175,16 @@ class Gain:
     def _train(
         self, out: Path, labelled: Labelled, seed: int, stages: str, flags: Sequence[str], peer: str | None
     ) -> float:
-        cost = out / "cost.json"
-        if cost.exists():
-            return float(json.loads(cost.read_text(encoding="utf-8")))
-        shutil.rmtree(out, ignore_errors=True)
         program = ["-m", "bench.peers.partial", peer] if peer else ["-m", "lofi_fast.train"]
         budget = [] if "--mem-budget" in (*flags, *self.more) else ["--mem-budget", BUDGET]
         command = [
             sys.executable, *program, *self.data.flags, *labelled.flags, "--threads", "1", "--seed", str(seed),
             "--cache", str(self.work / "cache"), "--out", str(out), "--stages", stages, *budget, *flags, *self.more,
         ]  # fmt: skip
+        cost = out / "cost.json"
+        if cost.exists() and (kept := json.loads(cost.read_text(encoding="utf-8")))["words"] == command[1:]:
+            return float(kept["seconds"])
+        shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         log = out.parent / f"{out.name}.log"
         with log.open("w", encoding="utf-8") as said:
@@ -195,13 +195,14 @@ class Gain:
         if child.returncode:
             raise InputError(f"{log}: a training ended with status {child.returncode}: {_last(log)}")
         seconds = round(usage.ru_utime + usage.ru_stime, 1)
-        cost.write_text(json.dumps(seconds), encoding="utf-8")
+        cost.write_text(json.dumps({"words": command[1:], "seconds": seconds}), encoding="utf-8")
         return seconds
 
     def seconds_of(self, name: str, fold: int | str, seed: int) -> dict[str, float]:
         """CPU seconds of a row's stages. Raises InputError where it is not there."""
         for row in reversed(read_rows(self.results)):
-            same = {"data": self.data.name, "fold": fold, "seed": seed, "arm": name, "measured": "row"}
+            same = {"data": self.data.name, "version": self.data.version, "fold": fold, "seed": seed, "arm": name,
+                    "measured": "row"}  # fmt: skip
             if all(row.get(key) == value for key, value in same.items()):
                 return dict(row["seconds"])
         raise InputError(f'--rows: the row "{name}" comes first; others take their time from it')
@@ -317,13 +318,12 @@ class Compared:
         )  # fmt: skip
 
 
-def compared(rows: Sequence[Row]) -> dict[str, list[Compared]]:
-    """Of each set the rows of its newest version, in the order of arms.py; of rows that are alike the newest."""
+def compared(rows: Sequence[Row]) -> dict[tuple[str, str], list[Compared]]:
+    """Of each (set, version) the rows, in the order of arms.py; of rows that are alike the newest."""
     newest = {json.dumps([row[key] for key in SAME]): row for row in rows if row["measured"] == "row"}
-    versions = {row["data"]: row["version"] for row in newest.values()}
-    found: dict[str, list[Compared]] = {}
-    for data, version in versions.items():
-        here = [row for row in newest.values() if (row["data"], row["version"]) == (data, version)]
+    found: dict[tuple[str, str], list[Compared]] = {}
+    for place in dict.fromkeys((row["data"], row["version"]) for row in newest.values()):
+        here = [row for row in newest.values() if (row["data"], row["version"]) == place]
         reference = {(r["fold"], r["seed"]): r["average_map"] for r in here if r["arm"] == REFERENCE}
         names = dict.fromkeys(row["arm"] for row in here)
         for name in sorted(names, key=[*all_arms([]), *names].index):
@@ -333,14 +333,14 @@ def compared(rows: Sequence[Row]) -> dict[str, list[Compared]]:
                 for row in mine
                 if (row["fold"], row["seed"]) in reference
             ]
-            found.setdefault(data, []).append(Compared(name, tuple(mine), tuple(pairs)))
+            found.setdefault(place, []).append(Compared(name, tuple(mine), tuple(pairs)))
     return found
 
 
 def table(rows: Sequence[Row]) -> list[Section]:
     """For each set: every row's mAP with its interval, and its difference from ACP+, fold by fold and seed by seed."""
     found: list[Section] = []
-    for data, here in compared(rows).items():
+    for (data, version), here in compared(rows).items():
         of = [row for one in here for row in one.rows]
         tious = list(of[0]["map_by_tiou"])
         picked = [tious[0], tious[len(tious) // 2], tious[-1]]
@@ -349,7 +349,7 @@ def table(rows: Sequence[Row]) -> list[Section]:
             "peak of the joint stage", "CPU seconds: clips, joint, head",
         )  # fmt: skip
         where = of[0]["machine"] if of[0]["device"].startswith("CPU,") else of[0]["device"]
-        title = f"`{data}`, version {of[0]['version']}; {where}; {when(of)}:"
+        title = f"`{data}`, version {version}; {where}; {when(of)}:"
         found.append(Table(title, header, [one.cells(picked) for one in here]))
     if found:
         found.append(Picture("Average mAP over memory, and over the time of training", "../bench/results/gain.svg"))
@@ -368,14 +368,14 @@ def figure(results: Path) -> str | None:
     with matplotlib.rc_context({"svg.hashsalt": "bench", "svg.fonttype": "none", "font.size": 9}):
         drawing = Figure(figsize=(9, 3.4 * len(sets)), layout="constrained")
         panels = drawing.subplots(len(sets), 2, sharey="row", squeeze=False)
-        for (data, here), (memory, seconds) in zip(sets.items(), panels, strict=True):
+        for ((data, version), here), (memory, seconds) in zip(sets.items(), panels, strict=True):
             for number, one in enumerate(here):
                 half, colour = interval(one.maps) or 0.0, f"C{number % 10}"
                 places = ((seconds, one.seconds()), *(((memory, one.peak),) if one.peak is not None else ()))
                 for axes, x in places:
                     axes.errorbar(x, fmean(one.maps), half, fmt="o", color=colour, capsize=2, markersize=4)
                     axes.annotate(one.name, (x, fmean(one.maps)), xytext=(4, 3), textcoords="offset points", fontsize=7)
-            memory.set_title(data)
+            memory.set_title(f"{data}, version {version}")
             memory.set_ylabel("average mAP (%), 95% interval")
             memory.set_xlabel("peak of the joint stage, GB")
             seconds.set_xlabel("training, CPU seconds of all stages")

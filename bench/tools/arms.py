@@ -14,11 +14,14 @@ Peer = Literal["sampled", "partly frozen"]
 
 @dataclass(frozen=True)
 class Arm:
-    """A row: the encoder it starts from, and the flags of its joint stage; without any the encoder stays frozen."""
+    """A row: the encoder it starts from, the flags of its joint stage, without any of which the encoder stays frozen,
+    and those of its head, which the joint stage and the detector have.
+    """
 
     name: str
     start: Start = "ACP+"
     joint: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
     peer: Peer | None = None  # an encoder whose gradients are not all its gradients
     share: float | None = None  # of the time of an epoch at full fidelity, that an epoch may take
     told: str = ""
@@ -56,6 +59,11 @@ TIMES = tuple(
         told=f"the planner's choice where an epoch may take 1/{part} of full fidelity's")
     for part in (2, 4, 8)
 )  # fmt: skip
+HEADS = tuple(
+    Arm(f"{arm.name}, {title}", joint=arm.joint, head=("--head", head), told=f"the same with {title} for a head")
+    for head, title in (("bmn", "BMN"), ("actionformer", "ActionFormer"))
+    for arm in (FROZEN[2], PATTERNS[-1])
+)
 QUICK = ("ACP", "ACP+", "long C", "full")
 
 
@@ -78,5 +86,16 @@ def frontier(epochs: dict[str, list[int]]) -> tuple[Arm, ...]:
 
 def all_arms(budgets: list[str]) -> dict[str, Arm]:
     """Every row by its name, those first whose times others need."""
-    arms = (*FROZEN[:3], PATTERNS[-1], *FULL, *FROZEN[3:], *PATTERNS[:-1], *CUTS, *PEERS, *TIMES, *planned(budgets))
+    arms = (
+        *FROZEN[:3],
+        PATTERNS[-1],
+        *FULL,
+        *FROZEN[3:],
+        *PATTERNS[:-1],
+        *CUTS,
+        *PEERS,
+        *HEADS,
+        *TIMES,
+        *planned(budgets),
+    )
     return {arm.name: arm for arm in arms}

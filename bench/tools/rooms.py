@@ -1,9 +1,9 @@
 """Generated videos with what real footage has and the demo lacks (docs/gain.md says why each): a fixed camera high in a
-furnished room, three small people who do other things most of the time, and few labelled changes of posture, slow to
+furnished room, a few small people who do other things most of the time, and few labelled changes of posture, slow to
 begin, whose looks are those of the hours beside them.
 
-Each person is upright, seated or lying, for long. One of the three changes posture a few times: falls, lies down, gets
-up, sits down, stands up; these are the classes. In between all three walk about, bend and come up again, crouch half
+Each person is upright, seated or lying, for long. One of them changes posture a few times: falls, lies down, gets
+up, sits down, stands up; these are the classes. In between all of them walk about, bend and come up again, crouch half
 way and rise, wave, carry, turn over where they lie, or do nothing. So every posture, and the beginning of every change,
 is seen at rest too, and most of what moves is no action.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,29 @@ import numpy as np
 from lofi_fast.data.generated import FRAME_RATE, SUBSETS, Action, Floats, Frame, Kind, Progress, Script, make
 from lofi_fast.data.generated import smooth_noise as noise
 
-VERSION = 1
 CLASSES = ("fall", "get up", "lie down", "sit down", "stand up")
 WIDTH, HEIGHT = 128, 96  # pixels
 
-_SECONDS = (44, 56)
-_CHANGES = (3, 5)  # of posture in a video
-_GAP = 3.0  # seconds at least before, between and after them
-_PEOPLE = 3
+
+@dataclass(frozen=True)
+class Version:
+    """What differs between the versions of the set (docs/gain.md says why)."""
+
+    training: int  # videos
+    validation: int
+    seconds: tuple[int, int]  # of a video
+    changes: tuple[int, int]  # of posture in a video
+    gap: float  # seconds at least before, between and after them
+    people: int
+    height: tuple[int, int]  # of a person in front, pixels
+    farthest: float  # share of the height that is left at the top of the picture
+
+
+VERSIONS = {
+    1: Version(40, 16, (44, 56), (3, 5), gap=3.0, people=3, height=(24, 30), farthest=0.55),
+    2: Version(64, 24, (24, 30), (1, 3), gap=2.0, people=2, height=(44, 54), farthest=0.7),
+}
+VERSION = 2
 
 # Posture -> what can follow it: label, the posture then, seconds that the change takes, seconds that the label goes on
 # after it.
@@ -60,12 +76,13 @@ class _Change:
 
 @dataclass(frozen=True)
 class _Looks:
-    """Colours in 0 to 255, and the height of the person who stands in front, in pixels."""
+    """Colours in 0 to 255, the height of the person who stands in front, in pixels, and the share of it far away."""
 
     body: Floats
     head: Floats
     legs: Floats
     height: float
+    farthest: float
 
 
 @dataclass(frozen=True)
@@ -83,49 +100,53 @@ class _Path:
 def generate(
     folder: Path,
     *,
-    num_training: int = 40,
-    num_validation: int = 16,
+    version: int = VERSION,
+    num_training: int | None = None,
+    num_validation: int | None = None,
     seed: int = 0,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Path, Path]:
-    """Make the set below `folder`, or find it there: annotations, and the folder of videos of 44 to 56 seconds.
+    """Make the set below `folder`, or find it there: annotations, and the folder of videos.
 
     The same arguments give the same bytes. Raises as `lofi_fast.data.generated.make`.
     """
-    marker = {"version": VERSION, "num_training": num_training, "num_validation": num_validation, "seed": seed}
-    name = f"rooms-v{VERSION}-{num_training}-{num_validation}-seed{seed}"
-    kind = Kind("rooms", f"rooms {VERSION}", render)
-    written = scripts(num_training, num_validation, seed)
+    num_training = VERSIONS[version].training if num_training is None else num_training
+    num_validation = VERSIONS[version].validation if num_validation is None else num_validation
+    marker = {"version": version, "num_training": num_training, "num_validation": num_validation, "seed": seed}
+    name = f"rooms-v{version}-{num_training}-{num_validation}-seed{seed}"
+    kind = Kind("rooms", f"rooms {version}", partial(render, version=version))
+    written = scripts(num_training, num_validation, seed, version)
     return make(Path(folder) / name, kind, marker, written, workers=workers, progress=progress)
 
 
-def scripts(num_training: int, num_validation: int, seed: int) -> list[Script]:
+def scripts(num_training: int, num_validation: int, seed: int, version: int = VERSION) -> list[Script]:
     """What happens in each video."""
+    of = VERSIONS[version]
     found = []
     for code, (subset, count) in enumerate(zip(SUBSETS, (num_training, num_validation), strict=True)):
         for index in range(count):
-            entropy = (1000 + VERSION, seed, code, index)
+            entropy = (1000 + version, seed, code, index)
             rng = np.random.default_rng(entropy)
-            num_frames = FRAME_RATE * int(rng.integers(_SECONDS[0], _SECONDS[1] + 1))
-            actions = _draw_actions(rng, num_frames / FRAME_RATE)
+            num_frames = FRAME_RATE * int(rng.integers(of.seconds[0], of.seconds[1] + 1))
+            actions = _draw_actions(rng, num_frames / FRAME_RATE, of)
             found.append(Script(f"rooms_{subset}_{index:03d}", subset, entropy, WIDTH, HEIGHT, num_frames, actions))
     return found
 
 
-def _draw_actions(rng: np.random.Generator, seconds: float) -> tuple[Action, ...]:
+def _draw_actions(rng: np.random.Generator, seconds: float, of: Version) -> tuple[Action, ...]:
     """Changes of one person's posture, in order, with a gap before, between and after."""
     while True:
         posture = _first_posture(rng)
         chosen = []
-        for _ in range(int(rng.integers(_CHANGES[0], _CHANGES[1] + 1))):
+        for _ in range(int(rng.integers(of.changes[0], of.changes[1] + 1))):
             label, posture, takes, goes_on = _NEXT[posture][int(rng.integers(len(_NEXT[posture])))]
             chosen.append((label, rng.uniform(*takes) + rng.uniform(*goes_on)))
         lengths = np.array([length for _, length in chosen])
-        spare = seconds - lengths.sum() - _GAP * (len(chosen) + 1)
+        spare = seconds - lengths.sum() - of.gap * (len(chosen) + 1)
         if spare > 0:
             break
-    gaps = _GAP + spare * rng.dirichlet(np.full(len(chosen) + 1, 1.5))
+    gaps = of.gap + spare * rng.dirichlet(np.full(len(chosen) + 1, 1.5))
     starts = np.cumsum(gaps[:-1]) + np.cumsum(lengths) - lengths
     return tuple(
         Action(round(float(start), 2), round(float(start + length), 2), label)
@@ -137,11 +158,13 @@ def _first_posture(rng: np.random.Generator) -> str:
     return ("upright", "upright", "seated", "lying")[int(rng.integers(4))]
 
 
-def render(script: Script) -> Iterator[Frame]:
+def render(script: Script, version: int = VERSION) -> Iterator[Frame]:
     """Yield each frame, (height, width, 3) RGB."""
+    of = VERSIONS[version]
     rng = np.random.default_rng((*script.entropy, 1))
     room, front = _draw_room(rng)
-    cast = [(_draw_looks(rng), _trace(rng, script.num_frames, changes)) for changes in _parts(rng, script)]
+    parts = _parts(rng, script, of.people)
+    cast = [(_draw_looks(rng, of), _trace(rng, script.num_frames, changes)) for changes in parts]
     seconds = np.arange(script.num_frames) / FRAME_RATE
     light = 1 + 0.06 * np.sin(2 * np.pi * (rng.uniform(0.02, 0.1) * seconds + rng.uniform()))
     grain = 3 * np.stack([noise(rng, 160, 2.0)[:HEIGHT, :WIDTH] for _ in range(4)])
@@ -154,7 +177,7 @@ def render(script: Script) -> Iterator[Frame]:
         yield np.clip(frame + 0.5, 0, 255).astype(np.uint8)
 
 
-def _parts(rng: np.random.Generator, script: Script) -> list[tuple[str, list[_Change]]]:
+def _parts(rng: np.random.Generator, script: Script, people: int) -> list[tuple[str, list[_Change]]]:
     """First posture and changes of each person: one acts, and the others stay as they are."""
     after = {label: posture for options in _NEXT.values() for label, posture, _, _ in options}
     changes = []
@@ -163,8 +186,8 @@ def _parts(rng: np.random.Generator, script: Script) -> list[tuple[str, list[_Ch
         first, last = (math.ceil(time * FRAME_RATE - 1e-6) for time in (action.start, action.end))
         changes.append(_Change(first, last, action.label, after[action.label]))
     before = next(posture for posture, options in _NEXT.items() if changes[0].label in [label for label, *_ in options])
-    found: list[tuple[str, list[_Change]]] = [(_first_posture(rng), []) for _ in range(_PEOPLE - 1)]
-    found.insert(int(rng.integers(_PEOPLE)), (before, changes))
+    found: list[tuple[str, list[_Change]]] = [(_first_posture(rng), []) for _ in range(people - 1)]
+    found.insert(int(rng.integers(people)), (before, changes))
     return found
 
 
@@ -189,10 +212,10 @@ def _draw_room(rng: np.random.Generator) -> tuple[Floats, tuple[Floats, np.ndarr
     return np.asarray(room, np.float32), (front, where)
 
 
-def _draw_looks(rng: np.random.Generator) -> _Looks:
+def _draw_looks(rng: np.random.Generator, of: Version) -> _Looks:
     body, legs = rng.uniform(20, 235, (2, 3)).astype(np.float32)
     head = np.asarray(rng.uniform(0.5, 1.0) * np.array([230, 180, 150]), np.float32)
-    return _Looks(body, head, legs, float(rng.uniform(24, 30)))
+    return _Looks(body, head, legs, float(rng.uniform(*of.height)), of.farthest)
 
 
 def _eased(share: float) -> float:
@@ -274,7 +297,7 @@ def _rest(
 def _paint_person(frame: Floats, looks: _Looks, path: _Path, index: int) -> None:
     """Draw a person into `frame`: two legs, a body, an arm and a head, along an axis that leans from the feet."""
     x, y, lean, tall = (float(of[index]) for of in (path.x, path.y, path.lean, path.tall))
-    size = looks.height * (0.55 + 0.45 * y / HEIGHT)  # the further up, the further away
+    size = looks.height * (looks.farthest + (1 - looks.farthest) * y / HEIGHT)  # the further up, the further away
     along = np.array([math.sin(lean), -math.cos(lean)]) * size * tall
     across = np.array([math.cos(lean), math.sin(lean)])
     feet = np.array([x, y])
