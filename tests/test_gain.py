@@ -117,6 +117,11 @@ def test_rows_share_encoders_and_are_not_trained_twice(
     assert drawn is not None and "long C" in drawn
 
 
+def test_every_row_can_be_asked_for_by_name() -> None:
+    every = [*arms.all_arms(["2GB", "3GB"]), *(arm.name for arm in arms.frontier({"4": [6]}))]
+    assert not [name for name in every if "," in name]
+
+
 @pytest.mark.parametrize("kind", list(partial_encoders.KINDS))
 def test_peers_have_some_of_the_gradients(kind: str) -> None:
     torch.manual_seed(0)

@@ -46,7 +46,7 @@ PATTERNS = (
     Arm("long C", joint=_cut(4, "--pattern", "cyclic"), told="S, T, ST by epochs"),
 )
 CUTS = tuple(
-    Arm(f"long C, cut {cut}", joint=_cut(cut, "--pattern", "cyclic"), told=f"at 1/{cut} of full fidelity")
+    Arm(f"long C cut {cut}", joint=_cut(cut, "--pattern", "cyclic"), told=f"at 1/{cut} of full fidelity")
     for cut in (2, 8, 16)
 )
 FULL = (Arm("full", joint=_cut(1), told="full fidelity, which the paper could not train"),)
@@ -55,12 +55,12 @@ PEERS = (
     Arm("partly frozen", joint=_cut(1), peer="partly frozen", told="full fidelity, stem and two stages frozen"),
 )
 TIMES = tuple(
-    Arm(f"planned, 1/{part} of the time", joint=("--min-cut", "1"), share=1 / part,
+    Arm(f"planned 1/{part} of the time", joint=("--min-cut", "1"), share=1 / part,
         told=f"the planner's choice where an epoch may take 1/{part} of full fidelity's")
     for part in (2, 4, 8)
 )  # fmt: skip
 HEADS = tuple(
-    Arm(f"{arm.name}, {title}", joint=arm.joint, head=("--head", head), told=f"the same with {title} for a head")
+    Arm(f"{arm.name} {title}", joint=arm.joint, head=("--head", head), told=f"the same with {title} for a head")
     for head, title in (("bmn", "BMN"), ("actionformer", "ActionFormer"))
     for arm in (FROZEN[2], PATTERNS[-1])
 )
@@ -70,7 +70,7 @@ QUICK = ("ACP", "ACP+", "long C", "full")
 def planned(budgets: list[str]) -> tuple[Arm, ...]:
     """Rows of the planner's choice within budgets of memory."""
     return tuple(
-        Arm(f"planned, {budget}", joint=("--min-cut", "1", "--mem-budget", budget), told="the planner's choice")
+        Arm(f"planned {budget}", joint=("--min-cut", "1", "--mem-budget", budget), told="the planner's choice")
         for budget in budgets
     )
 
@@ -78,7 +78,7 @@ def planned(budgets: list[str]) -> tuple[Arm, ...]:
 def frontier(epochs: dict[str, list[int]]) -> tuple[Arm, ...]:
     """Rows of equal training time: for each cut, numbers of epochs of the joint stage."""
     return tuple(
-        Arm(f"frontier: cut {cut}, {count} epochs", joint=_cut(int(cut), "--joint-epochs", str(count)),
+        Arm(f"frontier cut {cut} for {count} epochs", joint=_cut(int(cut), "--joint-epochs", str(count)),
             told="equal training time")
         for cut, counts in epochs.items() for count in counts
     )  # fmt: skip
