@@ -30,9 +30,10 @@ def _videos(annotations: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets of few videos."""
-    for module in (sets.demo, sets.rooms):
-        monkeypatch.setattr(module, "generate", partial(module.generate, num_training=3, num_validation=2))
+    """Sets of few videos, all of whose classes occur in training."""
+    for module, seed in ((sets.demo, 0), (sets.rooms, 2)):
+        made = partial(module.generate, num_training=3, num_validation=2, seed=seed)
+        monkeypatch.setattr(module, "generate", made)
 
 
 @pytest.mark.parametrize("version", rooms.VERSIONS)
@@ -110,9 +111,10 @@ def test_rows_share_encoders_and_are_not_trained_twice(
     assert "2 rows appended" in capsys.readouterr().out
     assert gain.main([*asked, "--", *TINY]) == 0
     assert "0 rows appended" in capsys.readouterr().out
-    (cost,) = tmp_path.glob("rooms/fold0/seed0/long-C/detector/cost.json")
+    (cost,) = tmp_path.glob("rooms/fold0/seed0/ACP/detector/cost.json")
+    asked[1] = "ACP"
     assert gain.main([*asked, "--", *TINY, "--head-lr", "0.01"]) == 0  # the same places, but not the same trainings
-    assert "2 rows appended" in capsys.readouterr().out and "0.01" in json.loads(cost.read_text())["words"]
+    assert "1 rows appended" in capsys.readouterr().out and "0.01" in json.loads(cost.read_text())["words"]
     drawn = gain.figure(_as_results(tmp_path))
     assert drawn is not None and "long C" in drawn
 
@@ -172,7 +174,10 @@ def test_intervals_are_students_and_pairs_are_of_the_same_seed() -> None:
         }  # fmt: skip
 
     rows = [row("ACP+", 0, 0.2), row("ACP+", 1, 0.4), row("long C", 1, 0.5), row("long C", 0, 0.35)]
-    (reference, long) = gain.compared(rows)["rooms"]
+    other = row("ACP+", 0, 0.9) | {"version": "2"}
+    found = gain.compared([*rows, other])
+    assert list(found) == [("rooms", "1"), ("rooms", "2")] and found["rooms", "2"][0].maps == [90.0]
+    (reference, long) = found["rooms", "1"]
     assert reference.pairs == (0.0, 0.0)
     assert long.name == "long C" and fmean(long.pairs) == pytest.approx(12.5)
 

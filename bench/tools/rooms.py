@@ -33,6 +33,7 @@ class Version:
     validation: int
     seconds: tuple[int, int]  # of a video
     changes: tuple[int, int]  # of posture in a video
+    most: float  # share of a video that they may take
     gap: float  # seconds at least before, between and after them
     people: int
     height: tuple[int, int]  # of a person in front, pixels
@@ -40,8 +41,8 @@ class Version:
 
 
 VERSIONS = {
-    1: Version(40, 16, (44, 56), (3, 5), gap=3.0, people=3, height=(24, 30), farthest=0.55),
-    2: Version(64, 24, (24, 30), (1, 3), gap=2.0, people=2, height=(44, 54), farthest=0.7),
+    1: Version(40, 16, (44, 56), (3, 5), most=1.0, gap=3.0, people=3, height=(24, 30), farthest=0.55),
+    2: Version(64, 24, (24, 30), (1, 3), most=0.5, gap=2.0, people=2, height=(44, 54), farthest=0.7),
 }
 VERSION = 2
 
@@ -144,7 +145,7 @@ def _draw_actions(rng: np.random.Generator, seconds: float, of: Version) -> tupl
             chosen.append((label, rng.uniform(*takes) + rng.uniform(*goes_on)))
         lengths = np.array([length for _, length in chosen])
         spare = seconds - lengths.sum() - of.gap * (len(chosen) + 1)
-        if spare > 0:
+        if spare > 0 and lengths.sum() < of.most * seconds:
             break
     gaps = of.gap + spare * rng.dirichlet(np.full(len(chosen) + 1, 1.5))
     starts = np.cumsum(gaps[:-1]) + np.cumsum(lengths) - lengths
