@@ -164,7 +164,7 @@ def _draw_line(
     least = LEAST_WIDTH * (end - start)
     colours = ("#0b6e99", "#a44a00")  # of neighbouring rows
     for order, d in enumerate(sorted(detections, key=lambda d: d.score)):
-        if d.label not in rows or d.start >= end or d.end <= start:
+        if d.label not in rows or d.start >= end or d.start < d.end <= start or d.end < start:
             continue
         row, width = rows[d.label], max(d.end - d.start, least)
         for colour, alpha in (("white", 1.0), (colours[row % 2], d.score / full)):

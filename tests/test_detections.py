@@ -124,6 +124,8 @@ def test_a_timeline_shows_length_and_score(tmp_path: Path) -> None:
         "half": [Detection(0, 50, "a", 0.9)],
         "whole": [Detection(0, 100, "a", 0.9)],
         "instant": [Detection(50, 50.001, "a", 0.9)],
+        "point": [Detection(50, 50, "a", 0.9)],
+        "point at the start": [Detection(0, 0, "a", 0.9)],
     }
     share = {}
     for name, found in shown.items():
@@ -132,6 +134,13 @@ def test_a_timeline_shows_length_and_score(tmp_path: Path) -> None:
     assert share["nothing"] == share["faint"] == 0
     assert share["whole"] == pytest.approx(2 * share["half"], rel=0.02)
     assert 0 < share["instant"] < share["half"] / 50
+    assert share["point"] == share["instant"] and share["point at the start"] > 0
+
+
+def test_points_are_drawn_in_every_line_of_a_long_video(tmp_path: Path) -> None:
+    for name, points in (("middle", (300, 900)), ("start", (0, 600))):
+        draw_timeline(tmp_path / f"{name}.png", name, [Detection(at, at, "a", 0.9) for at in points], 1200.0)
+    assert blueness(tmp_path / "start.png") > 0.7 * blueness(tmp_path / "middle.png") > 0
 
 
 def test_long_videos_and_many_classes_stay_a_picture(tmp_path: Path) -> None:
