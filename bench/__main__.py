@@ -44,6 +44,10 @@ COMMANDS = {
         "[options] -- <arguments of lofi_fast.train>",
         "a change of recipes: mAP of another checkout and of this one",
     ),
+    "stages": (
+        "--before DIR [options] -- <arguments of lofi_fast.train>",
+        "CPU seconds of the whole job by stage, of another checkout and of this one",
+    ),
     "gain": (
         "[options] -- <arguments of lofi_fast.train>",
         "what joint training is worth, and which fidelity an hour should buy: frozen, LoFi, full",

@@ -18,7 +18,7 @@ from av.video.frame import VideoFrame
 
 from bench.__main__ import main
 from bench.commands import data as bench_data
-from bench.commands import epochs, job, recipes, rungs, scaling, tables
+from bench.commands import epochs, job, recipes, rungs, scaling, stages, tables
 from bench.commands import eval as bench_eval
 from bench.peers import decoders, official_map
 from bench.tools import networks
@@ -513,6 +513,27 @@ def test_recipes_are_compared_seed_by_seed(tmp_path: Path, capsys: pytest.Captur
         with pytest.raises(InputError):
             recipes.main([*wrong, f"--results={results}"])
     assert len(read_rows(results)) == 6
+
+
+def test_stages_of_another_checkout_beside_this_one(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = ["--annotations", str(data / "labels.json"), f"--videos={data}", *TINY, "--mem-budget", "4GB"]
+    results = tmp_path / "stages.jsonl"
+    told = ["--before", str(ROOT), "--seeds", "1", "--first", "2", "--precision", "fp32", "--results", str(results)]
+    assert stages.main([*told, "--", *training]) == 0
+    before, after = read_rows(results)
+    assert [(row["which"], row["seed"]) for row in (before, after)] == [("before", 2), ("fp32", 2)]
+    for row in (before, after):
+        assert set(row["seconds"]) >= {"prepare", "pretrain", "joint", "head", "eval"}
+        assert all(spent > 0 for spent in row["seconds"].values())
+    (table,) = stages.table([before, after])
+    ratio = sum(before["seconds"].values()) / sum(after["seconds"].values())
+    assert [line[0] for line in table.lines] == ["before", "after, fp32"]
+    assert table.lines[0][-2] == "1.00" and float(table.lines[1][-2]) == pytest.approx(ratio, abs=0.01)
+    assert "seed 2, fp32" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no checkout"):
+        stages.main(["--before", str(tmp_path)])
 
 
 def test_epochs_are_measured_beside_their_plan(tmp_path: Path) -> None:
