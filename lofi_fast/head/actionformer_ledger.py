@@ -107,7 +107,7 @@ class Attended(NamedTuple):
     keys: int
     scores: int
     mask: int
-    block: int  # of the mask of one block; 0: all positions at once
+    reach: int  # of a position; a block has as many rows, and three times as many keys. 0: all positions at once
     padded: int  # keys that the blocks' are taken from
     in_place: bool  # the values of all blocks can be multiplied where they lie
     viewed: bool  # the heads can be put together where they lie
@@ -115,7 +115,7 @@ class Attended(NamedTuple):
     @property
     def alone(self) -> bool:
         """A position that sees itself alone lies as fused attention wants it, which keeps what it is given."""
-        return not self.block and self.mask == 1
+        return not self.reach and self.mask == 1
 
     @staticmethod
     def of(level: Level, heads: int, window: int) -> Attended:
@@ -126,7 +126,7 @@ class Attended(NamedTuple):
         blocks, width = -(-level.positions // reach), level.batch * level.channels * reach
         mask = blocks * 3 * reach**2
         return Attended(
-            blocks * width, 3 * blocks * width, rows * mask, mask, 3 * reach**2, (blocks + 2) * width,
+            blocks * width, 3 * blocks * width, rows * mask, mask, reach, (blocks + 2) * width,
             rows == 1 or blocks == 1, viewed,
         )  # fmt: skip
 
@@ -263,13 +263,16 @@ class _Step:
         if at.alone:
             self.come(e * numbers, FLOAT * at.scores, e * at.mask)
             return 0
-        given = e * (at.rows + 2 * at.padded) + at.mask if at.block else 0
-        self.come(given)
-        self.tally.spike(2 * LONG * at.block)
+        given = 0
+        if at.reach:
+            block = 3 * at.reach**2
+            given = e * (at.rows + 2 * at.padded) + at.mask + block + 3 * LONG * at.reach
+            self.come(given)
+            self.tally.spike(2 * LONG * block)
         copies = e * at.mask + (FLOAT * (at.rows + at.keys) if cast else 0)
         self.come(copies, FLOAT * at.keys if cast else 0)
         self.come(FLOAT * (at.rows + at.keys))  # scaled
-        laid_out = FLOAT * at.rows if at.block else 0
+        laid_out = FLOAT * at.rows if at.reach else 0
         self.come(laid_out)
         self.come(FLOAT * at.scores)
         self.become(FLOAT * at.scores)
@@ -286,7 +289,7 @@ class _Step:
 
     def values(self, at: Attended) -> int:
         """Bytes of values that are kept as they were given."""
-        return 0 if self.cast or not at.in_place else FLOAT * (at.padded if at.block else at.keys)
+        return 0 if self.cast or not at.in_place else FLOAT * (at.padded if at.reach else at.keys)
 
     def loss(self) -> None:
         scores, single, places = self.scores, self.single, FLOAT * self.positions
@@ -463,10 +466,10 @@ class _Step:
             self.come(3 * e * numbers)
             self.go(5 * e * numbers, scores, e * at.mask)
             return
-        if self.cast or at.block:
+        if self.cast or at.reach:
             self.come(rows)
             self.go(e * numbers)
-        if self.cast and at.block:
+        if self.cast and at.reach:
             self.become(rows)
         self.come(keys, scores)
         self.go(rows, self.values(at) or keys)
@@ -479,7 +482,7 @@ class _Step:
             for size in (at.keys, at.keys, at.rows):
                 self.come(e * size)
                 self.go(FLOAT * size)
-        if at.block:
+        if at.reach:
             for _ in range(2):
                 self.come(e * at.padded)
                 self.go(e * at.keys)
