@@ -4,9 +4,9 @@ Letters as there: B windows, C channels, L snippets, T positions of a level, K c
 an activation is C numbers at each of a level's B x T positions.
 
 Forward and backward are played operator by operator, in torch's order: what comes, and then what goes. Activations are
-float32 but for those around convolutions, which under autocast have `e` bytes a number. Attention is torch's plain form,
-in float32 throughout: its fused ones take no blocks of rows, and nothing that lies channels first, as these do. So it is
-on a GPU too.
+float32 but for those around convolutions, which under autocast have `e` bytes a number. Attention is torch's plain
+form, in float32: its fused ones take four dimensions whose last lies dense, which neither blocks of rows nor what lies
+channels first has.
 """
 
 from __future__ import annotations
@@ -376,7 +376,7 @@ class _Step:
         sums: bool = False, more: bool = False,
     ) -> None:  # fmt: skip
         """From a gradient of `e` bytes a number. `other`: numbers of a bias. `freed`: bytes of the input, which go;
-        `whole`: its gradient is float32 in the end. `sums`: there are gradients of the same weight; `more`: and will be.
+        `whole`: its gradient is float32 in the end. `sums`: the same weight has gradients; `more`: and will have.
         """
         e, cast, numbers = self.e, self.cast, weight + other
         self.come(e * (inputs + numbers))
@@ -420,9 +420,7 @@ class _Step:
     def block_backward(self, level: Level, out: Level) -> None:
         e, square, numbers = self.e, self.channels**2, out.numbers
         self.residual_backward(out)
-        self.conv_backward(
-            4 * numbers, numbers, 4 * square, self.channels, freed=4 * e * numbers, whole=False
-        )
+        self.conv_backward(4 * numbers, numbers, 4 * square, self.channels, freed=4 * e * numbers, whole=False)
         self.become(4 * e * numbers, 4 * e * numbers)
         self.conv_backward(numbers, 4 * numbers, 4 * square, 4 * self.channels, freed=e * numbers)
         self.norm_backward(out, out.map)
