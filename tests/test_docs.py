@@ -164,6 +164,22 @@ def test_what_a_page_shows_is_what_happens(
                 rest = rest[place + 1 :]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_of_ours_in_the_text_exists(page: Path) -> None:
+    for path in re.findall(r"`((?:lofi_fast|kernels|bench|tests|docs)/[\w/]+\.\w+)`", prose(page)):
+        assert "NAME" in path or (ROOT / path).is_file(), path
+
+
+def test_the_files_of_a_head_and_of_an_encoder_are_all_named() -> None:
+    page = (ROOT / "docs" / "heads-and-encoders.md").read_text()
+    for room, shared in (
+        ("head", "gtad|loss|targets|dropout|protocol"),
+        ("encoder", "resnet|lean|tsm|shared|protocol"),
+    ):
+        for path in sorted((ROOT / "lofi_fast" / room).glob("[!_]*.py")):
+            assert re.match(shared, path.name) or f"`lofi_fast/{room}/{path.name}`" in page, path
+
+
 def test_what_heads_and_encoders_need_is_what_plan_says() -> None:
     page = (ROOT / "docs" / "heads-and-encoders.md").read_text()
     rows = re.findall(r"^\| `(--.+?)` \| (\S+) \| (\S+) \| (\S+) \|$", page, re.MULTILINE)
