@@ -25,6 +25,7 @@ import lofi_fast
 from lofi_fast.__main__ import COMMANDS
 from lofi_fast.budget import Budget
 from lofi_fast.command import given
+from lofi_fast.fidelity import Pattern
 from lofi_fast.settings import leaves, made, negated, read
 from lofi_fast.train import read_flags, spelled_out
 
@@ -161,6 +162,43 @@ def test_what_a_page_shows_is_what_happens(
                 place = next((k for k, said in enumerate(rest) if re.fullmatch(pattern, said.rstrip())), None)
                 assert place is not None, f"{line}\nprints no such line: {text}\nbut:\n{printed}"
                 rest = rest[place + 1 :]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_of_ours_in_the_text_exists(page: Path) -> None:
+    for path in re.findall(r"`((?:lofi_fast|kernels|bench|tests|docs)/[\w/]+\.\w+)`", prose(page)):
+        assert "NAME" in path or (ROOT / path).is_file(), path
+
+
+def test_the_files_of_a_head_and_of_an_encoder_are_all_named() -> None:
+    page = (ROOT / "docs" / "heads-and-encoders.md").read_text()
+    for room, shared in (
+        ("head", "gtad|loss|targets|dropout|protocol"),
+        ("encoder", "resnet|lean|tsm|shared|protocol"),
+    ):
+        for path in sorted((ROOT / "lofi_fast" / room).glob("[!_]*.py")):
+            assert re.match(shared, path.name) or f"`lofi_fast/{room}/{path.name}`" in page, path
+
+
+def test_what_heads_and_encoders_need_is_what_plan_says() -> None:
+    page = (ROOT / "docs" / "heads-and-encoders.md").read_text()
+    rows = re.findall(r"^\| `(--.+?)` \| (\S+) \| (\S+) \| (\S+) \|$", page, re.MULTILINE)
+    assert {flags.split()[1] for flags, *_ in rows} >= {"bmn", "actionformer", "tsm_r50", "r2plus1d_18", "vit_b16"}
+    for flags, *shown in rows:
+        named = flags.replace("--encoder vit_b16 --encoder.train", "--encoder.name vit_b16 --encoder.train").split()
+        words: dict[str, Any] = {}
+        for flag, value in zip(named[::2], named[1::2], strict=True):
+            room, _, leaf = flag[2:].partition(".")
+            words[room] = {**words.get(room, {}), leaf: value} if leaf else value
+        said = []
+        for micro_batch, recompute in ((1, "never"), (16, "never"), (16, "always")):
+            forecast = lofi_fast.plan(
+                mem_budget="80GB", card="A100 80GB", pattern="spatial", cut=4, micro_batch=micro_batch,
+                recompute=recompute, **words,
+            )  # fmt: skip
+            plan = forecast.chosen(Pattern.SPATIAL)
+            said.append("more" if plan is None else f"{forecast.peak(plan) / 1e9:.2f}")
+        assert said == shown, flags
 
 
 def test_every_flag_in_the_text_exists() -> None:

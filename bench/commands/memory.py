@@ -11,12 +11,13 @@ import argparse
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from bench.tools.against import read_against
 from bench.tools.dtypes import DTYPES, half_of
+from bench.tools.encoders import NAMES, PLAIN, Name, Other, held_bytes
 from bench.tools.measure import in_child, peak_above_start
 from bench.tools.networks import (
     EACH_SNIPPET,
@@ -31,7 +32,7 @@ from bench.tools.networks import (
 from bench.tools.record import options, record
 from bench.tools.rows import Row, environment, software
 from bench.tools.table import MISSING, Section, Table, by_place, newest, when
-from lofi_fast.config import EncoderName
+from lofi_fast.encoder.resnet_table import BLOCKS
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.precision import choose_device
@@ -45,6 +46,7 @@ GPU_PEAKS = (
     (16, 100, 224, ("lean, recompute",)),
     (16, 50, 158, ON_GPU[:3]),
 )
+OTHERS_PEAK = (16, 112)  # frames, side
 FLOORS = (4, 12, 64)  # snippets of FLOOR_SIDE pixels, a snippet at a time
 FLOOR_SIDE = 112
 KEPT = ("plain PyTorch", "lean", EIGHT_BIT)
@@ -62,25 +64,30 @@ def main(argv: Sequence[str]) -> int:
     quick = args.quick or args.tiny
     start = environment() | software(device, args.threads) | {"quick": quick}
     print(f"{start['device']}; {args.threads} thread(s); commit {start['commit'][:7]}")
-    measured = chain(*_parts(device, quick, args.tiny, args.short))
-    values = {"kept": ("bytes_a_frame",), "peak": ("peak",), "floor": ("peak",), "driver": ("driver",)}
+    others = [others_kept(device, quick, args.tiny), others_peaks(device, quick)]
+    measured = chain(*(others if args.others else _parts(device, quick, args.tiny, args.short)))
+    values = {
+        "kept": ("bytes_a_frame",), "kept of others": ("bytes_a_frame",),
+        "peak": ("peak",), "peak of others": ("peak",), "floor": ("peak",), "driver": ("driver",),
+    }  # fmt: skip
     return record("memory", measured, start, args, old, table, KEY, values)
 
 
 def _parts(device: torch.device, quick: bool, tiny: bool, short: bool) -> list[Iterator[Row]]:
     """On a GPU the peaks are those of the whole step, as the driver sees them too."""
     if tiny:
-        return [kept(device, quick, tiny), whole_peaks(device, tiny)]
+        return [kept(device, quick, tiny), others_kept(device, tiny=True), whole_peaks(device, tiny)]
     if device.type == "cuda":
         return [whole_peaks(device, quick), *([] if short else [kept(device, quick)])]
-    return [kept(device, quick), peaks(device, quick, short), floors(device, quick)]
+    others = [others_kept(device, quick), others_peaks(device, quick)]
+    return [kept(device, quick), *others, peaks(device, quick, short), floors(device, quick)]
 
 
 def kept(device: torch.device, quick: bool = False, tiny: bool = False) -> Iterator[Row]:
     """One snippet tells the bytes of a frame: what is kept is proportional to the frames. On a GPU full fidelity stands
     for all, since each shape has kernels of its own to be compiled.
     """
-    names = get_args(EncoderName)[: 1 if quick else None]
+    names = list(BLOCKS)[: 1 if quick else None]
     sides, dtypes = (16,) if tiny else (64,) if quick else SIDES, ("float32", "bfloat16")
     if tiny or device.type == "cuda":
         sides, dtypes = sides[:1], (half_of(device),)
@@ -98,6 +105,43 @@ def kept(device: torch.device, quick: bool = False, tiny: bool = False) -> Itera
                         "bytes_a_frame": (twice - once) / FRAMES_PER_SNIPPET, "bytes_once": 2 * once - twice,
                     }  # fmt: skip
                 print(f"kept: {name} {side} px {dtype}", flush=True)
+
+
+def others_kept(device: torch.device, quick: bool = False, tiny: bool = False) -> Iterator[Row]:
+    """Of the encoders beside TSM-ResNet, as `kept`; theirs are compared in the forms that each has."""
+    width, side = (TINY_WIDTH, 16) if tiny else (WIDTH, 32 if quick else SIDES[0])
+    for name in NAMES:
+        Other.of(name, FRAMES_PER_SNIPPET, 16 if tiny else 32, "float32", device, width).gate()
+        for dtype in ("float32",) if tiny else ("float32", "bfloat16"):
+            case = Other.of(name, 2 * FRAMES_PER_SNIPPET, side, dtype, device, width)
+            for form in case.forms():
+                once, twice = held_bytes(case.first(), form), held_bytes(case, form)
+                yield {
+                    "measured": "kept of others", "encoder": name, "side": side, "dtype": dtype, "form": form,
+                    "bytes_a_frame": (twice - once) / FRAMES_PER_SNIPPET, "bytes_once": 2 * once - twice,
+                }  # fmt: skip
+            print(f"kept: {name} {side} px {dtype}", flush=True)
+
+
+def others_peaks(device: torch.device, quick: bool = False) -> Iterator[Row]:
+    frames, side = (16, 32) if quick else OTHERS_PEAK
+    for name in NAMES:
+        forms = list(Other.of(name, FRAMES_PER_SNIPPET, 32, "float32", device).forms())
+        for dtype in ("float32", "bfloat16"):
+            for form in forms:
+                peak = in_child(_others_peak, name, frames, side, dtype, form, str(device), torch.get_num_threads())
+                yield {
+                    "measured": "peak of others", "encoder": name, "frames": frames, "side": side, "dtype": dtype,
+                    "form": form, "peak": peak,
+                }  # fmt: skip
+                print(f"peak: {name}, {frames} frames, {side} px, {dtype}, {form}: {(peak or 0) / 2**20:.0f} MiB")
+
+
+def _others_peak(name: Name, frames: int, side: int, dtype: str, form: str, device: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    case = Other.of(name, frames, side, dtype, torch.device(device))
+    case.first().step(form)  # loads code and makes the gradients, which stay
+    return peak_above_start(partial(case.step, form), case.frames.device, warm=False)
 
 
 def peaks(device: torch.device, quick: bool = False, short: bool = False) -> Iterator[Row]:
@@ -193,9 +237,12 @@ def table(rows: Sequence[Row]) -> list[Section]:
     """What autograd keeps of a frame, then the peaks of the encoder's step, the least of them, and of the whole one."""
     kept = newest(rows, ("measured", "encoder", "side", "dtype", "form"), "kept")
     peaks = newest(rows, ("measured", "encoder", "frames", "side", "dtype", "form"), "peak")
+    others = newest(rows, ("measured", "encoder", "side", "dtype", "form"), "kept of others")
+    others += newest(rows, ("measured", "encoder", "frames", "side", "dtype", "form"), "peak of others")
     floors = newest(rows, ("measured", "encoder", "snippets", "side", "dtype", "form"), "floor")
     steps = newest(rows, ("measured", "encoder", "videos", "snippets", "side", "dtype", "form"), "step")
     parts: list[Section] = [_kept_table(where, here) for where, here in by_place(kept)]
+    parts += [_others_table(where, here) for where, here in by_place(others)]
     for where, here in by_place([row for row in peaks if row["peak"]]):  # without a peak: more than there is
         parts.append(_peak_table(where, here))
     parts += [_floor_table(where, here) for where, here in by_place([row for row in floors if row["peak"]])]
@@ -214,6 +261,24 @@ def _kept_table(where: str, rows: Sequence[Row]) -> Table:
         lines.append((encoder, f"{side} px", *numbers))
     title = f"Kept of a frame from forward to backward, MB; {where}; {when(rows)}:"
     return Table(title, ("encoder", "side", *forms), lines)
+
+
+def _others_table(where: str, rows: Sequence[Row]) -> Table:
+    """What is kept of a frame beside the peak of one forward and backward."""
+    kept = {(row["encoder"], row["dtype"], row["form"]): row for row in rows if row["measured"] == "kept of others"}
+    peaks = {(row["encoder"], row["dtype"], row["form"]): row for row in rows if row["measured"] == "peak of others"}
+    lines = []
+    for (encoder, dtype, form), row in kept.items():
+        plain = kept.get((encoder, dtype, PLAIN))
+        less = MISSING if plain is None else f"{plain['bytes_a_frame'] / row['bytes_a_frame']:.1f}x less"
+        peak = peaks.get((encoder, dtype, form))
+        step = MISSING if peak is None else f"{peak['frames']} frames of {peak['side']} px"
+        most = MISSING if peak is None or not peak["peak"] else f"{peak['peak'] / 2**20:.0f}"
+        kept_of_one = f"{row['bytes_a_frame'] / 1e6:.2f}"
+        lines.append((encoder, dtype, form, f"{row['side']} px", kept_of_one, less, step, most))
+    title = f"Other encoders, kept of a frame and the peak of one step above the process; {where}; {when(rows)}:"
+    header = ("encoder", "dtype", "form", "side", "kept of a frame, MB", "against plain", "step", "peak, MiB")
+    return Table(title, header, lines)
 
 
 def _peak_table(where: str, rows: Sequence[Row]) -> Table:
@@ -263,5 +328,6 @@ def _step_table(where: str, rows: Sequence[Row]) -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = options("memory", __doc__, "one small case: does everything run?", None)
     parser.add_argument("--tiny", action="store_true", help="smaller still, in one process: for Triton's interpreter")
+    parser.add_argument("--others", action="store_true", help="the encoders beside TSM-ResNet alone")
     parser.add_argument("--short", action="store_true", help="the peaks of one size; on a GPU those of whole steps")
     return parser

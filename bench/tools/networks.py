@@ -137,12 +137,14 @@ class Encoded:
         of plain PyTorch over the snippets chosen.
         """
         names = list(names)
-        _gate(self.encoder, self.step, [name for name in names if name != SAMPLED], "plain PyTorch", self.dtype)
+        gate_gradients(
+            self.encoder, self.step, [name for name in names if name != SAMPLED], "plain PyTorch", self.dtype
+        )
         if SAMPLED in names:
             frames = self.frames.unflatten(0, (-1, FRAMES_PER_SNIPPET))[self.chosen().to(self.frames.device)]
             part = Encoded(self.encoder, frames.flatten(0, 1), self.dtype)
             step = {"plain PyTorch": partial(part.step, "plain PyTorch"), SAMPLED: partial(self.step, SAMPLED)}
-            _gate(self.encoder, lambda name: step[name](), [SAMPLED], "plain PyTorch", self.dtype)
+            gate_gradients(self.encoder, lambda name: step[name](), [SAMPLED], "plain PyTorch", self.dtype)
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class WholeStep:
         """In half precision the head's nearest neighbours are others for a few snippets, and gradients differ by more
         than rounding: allow for it by `largest`, and gate in float32.
         """
-        _gate(nn.ModuleList([self.encoder, self.head]), self.step, names, self.FORMS[0], self.dtype, largest)
+        gate_gradients(nn.ModuleList([self.encoder, self.head]), self.step, names, self.FORMS[0], self.dtype, largest)
 
 
 def lean_features(encoder: TSMResNet, frames: Tensor, form: str, chunk: int | None = None) -> Tensor:
@@ -273,10 +275,12 @@ def compiled_features(form: str, backend: str | None = None) -> Callable[..., Te
     return features
 
 
-def _gate(
+def gate_gradients(
     module: nn.Module, step: Callable[[str], None], names: Iterable[str], plain: str, dtype: torch.dtype,
     largest: float | None = None,
 ) -> None:  # fmt: skip
+    """Raise GateError unless the gradients of every form are those of the form `plain`, but for rounding."""
+
     def gradients(name: str) -> dict[str, Tensor]:
         step(name)
         return {key: p.grad.clone() for key, p in module.named_parameters() if p.grad is not None}

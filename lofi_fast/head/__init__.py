@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lofi_fast.head.actionformer_ledger import ActionFormerLedger
 from lofi_fast.head.bmn_ledger import BMNLedger
 from lofi_fast.head.gtad_ledger import GTADLedger
 
@@ -47,8 +48,10 @@ def ledger_of(config: Config, num_features: int, num_classes: int, class_loss: b
 
     `class_loss`: whether the loss has a term for classes.
     """
-    if config.head.name in ("actionformer", "spotting"):
+    if config.head.name == "spotting":
         return None
+    if config.head.name == "actionformer":
+        return ActionFormerLedger(config.actionformer, num_features, num_classes, config.head.dropout)
     if config.head.name == "bmn":
         return BMNLedger(config.head, num_features, num_classes, config.full.num_snippets, class_loss, config.bmn)
     return GTADLedger(config.head, num_features, num_classes, config.full.num_snippets, class_loss)
