@@ -170,14 +170,16 @@ def test_intervals_are_students_and_pairs_are_of_the_same_seed() -> None:
     def row(arm: str, seed: int, value: float) -> dict[str, object]:
         return {
             "measured": "row", "data": "rooms", "version": "1", "fold": 0, "seed": seed, "arm": arm, "flags": [],
+            "settings": [],
             "average_map": value, "map_by_tiou": {}, "peak": None, "seconds": {"head": 1.0}, "device": "CPU, 1 thread",
         }  # fmt: skip
 
     rows = [row("ACP+", 0, 0.2), row("ACP+", 1, 0.4), row("long C", 1, 0.5), row("long C", 0, 0.35)]
-    other = row("ACP+", 0, 0.9) | {"version": "2"}
-    found = gain.compared([*rows, other])
-    assert list(found) == [("rooms", "1"), ("rooms", "2")] and found["rooms", "2"][0].maps == [90.0]
-    (reference, long) = found["rooms", "1"]
+    others = [row("ACP+", 0, 0.9) | {"version": "2"}, row("ACP+", 0, 0.1) | {"settings": ["--fidelity", "8x32"]}]
+    found = gain.compared([*rows, *others])
+    assert list(found) == [("rooms", "1", ""), ("rooms", "2", ""), ("rooms", "1", "--fidelity 8x32")]
+    assert [part[0].maps for part in found.values()][1:] == [[90.0], [10.0]]
+    (reference, long) = found["rooms", "1", ""]
     assert reference.pairs == (0.0, 0.0)
     assert long.name == "long C" and fmean(long.pairs) == pytest.approx(12.5)
 

@@ -44,7 +44,7 @@ JOINT_RATES, HEAD_RATES, CLASS_LOSSES = ("2e-4", "5e-4", "1e-3"), ("5e-4", "1e-3
 # Student's t for a two-sided interval of 95%, by degrees of freedom; beyond them the normal one.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
 NORMAL = 1.96
-SAME = ("data", "version", "fold", "seed", "arm", "flags", "measured")  # rows alike in these are one
+SAME = ("data", "version", "settings", "fold", "seed", "arm", "flags", "measured")  # rows alike in these are one
 DRAWN_FROM = ("gain",)
 
 
@@ -118,6 +118,7 @@ class Gain:
         return {
             "bench": "gain", "measured": measured, "data": self.data.name, "version": self.data.version, "fold": fold,
             "seed": seed, "arm": arm.name, "flags": [*arm.joint, *arm.head, *flags, *self.more],
+            "settings": list(self.more),
         }  # fmt: skip
 
     def trained(self, arm: Arm, labelled: Labelled, fold: int | str, seed: int, flags: Sequence[str]) -> Row:
@@ -202,7 +203,7 @@ class Gain:
         """CPU seconds of a row's stages. Raises InputError where it is not there."""
         for row in reversed(read_rows(self.results)):
             same = {"data": self.data.name, "version": self.data.version, "fold": fold, "seed": seed, "arm": name,
-                    "measured": "row"}  # fmt: skip
+                    "settings": list(self.more), "measured": "row"}  # fmt: skip
             if all(row.get(key) == value for key, value in same.items()):
                 return dict(row["seconds"])
         raise InputError(f'--rows: the row "{name}" comes first; others take their time from it')
@@ -228,7 +229,8 @@ class Gain:
     def tuned(self, arm: Arm) -> list[str]:
         """Flags of the best of the search for this row; none where there was no search."""
         kept = [row for row in read_rows(self.results) if row.get("measured") == "search"]
-        kept = [row for row in kept if (row["data"], row["arm"]) == (self.data.name, arm.name)]
+        same = {"data": self.data.name, "version": self.data.version, "arm": arm.name, "settings": list(self.more)}
+        kept = [row for row in kept if all(row[key] == value for key, value in same.items())]
         return list(max(kept, key=lambda row: row["average_map"])["searched"]) if kept else []
 
     def tune(self, arm: Arm) -> None:
@@ -318,12 +320,14 @@ class Compared:
         )  # fmt: skip
 
 
-def compared(rows: Sequence[Row]) -> dict[tuple[str, str], list[Compared]]:
-    """Of each (set, version) the rows, in the order of arms.py; of rows that are alike the newest."""
+def compared(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Compared]]:
+    """Of each (set, version, flags of every training) the rows, in the order of arms.py; of rows that are alike the
+    newest.
+    """
     newest = {json.dumps([row[key] for key in SAME]): row for row in rows if row["measured"] == "row"}
-    found: dict[tuple[str, str], list[Compared]] = {}
-    for place in dict.fromkeys((row["data"], row["version"]) for row in newest.values()):
-        here = [row for row in newest.values() if (row["data"], row["version"]) == place]
+    found: dict[tuple[str, str, str], list[Compared]] = {}
+    for place in dict.fromkeys(map(_place, newest.values())):
+        here = [row for row in newest.values() if _place(row) == place]
         reference = {(r["fold"], r["seed"]): r["average_map"] for r in here if r["arm"] == REFERENCE}
         names = dict.fromkeys(row["arm"] for row in here)
         for name in sorted(names, key=[*all_arms([]), *names].index):
@@ -337,10 +341,14 @@ def compared(rows: Sequence[Row]) -> dict[tuple[str, str], list[Compared]]:
     return found
 
 
+def _place(row: Row) -> tuple[str, str, str]:
+    return row["data"], row["version"], " ".join(row["settings"])
+
+
 def table(rows: Sequence[Row]) -> list[Section]:
     """For each set: every row's mAP with its interval, and its difference from ACP+, fold by fold and seed by seed."""
     found: list[Section] = []
-    for (data, version), here in compared(rows).items():
+    for (data, version, settings), here in compared(rows).items():
         of = [row for one in here for row in one.rows]
         tious = list(of[0]["map_by_tiou"])
         picked = [tious[0], tious[len(tious) // 2], tious[-1]]
@@ -349,7 +357,7 @@ def table(rows: Sequence[Row]) -> list[Section]:
             "peak of the joint stage", "CPU seconds: clips, joint, head",
         )  # fmt: skip
         where = of[0]["machine"] if of[0]["device"].startswith("CPU,") else of[0]["device"]
-        title = f"`{data}`, version {version}; {where}; {when(of)}:"
+        title = f"`{data}`, version {version}{f', `{settings}`' * bool(settings)}; {where}; {when(of)}:"
         found.append(Table(title, header, [one.cells(picked) for one in here]))
     if found:
         found.append(Picture("Average mAP over memory, and over the time of training", "../bench/results/gain.svg"))
@@ -368,14 +376,14 @@ def figure(results: Path) -> str | None:
     with matplotlib.rc_context({"svg.hashsalt": "bench", "svg.fonttype": "none", "font.size": 9}):
         drawing = Figure(figsize=(9, 3.4 * len(sets)), layout="constrained")
         panels = drawing.subplots(len(sets), 2, sharey="row", squeeze=False)
-        for ((data, version), here), (memory, seconds) in zip(sets.items(), panels, strict=True):
+        for ((data, version, settings), here), (memory, seconds) in zip(sets.items(), panels, strict=True):
             for number, one in enumerate(here):
                 half, colour = interval(one.maps) or 0.0, f"C{number % 10}"
                 places = ((seconds, one.seconds()), *(((memory, one.peak),) if one.peak is not None else ()))
                 for axes, x in places:
                     axes.errorbar(x, fmean(one.maps), half, fmt="o", color=colour, capsize=2, markersize=4)
                     axes.annotate(one.name, (x, fmean(one.maps)), xytext=(4, 3), textcoords="offset points", fontsize=7)
-            memory.set_title(f"{data}, version {version}")
+            memory.set_title(f"{data}, version {version} {settings}")
             memory.set_ylabel("average mAP (%), 95% interval")
             memory.set_xlabel("peak of the joint stage, GB")
             seconds.set_xlabel("training, CPU seconds of all stages")
