@@ -22,7 +22,8 @@ from lofi_fast.data.annotations import FormatOptions, load_annotations
 from lofi_fast.data.video import probe
 from lofi_fast.detect import main, unique_names
 from lofi_fast.metrics import load_predictions
-from lofi_fast.model import MODEL, Detector
+from lofi_fast.model import Detector
+from lofi_fast.model_file import MODEL
 
 pytestmark = pytest.mark.usefixtures("torchs_own_allocator")
 ENVIRONMENT = dict(os.environ)  # of processes of their own: as it was before any test
