@@ -76,6 +76,8 @@ MISTAKES = [
     (["train", "--annotations", "videos", "--videos", "videos"], "--annotations videos", "without a file of labels"),
     (["train", "--annotations", "videos/a.mp4", "--videos", "videos"], "--annotations videos/a.mp4", "such as a video"),
     (["train", "--annotations", "headless.csv", "--videos", "videos"], "headless.csv", "video,start,end,label"),
+    (["train", *DATA, "--stages", "joint,head", "--joint-epochs", "0", "--head-epochs", "0"],
+     "--joint-epochs 0 --head-epochs 0: nothing would be trained", "1 or more"),
     (["train", *DATA, "--tiou", "50"], "--tiou", "50"),
     (["convert", "videos/a.mp4", "a.json"], "videos/a.mp4 is not UTF-8 text", "such as a video"),
     (["convert", "labels.csv", "file/a.json"], "file/a.json: cannot write", "file is a file, not a folder"),

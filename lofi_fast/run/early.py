@@ -40,6 +40,11 @@ def check_values(config: Config) -> None:
     parse_tiou(config.detect.tious)
     if config.points:
         parse_tolerance(config.detect.tolerances, config.data.fps)
+    epochs = {"pretrain": config.pretrain.epochs, "joint": config.joint.epochs, "head": config.head_stage.epochs}
+    asked = {stage: epochs[stage] for stage in config.stages if stage in epochs}
+    if asked and not any(asked.values()):
+        flags = " ".join(f"--{stage}-epochs 0" for stage in asked)
+        raise InputError(f"{flags}: nothing would be trained; give one of them 1 or more, or leave it out")
     for flag, name in (("--encoder-weights", config.encoder.weights), ("--video-scores", config.data.video_scores)):
         if name and not os.path.isfile(name):
             raise InputError(f"{flag} {name}: no such file")
