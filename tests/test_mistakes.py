@@ -15,6 +15,8 @@ import pytest
 
 from lofi_fast import __main__ as program
 from lofi_fast import __version__
+from lofi_fast.data.given import paths_of
+from lofi_fast.errors import InputError
 from lofi_fast.model_file import MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +107,13 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and what in line and mend in line
     assert {path: path.stat().st_mtime_ns for path in desk.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("name", "mend"), [("nowhere.mp4", "name videos"), ("https://a.org/b.mp4", "download it")])
+def test_videos_that_are_not_there_are_refused_before_a_model_is_loaded(name: str, mend: str, desk: Path) -> None:
+    with pytest.raises(InputError, match=f"{name}: no such file; {mend}"):
+        paths_of([name])
+    assert paths_of([name, "videos/a.mp4"]) == [Path(name), Path("videos/a.mp4")]  # the one is used, the other skipped
 
 
 def started(argv: list[str], **how: object) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ def paths_of(given: Sequence[str]) -> list[Path]:
         mend = (
             "download it first, for a video has to be a file here" if "://" in given[0] else "name videos, or a folder"
         )
-        raise InputError(f"{given[0]}: no such file; {mend}")
+        raise InputError(f"none of the {len(given)} videos can be used: {given[0]}: no such file; {mend}")
     paths: dict[Path, Path] = {}
     for path in map(Path, given):
         inside = list_videos(path) if path.is_dir() else [path]
