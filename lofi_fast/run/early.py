@@ -15,6 +15,7 @@ from lofi_fast.data.matching import list_folder
 from lofi_fast.errors import InputError
 from lofi_fast.metrics import parse_tiou
 from lofi_fast.point_metrics import parse_tolerance
+from lofi_fast.presets import weights_warning
 from lofi_fast.run.folder import require_run
 
 QUICKLY_READ = 1_000_000  # bytes of labels, which are read in less time than torch takes to import; larger files wait
@@ -26,7 +27,7 @@ def check_early(config: Config, resume: bool) -> None:
         require_run(Path(config.out))
     check_budget(config.budget)
     check_values(config)
-    if config.data.annotations and config.data.videos:
+    if config.data.annotations and config.data.videos and not weights_warning(config):  # which is said before all else
         labels, videos = Path(config.data.annotations), Path(config.data.videos)
         list_folder(videos, "--videos ")
         if labels.is_file() and labels.stat().st_size > QUICKLY_READ:
