@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
+from lofi_fast import __version__
 from lofi_fast.command import HELP, run
 from lofi_fast.errors import InputError
 
@@ -30,11 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(argv: list[str]) -> int:
+    if argv[:1] == ["help"]:  # `lofi-fast help train`
+        argv = [*argv[1:2], "--help"]
+    if argv[:1] and argv[0] in ("--version", "-V", "version"):
+        print(f"lofi_fast {__version__}")
+        return 0
     if not argv or argv[0] in HELP:
         print("usage: lofi-fast COMMAND [OPTIONS]\n\nFind actions in untrimmed videos, end to end, on one GPU.\n")
         for name, (_, does) in COMMANDS.items():
             print(f"  {name:<10}{does}")
-        print("\n`lofi-fast COMMAND --help` lists what a command takes.")
+        print("\n`lofi-fast COMMAND --help` lists what a command takes; `lofi-fast --version` says which this is.")
         return 0 if argv else 2
     name, *rest = argv
     if name not in COMMANDS:

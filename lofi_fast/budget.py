@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lofi_fast.errors import InputError
 
+LEAST_HELD = 250_000_000  # bytes that Python with torch and DALI hold before they compute anything, on any machine
 AUTO_SHARE = 0.9  # of what is free, for --mem-budget auto
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -46,6 +47,20 @@ class Budget:
                 raise InputError(f'"{text}" is not a share of memory: write --mem-budget like 80% (0 to 100)')
             return Budget(text, share=share)
         return Budget(text, amount=parse_bytes(text))
+
+
+def check_budget(budget: Budget) -> None:
+    """Raises InputError for an amount in which no process computes, on any machine: known before torch is imported."""
+    amount = budget.amount
+    if amount is None or amount >= LEAST_HELD:
+        return
+    number = budget.text.strip()
+    if number.isdecimal():
+        raise InputError(f"--mem-budget {number} means {amount} bytes: nothing fits; write its unit, like {number}GB")
+    raise InputError(
+        f"--mem-budget {budget.text} is {amount / 1e6:g} MB: nothing fits, for Python with its libraries holds more "
+        f"than {LEAST_HELD / 1e6:g} MB before it computes anything; give an amount like 4GB"
+    )
 
 
 def resolve_budget(budget: Budget, total: int, available: int) -> int:

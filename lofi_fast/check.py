@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
+from lofi_fast.budget import check_budget
 from lofi_fast.command import CallableModule, given, run
 from lofi_fast.config import Config
 from lofi_fast.data.cache_size import cache_bytes
@@ -33,7 +34,6 @@ DESCRIPTION = (
     "of lofi-fast train too. The status is 0 when a training could start."
 )
 ROWS = 200  # of the table of videos, on a terminal
-LEAST_HELD = 250_000_000  # bytes that Python with torch and DALI hold before a step, on any machine
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,7 @@ def _checked(config: Config, told: Sequence[str], terminal: Terminal) -> Checked
 def _rest(found: Survey) -> None:
     """What training refuses at its start beside the data. Raises InputError."""
     config = found.config
-    amount = config.budget.amount
-    if amount is not None and amount < LEAST_HELD:
-        raise InputError(
-            f"--mem-budget {config.budget.text} is {amount / 1e6:g} MB, and a process that trains holds more than "
-            f"{LEAST_HELD / 1e6:g} MB before its first step; give an amount like 4GB"
-        )
+    check_budget(config.budget)
     found.check_scores()
     if config.encoder.weights:
         from lofi_fast.encoder import build

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
+from io import TextIOWrapper
 from types import ModuleType
 from typing import Annotated, Any, TypeVar
 
@@ -24,6 +25,15 @@ T = TypeVar("T")
 INTERRUPTED = 130  # the shell's status of a process that Ctrl-C ended
 SPEAKING_SECONDS = 1.0  # that a silent process waits before it ends: torchrun would end the one that speaks, too
 HELP = ("-h", "--help")
+PLACES = ("FILE", "DIR", "RUN")  # units of what has a name on the disk
+ELSEWHERE = {  # what other programs call a setting
+    "gpu": "device", "gpus": "device", "memory": "mem-budget", "mem": "mem-budget", "vram": "mem-budget",
+    "max-memory": "mem-budget", "labels": "annotations", "labelled": "annotations",
+    "data-dir": "videos", "video-dir": "videos", "output": "out", "output-dir": "out", "save-dir": "out",
+    "batch-size": "batch", "weights": "encoder-weights", "pretrained": "encoder-weights", "model": "encoder",
+    "resolution": "fidelity", "size": "fidelity", "workers": "threads", "num-workers": "threads", "fp16": "precision",
+    "amp": "precision", "gt": "ground-truth", "prediction": "predictions", "continue": "resume",
+}  # fmt: skip
 
 
 def parse(settings: type[T], argv: Sequence[str] | None, *, prog: str, description: str, default: T | None = None) -> T:
@@ -52,6 +62,7 @@ def given(
     words = list(sys.argv[1:] if argv is None else argv)
     rest = [word for word in words if word not in HELP]
     table = leaves(settings)
+    _refuse_empty(table, rest)
     for word in rest:  # tyro would take the value of a flag that has none for a word by itself
         if "=" in word and any(word.partition("=")[0] in _spellings(leaf) for leaf in table if leaf.type is bool):
             raise InputError(f"{word}: {word.partition('=')[0]} takes no value; --help lists the flags")
@@ -72,7 +83,7 @@ def given(
     if several is not None and unknown and not any(word.startswith("-") for word in unknown):
         known[several.name] = (*known.get(several.name, ()), *unknown)  # those after a flag that stands between
     elif unknown:
-        raise InputError(_unknown(table, unknown[0]))
+        raise InputError(_unknown(table, unknown[0], rest))
     return known
 
 
@@ -151,15 +162,55 @@ def _spellings(leaf: Leaf) -> set[str]:
     return flags
 
 
-def _unknown(table: Sequence[Leaf], word: str) -> str:
+def _refuse_empty(table: Sequence[Leaf], words: Sequence[str]) -> None:
+    """Raises InputError for a file or folder without a name, as a shell gives for a variable that is not set."""
+    if "" in words and any(leaf.setting.positional for leaf in table):
+        before = words[max(words.index("") - 1, 0)]
+        if not before.startswith("-"):
+            raise InputError("one of the names given is empty; is a variable of the shell not set?")
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
+        flag, given, value = word.partition("=")
+        leaf = next((leaf for leaf in table if flag.replace("_", "-") in _spellings(leaf)), None)
+        if leaf is not None and leaf.unit in PLACES and not (value if given else following):
+            raise InputError(f"{flag} is empty: give {leaf.unit}, or leave it out; is a variable of the shell not set?")
+
+
+def _unknown(table: Sequence[Leaf], word: str, words: Sequence[str]) -> str:
     flag = word.partition("=")[0]
     if not flag.startswith("-"):
-        return f"{word!r} is no flag of this command; --help lists the flags"
+        return _stray(table, word, words)
     if (name := flag[2:].replace("-", "_")) in GONE:
         return f"{flag} is gone: {GONE[name]}"
-    near = get_close_matches(flag.replace("_", "-"), sorted({f for leaf in table for f in _spellings(leaf)}), n=1)
-    meant = f"; perhaps you meant {near[0]}" if near else ""
+    near = _near(table, flag.lower().replace("_", "-").lstrip("-"))
+    meant = f"; perhaps you meant {' or '.join(near)}" if near else ""
     return f"{flag} is no flag of this command{meant}; --help lists the flags"
+
+
+def _near(table: Sequence[Leaf], asked: str) -> list[str]:
+    """The flags that may be meant by one, without its dashes, that there is not."""
+    flags = sorted({flag for leaf in table for flag in _spellings(leaf)})
+    if (known := f"--{ELSEWHERE.get(asked, '')}") in flags:
+        return [known]
+    ends = [leaf.flag for leaf in table if leaf.name.rpartition(".")[2] == asked.replace("-", "_")]
+    if ends:  # what several stages have, such as --lr
+        return ends
+    whole = [flag[2:] for flag in flags if "." in asked or "." not in flag]
+    return [f"--{name}" for name in get_close_matches(asked, whole, n=1)]
+
+
+def _stray(table: Sequence[Leaf], word: str, words: Sequence[str]) -> str:
+    """A word that belongs to nothing: a second one after a flag that takes one, or one by itself."""
+    place = words.index(word)
+    before = next((k for k in range(place - 1, -1, -1) if words[k].startswith("--")), None)
+    if before is not None and place > before + 1 and "=" not in words[before]:
+        flag = words[before]
+        leaf = next((leaf for leaf in table if flag.replace("_", "-") in _spellings(leaf)), None)
+        if leaf is not None and leaf.type is not bool:
+            one = f"one {leaf.unit}" if leaf.unit in PLACES else "one value"
+            return f"{word!r} is one word too many: {flag} takes {one}; a value with a space in it needs quotes"
+    if not word.strip():
+        return "a word of the command line is empty; is a variable of the shell not set?"
+    return f"{word!r} is no flag of this command; --help lists the flags"
 
 
 def _without_value(table: Sequence[Leaf], words: Sequence[str]) -> str:
@@ -175,6 +226,7 @@ def run(main: Callable[[], int | None]) -> int:
     """The exit status of a command: what `main` returns (None: 0), 2 for what the user can mend, after one sentence on
     stderr, 130 when interrupted, and 1, in silence, when nobody reads its output any more (`... | head`).
     """
+    _mend_streams()
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -187,8 +239,9 @@ def run(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno not in (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        where = f"{error.filename}: {error.strerror}"
-        return _end(f"error: {where}; change --out or --cache, or free some space", 2)
+        if error.filename is None:  # of a print
+            return _end(f"error: the output cannot be written: {error.strerror}", 2)
+        return _end(f"error: {error.filename}: {error.strerror}; change --out or --cache, or free some space", 2)
     except (RuntimeError, MemoryError) as error:
         from lofi_fast.memory.meter import is_out_of_memory  # imports torch, which by now is there
 
@@ -200,7 +253,22 @@ def run(main: Callable[[], int | None]) -> int:
             2,
         )
     except KeyboardInterrupt:
-        return _end("\ninterrupted; the same command with --resume goes on from the last checkpoint", INTERRUPTED)
+        return _end("\ninterrupted", INTERRUPTED)
+
+
+def _mend_streams() -> None:
+    """Streams that can be written to: one that is closed (`>&-`) leads nowhere, and a letter that the terminal's
+    encoding lacks is written out. Both would be tracebacks of a print.
+    """
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass  # else a file of ours would take the number, and what libraries print
+        os.close(descriptor)
+        sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _end(sentence: str, status: int) -> int:

@@ -66,7 +66,10 @@ def _command(argv: Sequence[str] | None) -> None:
     annotations: Annotations | None = None
     found = _detections(flags.source)
     if found is None:
-        annotations = load_annotations(flags.source, clip=False, options=flags.labels.options)
+        try:
+            annotations = load_annotations(flags.source, clip=False, options=flags.labels.options)
+        except InputError as error:  # this command has no flag for them
+            raise InputError(str(error).removeprefix("--annotations ")) from None
         found = {
             video.name: [Detection(s.start, s.end, s.label, 1.0) for s in video.segments]
             for video in annotations.videos

@@ -8,16 +8,14 @@ Importing this file imports no torch: help, and a sentence about a mistyped flag
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from lofi_fast.budget import Budget
+from lofi_fast.budget import Budget, check_budget
 from lofi_fast.command import INTERRUPTED, parse, run
 from lofi_fast.config import MemBudget, PrecisionName
 from lofi_fast.data.exports import ENDINGS, TOOLS, medium_of, write_for
@@ -25,6 +23,8 @@ from lofi_fast.data.given import paths_of, printable_name, unique_names
 from lofi_fast.data.video import VideoError, stated_duration
 from lofi_fast.detections import MIN_SCORE, Detection, draw_timeline, write_csv, write_predictions, write_srt, write_vtt
 from lofi_fast.errors import InputError
+from lofi_fast.files import output_folder
+from lofi_fast.model_file import metadata_of, model_file
 from lofi_fast.settings import Setting
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lofi_fast.run.processes import Processes
 
 FORMATS = ("json", "csv", "srt", "vtt")
+CUT_OFF = 1.0  # seconds by which a file is shorter than it says, from which on that is worth a note
 ALL_FORMATS = (*FORMATS, *TOOLS)
 SUBTITLES = {"srt": write_srt, "vtt": write_vtt}
 DESCRIPTION = (
@@ -105,7 +106,11 @@ def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> in
 
 def _command(argv: list[str], owns_process: bool) -> int:
     flags = parse(DetectFlags, argv, prog="lofi-fast detect", description=DESCRIPTION)
+    check_budget(flags.mem_budget)
+    metadata_of(model_file(flags.run))  # before torch, which takes seconds to import
     paths = paths_of(flags.videos)
+    with output_folder(flags.out):
+        pass  # refused now, if it cannot be written
     if owns_process:
         from lofi_fast.memory.settle import settle_allocator
 
@@ -118,7 +123,7 @@ def _command(argv: list[str], owns_process: bool) -> int:
 
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    with opened() as processes, _output_folder(flags.out):
+    with opened() as processes, output_folder(flags.out):
         terminal = Terminal() if processes.first else SilentLog()
         device = processes.device(flags.device).type if processes.several else flags.device
         detector = Detector.load(flags.run)
@@ -192,6 +197,11 @@ def _look(
                 result = session.detect(path, min_score=flags.min_score, top_k=flags.top_k, told=told)
                 _write(flags, names[path], result)
                 seen.found[names[path]] = result.detections
+                if lengths[path] - result.duration > CUT_OFF:
+                    terminal.say(
+                        f"note: {names[path]}: the file says that it lasts {lengths[path]:.1f} s, and ends after "
+                        f"{result.duration:.1f} s; is it cut off, or still being copied?"
+                    )
                 terminal.say(_summary(names[path], result.detections, flags.subtitle_score))
             except VideoError as error:
                 seen.skipped.append(printable_name(str(error)))
@@ -237,30 +247,6 @@ def _summary(name: str, detections: Sequence[Detection], least: float) -> str:
         f"{name}: {len(clear)} detections that score {least:g} or more ({counts}); best: {first.label} {where}, "
         f"{first.score:.2f}"
     )
-
-
-@contextmanager
-def _output_folder(out: Path) -> Iterator[None]:
-    """Make the folder and see that it can be written to; gone again if nothing was written."""
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    probe = out / f"{os.getpid()}.partial"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        _remove_empty(made)
-        raise InputError(f"--out {out}: cannot write there ({error.strerror}); name another folder") from None
-    try:
-        yield
-    finally:
-        _remove_empty(made)
-
-
-def _remove_empty(folders: Sequence[Path]) -> None:
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 
 from lofi_fast import __version__
-from lofi_fast.budget import Budget
+from lofi_fast.budget import Budget, check_budget
 from lofi_fast.command import INTERRUPTED, parse, run
 from lofi_fast.config import MemBudget, PrecisionName
 from lofi_fast.data.exchange import LAYOUTS, Layout, labels_for, write_layout
@@ -32,7 +32,8 @@ from lofi_fast.data.given import paths_of, unique_names
 from lofi_fast.data.video import VideoError
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
-from lofi_fast.files import replacing, write_json
+from lofi_fast.files import output_folder, replacing, write_json
+from lofi_fast.model_file import metadata_of, model_file
 from lofi_fast.settings import Setting
 
 if TYPE_CHECKING:
@@ -130,11 +131,16 @@ def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> in
 
 def _command(argv: list[str], owns_process: bool) -> int:
     flags = parse(ExtractFlags, argv, prog="lofi-fast extract", description=DESCRIPTION)
-    form, paths = flags.form, paths_of(flags.videos)
+    form = flags.form
+    check_budget(flags.mem_budget)
+    metadata_of(model_file(flags.run))  # before torch, which takes seconds to import
+    paths = paths_of(flags.videos)
     names = unique_names(paths)
     if flags.layout != "plain" and flags.annotations is None:
         raise InputError(f"--layout {flags.layout} needs the labels too: add --annotations FILE")
     labels = None if flags.annotations is None else labels_for(flags.annotations, flags.videos, names)
+    with output_folder(flags.out):
+        pass  # refused now, if it cannot be written
     if owns_process:
         from lofi_fast.memory.settle import settle_allocator
 
@@ -176,8 +182,7 @@ def _index(flags: ExtractFlags, form: Form, detector: Detector, names: Mapping[P
     would overwrite.
     """
     out = flags.out
-    file = flags.run / "model.safetensors" if flags.run.is_dir() else flags.run
-    with file.open("rb") as content:
+    with model_file(flags.run).open("rb") as content:
         digest = file_digest(content, "sha256").hexdigest()
     config = detector.config
     made: dict[str, Any] = {

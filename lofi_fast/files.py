@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -38,11 +38,23 @@ def replacing(path: Path, before: Path | None = None) -> Iterator[IO[bytes]]:
             _keep(path, before)
         partial.replace(path)
     except OSError as error:
-        reason = error.strerror or error  # NumPy's own OSError has no strerror
-        raise InputError(f"{path}: cannot write ({reason}); free some space or change --out") from error
+        raise InputError(f"{path}: cannot write ({reason_of(error, path)}); {mend_of(error)}") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def reason_of(error: OSError, path: Path) -> str:
+    """Why `path` could not be written, in words."""
+    blocks = next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None)
+    if blocks is not None:  # the system says "File exists" or "Not a directory"
+        return f"{blocks} is a file, not a folder"
+    return str(error.strerror or error)  # NumPy's own OSError has no strerror
+
+
+def mend_of(error: OSError) -> str:
+    """What to do about it."""
+    return "free some space or change --out" if error.errno in DISK_FULL else "name another place"
 
 
 def _keep(path: Path, before: Path) -> None:
@@ -120,3 +132,30 @@ def is_alive(pid: str) -> bool:
     except (ValueError, OverflowError, ProcessLookupError):
         return False
     return True
+
+
+@contextmanager
+def output_folder(out: Path) -> Iterator[None]:
+    """Make the folder of --out and see that it can be written to; gone again if nothing was written.
+
+    Raises InputError where it cannot.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    probe = out / f"{os.getpid()}.partial"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        _remove_empty(made)
+        raise InputError(f"--out {out}: cannot write there ({reason_of(error, probe)}); name another folder") from None
+    try:
+        yield
+    finally:
+        _remove_empty(made)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

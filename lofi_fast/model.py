@@ -25,7 +25,6 @@ from warnings import warn
 
 import msgspec
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
@@ -61,10 +60,9 @@ from lofi_fast.ledger import EncoderLedger
 from lofi_fast.memory.settle import open_meter, settle_here
 from lofi_fast.memory.step_bytes import features_bytes
 from lofi_fast.memory.trial import Trials
+from lofi_fast.model_file import FORMAT, MODEL, metadata_of, model_file
 from lofi_fast.precision import choose_device, choose_precision
 
-MODEL = "model.safetensors"  # in a run folder
-FORMAT = 1  # of the file; raised when a reader of before would misread it
 LARGEST_CHUNK = 64  # snippets encoded at once, at most
 FEWEST = 8  # snippets of a batch, where a video has fewer the last one is repeated: tiny batches are rounded otherwise
 REFUSAL = "raise --mem-budget, or take a detector of a smaller --encoder, --width or --fidelity"
@@ -127,10 +125,8 @@ class Detector:
         and weights that are not finite.
         """
         path = Path(path)
-        file = path / MODEL if path.is_dir() else path
-        if path.is_dir() and not file.exists():
-            raise InputError(_without_model(path))
-        metadata = _metadata(file)
+        file = model_file(path)
+        metadata = metadata_of(file)
         config = Config.from_json(metadata["settings"], f"{file}: settings")
         try:
             classes = msgspec.json.decode(metadata["classes"], type=list[str])
@@ -262,40 +258,6 @@ class Detector:
         for part, module in (("encoder.", self.encoder), ("head.", self.head)):
             own = {name.removeprefix(part): value for name, value in given.items() if name.startswith(part)}
             module.load_state_dict(own)
-
-
-def _without_model(folder: Path) -> str:
-    """Why a folder holds no model file, and what to do."""
-    if not (folder / "config.json").exists():
-        return f"{folder}: no run folder (neither {MODEL} nor config.json is there); name the --out of a finished run"
-    config = Config.read(folder / "config.json")
-    if not {"joint", "head"} & set(config.stages):
-        asked = ",".join(config.stages)
-        return f"{folder}: its --stages {asked} trained no head, so there is no detector: resume it with all stages"
-    return (
-        f"{folder}: the run has not finished, its {MODEL} is not there yet; go on with it by the command that started "
-        f"it, with --out {folder} --resume"
-    )
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    """Checked to be of a version that can be read."""
-    try:
-        with safetensors.safe_open(file, framework="pt") as content:
-            metadata: dict[str, str] = content.metadata() or {}
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; name a run folder or a {MODEL}") from None
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror or error})") from None
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{file}: not a whole safetensors file ({error}); name a run folder or a {MODEL}") from None
-    version = metadata.get("format", "")
-    if not {"settings", "classes"} <= metadata.keys() or not version.isdecimal() or len(version) > 9:
-        raise InputError(f"{file}: a safetensors file, but no detector of lofi_fast; name a run folder or a {MODEL}")
-    if int(version) > FORMAT:
-        writer = metadata.get("lofi_fast", "a newer one")
-        raise InputError(f"{file}: written by lofi_fast {writer}, newer than this {__version__}: update lofi_fast")
-    return metadata
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> str:

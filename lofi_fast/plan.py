@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from lofi_fast import settings as spelled
-from lofi_fast.budget import duration, gigabytes
+from lofi_fast.budget import check_budget, duration, gigabytes
 from lofi_fast.command import CallableModule, given, run
 from lofi_fast.config import Config, EncoderName
 from lofi_fast.data.samples import EpochSize, counted, published
@@ -63,6 +63,7 @@ class Forecast:
         """`card` None: a CPU. `named`: the user did, and the times are of that card; a budget alone means the slowest
         card that holds as much. Raises InputError for a budget that is no amount.
         """
+        check_budget(config.budget)
         if config.budget.amount is None and config.budget.share is None:
             raise InputError(f'--mem-budget "{config.budget.text}": give an amount like 11GB, or a share of a --card')
         name, _ = resolved(config.precision, None if card is None else card.capability)
@@ -434,13 +435,16 @@ def _command(argv: Sequence[str] | None) -> int:
     words = given(PlanFlags, argv, prog="lofi-fast plan", description=DESCRIPTION, shown=_shown)
     names = ("card", "classes", "samples", "all", "json", "picture", "config")
     own = {"classes": NUM_CLASSES} | spelled.read(PlanFlags, {name: words.pop(name) for name in names if name in words})
+    picture: Path | None = own.get("picture")
+    if picture is not None and picture.suffix.lower() != ".svg":
+        raise InputError(f"--picture {picture}: it is written as SVG; name it {picture.with_suffix('.svg')}")
     budgets = [{"budget": part.strip()} for part in words.pop("budget").split(",")] if "budget" in words else [{}]
     configs = [
         configured(words | budget, file=own.get("config"), cuda=lambda: True, with_data=False) for budget in budgets
     ]
     epoch = epoch_size(configs[0], own.get("samples"))
     forecasts = [_forecast(config, own.get("card"), own["classes"], epoch) for config in configs]
-    if (picture := own.get("picture")) is not None:
+    if picture is not None:
         write_bytes(picture, drawn(forecasts, own.get("card"), own["classes"]).encode())
     everything = own.get("all", False)
     print(json.dumps(to_json(forecasts, everything), indent=1) if own.get("json") else text(forecasts, everything))

@@ -107,7 +107,9 @@ def train(
         file = None if config is None else Path(config)
         whole = settings_of(asked, file, _cuda, resume)
         told = [] if resume else preset_note(asked, file, whole)
+    from lofi_fast.run.early import check_early
 
+    check_early(whole, resume)
     from lofi_fast.memory.settle import settle_here  # from here on torch is needed
 
     notes = [*told, *settle_here()]
@@ -206,6 +208,9 @@ def settings_of(words: Mapping[str, Any], file: Path | None, cuda: Callable[[], 
 
 def _command(argv: list[str], owns_process: bool) -> int:
     config, resume, plain, notes = _read_flags(argv, _cuda)
+    from lofi_fast.run.early import check_early
+
+    check_early(config, resume)
     if owns_process:
         from lofi_fast.memory.settle import settle_allocator
 

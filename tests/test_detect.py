@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from detectors import ROOT, SmallRun, joined
@@ -22,7 +23,8 @@ from lofi_fast.data.annotations import FormatOptions, load_annotations
 from lofi_fast.data.video import probe
 from lofi_fast.detect import main, unique_names
 from lofi_fast.metrics import load_predictions
-from lofi_fast.model import MODEL, Detector
+from lofi_fast.model import Detector
+from lofi_fast.model_file import MODEL
 
 pytestmark = pytest.mark.usefixtures("torchs_own_allocator")
 ENVIRONMENT = dict(os.environ)  # of processes of their own: as it was before any test
@@ -64,6 +66,20 @@ def test_a_folder_with_a_bad_file(small: SmallRun, tmp_path: Path, capsys: Captu
     assert [(row["video"], row["label"]) for row in table] == [(n, label) for n in found for _, _, label, _ in found[n]]
     assert all((out / f"{stem}.png").read_bytes().startswith(b"\x89PNG") for stem in stems)
     assert {path.name for path in folder.rglob("*")} == {"inner", "notes.txt", "bad.mkv", first.name, second.name}
+
+
+def test_half_a_file_is_used_and_told(small: SmallRun, tmp_path: Path, capsys: Captured) -> None:
+    whole, half = small.validation[0], tmp_path / "half.mp4"
+    with av.open(str(whole)) as source, av.open(str(half), "w", options={"movflags": "faststart"}) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    half.write_bytes(half.read_bytes()[: half.stat().st_size * 6 // 10])
+    assert detect(small, half, whole, "--out", tmp_path / "found", "--format", "json") == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert "note: half: the file says that it lasts 2" in note and "is it cut off" in note
 
 
 def test_what_is_asked_for_is_written(small: SmallRun, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ from lofi_fast.data.windows import cut_windows, full_grid
 from lofi_fast.detections import Detection
 from lofi_fast.errors import InputError
 from lofi_fast.head.decoding import detections
-from lofi_fast.model import MODEL, Detector
+from lofi_fast.model import Detector
+from lofi_fast.model_file import MODEL
 from lofi_fast.presets import PRESETS
 
 TRAPS = ROOT.parent / "shared" / "data" / "videos"

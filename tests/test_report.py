@@ -287,6 +287,22 @@ def test_one_file_alone_makes_a_page(tmp_path: Path, name: str) -> None:
     assert not Checker(text).wrong
 
 
+def test_a_finished_run_stays_finished_where_resuming_it_was_refused(tmp_path: Path) -> None:
+    lines = Lines()
+    lines.start()
+    lines.joint(0, 0)
+    lines.done()
+    before = read_log(lines.lines)
+    lines.start(budget=1)
+    lines.add(events.SkippedVideo(video="v_1", path="/elsewhere/v_1.mp4", reason="no video file of this name"))
+    refused = read_log(lines.lines)
+    assert before.finished and refused.finished
+    assert (refused.starts, refused.skipped) == (before.starts, before.skipped)
+    lines.joint(0, 1)
+    going_on = read_log(lines.lines)
+    assert not going_on.finished and len(going_on.starts) == 2 and len(going_on.skipped) == 1
+
+
 def test_run_killed_early(tmp_path: Path) -> None:
     lines = Lines()
     lines.start()

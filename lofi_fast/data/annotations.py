@@ -7,6 +7,7 @@ an `InputError` that names the file and the place in it.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -79,6 +80,7 @@ SUFFIXES = frozenset(
 )  # looked for in folders
 NOTES_SHOWN = 30  # of the files of a folder
 MOST_FILES = 100_000  # of labels in one folder
+BEGINNING = 4096  # bytes of a file, which tell whether it is a text
 
 
 def load_annotations(path: Path, *, clip: bool = True, options: FormatOptions = NO_OPTIONS) -> Annotations:
@@ -208,7 +210,24 @@ def _json(path: Path, text: str) -> Any:
         raise InputError(f"{path} is not an annotation file: it is nested too deeply") from error
 
 
+def require_text(path: Path) -> None:
+    """Raises InputError for a file that cannot be read, or that is no text, without reading all of it: it may be a
+    video of gigabytes that was named in the place of the labels.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(BEGINNING)
+    except OSError as error:
+        raise InputError(f"--annotations {path} cannot be read: {error.strerror}") from error
+    if b"\0" in head and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(
+            f"--annotations {path} is not UTF-8 text (byte {head.index(0)}), but a file of another kind, such as a "
+            "video; name the file of labels"
+        )
+
+
 def _text(path: Path) -> str:
+    require_text(path)
     try:
         # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name
         return path.read_text(encoding="utf-8-sig")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,14 @@ from lofi_fast.errors import InputError
 
 
 def paths_of(given: Sequence[str]) -> list[Path]:
-    """The files named, and those in the folders named, each once."""
+    """The files named, and those in the folders named, each once. Raises InputError for a folder without a video, and
+    where nothing that is named is there.
+    """
+    if given and not any(os.path.lexists(name) for name in given):
+        mend = (
+            "download it first, for a video has to be a file here" if "://" in given[0] else "name videos, or a folder"
+        )
+        raise InputError(f"none of the {len(given)} videos can be used: {given[0]}: no such file; {mend}")
     paths: dict[Path, Path] = {}
     for path in map(Path, given):
         inside = list_videos(path) if path.is_dir() else [path]

@@ -271,14 +271,20 @@ def _split(name: str) -> tuple[str, str]:
     return (name[:dot], name[dot:]) if 0 < dot < len(name) - 1 else (name, "")
 
 
-def _files_below(folder: Path, wanted: Callable[[str], bool], flag: str = "") -> list[Path]:
-    """The files whose suffix, in lower case, is `wanted`, sorted."""
+def list_folder(folder: Path, flag: str = "") -> None:
+    """Raises InputError for what is no folder, or none that can be listed."""
     if not folder.is_dir():
-        raise InputError(f"{flag}{folder} is not a folder")
+        what = "is a file, not a folder" if folder.exists() else "is not a folder: it is not there"
+        raise InputError(f"{flag}{folder} {what}")
     try:
         os.listdir(folder)
     except OSError as error:
         raise InputError(f"{flag}{folder} cannot be listed: {error.strerror}") from error
+
+
+def _files_below(folder: Path, wanted: Callable[[str], bool], flag: str = "") -> list[Path]:
+    """The files whose suffix, in lower case, is `wanted`, sorted."""
+    list_folder(folder, flag)
     visited: set[str] = set()
     found: list[Path] = []
     # data sets are often assembled from symlinked folders, which may form a loop

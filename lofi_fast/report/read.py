@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -242,6 +242,22 @@ def _moments(path: Path) -> Moments:
         return Moments(0.0, {}, [])
 
 
+def _without_refused(logged: Iterable[events.AnyEvent]) -> Iterator[events.AnyEvent]:
+    """The events of a log without a last sitting that was refused before it did anything: a finished run that somebody
+    has tried to resume, with videos that are none of its, is finished still.
+    """
+    done = False
+    held: list[events.AnyEvent] = []
+    for event in logged:
+        if done and isinstance(event, events.Start | events.SkippedVideo | events.Data):
+            held.append(event)
+            continue
+        yield from held
+        held = []
+        done = isinstance(event, events.Done)
+        yield event
+
+
 def read_log(lines: Iterable[str]) -> Log:
     """Read a log that may be torn at its end, and hold several sittings, each going on from the last checkpoint."""
     log = Log()
@@ -250,7 +266,7 @@ def read_log(lines: Iterable[str]) -> Log:
     steps: dict[str, list[events.Step]] = {}
     unreadable: list[str] = []
     budget, before, resumed = math.nan, None, False
-    for event in events.read(lines, unreadable):
+    for event in _without_refused(events.read(lines, unreadable)):
         stage = _stage(event)
         if resumed and isinstance(event, events.Step | events.OutOfMemory | events.NotFinite):
             resumed = False  # its first step is where the checkpoint was: what came after is done again

@@ -16,7 +16,8 @@ from lofi_fast import files
 from lofi_fast.config import STAGES, Config
 from lofi_fast.errors import InputError
 from lofi_fast.files import DISK_FULL
-from lofi_fast.run import checkpoint, events
+from lofi_fast.model_file import hint_of_run
+from lofi_fast.run import events
 from lofi_fast.settings import leaves
 
 NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)  # the last: NFS, which locks no folder
@@ -44,7 +45,8 @@ def require_run(folder: Path) -> None:
     except (OSError, ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):
-        raise InputError(f"{folder}: no run to resume (no readable config.json); name the run's --out")
+        hint = "name the run's --out" if (folder / "config.json").exists() else hint_of_run(folder, "config.json")
+        raise InputError(f"{folder}: no run to resume (no readable config.json); {hint}")
 
 
 def has_checkpoint(config: Config) -> bool:
@@ -67,6 +69,8 @@ def has_checkpoint(config: Config) -> bool:
             f"{folder}: this run was started with {'; '.join(changes)}; give --resume the flags that it was started "
             "with, or none, or train another run in another --out"
         )
+    from lofi_fast.run import checkpoint  # imports torch, which what is refused above does not wait for
+
     content, _, _ = checkpoint.load_newest(folder / "checkpoints")
     done = STAGES.index(content["position"].get("stage", STAGES[0]))
     for stage, section in (("pretrain", "pretrain"), ("joint", "joint"), ("head", "head_stage")):
@@ -180,7 +184,7 @@ def _take(folder: Path, config: Config, going_on: bool, made: bool) -> None:
 
 def _cannot_write(folder: Path, error: OSError) -> InputError:
     mend = "free some space or change --out" if error.errno in DISK_FULL else "change --out"
-    return InputError(f"{folder}: cannot write there ({error.strerror}); {mend}")
+    return InputError(f"{folder}: cannot write there ({files.reason_of(error, folder / 'config.json')}); {mend}")
 
 
 def has_trained(folder: Path) -> bool:

@@ -36,13 +36,13 @@ from lofi_fast.kernels import library
 from lofi_fast.memory.meter import Meter
 from lofi_fast.memory.ranks import lowest_of_all
 from lofi_fast.memory.settle import give_back, open_meter
-from lofi_fast.metrics import parse_tiou
-from lofi_fast.model import MODEL, Detector
+from lofi_fast.model import Detector
+from lofi_fast.model_file import MODEL
 from lofi_fast.optim import Implementation, choose_implementation
-from lofi_fast.point_metrics import parse_tolerance
 from lofi_fast.precision import Precision, choose_device, going_on_in
 from lofi_fast.presets import unread_settings, weights_warning
 from lofi_fast.run import events, tensorboard
+from lofi_fast.run.early import check_values
 from lofi_fast.run.folder import choose_folder, run_folder
 from lofi_fast.run.heartbeat import restarts
 from lofi_fast.run.live import LiveView
@@ -96,6 +96,7 @@ def _run_job(
 ) -> Finished:  # fmt: skip
     check_alike(processes, config)
     processes.together("settings' values", lambda: check_values(config))
+    processes.together("packages", lambda: require_packages(config))
     out, resume = processes.of_first("folder", lambda: _folder(config, resume))
     config = dataclasses.replace(config, out=out)
     if resume and config.data.window == "labels":
@@ -246,15 +247,11 @@ def plan(run: Run) -> None:
     run.write_plans()
 
 
-def check_values(config: Config) -> None:
-    """What would otherwise be found wrong only after hours of decoding or training."""
-    parse_tiou(config.detect.tious)
-    if config.points:
-        parse_tolerance(config.detect.tolerances, config.data.fps)
-    for flag, name in (("--encoder-weights", config.encoder.weights), ("--video-scores", config.data.video_scores)):
-        if name and not os.path.isfile(name):
-            raise InputError(f"{flag} {name}: no such file")
-    require_pyav()  # imports them, so that what they hold counts from the first reading of memory on
+def require_packages(config: Config) -> None:
+    """Raises InputError for a package that is missing and will be needed. Imports those that decode, so that what they
+    hold counts from the first reading of memory on.
+    """
+    require_pyav()
     require_dali()
     if config.tensorboard:
         tensorboard.require_tensorboard()
