@@ -29,6 +29,7 @@ COMMANDS = {
     "day": ("[options]", "a day on a shared card in virtual time: the governor, other trainers' ways, a clairvoyant"),
     "overhead": ("[options]", "what planning costs: the governor's time in a step, the allocators"),
     "data": ("[options]", "decoding: the frame cache against decoding the video itself; share of a training step"),
+    "detect": ("[options]", "detection in a long video against decoding it alone, and its memory along the way"),
     "published": ("[options]", "our networks against their published code, on the same weights and inputs"),
     "eval": ("[options]", "the evaluator against the official procedure, equal to the last bit"),
     "fits": ("[options]", "what fits: the highest fidelity against the budget, by arithmetic"),

@@ -230,6 +230,15 @@ def neighbours(rows: int, columns: int, width: int, step: int) -> SparseRows:
     return SparseRows(offsets, matrix.nonzero()[:, 1].to(torch.int32), matrix[matrix != 0])
 
 
+def alike(rows: int, columns: int, width: int) -> SparseRows:
+    """Row n has entries in columns n + k, k < width, where these exist: of one value for each k, but for one entry."""
+    matrix = neighbours(rows, columns, width, 1)
+    row = torch.repeat_interleave(torch.arange(rows), matrix.offsets.diff())
+    values = normal(columns + rows, seed=4)[matrix.columns - row]
+    values[len(values) // 2] = 0.5
+    return matrix._replace(values=values)
+
+
 # (matrix, num_columns, runs of its rows, runs of its columns)
 GROUPED = {
     "one-row": (SparseRows(*sparse(1, 9, (9,))), 9, runs(1), runs(9)),
@@ -240,6 +249,8 @@ GROUPED = {
     "columns-in-steps": (neighbours(17, 40, 6, 2), 40, runs(17), runs(20, 20, step=2)),
     "rows-in-steps": (neighbours(36, 30, 5, 1), 30, runs(12, 12, 12, step=3), runs(25, 5)),
     "long-diagonals": (neighbours(30, 30, 30, 1), 30, runs(30), runs(30)),
+    "one-value-a-diagonal": (alike(26, 40, 7), 40, runs(26), runs(40)),
+    "one-value-a-diagonal-to-the-ends": (alike(13, 8, 8), 8, runs(13), runs(8)),
     "nothing-in-common": (SparseRows(*sparse(20, 50, (5, 3, 0))), 50, runs(20), runs(50)),
     "empty-rows": (SparseRows(*sparse(10, 20, (0,))), 20, runs(4, 6), runs(20)),
 }
@@ -250,8 +261,17 @@ def literal_groups(groups: RowGroups) -> Tensor:
     """The matrix that they are, in float64."""
     matrix = torch.zeros(groups.num_rows, len(groups.places), dtype=torch.float64)
     column_at = {place: column for column, place in enumerate(groups.places.tolist())}
-    diagonal = single = 0
-    for first, count, last_diagonal, last_single in groups.groups.tolist():
+    diagonal = single = strip = first_value = 0
+    for first, count, *last_strips, last_diagonal, last_single in groups.groups.tolist():
+        for size, last_strip in zip((4, 2, 1), last_strips, strict=True):
+            for place in groups.strips[strip:last_strip].tolist():
+                for e, number in enumerate(groups.strip_values[first_value : first_value + size].tolist()):
+                    for i in range(count):
+                        column = column_at.get(place + e + i)
+                        if column is not None:
+                            matrix[first + i * groups.row_step, column] += number
+                first_value += size
+            strip = last_strip
         for e in range(diagonal, last_diagonal):
             for i, value in enumerate(groups.values[e].tolist()):
                 column = column_at.get(int(groups.diagonals[e]) + i)
@@ -264,6 +284,7 @@ def literal_groups(groups: RowGroups) -> Tensor:
             assert i < count
             matrix[first + i * groups.row_step, column_at[place]] += float(groups.single_values[e])
         diagonal, single = last_diagonal, last_single
+    assert (strip, first_value) == (len(groups.strips), len(groups.strip_values))
     assert (diagonal, single) == (len(groups.diagonals), len(groups.singles))
     return matrix
 
@@ -290,6 +311,9 @@ def test_cells_are_grouped_by_their_starts(
         assert groups.row_step == (1 if groups is grouped[0] else num_bins)
         if num_snippets >= 25:
             assert len(groups.singles) < 0.1 * grid.num_weights
+            # Cells of one duration have the same weights, those at the ends of the video aside.
+            if make is proposal_grid:
+                assert len(groups.diagonals) < 0.3 * (len(groups.diagonals) + len(groups.strip_values))
 
 
 def test_rois_in_no_order_are_not_grouped() -> None:
@@ -343,9 +367,13 @@ def test_threads_do_not_change_the_bits_of_groups(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("native")
 def test_wrong_groups_do_not_reach_memory_in_cpp() -> None:
-    groups = group_rows(neighbours(11, 14, 3, 1), runs(11), runs(14), torch.float32)
+    matrix = neighbours(11, 14, 3, 1)
+    values = matrix.values.clone()
+    row = torch.repeat_interleave(torch.arange(11), matrix.offsets.diff())
+    values[matrix.columns - row == 1] = 1.0  # a strip in each group
+    groups = group_rows(matrix._replace(values=values), runs(11), runs(14), torch.float32)
     right: dict[str, Any] = dict(zip(RowGroups._fields, groups, strict=True))
-    assert len(groups.groups) == 2 and len(groups.singles) > 1
+    assert len(groups.groups) == 2 and len(groups.strips) and len(groups.diagonals) > 1 and len(groups.singles) > 1
     dense = torch.zeros(1, 14, 8)
 
     def call(dense: Tensor = dense, bias: Tensor | None = None, **wrong: Any) -> Tensor:
@@ -375,9 +403,19 @@ def test_wrong_groups_do_not_reach_memory_in_cpp() -> None:
         {"groups": changed("groups", 0, 1, to=9)},
         {"groups": changed("groups", 0, 1, to=0)},
         {"groups": changed("groups", 0, 2, to=-1)},
-        {"groups": changed("groups", 0, 2, to=len(groups.diagonals) + 1)},
-        {"groups": changed("groups", 1, 3, to=len(groups.singles) + 1)},
-        {"groups": changed("groups", 1, 3, to=0)},
+        {"groups": changed("groups", 0, 2, to=len(groups.strips) + 1)},
+        {"groups": changed("groups", 1, 4, to=len(groups.strips) + 1)},
+        {"groups": changed("groups", 1, 4, to=len(groups.strips) - 1)},
+        {"groups": changed("groups", 0, 5, to=-1)},
+        {"groups": changed("groups", 0, 5, to=len(groups.diagonals) + 1)},
+        {"groups": changed("groups", 1, 6, to=len(groups.singles) + 1)},
+        {"groups": changed("groups", 1, 6, to=0)},
+        {"strips": groups.strips[:-1]},
+        {"strips": changed("strips", 0, to=-1)},
+        {"strips": changed("strips", 0, to=last + 1)},
+        {"strips": groups.strips.long()},
+        {"strip_values": groups.strip_values[:-1]},
+        {"strip_values": groups.strip_values.double()},
         {"diagonals": groups.diagonals[:-1]},
         {"diagonals": changed("diagonals", 0, to=-1)},
         {"diagonals": changed("diagonals", 0, to=last + 1)},
@@ -507,6 +545,26 @@ def test_by_hand() -> None:
     assert out.flatten().tolist() == pytest.approx([21.0, 61.0, 41.0], abs=1e-12)
 
 
+@pytest.mark.parametrize(("expand", "margin"), [(0.5, 0.0), (0.0, 0.5), (0.3, 0.1)])
+def test_samples_lie_where_roi_align_has_them(expand: float, margin: float) -> None:
+    """But for its coordinates, which are float32."""
+    grid = proposal_grid(25, 25, 8, expand=expand, margin=margin)
+    identity = torch.eye(25, dtype=torch.float64).unsqueeze(0)
+    theirs_NTR = temporal_roi_align(identity, torch.nn.functional.pad(grid.rois, (1, 0)), 8)
+    torch.testing.assert_close(reference.proposal_weights(grid), theirs_NTR, rtol=0, atol=1e-5)
+
+
+def test_cells_of_one_duration_have_the_same_weights() -> None:
+    matrix = dense_of(*proposal_grid(60, 60, 8).matrices(torch.device("cpu"), torch.float64)[0], 60 * 8)
+    cells = proposal_grid(60, 60, 8).cells
+    for duration in range(20):
+        # Their windows lie in the video: at most 1.5 durations after the start, half of one before.
+        rows = matrix[(cells[:, 0] == duration) & (cells[:, 1] >= 12) & (cells[:, 1] < 26)]
+        assert len(rows) == 14
+        shifted = torch.stack([row.roll(-8 * n) for n, row in enumerate(rows)])
+        assert torch.equal(shifted, shifted[:1].expand_as(shifted))
+
+
 def test_cells_are_exactly_the_valid_ones() -> None:
     grid = proposal_grid(7, 4, 2)
     assert grid.cells.tolist() == [[d, s] for d in range(4) for s in range(7) if s + d < 7]
@@ -569,10 +627,8 @@ def test_the_sum_equals_one_convolution_over_concatenated_bins() -> None:
     graph, weight, bias = operands(2, 8, inner, 5)
     neighbours, context_weight, _ = operands(2, 8, around, 5)
     inputs = (graph, neighbours, weight, context_weight, bias)
-    batch_index = torch.arange(2.0).repeat_interleave(inner.num_cells).unsqueeze(1)
-    rois = torch.cat([batch_index, inner.rois.repeat(2, 1)], dim=1)
-    both = [temporal_roi_align(graph, rois, 32), temporal_roi_align(neighbours.flip(2), rois, 4)]
-    concatenated = torch.cat([x.flatten(1) for x in both], dim=1).view(2, inner.num_cells, -1).transpose(1, 2)
+    both = [reference.align(graph, inner), reference.align(neighbours.flip(2), around)]
+    concatenated = torch.cat([x.flatten(2) for x in both], dim=2).transpose(1, 2)
     kernel = torch.cat([weight.flatten(1), context_weight.flatten(1)], dim=1)
     expected = torch.nn.functional.conv1d(concatenated, kernel.unsqueeze(-1), bias)
     apart = align_linear(graph, inner, weight, bias) + align_linear(neighbours.flip(2), around, context_weight)

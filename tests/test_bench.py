@@ -20,11 +20,13 @@ from bench.__main__ import main
 from bench.commands import data as bench_data
 from bench.commands import epochs, job, recipes, rungs, scaling, stages, tables
 from bench.commands import eval as bench_eval
+from bench.commands.detect import write_long_video
 from bench.peers import decoders, official_map
 from bench.tools import networks
 from bench.tools.rows import ROOT, Row, append_row, environment, read_rows
 from bench.tools.table import Table
 from lofi_fast.data import demo
+from lofi_fast.data.video import probe
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import offered
 from lofi_fast.metrics import parse_tiou
@@ -196,6 +198,31 @@ def test_decoding_is_measured_beside_the_videos_themselves(tmp_path: Path) -> No
     assert tables.section_of("data", rows) == "not measured\n"  # one video says nothing of speed
     said = tables.section_of("data", [row | {"quick": False} for row in rows])
     assert "| full: 32 snippets x 64 px | PyAV |" in said and "Filling the cache, once:" in said
+
+
+def test_detection_is_measured_beside_decoding(tmp_path: Path) -> None:
+    results = tmp_path / "detect.jsonl"
+    threads = torch.get_num_threads()
+    try:
+        assert main(["detect", "--quick", "--precision", "fp32", "--results", str(results)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    alone, ours = read_rows(results)
+    assert (alone["form"], ours["form"]) == ("decoding alone", "detection")
+    assert alone["times_decoding"] == [1.0, 1.0, 1.0] and ours["precision"] == "float32"
+    # Whatever it takes, it decodes all of the video as well, and holds its networks and a decoder.
+    assert ours["cpu_seconds"][0] > alone["cpu_seconds"][0] > 0 and ours["floor"] > 1
+    assert 1e6 < ours["peaks"][0] <= ours["peaks"][1] < 2e9
+    said = tables.section_of("detect", [row | {"quick": False} for row in (alone, ours)])
+    assert "| small, 64 x 96 px in 32 s | 320x240, 25 frames a second, 20 s | float32 | detection |" in said
+
+
+def test_a_long_video_is_its_clip_over_and_over(tmp_path: Path) -> None:
+    path = tmp_path / "long.mp4"
+    assert write_long_video(path, 41.0) == 1500
+    info = probe(path)
+    assert len(info.pts) == 1500 and not info.lost
+    assert np.diff(info.pts) == pytest.approx(0.04) and info.duration == pytest.approx(60)
 
 
 def test_another_frame_does_not_pass_the_gate(

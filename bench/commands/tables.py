@@ -19,7 +19,7 @@ from lofi_fast.errors import InputError
 TABLES = (
     "job", "ops", "kernels", "memory", "step", "planner", "truth", "epochs", "tuners", "day", "optim", "overhead",
     "data", "eval", "gpu_planner", "fits", "plan", "scaling", "gpu", "tests", "launches", "faults", "recipes", "start",
-    "published", "gain", "rungs", "stages",
+    "published", "gain", "rungs", "stages", "detect",
 )  # fmt: skip
 FIGURES = ("fits", "day", "gain")  # commands that draw one too
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "docs" / "gain.md")

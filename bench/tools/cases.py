@@ -28,6 +28,7 @@ from lofi_fast.kernels import (
     temporal_roi_align,
     temporal_shift,
 )
+from lofi_fast.kernels.align_linear import reference as align_linear_reference
 from lofi_fast.kernels.align_linear.sampling import SparseRows, weights_of
 from lofi_fast.kernels.conv3x3 import reference as conv3x3_reference
 from lofi_fast.kernels.library import forms
@@ -397,7 +398,7 @@ def _align_linear(
 
     @cache
     def matrices() -> list[Tensor]:
-        return [sampling_matrix(grid, torch.float64).flatten(1).to(device) for grid in grids]
+        return [align_linear_reference.proposal_weights(grid).permute(1, 2, 0).flatten(1).to(device) for grid in grids]
 
     @cache
     def dense() -> DenseSampling:

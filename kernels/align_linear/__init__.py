@@ -256,6 +256,8 @@ def _gather_groups_fake(
     dense: Tensor,
     places: Tensor,
     groups: Tensor,
+    strips: Tensor,
+    strip_values: Tensor,
     diagonals: Tensor,
     values: Tensor,
     singles: Tensor,
@@ -269,8 +271,8 @@ def _gather_groups_fake(
 
 # The same product of a matrix by groups of rows (sampling.RowGroups), on a CPU.
 library.define(
-    "gather_groups(Tensor dense, Tensor places, Tensor groups, Tensor diagonals, Tensor values, Tensor singles, "
-    "Tensor single_values, Tensor? bias, int num_rows, int row_step) -> Tensor",
+    "gather_groups(Tensor dense, Tensor places, Tensor groups, Tensor strips, Tensor strip_values, Tensor diagonals, "
+    "Tensor values, Tensor singles, Tensor single_values, Tensor? bias, int num_rows, int row_step) -> Tensor",
     reference.gather_groups,
     _gather_groups_fake,
 )

@@ -1,6 +1,7 @@
 // CPU forms of gather_rows and gather_groups, the sparse products of align_linear; reference.py in this folder is their
 // definition. A matrix whose rows have nothing in common goes row by row. Where neighbouring rows read neighbouring
-// columns, eight rows are summed together: what they read is loaded for all of them at once.
+// columns, eight rows are summed together: what they read is loaded for all of them at once, and so are the weights
+// where all have the same. A product of vectors then costs a third of a load, where row by row it is two.
 
 #include <algorithm>
 #include <cstdint>
@@ -214,12 +215,18 @@ Tensor gather_rows(const Tensor& dense, const Tensor& offsets, const Tensor& col
 // Rows of a group, and of a diagonal's values.
 constexpr int64_t kGroup = 8;
 
+// Of a group in memory: first row, rows; ends of its strips of 4, of 2 and of 1, of its diagonals, of its singles.
+constexpr int64_t kFields = 7;
+constexpr int64_t kStrips[] = {4, 2, 1};
+
 struct Groups {
-  const int32_t* places;      // of the matrix's columns in a packed block
-  const int32_t* groups;      // (num_groups, 4): first row, rows, end of its diagonals, end of its single entries
-  const int32_t* diagonals;   // place that the first row reads; row i reads the i-th after it
-  const void* values;         // (num_diagonals, kGroup)
-  const int32_t* singles;     // (num_singles, 2): row in its group, place
+  const int32_t* places;     // of the matrix's columns in a packed block
+  const int32_t* groups;     // (num_groups, kFields): first row, rows, ends of what follows
+  const int32_t* strips;     // of 4, then 2, then 1 diagonals: place that the first row reads on the first of them
+  const void* strip_values;  // one for each diagonal
+  const int32_t* diagonals;  // with a value for each row: place that the first row reads; row i reads the i-th after it
+  const void* values;        // (num_diagonals, kGroup)
+  const int32_t* singles;    // (num_singles, 2): row in its group, place
   const void* single_values;  // (num_singles,)
   int64_t num_columns;
   int64_t num_groups;
@@ -253,7 +260,8 @@ struct Tile {
 
   // Adds diagonals that begin in neighbouring places: what one row reads on one of them, the row before reads on the
   // next, so that a place is loaded once for all of them.
-  template <int64_t kDiagonals>
+  // Their values are one to a diagonal, or kGroup to a diagonal.
+  template <int64_t kDiagonals, bool kOneValue>
   static LOFI_FAST_INLINE void add(Vector (&part)[kRows][kVectors], const S* from, const S* values) {
 #pragma GCC unroll 16
     for (int64_t place = 0; place < kRows + kDiagonals - 1; ++place) {
@@ -269,7 +277,7 @@ struct Tile {
         if (row >= 0 && row < kRows) {
 #pragma GCC unroll 4
           for (int64_t v = 0; v < kVectors; ++v) {
-            part[row][v] += (values[e * kGroup + row] - Vector{}) * loaded[v];
+            part[row][v] += (values[kOneValue ? e : e * kGroup + row] - Vector{}) * loaded[v];
           }
         }
       }
@@ -278,28 +286,50 @@ struct Tile {
 
   static LOFI_FAST_INLINE void gather(const S* block, const Groups& matrix, const S* bias, T* out, int64_t out_row,
                                       int64_t width, int64_t begin, int64_t end) {
+    const S* const strip_values = static_cast<const S*>(matrix.strip_values);
     const S* const values = static_cast<const S*>(matrix.values);
     const S* const single_values = static_cast<const S*>(matrix.single_values);
-    const int32_t* const before = matrix.groups + 4 * (begin - 1);
-    int64_t diagonal = begin == 0 ? 0 : before[2];
-    int64_t single = begin == 0 ? 0 : before[3];
+    int64_t strip = 0, strip_value = 0, diagonal = 0, single = 0;
+    // Where those of the groups before end.
+    for (int64_t g = 0; g < begin; ++g) {
+      const int32_t* const group = matrix.groups + kFields * g;
+      for (int64_t kind = 0; kind < 3; ++kind) {
+        strip_value += (group[2 + kind] - strip) * kStrips[kind];
+        strip = group[2 + kind];
+      }
+      diagonal = group[5];
+      single = group[6];
+    }
     for (int64_t g = begin; g < end; ++g) {
-      const int32_t* const group = matrix.groups + 4 * g;
+      const int32_t* const group = matrix.groups + kFields * g;
       alignas(64) S sums[kGroup * kWidth];
+      int64_t next_strip, next_value;
       for (int64_t first = 0; first < kGroup; first += kRows) {
         Vector part[kRows][kVectors] = {};
-        for (int64_t e = diagonal; e < group[2];) {
+        next_strip = strip;
+        const S* value = strip_values + strip_value;
+        for (; next_strip < group[2]; ++next_strip, value += 4) {
+          add<4, true>(part, block + (matrix.strips[next_strip] + first) * kWidth, value);
+        }
+        for (; next_strip < group[3]; ++next_strip, value += 2) {
+          add<2, true>(part, block + (matrix.strips[next_strip] + first) * kWidth, value);
+        }
+        for (; next_strip < group[4]; ++next_strip, value += 1) {
+          add<1, true>(part, block + (matrix.strips[next_strip] + first) * kWidth, value);
+        }
+        next_value = value - strip_values;
+        for (int64_t e = diagonal; e < group[5];) {
           const int32_t place = matrix.diagonals[e];
           const S* const from = block + (place + first) * kWidth;
           const S* const value = values + e * kGroup + first;
-          if (e + 3 < group[2] && matrix.diagonals[e + 3] == place + 3) {
-            add<4>(part, from, value);
+          if (e + 3 < group[5] && matrix.diagonals[e + 3] == place + 3) {
+            add<4, false>(part, from, value);
             e += 4;
-          } else if (e + 1 < group[2] && matrix.diagonals[e + 1] == place + 1) {
-            add<2>(part, from, value);
+          } else if (e + 1 < group[5] && matrix.diagonals[e + 1] == place + 1) {
+            add<2, false>(part, from, value);
             e += 2;
           } else {
-            add<1>(part, from, value);
+            add<1, false>(part, from, value);
             e += 1;
           }
         }
@@ -311,8 +341,10 @@ struct Tile {
           }
         }
       }
-      diagonal = group[2];
-      for (; single < group[3]; ++single) {
+      strip = next_strip;
+      strip_value = next_value;
+      diagonal = group[5];
+      for (; single < group[6]; ++single) {
         Vector* const to = reinterpret_cast<Vector*>(sums + matrix.singles[2 * single] * kWidth);
         const Vector* const from = reinterpret_cast<const Vector*>(block + matrix.singles[2 * single + 1] * kWidth);
 #pragma GCC unroll 4
@@ -423,25 +455,36 @@ void gather_grouped(const Tensor& dense, const Groups& matrix, const Sum<T>* bia
 }
 
 // Reading or writing elsewhere is undefined behaviour, so this cannot be left to the caller.
-void check(const Groups& matrix, int64_t num_rows, int64_t num_diagonals, int64_t num_singles) {
-  int64_t rows = 0, diagonal = 0, single = 0;
+void check(const Groups& matrix, int64_t num_rows, int64_t num_strips, int64_t num_strip_values, int64_t num_diagonals,
+           int64_t num_singles) {
+  int64_t rows = 0, strip = 0, strip_value = 0, diagonal = 0, single = 0;
   for (int64_t g = 0; g < matrix.num_groups; ++g) {
-    const int32_t* const group = matrix.groups + 4 * g;
+    const int32_t* const group = matrix.groups + kFields * g;
     STD_TORCH_CHECK(
         group[0] >= 0 && group[1] >= 1 && group[1] <= kGroup && group[0] + (group[1] - 1) * matrix.row_step < num_rows,
         "gather_groups: a group has 1 to 8 rows, which must lie in [0, ", num_rows, ")");
-    STD_TORCH_CHECK(diagonal <= group[2] && group[2] <= num_diagonals && single <= group[3] && group[3] <= num_singles,
-                    "gather_groups: ends of groups must not fall, nor exceed ", num_diagonals, " diagonals and ",
-                    num_singles, " single entries");
+    STD_TORCH_CHECK(strip <= group[2] && group[2] <= group[3] && group[3] <= group[4] && group[4] <= num_strips &&
+                        diagonal <= group[5] && group[5] <= num_diagonals && single <= group[6] &&
+                        group[6] <= num_singles,
+                    "gather_groups: ends of groups must not fall, nor exceed ", num_strips, " strips, ", num_diagonals,
+                    " diagonals and ", num_singles, " single entries");
+    for (int64_t kind = 0; kind < 3; ++kind) {
+      for (; strip < group[2 + kind]; ++strip) {
+        const int64_t place = matrix.strips[strip];
+        STD_TORCH_CHECK(place >= 0 && place + kStrips[kind] - 1 + kGroup <= matrix.num_places,
+                        "gather_groups: strips must lie in [0, ", matrix.num_places, ")");
+        strip_value += kStrips[kind];
+      }
+    }
     int64_t before = -1;
-    for (; diagonal < group[2]; ++diagonal) {
+    for (; diagonal < group[5]; ++diagonal) {
       const int64_t place = matrix.diagonals[diagonal];
       STD_TORCH_CHECK(before < place && place + kGroup <= matrix.num_places,
                       "gather_groups: diagonals of a group must ascend and lie in [0, ", matrix.num_places - kGroup,
                       "]");
       before = place;
     }
-    for (; single < group[3]; ++single) {
+    for (; single < group[6]; ++single) {
       const int32_t row = matrix.singles[2 * single], place = matrix.singles[2 * single + 1];
       STD_TORCH_CHECK(row >= 0 && row < group[1] && place >= 0 && place < matrix.num_places,
                       "gather_groups: a single entry lies outside of its group");
@@ -449,34 +492,41 @@ void check(const Groups& matrix, int64_t num_rows, int64_t num_diagonals, int64_
     rows += group[1];
   }
   STD_TORCH_CHECK(rows == num_rows, "gather_groups: groups have ", rows, " rows, the result ", num_rows);
-  STD_TORCH_CHECK(diagonal == num_diagonals && single == num_singles, "gather_groups: groups must end with ",
-                  num_diagonals, " diagonals and ", num_singles, " single entries");
+  STD_TORCH_CHECK(
+      strip == num_strips && strip_value == num_strip_values && diagonal == num_diagonals && single == num_singles,
+      "gather_groups: groups must end with ", num_strips, " strips of ", num_strip_values, " diagonals, ",
+      num_diagonals, " other diagonals and ", num_singles, " single entries");
 }
 
-Tensor gather_groups(const Tensor& dense, const Tensor& places, const Tensor& groups, const Tensor& diagonals,
-                     const Tensor& values, const Tensor& singles, const Tensor& single_values,
-                     const std::optional<Tensor>& bias, int64_t num_rows, int64_t row_step) {
+Tensor gather_groups(const Tensor& dense, const Tensor& places, const Tensor& groups, const Tensor& strips,
+                     const Tensor& strip_values, const Tensor& diagonals, const Tensor& values, const Tensor& singles,
+                     const Tensor& single_values, const std::optional<Tensor>& bias, int64_t num_rows,
+                     int64_t row_step) {
   const bool is_double = dense.scalar_type() == ScalarType::Double;
   const ScalarType sum = is_double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(dense.dim() == 3 && places.dim() == 1 && places.numel() == dense.size(1),
                   "gather_groups: dense must be (B, num_columns, O), places one number for each column");
-  STD_TORCH_CHECK(groups.dim() == 2 && groups.size(1) == 4 && diagonals.dim() == 1 && values.dim() == 2 &&
-                      values.size(0) == diagonals.numel() && values.size(1) == kGroup && singles.dim() == 2 &&
-                      singles.size(1) == 2 && single_values.dim() == 1 && single_values.numel() == singles.size(0),
-                  "gather_groups: expected groups (G, 4), diagonals (E,) with values (E, 8), and singles (M, 2) with "
-                  "values (M,)");
-  for (const Tensor& indices : {places, groups, diagonals, singles}) {
+  STD_TORCH_CHECK(groups.dim() == 2 && groups.size(1) == kFields && strips.dim() == 1 && strip_values.dim() == 1 &&
+                      diagonals.dim() == 1 && values.dim() == 2 && values.size(0) == diagonals.numel() &&
+                      values.size(1) == kGroup && singles.dim() == 2 && singles.size(1) == 2 &&
+                      single_values.dim() == 1 && single_values.numel() == singles.size(0),
+                  "gather_groups: expected groups (G, 7), strips and their values, diagonals (E,) with values (E, 8), "
+                  "and singles (M, 2) with values (M,)");
+  for (const Tensor& indices : {places, groups, strips, diagonals, singles}) {
     STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int && indices.is_cpu(),
-                    "gather_groups: places, groups, diagonals and singles must be int32 on the CPU");
+                    "gather_groups: places, groups, strips, diagonals and singles must be int32 on the CPU");
   }
-  STD_TORCH_CHECK(values.scalar_type() == sum && single_values.scalar_type() == sum &&
+  STD_TORCH_CHECK(strip_values.scalar_type() == sum && values.scalar_type() == sum &&
+                      single_values.scalar_type() == sum &&
                       (!bias || (bias->scalar_type() == sum && bias->dim() == 1 && bias->size(0) == dense.size(2))),
                   "gather_groups: values and bias must be ", sum, ", and the bias one number for each output");
-  STD_TORCH_CHECK(dense.is_cpu() && values.is_cpu() && single_values.is_cpu() && (!bias || bias->is_cpu()),
-                  "gather_groups: all tensors must be on the CPU");
+  STD_TORCH_CHECK(
+      dense.is_cpu() && strip_values.is_cpu() && values.is_cpu() && single_values.is_cpu() && (!bias || bias->is_cpu()),
+      "gather_groups: all tensors must be on the CPU");
   STD_TORCH_CHECK(num_rows >= 0 && row_step >= 1, "gather_groups: num_rows must be >= 0 and row_step >= 1");
 
   const Tensor whole[] = {torch::stable::contiguous(places),    torch::stable::contiguous(groups),
+                          torch::stable::contiguous(strips),    torch::stable::contiguous(strip_values),
                           torch::stable::contiguous(diagonals), torch::stable::contiguous(values),
                           torch::stable::contiguous(singles),   torch::stable::contiguous(single_values)};
   const std::optional<Tensor> whole_bias = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
@@ -486,6 +536,8 @@ Tensor gather_groups(const Tensor& dense, const Tensor& places, const Tensor& gr
                 whole[3].const_data_ptr(),
                 whole[4].const_data_ptr<int32_t>(),
                 whole[5].const_data_ptr(),
+                whole[6].const_data_ptr<int32_t>(),
+                whole[7].const_data_ptr(),
                 dense.size(1),
                 groups.size(0),
                 0,
@@ -494,7 +546,7 @@ Tensor gather_groups(const Tensor& dense, const Tensor& places, const Tensor& gr
     STD_TORCH_CHECK(matrix.places[m] >= 0, "gather_groups: places must be >= 0");
     matrix.num_places = std::max<int64_t>(matrix.num_places, matrix.places[m] + kGroup);
   }
-  check(matrix, num_rows, diagonals.numel(), singles.size(0));
+  check(matrix, num_rows, strips.numel(), strip_values.numel(), diagonals.numel(), singles.size(0));
 
   Tensor out = torch::stable::new_empty(dense, {dense.size(0), num_rows, dense.size(2)});
   if (out.numel() == 0) {

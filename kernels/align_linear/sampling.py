@@ -42,12 +42,17 @@ SLOTS = 2**22  # of diagonals of groups that are looked at together
 class RowGroups(NamedTuple):
     """The same by groups of up to 8 rows, for the CPU. Columns lie at ``places`` in a row of memory that has gaps of 7
     zeros before, between and after its runs of columns. A diagonal is an entry of each row of a group: that of row i
-    is at the i-th place after that of row 0, and its value is 0 where that place is in a gap. What is left, because not
-    every row of the group has it, are single entries.
+    is at the i-th place after that of row 0, and counts for nothing where that place is in a gap. A strip is 4, 2 or 1
+    diagonals that begin one place after another, each with one value for all rows; other diagonals have a value for
+    each row. What is left, because not every row of the group has it, are single entries.
     """
 
     places: Tensor  # (num_columns,) int32
-    groups: Tensor  # (num_groups, 4) int32: first row, number of rows, ends of its diagonals and of its single entries
+    # (num_groups, 7) int32: first row, number of rows; then ends, of its strips of 4 diagonals, of 2 and of 1, of its
+    # other diagonals and of its single entries
+    groups: Tensor
+    strips: Tensor  # (num_strips,) int32: the place of row 0 on the first diagonal
+    strip_values: Tensor  # one number for each diagonal of a strip, float32 or float64
     diagonals: Tensor  # (num_diagonals,) int32: the place of row 0, ascending in each group
     values: Tensor  # (num_diagonals, 8) float32 or float64; 0 beyond the rows of the group
     singles: Tensor  # (num_singles, 2) int32: row in the group, place
@@ -179,6 +184,10 @@ def proposal_grid(
     a snippet, sampled adaptively (sampling_ratio 0). With expand 0 and margin 0.5 that is the time that the snippets
     s..s+d cover, and no more. Cached: the same arguments give the same object.
 
+    Where a sample lies in a cell is computed in float64 from the cell's start, so that cells of one duration have the
+    same weights to the bit. ``temporal_roi_align`` of ``rois`` computes it in float32 from the first snippet, which
+    differs by rounding.
+
     Raises:
         ValueError: num_snippets, max_duration or num_bins below 1, or expand or margin negative.
     """
@@ -187,9 +196,10 @@ def proposal_grid(
             "proposal_grid: max_duration must be >= 1, expand and margin >= 0, got "
             f"{max_duration}, {expand} and {margin}"
         )
-    with torch.inference_mode(False):
+    _check_sizes(num_snippets, num_bins)
+    with torch.inference_mode(False), torch.no_grad():
         cells, rois = _proposals(num_snippets, max_duration, expand, margin)
-        weights = replace(roi_grid(rois, num_snippets, num_bins).weights, cells=_runs(cells))
+        weights = replace(_proposal_weights(cells, num_snippets, num_bins, expand, margin), cells=_runs(cells))
         return ProposalGrid(num_snippets, num_bins, rois, weights, max_duration, cells, expand, margin)
 
 
@@ -327,18 +337,53 @@ def _roi_weights(rois: Tensor, num_snippets: int, num_bins: int) -> SamplingWeig
     starts = rois[:, 0]
     lengths = (rois[:, 1] - starts).clamp(min=1)
     counts = sample_counts(lengths, num_bins, 0)
-
-    # One element for each sample of each bin of each ROI, in that order.
-    samples_per_roi = counts * num_bins
-    roi = torch.repeat_interleave(torch.arange(len(rois)), samples_per_roi)
-    nth = torch.arange(len(roi)) - (samples_per_roi.cumsum(0) - samples_per_roi)[roi]
-    bins, samples = nth // counts[roi], nth % counts[roi]
+    roi, bins, samples = _samples(counts, num_bins)
     positions = sample_positions(starts[roi], lengths[roi], counts[roi], bins, samples, num_bins)
-    lower, upper, lower_weight, upper_weight = linear_weights(positions, num_snippets, torch.float64)
+    taps = linear_weights(positions, num_snippets, torch.float64)
+    return _sum_samples(roi, bins, counts, taps, num_snippets, num_bins)
+
+
+def _proposal_weights(
+    cells_N2: Tensor, num_snippets: int, num_bins: int, expand: float, margin: float
+) -> SamplingWeights:
+    d, s = cells_N2.to(torch.float64).unbind(1)
+    wider = expand * (d + 1) + margin
+    widths = (d + 2 * wider).clamp(min=1) / num_bins
+    counts = widths.ceil().to(torch.int64)
+    cell, bins, samples = _samples(counts, num_bins)
+    offsets = bins * widths[cell] - wider[cell] + (samples + 0.5) * widths[cell] / counts[cell]
+    # As linear_weights, with the fraction of the offset itself, in which the cell's start has no part.
+    fraction = offsets - offsets.floor()
+    below = s[cell] + offsets.floor()
+    inside = ((below >= -1) & (below + fraction <= num_snippets)).to(torch.float64)
+    fraction[(below < 0) | (below >= num_snippets - 1)] = 0
+    lower = below.clamp(0, num_snippets - 1).to(torch.int64)
+    taps = (lower, (lower + 1).clamp(max=num_snippets - 1), inside * (1 - fraction), inside * fraction)
+    return _sum_samples(cell, bins, counts, taps, num_snippets, num_bins)
+
+
+def _samples(counts: Tensor, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cell, bin and number in the bin of each sample of each bin of each cell, in that order; ``counts`` to a bin."""
+    per_cell = counts * num_bins
+    cell = torch.repeat_interleave(torch.arange(len(counts)), per_cell)
+    nth = torch.arange(len(cell)) - (per_cell.cumsum(0) - per_cell)[cell]
+    return cell, nth // counts[cell], nth % counts[cell]
+
+
+def _sum_samples(
+    cell: Tensor,
+    bins: Tensor,
+    counts: Tensor,
+    taps: tuple[Tensor, Tensor, Tensor, Tensor],
+    num_snippets: int,
+    num_bins: int,
+) -> SamplingWeights:
+    """A of the mean of each bin's samples; ``taps`` as ``linear_weights`` gives them."""
+    lower, upper, lower_weight, upper_weight = taps
     columns = torch.cat([lower, upper]) * num_bins + bins.repeat(2)
-    values = torch.cat([lower_weight, upper_weight]) / counts[roi].repeat(2)
+    values = torch.cat([lower_weight, upper_weight]) / counts[cell].repeat(2)
     nonzero = values != 0
-    return _sum_taps(roi.repeat(2)[nonzero], columns[nonzero], values[nonzero], len(rois), num_snippets, num_bins)
+    return _sum_taps(cell.repeat(2)[nonzero], columns[nonzero], values[nonzero], len(counts), num_snippets, num_bins)
 
 
 def _sum_taps(
@@ -401,14 +446,49 @@ def group_rows(matrix: SparseRows, rows: Runs, columns: Runs, dtype: torch.dtype
         along, alone = diagonal >= 0, diagonal < 0
         values = value.new_zeros(len(whole), GROUP)
         values[diagonal[along], nth[along]] = value[along]
-        num_diagonals = torch.bincount(whole // num_places, minlength=len(first))
+        # Zeros that a row reads in a gap come to nothing, whatever their value.
+        highest, lowest = values.new_full((len(whole),), -torch.inf), values.new_full((len(whole),), torch.inf)
+        highest.scatter_reduce_(0, diagonal[along], value[along], "amax")
+        lowest.scatter_reduce_(0, diagonal[along], value[along], "amin")
+        of_group, place_of = whole // num_places, whole % num_places
+        one, own = highest == lowest, highest != lowest
+        strips_of_part = _strips(of_group[one], place_of[one], highest[one], len(first))
+        num_diagonals = torch.bincount(of_group[own], minlength=len(first))
         num_singles = torch.bincount(group[alone], minlength=len(first))
         singles = torch.stack([nth[alone], place[alone]], dim=1)
-        parts.append((whole % num_places, values, singles, value[alone], num_diagonals, num_singles))
-    diagonals, values, singles, single_values, num_diagonals, num_singles = map(torch.cat, zip(*parts, strict=True))
-    groups = torch.stack([firsts, counts, num_diagonals.cumsum(0), num_singles.cumsum(0)], dim=1)
-    places, groups, diagonals, singles = (x.to(torch.int32) for x in (places, groups, diagonals, singles))
-    return RowGroups(places, groups, diagonals, values, singles, single_values, num_rows, rows.step)
+        parts.append((*strips_of_part, place_of[own], values[own], singles, value[alone], num_diagonals, num_singles))
+    strips, strip_values, num_strips, diagonals, values, singles, single_values, num_diagonals, num_singles = map(
+        torch.cat, zip(*parts, strict=True)
+    )
+    ends_of_strips = num_strips.flatten().cumsum(0).view_as(num_strips)
+    groups = torch.cat(
+        [torch.stack([firsts, counts], 1), ends_of_strips, torch.stack([num_diagonals, num_singles], 1).cumsum(0)], 1
+    )
+    places, groups, strips, diagonals, singles = (
+        x.to(torch.int32) for x in (places, groups, strips, diagonals, singles)
+    )
+    return RowGroups(
+        places, groups, strips, strip_values, diagonals, values, singles, single_values, num_rows, rows.step
+    )
+
+
+def _strips(group: Tensor, place: Tensor, value: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Diagonals of one value each, ascending by (group, place), as (strips, their values, how many each group has
+    (num_groups, 3)): of 4 diagonals, of 2 and of 1.
+    """
+    if not len(group):
+        return place, value, group.new_zeros(num_groups, 3)
+    begins = torch.ones_like(group, dtype=torch.bool)
+    begins[1:] = (group[1:] != group[:-1]) | (place[1:] != place[:-1] + 1)
+    run = begins.cumsum(0) - 1
+    length = torch.bincount(run)[run]
+    nth = torch.arange(len(run)) - begins.nonzero().squeeze(1)[run]
+    left = length - length % 4
+    kind = torch.where(nth < left, 0, torch.where((length % 4 >= 2) & (nth < left + 2), 1, 2))
+    order = torch.argsort(group * 3 + kind, stable=True)
+    first = torch.where(kind == 0, nth % 4 == 0, (kind == 2) | (nth == left))[order]
+    num_strips = torch.bincount((group * 3 + kind)[order][first], minlength=num_groups * 3).view(num_groups, 3)
+    return place[order][first], value[order], num_strips
 
 
 def _groups(rows: Runs) -> tuple[Tensor, Tensor]:
