@@ -499,8 +499,8 @@ class Config:
     precision: Annotated[
         PrecisionName,
         Setting(
-            "what matrices are multiplied in; auto: bf16 where the device multiplies it, else fp16 on a GPU and fp32 "
-            "on a CPU; a resumed run keeps its own",
+            "what matrices are multiplied in; auto: bf16 where the GPU or AMX multiplies it, else fp16 on a GPU and "
+            "fp32 on a CPU; a resumed run keeps its own",
             group=TRAINING, may_change=True,
         ),
     ] = "auto"  # fmt: skip

@@ -487,11 +487,13 @@ def test_a_cpu_computes_in_fp32_and_says_so() -> None:
 
 
 @pytest.mark.parametrize(("limit", "flags", "expected"), [
-    ("", "fma avx2 avx512f avx512_bf16", True),
+    ("", "fma avx2 avx512f avx512_bf16", False),  # has it, and multiplies it at half the rate of fp32
     ("", "fma avx2 amx_bf16 amx_tile", True),
+    ("", "fma avx2 avx512f avx512_bf16 amx_bf16 amx_tile", True),
     ("", "fma avx2 avx512f avx512_vnni", False),
     ("AVX512_CORE", "avx512f avx512_bf16 amx_bf16", False),
-    ("avx512_core_bf16", "avx512f avx512_bf16", True),
+    ("avx512_core_bf16", "avx512f avx512_bf16 amx_bf16", False),
+    ("avx512_core_amx", "avx512f avx512_bf16 amx_bf16", True),
 ])  # fmt: skip
 def test_a_cpu_computes_in_bf16_where_it_multiplies_it(
     monkeypatch: pytest.MonkeyPatch, limit: str, flags: str, expected: bool
