@@ -25,19 +25,17 @@ from lofi_fast.fidelity import CYCLE, PAPER_CUT, Fidelity, Pattern, coinciding, 
 from lofi_fast.files import write_bytes
 from lofi_fast.memory import estimates
 from lofi_fast.memory.cards import Profile, profile_for, profile_named
-from lofi_fast.memory.frontier import Levers, Way, chosen, fastest, frontier, ways
+from lofi_fast.memory.frontier import CPU_BASE, KEPT_FREE, Levers, Way, chosen, fastest, frontier, ways
 from lofi_fast.memory.plans import PRIOR, Plan, candidates, refusal, remedies
 from lofi_fast.memory.step_bytes import Setting
 from lofi_fast.precision import NAMES, resolved
 from lofi_fast.presets import FILE, configured, shown_defaults
 
-CPU_BASE = 400_000_000  # resident set of Python with torch and DALI before a step; assumed, as for a card
 NUM_CLASSES = 200  # ActivityNet's and HACS's
 DESCRIPTION = (
     "What will fit, and how long will it take? Fidelity against memory and time, by arithmetic alone. Takes the flags "
     "of lofi-fast train too; --mem-budget may name several budgets, like 4GB,8GB,11GB."
 )
-KEPT_FREE = 0.02  # of the budget: the governor's smallest margin
 SHOWN_CUTS = (1.0, 2.0, PAPER_CUT, 8.0, 16.0)  # whose nearest rungs a short table has
 BUDGETS = tuple(round(1e9 * 80 ** (step / 160)) for step in range(161))  # of the picture: 1 to 80 GB
 SLOWER = 1.05  # times the fastest, from which on a way to run a rung counts as slower

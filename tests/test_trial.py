@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -16,10 +17,12 @@ from test_governor import BUDGET, FULL, GB, MB, Machine
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, ladder, phase
 from lofi_fast.memory.decision import Decision
+from lofi_fast.memory.frontier import CPU_BASE
 from lofi_fast.memory.governor import SMALLEST_MARGIN, Governor
 from lofi_fast.memory.plans import PRIOR, Plan, candidates, worthwhile
 from lofi_fast.memory.settle import open_meter
 from lofi_fast.memory.trial import MARGIN, Choice, LearnedLedger, Line, Trials, highest_predicted, learn_ledger
+from lofi_fast.presets import configured
 from lofi_fast.run.processes import ALONE
 from lofi_fast.stages import joint
 
@@ -222,3 +225,31 @@ def test_a_trial_leaves_free_what_it_is_told_to() -> None:
     joint.trial(run, [], decision)  # type: ignore[arg-type]
     joint.trial(run, [], decision, spare=joint.UNCAPPED)  # type: ignore[arg-type]
     assert asked == [1000, 980]
+
+
+# Before anything is decoded
+
+
+@pytest.mark.parametrize("flags", [[], ["--recompute", "never"], ["--pattern", "temporal", "--micro-batch", "2"]])
+def test_a_budget_below_the_smallest_step_is_told_of_before_decoding(flags: list[str]) -> None:
+    said: list[str] = []
+    words = {flag[2:]: value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
+
+    def check(budget: int) -> None:
+        config = configured(words | {"mem_budget": f"{budget}"}, cuda=lambda: False)
+        meter = SimpleNamespace(own=lambda: CPU_BASE)
+        precision = SimpleNamespace(dtype=torch.float32)
+        machine = SimpleNamespace(device=torch.device("cpu"), precision=precision, meter=meter, budget=budget)
+        joint.check_smallest(config, machine, said.append)  # type: ignore[arg-type]
+
+    with pytest.raises(
+        InputError, match=r"^--mem-budget 400001000, .*: nothing fits: .* --mem-budget [\d.]+GB would do"
+    ) as refused:
+        check(CPU_BASE + 1000)
+    enough = round(1e9 * float(re.findall(r"--mem-budget ([\d.]+)GB", str(refused.value))[-1]))
+    assert not said
+    check(2 * enough)
+    assert not said
+    check(enough - 20 * MB)
+    (warning,) = said
+    assert warning.startswith("warning: --mem-budget ") and "nothing fits" in warning

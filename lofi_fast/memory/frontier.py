@@ -16,6 +16,9 @@ from lofi_fast.fidelity import Fidelity
 from lofi_fast.memory.plans import PRIOR, Device, Plan, candidates, relative_cost, worthwhile
 from lofi_fast.memory.step_bytes import Setting, StepBytes, step_bytes
 
+CPU_BASE = 400_000_000  # resident set of Python with torch and DALI before a step; assumed, as for a card
+KEPT_FREE = 0.02  # of the budget: the governor's smallest margin
+
 
 @dataclass(frozen=True)
 class Levers:
@@ -33,6 +36,11 @@ class Levers:
         """Predicted bytes of a step, with parameters and optimiser, beside what the process holds outside tensors."""
         step = self._step(plan)
         return step.between + PRIOR.likely.added(step.added)
+
+    def least(self, plan: Plan) -> int:
+        """The same by the ledger alone, which no step is below."""
+        step = self._step(plan)
+        return step.between + step.added
 
     def added(self, plan: Plan) -> int:
         """Bytes of a step by the ledger alone, above what is held between steps."""

@@ -56,7 +56,7 @@ from lofi_fast.run.trained_on import RECORD
 from lofi_fast.settings import leaves
 from lofi_fast.stages.evaluation import Result, evaluate
 from lofi_fast.stages.head import check_head, train_head
-from lofi_fast.stages.joint import joint, plan_joint
+from lofi_fast.stages.joint import check_smallest, joint, plan_joint
 from lofi_fast.stages.pretrain import plan_pretrain, pretrain
 
 
@@ -130,9 +130,17 @@ def _run_job(
         unread = unread_settings(config) if networks is None else []
         for note in [*notes, *unread, *filter(None, [precision_note])]:
             log.say(f"note: {note}")
+        machine = Machine(device, precision, meter, budget)
+        if (
+            networks is None
+            and not processes.several
+            and not going_on
+            and "joint" in config.stages
+            and config.joint.epochs
+        ):
+            check_smallest(config, machine, log.say)
         dataset = processes.in_turns("data", lambda: prepare(config, log, min(budget, meter.available()) - meter.own()))
         config = with_window(config, dataset.window)
-        machine = Machine(device, precision, meter, budget)
         run = open_run(config, dataset, machine, log, networks, processes)
         run.stop = stop
         check_data(processes, run.data)

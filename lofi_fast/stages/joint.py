@@ -12,20 +12,23 @@ import torch
 from torch import nn
 
 from lofi_fast.budget import duration, gigabytes
+from lofi_fast.config import Config
 from lofi_fast.data.dataset import Sample
+from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, Fidelity, Pattern, coinciding, offered, phase
 from lofi_fast.memory.cards import profile_of
 from lofi_fast.memory.decision import Decision, Planner
 from lofi_fast.memory.estimates import full_step_seconds, launch_bound
+from lofi_fast.memory.frontier import CPU_BASE, KEPT_FREE, Levers
 from lofi_fast.memory.governor import LATE, Governor
-from lofi_fast.memory.plans import Device, Plan, candidates, remedies
+from lofi_fast.memory.plans import Device, Plan, candidates, refusal, remedies
 from lofi_fast.memory.ranks import gather
 from lofi_fast.memory.replay import Replay
-from lofi_fast.memory.step_bytes import step_bytes
+from lofi_fast.memory.step_bytes import Setting, step_bytes
 from lofi_fast.memory.trial import LearnedLedger, learn_ledger
 from lofi_fast.run import events
 from lofi_fast.run.seeds import seed_of
-from lofi_fast.run.state import Run
+from lofi_fast.run.state import Machine, Run
 from lofi_fast.stages import epochs
 from lofi_fast.stages.epochs import Outcome, new_optimizer, optimizer_of
 from lofi_fast.stages.step import batches, forward_backward, lofi_step, patiently
@@ -103,13 +106,43 @@ class Joint:
 # Planning
 
 
-def patterns_of(run: Run) -> tuple[Pattern, ...]:
-    return CYCLE if run.config.pattern is Pattern.CYCLIC else (run.config.pattern,)
+def patterns_of(config: Config) -> tuple[Pattern, ...]:
+    return CYCLE if config.pattern is Pattern.CYCLIC else (config.pattern,)
 
 
-def ladders(run: Run) -> dict[Pattern, tuple[Fidelity, ...]]:
-    config = run.config
-    return {pattern: offered(pattern, config.full, config.min_cut, config.max_cut) for pattern in patterns_of(run)}
+def ladders(config: Config) -> dict[Pattern, tuple[Fidelity, ...]]:
+    return {pattern: offered(pattern, config.full, config.min_cut, config.max_cut) for pattern in patterns_of(config)}
+
+
+def check_smallest(config: Config, machine: Machine, say: Callable[[str], None]) -> None:
+    """What can be known of networks that the settings name before anything is decoded. Raises InputError for a budget
+    below what this process holds and the tensors of the smallest step; says where it is likely to be too small.
+    """
+    setting = Setting.of(config, 1, machine.precision.dtype.itemsize)  # with more classes a step needs more
+    if setting is None or config.replay is not None:
+        return
+    device, budget, held = _kind(machine), machine.budget, machine.meter.own()
+    own = max(held, CPU_BASE) if device == "cpu" else held
+    levers = Levers(setting, config.full, config.joint.batch, device, config.micro_batch, config.recompute)
+
+    def expected(plan: Plan) -> int:
+        return own + levers.needs(plan)
+
+    room = int((1 - KEPT_FREE) * budget)
+    for pattern, rungs in ladders(config).items():
+        of = (rungs[-1:], config.joint.batch, config.micro_batch, config.recompute, device)
+        plans = candidates(*of)
+        if min(map(expected, plans)) <= room:
+            continue
+        sentence = refusal(plans, expected, budget, room, budget, remedies(*of))
+        if held + min(map(levers.least, plans)) > budget:
+            raise InputError(f"--mem-budget {config.budget.text}, {pattern}: {sentence}")
+        say(f"warning: --mem-budget {config.budget.text}, {pattern}: by what steps are expected to take, {sentence}")
+        return
+
+
+def _kind(machine: Machine) -> Device:
+    return "cuda" if machine.device.type == "cuda" else "cpu"
 
 
 def new_planner(run: Run) -> Planner:
@@ -117,10 +150,10 @@ def new_planner(run: Run) -> Planner:
     config, machine = run.config, run.machine
     if config.replay is not None:
         return Replay(Path(config.replay), machine.budget)
-    device: Device = "cuda" if machine.device.type == "cuda" else "cpu"
+    device = _kind(machine)
     expected, bound = speed(run)
     plans, changes = {}, {}
-    for pattern, rungs in ladders(run).items():
+    for pattern, rungs in ladders(config).items():
         levers = (rungs, share_of_a_step(run), config.micro_batch, config.recompute, device)
         plans[pattern], changes[pattern] = candidates(*levers, bound), remedies(*levers)
     every = [plan for pattern in plans for plan in (*plans[pattern], *(plan for _, plan in changes[pattern]))]
@@ -142,7 +175,7 @@ def speed(run: Run) -> tuple[float | None, float | None]:
     card = profile_of(torch.cuda.get_device_name(run.machine.device)) if run.machine.device.type == "cuda" else None
     if setting is None or card is None:
         return None, None
-    top = max((rungs[0] for rungs in ladders(run).values()), key=lambda rung: rung.omega)
+    top = max((rungs[0] for rungs in ladders(run.config).values()), key=lambda rung: rung.omega)
     batch = share_of_a_step(run)
     return full_step_seconds(setting, top, batch, card), launch_bound(setting, top, batch, card)
 
@@ -182,7 +215,9 @@ def learn(run: Run, plans: Sequence[Plan]) -> LearnedLedger:
     samples = run.sampler.epoch("joint", 0, run.config.joint.batch)[0]
 
     def measure(plan: Plan) -> int | None:
-        decision = Decision(patterns_of(run)[0], 0, 0, plan, plan, 0, limit, limit, limit, "to learn what steps need")
+        decision = Decision(
+            patterns_of(run.config)[0], 0, 0, plan, plan, 0, limit, limit, limit, "to learn what steps need"
+        )
         peak = trial(run, samples, decision)
         run.log.event(events.Measured(plan="joint, ledger", candidate=str(plan), peak=peak, budget=limit))
         return peak
@@ -276,9 +311,9 @@ def plan_joint(run: Run) -> dict[str, PatternPlan]:
     planner.calibrate(measure)
     if run.processes.first:
         planner.save_readings(readings, key)
-    planner.accept(patterns_of(run))
+    planner.accept(patterns_of(run.config))
     chosen: dict[str, PatternPlan] = {}
-    for pattern in patterns_of(run):
+    for pattern in patterns_of(run.config):
         decision = chosen_in_time(planner, pattern, take_time)
         rung = decision.plan.fidelity
         cut = config.full.omega / rung.omega
@@ -342,7 +377,7 @@ def kept_down(run: Run, planner: Governor, chosen: Mapping[str, PatternPlan]) ->
     """A sentence where --min-cut keeps the fidelity below what fits the budget, and no time limit does."""
     config = run.config
     ledger = ledger_of(run, [])
-    for pattern in patterns_of(run):
+    for pattern in patterns_of(run.config):
         top = offered(pattern, config.full, config.min_cut, config.max_cut)[0]
         rung = Fidelity(*chosen[pattern.value]["rung"])
         higher = [of for of in offered(pattern, config.full, 1.0, config.min_cut) if of.omega > rung.omega]
