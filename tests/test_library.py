@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import lofi_fast
+from lofi_fast.command import SPINS
 from lofi_fast.config import Config, StageConfig
 from lofi_fast.data import demo
 from lofi_fast.errors import InputError
@@ -233,3 +234,17 @@ def test_a_gpu_is_settled_before_its_first_use_or_a_note_says_that_it_is_too_lat
     notes = settle.settle_here()
     assert [note.startswith(begin) for note, begin in zip(notes, gpu + cpu, strict=True)] == [True] * len(notes)
     assert set_to == ([] if in_use else ["expandable_segments:True"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have another OpenMP")
+@pytest.mark.parametrize(("given", "spins"), [
+    ({}, str(SPINS)), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0"),
+])  # fmt: skip
+def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise(given: dict[str, str], spins: str) -> None:
+    program = "from lofi_fast.command import run; run(lambda: __import__('torch') and 0)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment | {"OMP_DISPLAY_ENV": "verbose"} | given, cwd=ROOT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and f"GOMP_SPINCOUNT = '{spins}'" in done.stderr, done.stderr
