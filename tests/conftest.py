@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
+
+from lofi_fast.command import settle_threads
+
+settle_threads()
+
+import torch  # noqa: E402  (its threads are settled before)
 
 if TYPE_CHECKING:
     from detectors import SmallRun
