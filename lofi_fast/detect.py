@@ -23,7 +23,7 @@ from lofi_fast.data.given import paths_of, printable_name, unique_names
 from lofi_fast.data.video import VideoError, stated_duration
 from lofi_fast.detections import MIN_SCORE, Detection, draw_timeline, write_csv, write_predictions, write_srt, write_vtt
 from lofi_fast.errors import InputError
-from lofi_fast.files import output_folder
+from lofi_fast.files import check_output, output_folder
 from lofi_fast.model_file import metadata_of, model_file
 from lofi_fast.settings import Setting
 
@@ -109,8 +109,7 @@ def _command(argv: list[str], owns_process: bool) -> int:
     check_budget(flags.mem_budget)
     metadata_of(model_file(flags.run))  # before torch, which takes seconds to import
     paths = paths_of(flags.videos)
-    with output_folder(flags.out):
-        pass  # refused now, if it cannot be written
+    check_output(flags.out)
     if owns_process:
         from lofi_fast.memory.settle import settle_allocator
 

@@ -32,7 +32,7 @@ from lofi_fast.data.given import paths_of, unique_names
 from lofi_fast.data.video import VideoError
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
-from lofi_fast.files import output_folder, replacing, write_json
+from lofi_fast.files import check_output, replacing, write_json
 from lofi_fast.model_file import metadata_of, model_file
 from lofi_fast.settings import Setting
 
@@ -139,8 +139,7 @@ def _command(argv: list[str], owns_process: bool) -> int:
     if flags.layout != "plain" and flags.annotations is None:
         raise InputError(f"--layout {flags.layout} needs the labels too: add --annotations FILE")
     labels = None if flags.annotations is None else labels_for(flags.annotations, flags.videos, names)
-    with output_folder(flags.out):
-        pass  # refused now, if it cannot be written
+    check_output(flags.out)
     if owns_process:
         from lofi_fast.memory.settle import settle_allocator
 

@@ -155,6 +155,15 @@ def output_folder(out: Path) -> Iterator[None]:
         _remove_empty(made)
 
 
+def check_output(out: Path) -> None:
+    """Raises InputError for an --out that cannot be written to, before anything is done for it. One of several
+    processes would take away the folder that another has found, and leaves it to `output_folder`.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        with output_folder(out):
+            pass
+
+
 def _remove_empty(folders: Sequence[Path]) -> None:
     with suppress(OSError):
         for folder in folders:

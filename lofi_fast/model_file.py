@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import safetensors
-
 from lofi_fast import __version__
 from lofi_fast.config import Config
 from lofi_fast.errors import InputError
@@ -31,6 +29,8 @@ def model_file(path: Path) -> Path:
 
 def metadata_of(file: Path) -> dict[str, str]:
     """What a model file says beside its weights, checked to be of a version that can be read. Raises InputError."""
+    import safetensors  # which a machine for measuring, that reads no model, need not have
+
     try:
         with safetensors.safe_open(file, framework="np") as content:
             metadata: dict[str, str] = content.metadata() or {}

@@ -485,36 +485,45 @@ def grid_bytes(config: HeadConfig, full: int, length: int, device: Literal["cpu"
 def grouped_bytes(weights: SamplingWeights, cells: Tensor) -> int:
     """The weights and their transpose in fp32, by groups of 8 rows."""
     length, bins = weights.num_snippets, weights.num_bins
-    there = np.zeros((len(cells), length * bins), dtype=bool)
-    there[np.repeat(np.arange(len(cells)), weights.forward.offsets.diff()), weights.forward.columns] = True
+    values = np.zeros((len(cells), length * bins), dtype=np.float32)
+    row = np.repeat(np.arange(len(cells)), weights.forward.offsets.diff())
+    values[row, weights.forward.columns] = weights.forward.values
     durations = cells[:, 0].numpy()
     of_cells = [np.flatnonzero(durations == d) for d in range(durations.max() + 1)]
     of_bins = [np.arange(r, length * bins, bins) for r in range(bins)]
 
-    def of(there: Any, row_runs: list[Any], column_runs: list[Any]) -> int:
+    def of(values: Any, row_runs: list[Any], column_runs: list[Any]) -> int:
         gap = [-1] * 7  # stands for a column that is not there
         places = np.array(gap + [column for run in column_runs for column in [*run, *gap]])
         starts = np.arange(len(places) - 7)
-        groups = diagonals = singles = 0
+        groups = shared = strips = diagonals = singles = 0
         for rows in (run[k : k + 8] for run in row_runs for k in range(0, len(run), 8)):
             read = np.stack([places[starts + i] for i in range(len(rows))])
-            taken = there[rows[:, None], read] & (read >= 0)
+            found = values[rows[:, None], read]
+            taken = (found != 0) & (read >= 0)
             whole = (taken | (read < 0)).all(0) & (taken.sum(0) > (len(rows) > 1))
-            groups, diagonals, singles = groups + 1, diagonals + int(whole.sum()), singles + int(taken[:, ~whole].sum())
-        return 4 * (there.shape[1] + 4 * groups) + (4 + 8 * FLOAT) * diagonals + (8 + FLOAT) * singles
+            highest, lowest = (np.where(taken, found, bound) for bound in (-np.inf, np.inf))
+            one = whole & (highest.max(0) == lowest.min(0))  # a weight for all rows
+            for run in "".join("x" if there else " " for there in one).split():  # in strips of 4, 2 and 1
+                strips += len(run) // 4 + len(run) % 4 // 2 + len(run) % 2
+            groups, shared = groups + 1, shared + int(one.sum())
+            diagonals, singles = diagonals + int((whole & ~one).sum()), singles + int(taken[:, ~whole].sum())
+        held = 4 * (values.shape[1] + 7 * groups + strips) + FLOAT * shared
+        return held + (4 + 8 * FLOAT) * diagonals + (8 + FLOAT) * singles
 
-    return of(there, of_cells, of_bins) + of(there.T, of_bins, of_cells)
+    return of(values, of_cells, of_bins) + of(values.T, of_bins, of_cells)
 
 
 def sampled(cells: Any, length: int, bins: int, expand: float, margin: float) -> int:
     """Weights that are not 0: the snippets between which the samples of each bin of each cell lie."""
-    d, s = cells.T[:, :, None].astype(np.float32)  # the precision in which samples are placed
+    d, s = cells.T[:, :, None].astype(np.float64)  # the precision in which samples are placed
     wider = expand * (d + 1) + margin
-    start, extent = s - wider, np.maximum(d + 2 * wider, 1)
-    step, samples = extent / bins, np.ceil(extent / bins)
-    bin_start = start + np.arange(bins, dtype=np.float32) * step
-    first, last = bin_start + 0.5 * step / samples, bin_start + (samples - 0.5) * step / samples
-    lower, upper = np.floor(first).clip(0, length - 1), np.ceil(last).clip(0, length - 1)
+    step = np.maximum(d + 2 * wider, 1) / bins
+    samples = np.ceil(step)
+    first, last = (np.arange(bins) * step - wider + (nth + 0.5) * step / samples for nth in (0, samples - 1))  # from s
+    below = np.floor(first) + (first - np.floor(first) == 1)  # a sample may lie next to nothing before a snippet
+    lower, upper = (s + below).clip(0, length - 1), (s + np.ceil(last)).clip(0, length - 1)
+    first, last = s + first, s + last
     return int(((upper - lower + 1) * ((last >= -1) & (first <= length))).sum())
 
 

@@ -48,7 +48,7 @@ def test_list_videos(tmp_path: Path) -> None:
         (tmp_path / file).touch()
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     assert list_videos(tmp_path) == [tmp_path / "a" / "x.3GP", tmp_path / "b" / "x.mp4", tmp_path / "v.ogv"]
-    with pytest.raises(InputError, match="is not a folder"):
+    with pytest.raises(InputError, match="mp4 is a file, not a folder"):
         list_videos(tmp_path / "mp4")
 
 

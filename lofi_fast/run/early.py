@@ -43,7 +43,7 @@ def check_values(config: Config) -> None:
         parse_tolerance(config.detect.tolerances, config.data.fps)
     epochs = {"pretrain": config.pretrain.epochs, "joint": config.joint.epochs, "head": config.head_stage.epochs}
     asked = {stage: epochs[stage] for stage in config.stages if stage in epochs}
-    if asked and not any(asked.values()):
+    if len(asked) > 1 and not any(asked.values()):  # of one stage alone, no epochs plan it
         flags = " ".join(f"--{stage}-epochs 0" for stage in asked)
         raise InputError(f"{flags}: nothing would be trained; give one of them 1 or more, or leave it out")
     for flag, name in (("--encoder-weights", config.encoder.weights), ("--video-scores", config.data.video_scores)):

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,15 +131,14 @@ def _run_job(
         for note in [*notes, *unread, *filter(None, [precision_note])]:
             log.say(f"note: {note}")
         machine = Machine(device, precision, meter, budget)
-        if (
-            networks is None
-            and not processes.several
-            and not going_on
-            and "joint" in config.stages
-            and config.joint.epochs
-        ):
-            check_smallest(config, machine, log.say)
-        dataset = processes.in_turns("data", lambda: prepare(config, log, min(budget, meter.available()) - meter.own()))
+        trains_joint = "joint" in config.stages and config.joint.epochs > 0
+
+        def before_decoding() -> None:
+            if trains_joint and networks is None and not going_on and not processes.several:
+                check_smallest(config, machine, log.say)
+
+        room = min(budget, meter.available()) - meter.own()
+        dataset = processes.in_turns("data", lambda: prepare(config, log, room, before_decoding))
         config = with_window(config, dataset.window)
         run = open_run(config, dataset, machine, log, networks, processes)
         run.stop = stop
@@ -306,9 +305,10 @@ def introduce(
     )  # fmt: skip
 
 
-def prepare(config: Config, log: RunLog, room: int) -> Dataset:
+def prepare(config: Config, log: RunLog, room: int, before_decoding: Callable[[], None]) -> Dataset:
     """Make the demo set if no data is given, look at the data, decode into the frame cache, and cut windows. `room`:
-    bytes of the device that decoding may hold.
+    bytes of the device that decoding may hold. `before_decoding`, which takes long, is called when the data are known
+    to be sound.
     """
     root = cache_folder(config)
     if config.data.annotations and config.data.videos:
@@ -323,6 +323,7 @@ def prepare(config: Config, log: RunLog, room: int) -> Dataset:
         found = survey(config, annotations, videos, lambda done, total, name: advance(done, name, total), known)
     tell(found, log)
     known.save()
+    before_decoding()
     with log.progress("frame cache", 1) as advance:
         dataset = cached_dataset(
             found, root / "frames", lambda d, t, name: advance(d, name, t), *video_engine(config, room)
