@@ -305,7 +305,7 @@ def introduce(
     )  # fmt: skip
 
 
-def prepare(config: Config, log: RunLog, room: int, before_decoding: Callable[[], None]) -> Dataset:
+def prepare(config: Config, log: RunLog, room: int, before_decoding: Callable[[], None] = lambda: None) -> Dataset:
     """Make the demo set if no data is given, look at the data, decode into the frame cache, and cut windows. `room`:
     bytes of the device that decoding may hold. `before_decoding`, which takes long, is called when the data are known
     to be sound.
