@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from lofi_fast.run.processes import Processes
 
 FORMATS = ("json", "csv", "srt", "vtt")
-CUT_OFF = 1.0  # seconds by which a file is shorter than it says, from which on that is worth a note
 ALL_FORMATS = (*FORMATS, *TOOLS)
 SUBTITLES = {"srt": write_srt, "vtt": write_vtt}
 DESCRIPTION = (
@@ -196,11 +195,6 @@ def _look(
                 result = session.detect(path, min_score=flags.min_score, top_k=flags.top_k, told=told)
                 _write(flags, names[path], result)
                 seen.found[names[path]] = result.detections
-                if lengths[path] - result.duration > CUT_OFF:
-                    terminal.say(
-                        f"note: {names[path]}: the file says that it lasts {lengths[path]:.1f} s, and ends after "
-                        f"{result.duration:.1f} s; is it cut off, or still being copied?"
-                    )
                 terminal.say(_summary(names[path], result.detections, flags.subtitle_score))
             except VideoError as error:
                 seen.skipped.append(printable_name(str(error)))

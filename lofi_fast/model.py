@@ -40,7 +40,7 @@ from lofi_fast.data.packages import require_dali, require_pyav
 from lofi_fast.data.pictures import cached_size, hold_in_turn
 from lofi_fast.data.pipeline import FramePipeline, FrameRequest, pictures_of_a_run
 from lofi_fast.data.survey import cache_side
-from lofi_fast.data.video import VideoError, VideoInfo, probe
+from lofi_fast.data.video import VideoError, VideoInfo, probe, stated_duration
 from lofi_fast.data.windows import (
     SharedSnippets,
     Window,
@@ -64,6 +64,7 @@ from lofi_fast.model_file import FORMAT, MODEL, metadata_of, model_file
 from lofi_fast.precision import choose_device, choose_precision
 
 LARGEST_CHUNK = 64  # snippets encoded at once, at most
+CUT_OFF = 1.0  # seconds by which a file is shorter than it says, from which on that is worth a note
 FEWEST = 8  # snippets of a batch, where a video has fewer the last one is repeated: tiny batches are rounded otherwise
 REFUSAL = "raise --mem-budget, or take a detector of a smaller --encoder, --width or --fidelity"
 
@@ -342,9 +343,7 @@ class Session:
         path = Path(video)
         config, classes = self.config, self.detector.classes
         with self._blaming(path):
-            info = _probed(path)
-            if info.lost:
-                self._say(f"note: {info.lost} frames of {path} could not be decoded and are left out")
+            info = self._probed(path)
             windows = cut_windows(str(path), info.duration, config.data.window_seconds, config.data.overlap, info.start)
             kept: list[Candidates] = []
             batch: list[tuple[Window, Features]] = []
@@ -372,7 +371,7 @@ class Session:
         values: list[Features] = []
         times: list[NDArray[np.float64]] = []
         with self._blaming(path):
-            info = _probed(path)
+            info = self._probed(path)
             windows = cut_windows(str(path), info.duration, self.config.data.window_seconds, 0.0, info.start)
             covered = info.start  # seconds: the last window is moved back to end with the video
             with closing(self._encoded(info, windows)) as encoded:
@@ -392,9 +391,7 @@ class Session:
         Raises VideoError where the video cannot be used, also while `parts` is gone through.
         """
         path = Path(video)
-        info = _probed(path)
-        if info.lost:
-            self._say(f"note: {info.lost} frames of {path} could not be decoded and are left out")
+        info = self._probed(path)
         length = self.config.full.num_snippets
         seconds = self.config.data.window_seconds or info.duration
         stride = seconds / length
@@ -411,6 +408,20 @@ class Session:
                     left -= length
 
         return RegularFeatures(info, stride, count, self.detector.encoder.num_features, parts())
+
+    def _probed(self, path: Path) -> VideoInfo:
+        """A video that can be used; says what of it is missing. Raises VideoError."""
+        info, stated = probe(path), stated_duration(path)
+        if len(info.pts) < FRAMES_PER_SNIPPET:
+            raise VideoError(f"video {path}: {len(info.pts)} frames are less than one snippet of {FRAMES_PER_SNIPPET}")
+        if info.lost:
+            self._say(f"note: {info.lost} frames of {path} could not be decoded and are left out")
+        if stated - info.duration > CUT_OFF:
+            self._say(
+                f"note: {path}: the file says that it lasts {stated:.1f} s, and ends after {info.duration:.1f} s; "
+                "is it cut off, or still being copied?"
+            )
+        return info
 
     @contextmanager
     def _blaming(self, path: Path) -> Iterator[None]:
@@ -573,10 +584,3 @@ def _halves(largest: int) -> list[int]:
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     return sizes
-
-
-def _probed(path: Path) -> VideoInfo:
-    info = probe(path)
-    if len(info.pts) < FRAMES_PER_SNIPPET:
-        raise VideoError(f"video {path}: {len(info.pts)} frames are less than one snippet of {FRAMES_PER_SNIPPET}")
-    return info

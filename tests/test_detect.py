@@ -79,7 +79,11 @@ def test_half_a_file_is_used_and_told(small: SmallRun, tmp_path: Path, capsys: C
     half.write_bytes(half.read_bytes()[: half.stat().st_size * 6 // 10])
     assert detect(small, half, whole, "--out", tmp_path / "found", "--format", "json") == 0
     (note,) = [line for line in capsys.readouterr().out.splitlines() if "is it cut off" in line]
-    assert note.startswith("note: half: the file says that it lasts 2")
+    assert note.startswith(f"note: {half}: the file says that it lasts 2")
+    told: list[str] = []
+    with Detector.load(small.folder).session(mem_budget="4GB", device="cpu", say=told.append) as session:
+        session.regular_features(half)
+    assert note in told
 
 
 def test_what_is_asked_for_is_written(small: SmallRun, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from av.video.frame import VideoFrame
 
-from lofi_fast.data.video import VideoError, VideoInfo, decode, probe
+from lofi_fast.data.video import VideoError, VideoInfo, decode, probe, stated_duration
 from lofi_fast.errors import InputError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -397,3 +397,20 @@ def test_corrupted_file_fails_with_a_sentence() -> None:
     info = probe(TRAPS / "corrupted.mp4")
     with pytest.raises(VideoError, match=r"corrupted\.mp4 fails after \d+ of 50 frames"):
         list(decode(info, np.arange(50), threads=1))
+
+
+def test_what_a_file_says_of_its_pictures_is_not_how_long_its_sound_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "v.mp4"
+    with av.open(str(path), "w") as target:
+        pictures = target.add_stream("libx264", rate=8)
+        pictures.width, pictures.height, pictures.pix_fmt = 32, 32, "yuv420p"
+        sound = target.add_stream("aac", rate=8000, layout="mono")
+        for _ in range(16):
+            target.mux(pictures.encode(VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        target.mux(pictures.encode(None))
+        for number in range(40):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1000), np.float32), format="fltp", layout="mono")
+            silence.sample_rate, silence.pts = 8000, 1000 * number
+            target.mux(sound.encode(silence))
+        target.mux(sound.encode(None))
+    assert stated_duration(path) == pytest.approx(2.0, abs=0.2)

@@ -191,12 +191,17 @@ def _start(first: Fraction, container: int | None) -> float:
 
 
 def stated_duration(path: Path) -> float:
-    """Seconds that a file's header says it has; 0.0 where it says nothing, or cannot be read. For an estimate."""
+    """Seconds that a file's header says its pictures last, or the file where it says no more; 0.0 where it says
+    nothing, or cannot be read. For an estimate.
+    """
     require_pyav()
     import av
 
     try:
         with av.open(str(path)) as container:
+            pictures = container.streams.video[0] if container.streams.video else None
+            if pictures is not None and pictures.duration and pictures.time_base:  # sound may go on after them
+                return max(float(pictures.duration * pictures.time_base), 0.0)
             return max(container.duration or 0, 0) / 1_000_000
     except (av.FFmpegError, OSError):
         return 0.0
