@@ -52,7 +52,7 @@ DESCRIPTION = (
 DRAWS = 1000  # of the bootstrap, where --full does not say how many
 CHARADES = "charades"
 MOST_FRAMES = 50_000_000  # that are looked at; 8 bytes each in several arrays
-RESULTS = "predictions.json"  # of a run folder
+PREDICTIONS = "predictions.json"  # of a run folder
 SHOWN_PROPOSALS = (1, 5, 10, 50, 100)  # a video, on average, at which the recall is printed
 
 
@@ -244,8 +244,10 @@ def _framewise(flags: EvaluateFlags) -> _Scores:
     """Scores of labels of frames, which have no scores of their own, and so no mAP."""
     options = _options(flags)
     if options.fps is None:
-        if (flags.predictions / RESULTS).exists():
-            raise InputError(f"{flags.predictions} is a run folder; give --predictions {flags.predictions / RESULTS}")
+        if (flags.predictions / PREDICTIONS).exists():
+            raise InputError(
+                f"{flags.predictions} is a run folder; give --predictions {flags.predictions / PREDICTIONS}"
+            )
         raise InputError(f"{flags.predictions} is a folder of labels of frames; --fps says how many there are a second")
     subset = load_subset(flags.ground_truth, flags.subset, options)
     no_action = frame_labels.BACKGROUND if options.background is None else options.background

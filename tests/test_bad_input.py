@@ -192,6 +192,16 @@ def run_process(flags: list[str], program: Sequence[str] = ("-m", "lofi_fast.tra
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+def test_a_budget_below_the_tensors_of_the_smallest_step_is_refused_before_decoding(
+    train: Train, tmp_path: Path
+) -> None:
+    cache = tmp_path / "fresh"
+    done = train("--width", "512", "--mem-budget", "2GB", "--cache", str(cache))
+    done.refused("--mem-budget 2GB", "nothing fits", "needs")
+    assert "looking at the videos" in done.out and "frame cache:" not in done.out
+    assert not list(cache.rglob("*.npz"))
+
+
 def test_a_budget_too_small_for_anything(data: Data, tmp_path: Path) -> None:
     done = run_process(command(data, tmp_path / "run", "--mem-budget", "300MB"))
     done.refused("nothing fits", "0.30 GB", "holds", "--mem-budget", "--fidelity")

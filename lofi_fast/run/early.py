@@ -6,6 +6,7 @@ The job checks all of it again where it uses it: this room only makes a sentence
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
 
 from lofi_fast.budget import check_budget
@@ -18,7 +19,9 @@ from lofi_fast.point_metrics import parse_tolerance
 from lofi_fast.presets import weights_warning
 from lofi_fast.run.folder import require_run
 
-QUICKLY_READ = 1_000_000  # bytes of labels, which are read in less time than torch takes to import; larger files wait
+# Labels that are read in less time than torch takes to import; more wait for the job, which reads them again.
+QUICKLY_READ = 1_000_000  # bytes of a file
+QUICKLY_LISTED = 100  # files in a folder
 
 
 def check_early(config: Config, resume: bool) -> None:
@@ -32,7 +35,7 @@ def check_early(config: Config, resume: bool) -> None:
         list_folder(videos, "--videos ")
         if labels.is_file() and labels.stat().st_size > QUICKLY_READ:
             require_text(labels)
-        else:
+        elif len(list(islice(labels.rglob("*"), QUICKLY_LISTED + 1))) <= QUICKLY_LISTED:
             load_annotations(labels, clip=False, options=FormatOptions.of(config.data))
 
 

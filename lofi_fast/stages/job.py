@@ -114,7 +114,7 @@ def _run_job(
 
     def check() -> None:
         gpu.check_triton(device)
-        check_budget(config, budget, meter)
+        check_held(config, budget, meter)
         if networks is None and config.encoder.weights:
             check_encoder_weights(lambda: encoders.build(config), Path(config.encoder.weights))
 
@@ -264,7 +264,7 @@ def require_packages(config: Config) -> None:
         tensorboard.require_tensorboard()
 
 
-def check_budget(config: Config, budget: int, meter: Meter) -> None:
+def check_held(config: Config, budget: int, meter: Meter) -> None:
     """Raises InputError for a budget that this process is over before its first step."""
     held = meter.held()
     if budget > held:
