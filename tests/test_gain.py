@@ -175,7 +175,11 @@ def test_intervals_are_students_and_pairs_are_of_the_same_seed() -> None:
         }  # fmt: skip
 
     rows = [row("ACP+", 0, 0.2), row("ACP+", 1, 0.4), row("long C", 1, 0.5), row("long C", 0, 0.35)]
-    others = [row("ACP+", 0, 0.9) | {"version": "2"}, row("ACP+", 0, 0.1) | {"settings": ["--fidelity", "8x32"]}]
+    smaller = ["--fidelity", "8x32"]
+    others = [
+        row("ACP+", 0, 0.9) | {"version": "2"},
+        row("ACP+", 0, 0.1) | dict.fromkeys(("flags", "settings"), smaller),
+    ]
     found = gain.compared([*rows, *others])
     assert list(found) == [("rooms", "1", ""), ("rooms", "2", ""), ("rooms", "1", "--fidelity 8x32")]
     assert [part[0].maps for part in found.values()][1:] == [[90.0], [10.0]]

@@ -32,6 +32,7 @@ from bench.tools.table import Section, Table, by_place, newest, when
 from lofi_fast import encoder as encoders
 from lofi_fast import head as heads
 from lofi_fast.config import Config, PrecisionName, PresetName
+from lofi_fast.data.video import stated_duration
 from lofi_fast.encoder.resnet_table import network
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
@@ -151,14 +152,9 @@ def detect(model: Path, video: Path, precision: PrecisionName, threads: int) -> 
 
             session.detect(video, told=told)
 
-        duration = _duration(video)
+        duration = stated_duration(video)
         cpu = timed(run, torch.device("cpu"))[1]
         return {"cpu": cpu, "peaks": [tenth, meter.peak() - before]}
-
-
-def _duration(video: Path) -> float:
-    with av.open(str(video)) as container:
-        return float((container.duration or 0) / av.time_base)
 
 
 def _untrained(config: Config) -> Detector:

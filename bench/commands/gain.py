@@ -44,7 +44,7 @@ JOINT_RATES, HEAD_RATES, CLASS_LOSSES = ("2e-4", "5e-4", "1e-3"), ("5e-4", "1e-3
 # Student's t for a two-sided interval of 95%, by degrees of freedom; beyond them the normal one.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
 NORMAL = 1.96
-SAME = ("data", "version", "settings", "fold", "seed", "arm", "flags", "measured")  # rows alike in these are one
+SAME = ("data", "version", "fold", "seed", "arm", "flags", "measured")  # rows alike in these are one
 DRAWN_FROM = ("gain",)
 
 

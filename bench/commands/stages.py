@@ -15,9 +15,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
+
+import psutil
 
 from bench.tools.rows import RESULTS, ROOT, Row, append_row, environment, read_rows
 from bench.tools.table import Section, Table, screen, when
@@ -27,7 +30,6 @@ USAGE = "python -m bench stages --before DIR [options] [-- <arguments of lofi_fa
 STAGES = ("prepare", "pretrain", "joint", "features", "head", "eval")
 BEFORE = "before"
 EVERY = 0.05  # seconds between two looks at the log
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,11 +70,11 @@ def trained(checkout: Path, out: Path, flags: Sequence[str]) -> dict[str, float]
             command, cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)}, stdout=said, stderr=said
         ) as child,
     ):
-        before, place = 0.0, 0
+        process, before, place = psutil.Process(child.pid), 0.0, 0
         while child.poll() is None:
             time.sleep(EVERY)
             stages, place = _new_stages(out / "log.jsonl", place)
-            now = _cpu_seconds(child.pid)
+            now = _cpu_seconds(process)
             if stages and now > before:  # several lines of one look are of one stage, but for the moments between
                 found[stages[-1]] += now - before
                 before = now
@@ -100,20 +102,14 @@ def _stage_of(line: bytes) -> str:
     return str(event.get("stage") or kinds.get(event["event"], ""))
 
 
-def _cpu_seconds(process: int) -> float:
+def _cpu_seconds(process: psutil.Process) -> float:
     """Of a process, its threads, the children that have ended and those that run."""
-    return sum(sum(map(int, fields[11:15])) / TICKS for fields in _family(process))
-
-
-def _family(process: int) -> Iterator[list[str]]:
-    """Fields of /proc/PID/stat after the name, of a process and its children."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # it has ended
-        if int(path.parent.name) == process or int(fields[1]) == process:
-            yield fields
+    spent = 0.0
+    with suppress(psutil.NoSuchProcess):  # it has ended
+        for one in (process, *process.children()):
+            times = one.cpu_times()
+            spent += times.user + times.system + times.children_user + times.children_system
+    return spent
 
 
 def table(rows: Sequence[Row]) -> list[Section]:
