@@ -35,6 +35,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """What a test computes is so small that a second thread is only waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def threads_kept() -> Iterator[None]:
+    """A bench in this process sets how many threads compute; afterwards it is as before."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def poison() -> Iterator[None]:
     """Fill what torch.empty returns with NaN (integers: their largest value): an element never written shows."""
     torch.use_deterministic_algorithms(True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -261,14 +260,6 @@ def test_windows_without_actions_have_a_loss_too() -> None:
     none = make_targets(SMALL, CLASSES, np.arange(9.0), np.empty((0, 2)), np.empty(0, dtype=np.int64))
     terms = made.loss(made(features(1, 8)), [none], Counts(0), 1.0)
     assert terms["classes"].item() > 0 and terms["distances"].item() == 0
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a network has nothing to share
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")

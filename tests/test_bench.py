@@ -179,13 +179,10 @@ def test_the_readme_shows_the_rows_of_this_repository(capsys: pytest.CaptureFixt
 # Decoding, evaluation
 
 
+@pytest.mark.usefixtures("threads_kept")
 def test_decoding_is_measured_beside_the_videos_themselves(tmp_path: Path) -> None:
     results = tmp_path / "data.jsonl"
-    threads = torch.get_num_threads()
-    try:
-        assert main(["data", "--quick", "--device", "cpu", "--results", str(results)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert main(["data", "--quick", "--device", "cpu", "--results", str(results)]) == 0
     rows = read_rows(results)
     assert [row["measured"] for row in rows][:2] == ["cache", "decode"] and rows[-1]["measured"] == "share"
     forms = [row["form"] for row in rows if row["measured"] == "decode"]
@@ -200,13 +197,10 @@ def test_decoding_is_measured_beside_the_videos_themselves(tmp_path: Path) -> No
     assert "| full: 32 snippets x 64 px | PyAV |" in said and "Filling the cache, once:" in said
 
 
+@pytest.mark.usefixtures("threads_kept")
 def test_detection_is_measured_beside_decoding(tmp_path: Path) -> None:
     results = tmp_path / "detect.jsonl"
-    threads = torch.get_num_threads()
-    try:
-        assert main(["detect", "--quick", "--precision", "fp32", "--results", str(results)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert main(["detect", "--quick", "--precision", "fp32", "--results", str(results)]) == 0
     alone, ours = read_rows(results)
     assert (alone["form"], ours["form"]) == ("decoding alone", "detection")
     assert alone["times_decoding"] == [1.0, 1.0, 1.0] and ours["precision"] == "float32"
@@ -225,6 +219,7 @@ def test_a_long_video_is_its_clip_over_and_over(tmp_path: Path) -> None:
     assert np.diff(info.pts) == pytest.approx(0.04) and info.duration == pytest.approx(60)
 
 
+@pytest.mark.usefixtures("threads_kept")
 def test_another_frame_does_not_pass_the_gate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,44 +227,34 @@ def test_another_frame_does_not_pass_the_gate(
         return decoders.squares(decode, path, np.maximum(frames - 1, 0), *arguments)
 
     monkeypatch.setattr(bench_data, "squares", late)
-    threads = torch.get_num_threads()
-    try:
-        assert main(["data", "--quick", "--device", "cpu", "--results", str(tmp_path / "rows")]) == 1
-    finally:
-        torch.set_num_threads(threads)
+    assert main(["data", "--quick", "--device", "cpu", "--results", str(tmp_path / "rows")]) == 1
     assert "error: PyAV: its pixels differ from ours by" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("threads_kept")
 def test_evaluation_is_measured_beside_the_official_procedure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "eval.jsonl"
     command = ["eval", "--quick", "--rounds", "1", "--results", str(results)]
-    threads = torch.get_num_threads()
-    try:
-        assert main(command) == 0
-        rows = read_rows(results)
-        assert {row["metric"] for row in rows} == {"mAP", "AR@AN"}
-        assert {row["form"] for row in rows} >= {"ours", "official, without pandas"}
-        monkeypatch.setattr(bench_eval, "parse_tiou", lambda text: parse_tiou("0.5,0.6"))
-        wrong = official_map.mean_average_precision
-        monkeypatch.setattr(official_map, "mean_average_precision", lambda *found: wrong(*found[:2], found[2] + 0.2))
-        assert main([*command, "--against", str(results)]) == 1
-    finally:
-        torch.set_num_threads(threads)
+    assert main(command) == 0
+    rows = read_rows(results)
+    assert {row["metric"] for row in rows} == {"mAP", "AR@AN"}
+    assert {row["form"] for row in rows} >= {"ours", "official, without pandas"}
+    monkeypatch.setattr(bench_eval, "parse_tiou", lambda text: parse_tiou("0.5,0.6"))
+    wrong = official_map.mean_average_precision
+    monkeypatch.setattr(official_map, "mean_average_precision", lambda *found: wrong(*found[:2], found[2] + 0.2))
+    assert main([*command, "--against", str(results)]) == 1
     said = capsys.readouterr()
     assert said.err == ("error: mAP: the evaluator's result is not that of official, without pandas, bit for bit\n")
     assert len(read_rows(results)) == len(rows)
     assert "| mAP | 40 | 4,000 | ours |" in tables.section_of("eval", [row | {"quick": False} for row in rows])
 
 
+@pytest.mark.usefixtures("threads_kept")
 def test_all_runs_its_parts_and_compares_them(tmp_path: Path) -> None:
     old, results = tmp_path / "old", tmp_path / "new"
-    threads = torch.get_num_threads()
-    try:
-        assert main(["eval", "--quick", "--rounds", "1", "--results", str(old / "eval.jsonl")]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert main(["eval", "--quick", "--rounds", "1", "--results", str(old / "eval.jsonl")]) == 0
     command = [sys.executable, "-m", "bench", "all", "--quick", "--part", "eval", "--results", str(results)]
     done = subprocess.run([*command, "--against", str(old)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -314,14 +299,11 @@ def test_what_fits_is_computed_drawn_and_kept_up_to_date(tmp_path: Path, capsys:
     )
 
 
+@pytest.mark.usefixtures("threads_kept")
 def test_growth_is_measured_beside_the_ledger(tmp_path: Path) -> None:
     results = tmp_path / "scaling.jsonl"
-    threads = torch.get_num_threads()
-    try:
-        command = ["scaling", "--quick", "--device", "cpu", "--rounds", "1", "--results", str(results)]
-        assert main(command) == 0
-    finally:
-        torch.set_num_threads(threads)
+    command = ["scaling", "--quick", "--device", "cpu", "--rounds", "1", "--results", str(results)]
+    assert main(command) == 0
     rows = read_rows(results)
     shared = [row for row in rows if row["along"] == "processes"]
     rows = rows[: -len(shared)]

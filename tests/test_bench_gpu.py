@@ -319,13 +319,10 @@ def test_lean_forms_take_the_planners_chunk() -> None:
     case.gate(networks.PLANNED)
 
 
+@pytest.mark.usefixtures("threads_kept")
 def test_what_the_host_pays_is_counted(tmp_path: Path) -> None:
     results = tmp_path / "launches.jsonl"
-    threads = torch.get_num_threads()
-    try:
-        assert main(["launches", "--tiny", "--device", "cpu", "--results", str(results)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert main(["launches", "--tiny", "--device", "cpu", "--results", str(results)]) == 0
     rows = read_rows(results)
     assert [row["form"] for row in rows if row["measured"] == "operations"][:2] == ["plain PyTorch", "lean"]
     calls = [row for row in rows if row["measured"] == "call"]

@@ -117,6 +117,7 @@ def test_every_form_computes_its_operator(name: str) -> None:
     cases.gate(QUICK[name].problem(torch.device("cpu")))
 
 
+@pytest.mark.usefixtures("threads_kept")
 def test_a_form_that_is_wrong_is_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,12 +125,8 @@ def test_a_form_that_is_wrong_is_not_measured(
         return published_shift(x.flip(0), num_frames, fold).flip(0)
 
     monkeypatch.setattr(cases, "temporal_shift", backwards)
-    threads = torch.get_num_threads()
-    try:
-        command = ["ops", "--quick", "--only", "temporal_shift", "--device", "cpu", "--results", str(tmp_path / "rows")]
-        assert main(command) == 1
-    finally:
-        torch.set_num_threads(threads)
+    command = ["ops", "--quick", "--only", "temporal_shift", "--device", "cpu", "--results", str(tmp_path / "rows")]
+    assert main(command) == 1
     said = capsys.readouterr()
     assert said.out.count("does not pass the gate, and is not measured: ours: ") == 2
     assert said.err == "error: 2 of 2 cases do not pass the gate\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,7 @@ from lofi_fast.encoder.resnet import TSMResNet
 
 NAMES: tuple[EncoderName, ...] = ("tsm_r18", "tsm_r34", "tsm_r50")
 
-pytestmark = pytest.mark.usefixtures("poison")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the maps are so small that a second thread is only waited for
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 
 
 def frozen(
