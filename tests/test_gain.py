@@ -124,6 +124,35 @@ def test_every_row_can_be_asked_for_by_name() -> None:
     assert not [name for name in every if "," in name]
 
 
+def test_joint_stages_of_equal_time_have_a_table_and_a_line_for_each_time(tmp_path: Path) -> None:
+    joint = {"long C": 70.0} | {f"{arms.FRONTIER} cut 4 for {count} epochs": 12.0 * count for count in (6, 12)}
+    joint |= {f"{arms.FRONTIER} cut 1 for {count} epochs": 50.0 * count for count in (1, 3)}
+    names = {arm.name: arm for arm in arms.frontier({"1": [1, 3], "4": [6, 12]})}
+    rows = [
+        {"bench": "gain", "measured": "row", "data": "demo", "version": "1", "fold": 0, "seed": 0, "arm": name,
+         "flags": [*names[name].joint] if name in names else [], "settings": [], "average_map": 0.5,
+         "map_by_tiou": {"0.5": 0.5}, "seconds": {"pretrain": 9.0, "joint": spent, "head": 9.0}, "peak": 10**9,
+         "device": "CPU, 2 cores", "machine": "a machine", "date": "2026-01-01T00:00:00+00:00", "commit": "0" * 40,
+         "dirty": False}
+        for name, spent in joint.items()
+    ]  # fmt: skip
+    (here,) = gain.compared(rows).values()
+    found = {times: [(cut, one.name) for cut, one in of] for times, of in gain.equal_times(here).items()}
+    assert found == {
+        1: [(1.0, "frontier cut 1 for 1 epochs"), (4.0, "frontier cut 4 for 6 epochs")],
+        2: [(1.0, "frontier cut 1 for 3 epochs"), (4.0, "frontier cut 4 for 12 epochs")],
+    }
+    main, equal, _ = gain.table(rows)
+    assert [cells[0] for cells in main.lines] == ["long C"]
+    assert [cells[:3] for cells in equal.lines] == [
+        ("1/1 of full", "1", "50"), ("1/4 of full", "6", "72"),
+        ("1/1 of full", "3", "150"), ("1/4 of full", "12", "144"),
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = gain.figure(_as_results(tmp_path))
+    assert drawn is not None and "61 CPU seconds" in drawn and "147 CPU seconds" in drawn
+
+
 @pytest.mark.parametrize("kind", list(partial_encoders.KINDS))
 def test_peers_have_some_of_the_gradients(kind: str) -> None:
     torch.manual_seed(0)

@@ -26,14 +26,18 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from threading import Lock
+from typing import TYPE_CHECKING
 
-from bench.tools.arms import CUTS, FULL, PATTERNS, QUICK, Arm, all_arms, frontier
+from bench.tools.arms import CUTS, FRONTIER, FULL, PATTERNS, QUICK, Arm, all_arms, frontier
 from bench.tools.logs import read_log, violations
 from bench.tools.rows import RESULTS, ROOT, Row, append_row, environment, read_rows
 from bench.tools.sets import SETS, DataSet, Labelled, development, open_set, with_background
 from bench.tools.table import MISSING, Picture, Section, Table, screen, when
 from lofi_fast.errors import InputError
 from lofi_fast.run import events
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 USAGE = "python -m bench gain [options] [-- <arguments of lofi_fast.train>]"
 REFERENCE = "ACP+"  # what rows are compared with, seed by seed
@@ -44,6 +48,7 @@ JOINT_RATES, HEAD_RATES, CLASS_LOSSES = ("2e-4", "5e-4", "1e-3"), ("5e-4", "1e-3
 # Student's t for a two-sided interval of 95%, by degrees of freedom; beyond them the normal one.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
 NORMAL = 1.96
+TIMES = (1, 2)  # of the joint stage of long C: how long the joint stages of the frontier take
 SAME = ("data", "version", "fold", "seed", "arm", "flags", "measured")  # rows alike in these are one
 DRAWN_FROM = ("gain",)
 
@@ -56,8 +61,8 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("--seeds and --jobs must be at least 1")
     arms = all_arms(args.budgets.split(","))
     names = QUICK if args.quick else tuple(args.rows.split(",")) if args.rows else tuple(arms)
-    if unknown := [name for name in names if name not in arms and name != "frontier"]:
-        raise InputError(f"--rows {unknown[0]}: no such row; there are {', '.join([*arms, 'frontier'])}")
+    if unknown := [name for name in names if name not in arms and name != FRONTIER]:
+        raise InputError(f"--rows {unknown[0]}: no such row; there are {', '.join([*arms, FRONTIER])}")
     data = open_set(args.data, args.work / "sets", args.annotations, args.videos)
     folds = range(len(data.folds)) if args.folds is None else range(min(args.folds, len(data.folds)))
     gain = Gain(data, args.work.absolute(), args.results, more, time.monotonic() + 3600 * args.hours)
@@ -70,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         timed = [arm for arm in chosen if arm.start == "ACP+ for longer" or arm.share is not None]
         gain.rows([(arm, *place) for arm in chosen if arm not in timed for place in places], args.jobs)
         gain.rows([(arm, *place) for arm in timed for place in places], args.jobs)
-        if "frontier" in names:
+        if FRONTIER in names:
             gain.rows([(arm, *at) for at in places for arm in frontier(gain.equal_epochs(*at))], args.jobs)
     print(screen(table(read_rows(args.results))))
     print(f"{gain.made} rows appended to {args.results}" + (f"; {gain.left} left for want of time" * bool(gain.left)))
@@ -223,7 +228,7 @@ class Gain:
         for cut, arm in zip((1, 2, 4, 8, 16), (*FULL, CUTS[0], PATTERNS[-1], *CUTS[1:]), strict=True):
             place = self.work / self.data.name / f"fold{fold}" / f"seed{seed}" / _slug(arm.name) / "joint"
             epoch = self.seconds_of(arm.name, fold, seed)["joint"] / _epochs(place, "joint")
-            found[str(cut)] = sorted({max(1, round(times * long / epoch)) for times in (1, 2)})
+            found[str(cut)] = sorted({max(1, round(times * long / epoch)) for times in TIMES})
         return found
 
     def tuned(self, arm: Arm) -> list[str]:
@@ -341,6 +346,18 @@ def compared(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Compared]]:
     return found
 
 
+def equal_times(here: Sequence[Compared]) -> dict[int, list[tuple[float, Compared]]]:
+    """The frontier's rows, (cut, row) by cut, for each of TIMES: what joint stages of equal time gave."""
+    found = defaultdict(list)
+    for one in here:
+        if one.name.startswith(FRONTIER):
+            flags = one.rows[0]["flags"]
+            spent = one.seconds("joint") / next(other.seconds("joint") for other in here if other.name == LONG)
+            times = min(TIMES, key=lambda times: abs(math.log(spent / times)))
+            found[times].append((float(flags[flags.index("--cut") + 1]), one))
+    return {times: sorted(found[times], key=lambda at: at[0]) for times in sorted(found)}
+
+
 def _place(row: Row) -> tuple[str, str, str]:
     return row["data"], row["version"], " ".join(row["settings"])
 
@@ -358,26 +375,39 @@ def table(rows: Sequence[Row]) -> list[Section]:
         )  # fmt: skip
         where = of[0]["machine"] if of[0]["device"].startswith("CPU,") else of[0]["device"]
         title = f"`{data}`, version {version}{f', `{settings}`' * bool(settings)}; {where}; {when(of)}:"
-        found.append(Table(title, header, [one.cells(picked) for one in here]))
+        found.append(Table(title, header, [one.cells(picked) for one in here if not one.name.startswith(FRONTIER)]))
+        if frontiers := equal_times(here):
+            cells = [
+                (f"1/{cut:g} of full", one.rows[0]["flags"][one.rows[0]["flags"].index("--joint-epochs") + 1],
+                 f"{one.seconds('joint'):.0f}", str(len(one.rows)), _with_interval(one.maps))
+                for frontier_ in frontiers.values() for cut, one in frontier_
+            ]  # fmt: skip
+            header = ("fidelity", "epochs", "CPU seconds of the joint stage", "trainings", "average mAP")
+            found.append(Table("The same set, joint stages of equal time:", header, cells))
     if found:
         found.append(Picture("Average mAP over memory, and over the time of training", "../bench/results/gain.svg"))
     return found
 
 
 def figure(results: Path) -> str | None:
-    """An SVG of the rows: average mAP over the joint stage's peak, and over CPU seconds of all stages; None without."""
+    """An SVG of the rows: average mAP over the joint stage's peak, over CPU seconds of all stages and, where joint
+    stages took equal time, over fidelity; None without rows.
+    """
     sets = compared(read_rows(results / "gain.jsonl"))
     if not sets:
         return None
+    columns = 3 if any(map(equal_times, sets.values())) else 2
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "bench", "svg.fonttype": "none", "font.size": 9}):
-        drawing = Figure(figsize=(9, 3.4 * len(sets)), layout="constrained")
-        panels = drawing.subplots(len(sets), 2, sharey="row", squeeze=False)
-        for ((data, version, settings), here), (memory, seconds) in zip(sets.items(), panels, strict=True):
-            for number, one in enumerate(here):
+        drawing = Figure(figsize=(4.5 * columns, 3.4 * len(sets)), layout="constrained")
+        panels = drawing.subplots(len(sets), columns, sharey="row", squeeze=False)
+        for ((data, version, settings), here), (memory, seconds, *fidelity) in zip(sets.items(), panels, strict=True):
+            for axes in fidelity:
+                _draw_equal_times(axes, equal_times(here))
+            for number, one in enumerate(one for one in here if not one.name.startswith(FRONTIER)):
                 half, colour = interval(one.maps) or 0.0, f"C{number % 10}"
                 places = ((seconds, one.seconds()), *(((memory, one.peak),) if one.peak is not None else ()))
                 for axes, x in places:
@@ -392,6 +422,24 @@ def figure(results: Path) -> str | None:
         text = StringIO()
         FigureCanvasSVG(drawing).print_svg(text, metadata={"Date": None, "Creator": None})
     return text.getvalue()
+
+
+def _draw_equal_times(axes: Axes, frontiers: dict[int, list[tuple[float, Compared]]]) -> None:
+    if not frontiers:
+        axes.set_axis_off()
+        return
+    for times, frontier_ in frontiers.items():
+        cuts, rows = [cut for cut, _ in frontier_], [one for _, one in frontier_]
+        spent = fmean(one.seconds("joint") for one in rows)
+        halves = [interval(one.maps) or 0.0 for one in rows]
+        axes.errorbar(cuts, [fmean(one.maps) for one in rows], halves, fmt="o-", capsize=2, markersize=4,
+                      label=f"{spent:.0f} CPU seconds, {times} x {LONG}")  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(cuts := sorted({cut for frontier_ in frontiers.values() for cut, _ in frontier_}))
+    axes.set_xticklabels([f"1/{cut:g}" for cut in cuts])
+    axes.set_xlabel("fidelity, of full; joint stages of equal time")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
 
 
 def _with_interval(values: Sequence[float], sign: str = "") -> str:

@@ -64,6 +64,7 @@ HEADS = tuple(
     for head, title in (("bmn", "BMN"), ("actionformer", "ActionFormer"))
     for arm in (FROZEN[2], PATTERNS[-1])
 )
+FRONTIER = "frontier"  # which names of its rows begin with
 QUICK = ("ACP", "ACP+", "long C", "full")
 
 
@@ -78,7 +79,7 @@ def planned(budgets: list[str]) -> tuple[Arm, ...]:
 def frontier(epochs: dict[str, list[int]]) -> tuple[Arm, ...]:
     """Rows of equal training time: for each cut, numbers of epochs of the joint stage."""
     return tuple(
-        Arm(f"frontier cut {cut} for {count} epochs", joint=_cut(int(cut), "--joint-epochs", str(count)),
+        Arm(f"{FRONTIER} cut {cut} for {count} epochs", joint=_cut(int(cut), "--joint-epochs", str(count)),
             told="equal training time")
         for cut, counts in epochs.items() for count in counts
     )  # fmt: skip
