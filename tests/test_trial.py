@@ -24,7 +24,7 @@ from lofi_fast.memory.settle import open_meter
 from lofi_fast.memory.trial import MARGIN, Choice, LearnedLedger, Line, Trials, highest_predicted, learn_ledger
 from lofi_fast.presets import configured
 from lofi_fast.run.processes import ALONE
-from lofi_fast.stages import joint
+from lofi_fast.stages import joint, pretrain
 
 PLANS = {pattern: candidates(ladder(pattern, FULL), 4, recompute="never") for pattern in CYCLE}
 ALL = [plan for plans in PLANS.values() for plan in plans]
@@ -253,3 +253,20 @@ def test_a_budget_below_the_smallest_step_is_told_of_before_decoding(flags: list
     check(enough - 20 * MB)
     (warning,) = said
     assert warning.startswith("warning: --mem-budget ") and "nothing fits" in warning
+
+
+def test_a_budget_below_the_smallest_step_of_pretraining_is_told_of_before_decoding() -> None:
+    config = configured({"mem_budget": "2GB", "fidelity": "8x224", "width": "64"}, cuda=lambda: False)
+    held = CPU_BASE
+    meter, precision = SimpleNamespace(own=lambda: held), SimpleNamespace(dtype=torch.float32)
+
+    def check(budget: int) -> None:
+        machine = SimpleNamespace(device=torch.device("cpu"), precision=precision, meter=meter, budget=budget)
+        pretrain.check_smallest_clips(config, machine)  # type: ignore[arg-type]
+
+    with pytest.raises(InputError, match=r"the smallest step \(4\) needs at least .*; raise --mem-budget") as refused:
+        check(held + 10 * MB)
+    needs = 1e9 * float(re.findall(r"at least ([\d.]+) GB", str(refused.value))[0])
+    check(round((needs + 10 * MB) / (1 - MARGIN)))
+    with pytest.raises(InputError, match="nothing fits"):
+        check(round((needs - 10 * MB) / (1 - MARGIN)))

@@ -57,7 +57,7 @@ from lofi_fast.settings import leaves
 from lofi_fast.stages.evaluation import Result, evaluate
 from lofi_fast.stages.head import check_head, train_head
 from lofi_fast.stages.joint import check_smallest, joint, plan_joint
-from lofi_fast.stages.pretrain import plan_pretrain, pretrain
+from lofi_fast.stages.pretrain import check_smallest_clips, plan_pretrain, pretrain
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,14 @@ def _run_job(
         for note in [*notes, *unread, *filter(None, [precision_note])]:
             log.say(f"note: {note}")
         machine = Machine(device, precision, meter, budget)
-        trains_joint = "joint" in config.stages and config.joint.epochs > 0
 
         def before_decoding() -> None:
-            if trains_joint and networks is None and not going_on and not processes.several:
+            if networks is not None or going_on or processes.several:
+                return
+            if "joint" in config.stages and config.joint.epochs > 0:
                 check_smallest(config, machine, log.say)
+            if "pretrain" in config.stages and config.pretrain.epochs > 0:
+                check_smallest_clips(config, machine)
 
         room = min(budget, meter.available()) - meter.own()
         dataset = processes.in_turns("data", lambda: prepare(config, log, room, before_decoding))

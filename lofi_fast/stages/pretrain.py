@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lofi_fast.budget import gigabytes
+from lofi_fast.config import Config
 from lofi_fast.data.dataset import Clip, jitter_pixels
 from lofi_fast.encoder.shared_batchnorm import SharedStatistics
 from lofi_fast.errors import InputError
@@ -23,10 +24,10 @@ from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.gpu import send
 from lofi_fast.memory.ranks import LostProcess, gather, lowest_of_all
 from lofi_fast.memory.step_bytes import Setting, pretrain_bytes
-from lofi_fast.memory.trial import Choice
+from lofi_fast.memory.trial import Choice, highest_predicted
 from lofi_fast.run import events
 from lofi_fast.run.seeds import seed_of
-from lofi_fast.run.state import Run
+from lofi_fast.run.state import Machine, Run
 from lofi_fast.stages import epochs
 from lofi_fast.stages.epochs import Outcome, gradients_of_all, optimizer_of, update
 
@@ -215,9 +216,7 @@ def plan_pretrain(run: Run) -> ClipsPlan:
     run.encoder.train()
     classifier = new_classifier(run)
     optimizer = epochs.new_optimizer(run, config, run.encoder, classifier)
-    sizes = [config.batch]
-    while sizes[-1] // 2 >= LEAST_BATCH:
-        sizes.append(sizes[-1] // 2)
+    sizes = _sizes(config.batch)
 
     def step(size: int) -> None:
         clips = (run.sampler.clip_epoch(0, size)[0] * size)[: run.processes.largest_share(size)]
@@ -239,6 +238,24 @@ def plan_pretrain(run: Run) -> ClipsPlan:
     run.encoder.load_state_dict(before)  # the trial moved BN's running statistics
     measured = choice.peak if choice.readings else None
     return {"batch": choice.candidate, "predicted": choice.peak, "peak": measured}
+
+
+def check_smallest_clips(config: Config, machine: Machine) -> None:
+    """What can be known before anything is decoded. Raises InputError for a budget that does not hold this process and
+    the tensors of the stage's smallest step.
+    """
+    setting = Setting.of(config, 1, machine.precision.dtype.itemsize)  # with more classes a step needs more
+    if setting is not None:
+        ledger = partial(_ledger, setting, 1, config.full.side)
+        highest_predicted(_sizes(config.pretrain.batch)[-1:], ledger, machine.budget, machine.meter.own(), REFUSAL)
+
+
+def _sizes(batch: int) -> list[int]:
+    """Of a step, in clips: the asked one, and halves of it."""
+    sizes = [batch]
+    while sizes[-1] // 2 >= LEAST_BATCH:
+        sizes.append(sizes[-1] // 2)
+    return sizes
 
 
 def _ledger(setting: Setting, num_classes: int, side: int, clips: int) -> int:
