@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -230,6 +231,12 @@ def test_a_trial_leaves_free_what_it_is_told_to() -> None:
 # Before anything is decoded
 
 
+def of_budget(budget: int) -> Any:
+    """A CPU on which this process holds CPU_BASE."""
+    meter, precision = SimpleNamespace(own=lambda: CPU_BASE), SimpleNamespace(dtype=torch.float32)
+    return SimpleNamespace(device=torch.device("cpu"), precision=precision, meter=meter, budget=budget)
+
+
 @pytest.mark.parametrize("flags", [[], ["--recompute", "never"], ["--pattern", "temporal", "--micro-batch", "2"]])
 def test_a_budget_below_the_smallest_step_is_told_of_before_decoding(flags: list[str]) -> None:
     said: list[str] = []
@@ -237,10 +244,7 @@ def test_a_budget_below_the_smallest_step_is_told_of_before_decoding(flags: list
 
     def check(budget: int) -> None:
         config = configured(words | {"mem_budget": f"{budget}"}, cuda=lambda: False)
-        meter = SimpleNamespace(own=lambda: CPU_BASE)
-        precision = SimpleNamespace(dtype=torch.float32)
-        machine = SimpleNamespace(device=torch.device("cpu"), precision=precision, meter=meter, budget=budget)
-        joint.check_smallest(config, machine, said.append)  # type: ignore[arg-type]
+        joint.check_smallest(config, of_budget(budget), said.append)
 
     with pytest.raises(
         InputError, match=r"^--mem-budget 400001000, .*: nothing fits: .* --mem-budget [\d.]+GB would do"
@@ -257,15 +261,12 @@ def test_a_budget_below_the_smallest_step_is_told_of_before_decoding(flags: list
 
 def test_a_budget_below_the_smallest_step_of_pretraining_is_told_of_before_decoding() -> None:
     config = configured({"mem_budget": "2GB", "fidelity": "8x224", "width": "64"}, cuda=lambda: False)
-    held = CPU_BASE
-    meter, precision = SimpleNamespace(own=lambda: held), SimpleNamespace(dtype=torch.float32)
 
     def check(budget: int) -> None:
-        machine = SimpleNamespace(device=torch.device("cpu"), precision=precision, meter=meter, budget=budget)
-        pretrain.check_smallest_clips(config, machine)  # type: ignore[arg-type]
+        pretrain.check_smallest_clips(config, of_budget(budget))
 
     with pytest.raises(InputError, match=r"the smallest step \(4\) needs at least .*; raise --mem-budget") as refused:
-        check(held + 10 * MB)
+        check(CPU_BASE + 10 * MB)
     needs = 1e9 * float(re.findall(r"at least ([\d.]+) GB", str(refused.value))[0])
     check(round((needs + 10 * MB) / (1 - MARGIN)))
     with pytest.raises(InputError, match="nothing fits"):

@@ -309,6 +309,16 @@ class Compared:
         """GB that the joint stage held at most."""
         return max((row["peak"] / 1e9 for row in self.rows if row["peak"]), default=None)
 
+    @property
+    def of_equal_time(self) -> bool:
+        """Whether it is a point of the frontier."""
+        return self.name.startswith(FRONTIER)
+
+    def told(self, flag: str) -> str:
+        """What its joint stage was told by a flag."""
+        flags = self.rows[0]["flags"]
+        return str(flags[flags.index(flag) + 1])
+
     def seconds(self, *stages: str) -> float:
         """CPU seconds of stages; of all without any."""
         return fmean(
@@ -346,16 +356,13 @@ def compared(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Compared]]:
     return found
 
 
-def equal_times(here: Sequence[Compared]) -> dict[int, list[tuple[float, Compared]]]:
-    """The frontier's rows, (cut, row) by cut, for each of TIMES: what joint stages of equal time gave."""
+def equal_times(here: Sequence[Compared]) -> dict[int, list[Compared]]:
+    """The frontier's rows, by cut, for each of TIMES: what joint stages of equal time gave."""
     found = defaultdict(list)
-    for one in here:
-        if one.name.startswith(FRONTIER):
-            flags = one.rows[0]["flags"]
-            spent = one.seconds("joint") / next(other.seconds("joint") for other in here if other.name == LONG)
-            times = min(TIMES, key=lambda times: abs(math.log(spent / times)))
-            found[times].append((float(flags[flags.index("--cut") + 1]), one))
-    return {times: sorted(found[times], key=lambda at: at[0]) for times in sorted(found)}
+    for one in sorted((one for one in here if one.of_equal_time), key=lambda one: int(one.told("--cut"))):
+        spent = one.seconds("joint") / next(other.seconds("joint") for other in here if other.name == LONG)
+        found[min(TIMES, key=lambda times: abs(math.log(spent / times)))].append(one)
+    return {times: found[times] for times in sorted(found)}
 
 
 def _place(row: Row) -> tuple[str, str, str]:
@@ -375,12 +382,12 @@ def table(rows: Sequence[Row]) -> list[Section]:
         )  # fmt: skip
         where = of[0]["machine"] if of[0]["device"].startswith("CPU,") else of[0]["device"]
         title = f"`{data}`, version {version}{f', `{settings}`' * bool(settings)}; {where}; {when(of)}:"
-        found.append(Table(title, header, [one.cells(picked) for one in here if not one.name.startswith(FRONTIER)]))
+        found.append(Table(title, header, [one.cells(picked) for one in here if not one.of_equal_time]))
         if frontiers := equal_times(here):
             cells = [
-                (f"1/{cut:g} of full", one.rows[0]["flags"][one.rows[0]["flags"].index("--joint-epochs") + 1],
-                 f"{one.seconds('joint'):.0f}", str(len(one.rows)), _with_interval(one.maps))
-                for frontier_ in frontiers.values() for cut, one in frontier_
+                (f"1/{one.told('--cut')} of full", one.told("--joint-epochs"), f"{one.seconds('joint'):.0f}",
+                 str(len(one.rows)), _with_interval(one.maps))
+                for points in frontiers.values() for one in points
             ]  # fmt: skip
             header = ("fidelity", "epochs", "CPU seconds of the joint stage", "trainings", "average mAP")
             found.append(Table("The same set, joint stages of equal time:", header, cells))
@@ -407,7 +414,7 @@ def figure(results: Path) -> str | None:
         for ((data, version, settings), here), (memory, seconds, *fidelity) in zip(sets.items(), panels, strict=True):
             for axes in fidelity:
                 _draw_equal_times(axes, equal_times(here))
-            for number, one in enumerate(one for one in here if not one.name.startswith(FRONTIER)):
+            for number, one in enumerate(one for one in here if not one.of_equal_time):
                 half, colour = interval(one.maps) or 0.0, f"C{number % 10}"
                 places = ((seconds, one.seconds()), *(((memory, one.peak),) if one.peak is not None else ()))
                 for axes, x in places:
@@ -424,19 +431,20 @@ def figure(results: Path) -> str | None:
     return text.getvalue()
 
 
-def _draw_equal_times(axes: Axes, frontiers: dict[int, list[tuple[float, Compared]]]) -> None:
+def _draw_equal_times(axes: Axes, frontiers: dict[int, list[Compared]]) -> None:
     if not frontiers:
         axes.set_axis_off()
         return
-    for times, frontier_ in frontiers.items():
-        cuts, rows = [cut for cut, _ in frontier_], [one for _, one in frontier_]
-        spent = fmean(one.seconds("joint") for one in rows)
-        halves = [interval(one.maps) or 0.0 for one in rows]
-        axes.errorbar(cuts, [fmean(one.maps) for one in rows], halves, fmt="o-", capsize=2, markersize=4,
-                      label=f"{spent:.0f} CPU seconds, {times} x {LONG}")  # fmt: skip
+    for times, points in frontiers.items():
+        spent = fmean(one.seconds("joint") for one in points)
+        axes.errorbar(
+            [int(one.told("--cut")) for one in points], [fmean(one.maps) for one in points],
+            [interval(one.maps) or 0.0 for one in points], fmt="o-", capsize=2, markersize=4,
+            label=f"{spent:.0f} CPU seconds, {times} x {LONG}",
+        )  # fmt: skip
+    cuts = sorted({int(one.told("--cut")) for points in frontiers.values() for one in points})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(cuts := sorted({cut for frontier_ in frontiers.values() for cut, _ in frontier_}))
-    axes.set_xticklabels([f"1/{cut:g}" for cut in cuts])
+    axes.set_xticks(cuts, [f"1/{cut}" for cut in cuts])
     axes.set_xlabel("fidelity, of full; joint stages of equal time")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
