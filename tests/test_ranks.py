@@ -628,6 +628,25 @@ def _bad_input() -> int:
     raise InputError("bad")
 
 
+def meet_and_leave(rank: int, port: int) -> None:
+    """One of two, with a Processes that outlives the meeting, as that of a failed run does in its traceback."""
+    where = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in where.items()})
+    with run_processes.opened() as processes:
+        assert processes.together("rank", lambda: rank, patient=True) == [0, 1]
+        assert processes.any("second", rank == 1)
+        assert any("gloo" in name for name in threads())
+    assert not any("gloo" in name for name in threads()), threads()  # else one of them may abort the interpreter's end
+
+
+def threads() -> list[str]:
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+
+
+def test_no_thread_of_an_exchange_outlives_it() -> None:
+    multiprocessing.spawn(meet_and_leave, (free_port(),), nprocs=2)
+
+
 def test_three_processes_share_statistics_gradients_and_readings(tmp_path: Path) -> None:
     multiprocessing.spawn(one_of_three, (str(tmp_path),), nprocs=3)
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]

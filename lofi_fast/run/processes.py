@@ -51,7 +51,7 @@ class _Failure:
     out_of_memory: bool
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Processes:
     """This process among those that train together; by default it is alone."""
 
@@ -214,6 +214,14 @@ class Processes:
         )
         return group
 
+    def leave(self) -> None:
+        """Part from the others, and wait for the threads that talked to them: a thread of gloo that lets go of a tensor
+        while the interpreter ends would abort it.
+        """
+        self.patient = None
+        vars(self).pop("_nccl", None)
+        distributed.destroy_process_group()
+
 
 ALONE = Processes()
 
@@ -250,12 +258,13 @@ def opened() -> Iterator[Processes]:
             f"process {os.environ['RANK']} of {text} cannot meet the others at {where} ({reason}); where that port is "
             "in use, give torchrun --standalone or another --master-port"
         ) from None
+    processes = Processes(rank, count, local_rank, local_count)
     try:
         with watched(rank, count, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])):
-            patient = distributed.new_group(backend="gloo", timeout=PATIENT)
-            yield Processes(rank, count, local_rank, local_count, patient)
+            processes.patient = distributed.new_group(backend="gloo", timeout=PATIENT)
+            yield processes
     finally:
-        distributed.destroy_process_group()
+        processes.leave()
 
 
 def check_alike(processes: Processes, config: Config) -> None:
