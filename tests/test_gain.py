@@ -19,6 +19,7 @@ from bench.tools import arms, rooms, sets
 from bench.tools.rows import read_rows
 from lofi_fast.data.generated import FRAME_RATE, labels_of
 from lofi_fast.errors import InputError
+from lofi_fast.presets import demo as demo_preset
 
 TINY = ["--width", "8", "--fidelity", "8x32", "--pretrain-epochs", "1", "--joint-epochs", "1", "--head-epochs", "1"]
 
@@ -109,6 +110,8 @@ def test_rows_share_encoders_and_are_not_trained_twice(
     assert set(frozen["seconds"]) == {"source", "head"} and frozen["peak"] is None
     assert joint["seconds"]["joint"] > 0 and joint["peak"] <= joint["budget"] and joint["violations"] == 0
     assert "2 rows appended" in capsys.readouterr().out
+    (source,) = tmp_path.glob("rooms/source/seed0/config.json")  # as long as its own set asks for, whatever the flags
+    assert json.loads(source.read_text())["pretrain"]["epochs"] == demo_preset().pretrain.epochs
     assert gain.main([*asked, "--", *TINY]) == 0
     assert "0 rows appended" in capsys.readouterr().out
     (cost,) = tmp_path.glob("rooms/fold0/seed0/ACP/detector/cost.json")

@@ -43,6 +43,7 @@ USAGE = "python -m bench gain [options] [-- <arguments of lofi_fast.train>]"
 REFERENCE = "ACP+"  # what rows are compared with, seed by seed
 LONG = "long C"  # whose joint stage is the time that "for longer" has
 BUDGET = "11GB"
+CLIPS = "--pretrain-epochs"  # for every training but of the source set's clips
 # The search of rates, the same for every row: (joint, head, weight of the class loss), each of them a flag's value.
 JOINT_RATES, HEAD_RATES, CLASS_LOSSES = ("2e-4", "5e-4", "1e-3"), ("5e-4", "1e-3", "2e-3"), ("0", "1")
 # Student's t for a two-sided interval of 95%, by degrees of freedom; beyond them the normal one.
@@ -155,37 +156,55 @@ class Gain:
             return [], {}
         if start == "ACP":
             out = self.work / self.data.name / "source" / f"seed{seed}"
-            return _weights(out), {"source": self.train(out, self.data.source, seed, "pretrain", [])}
+            return _weights(out), {"source": self.train(out, self.data.source, seed, "pretrain", [], more=self.others)}
         before, seconds = self.encoder("ACP+" if start == "ACP+ for longer" else "ACP", labelled, fold, seed)
         out = self.work / self.data.name / f"fold{fold}" / f"seed{seed}" / _slug(start)
         if start == "ACP+ with background":
             labelled = with_background(labelled, out.parent)
-        flags = before
+        flags, more = before, self.more
         if start == "ACP+ for longer":
+            more = self.others
             base = self.work / self.data.name / f"fold{fold}" / f"seed{seed}" / _slug("ACP+")
             whole = _epochs(base, "pretrain")
             flags = [*before, "--pretrain-epochs", str(max(1, round(
                 whole * self.seconds_of(LONG, fold, seed)["joint"] / seconds["pretrain"])))]  # fmt: skip
-        cost = self.train(out, labelled, seed, "pretrain", flags)
+        cost = self.train(out, labelled, seed, "pretrain", flags, more=more)
         return _weights(out), seconds | {"pretrain": seconds.get("pretrain", 0.0) + cost}
 
-    def train(
-        self, out: Path, labelled: Labelled, seed: int, stages: str, flags: Sequence[str], peer: str | None = None
-    ) -> float:
-        """CPU seconds of a training, which is not repeated where it is there whole, by the same words; of two rows that
-        want it, the second waits. Raises InputError where it fails; it has said why.
+    @property
+    def others(self) -> list[str]:
+        """The flags for every training, but for how long clips are learned: the source's take their own time, and those
+        of a row for longer what it says.
         """
+        found, words = [], iter(self.more)
+        for word in words:
+            name, given, _ = word.partition("=")
+            if name != CLIPS:
+                found.append(word)
+            elif not given:
+                next(words, None)
+        return found
+
+    def train(
+        self, out: Path, labelled: Labelled, seed: int, stages: str, flags: Sequence[str], peer: str | None = None,
+        more: Sequence[str] | None = None,
+    ) -> float:  # fmt: skip
+        """CPU seconds of a training, which is not repeated where it is there whole, by the same words; of two rows that
+        want it, the second waits. `more`: what it is told in place of the flags for every training. Raises InputError
+        where it fails; it has said why.
+        """
+        words = [*flags, *(self.more if more is None else more)]
         with self.places[out]:
-            return self._train(out, labelled, seed, stages, flags, peer)
+            return self._train(out, labelled, seed, stages, words, peer)
 
     def _train(
-        self, out: Path, labelled: Labelled, seed: int, stages: str, flags: Sequence[str], peer: str | None
+        self, out: Path, labelled: Labelled, seed: int, stages: str, words: Sequence[str], peer: str | None
     ) -> float:
         program = ["-m", "bench.peers.partial", peer] if peer else ["-m", "lofi_fast.train"]
-        budget = [] if "--mem-budget" in (*flags, *self.more) else ["--mem-budget", BUDGET]
+        budget = [] if "--mem-budget" in words else ["--mem-budget", BUDGET]
         command = [
             sys.executable, *program, *self.data.flags, *labelled.flags, "--threads", "1", "--seed", str(seed),
-            "--cache", str(self.work / "cache"), "--out", str(out), "--stages", stages, *budget, *flags, *self.more,
+            "--cache", str(self.work / "cache"), "--out", str(out), "--stages", stages, *budget, *words,
         ]  # fmt: skip
         cost = out / "cost.json"
         if cost.exists() and (kept := json.loads(cost.read_text(encoding="utf-8")))["words"] == command[1:]:
