@@ -38,13 +38,16 @@ class Version:
     people: int
     height: tuple[int, int]  # of a person in front, pixels
     farthest: float  # share of the height that is left at the top of the picture
+    rooms: int | None = None  # that all videos share, and so many people; None: each video has its own
+    cast: int = 0
 
 
 VERSIONS = {
     1: Version(40, 16, (44, 56), (3, 5), most=1.0, gap=3.0, people=3, height=(24, 30), farthest=0.55),
     2: Version(64, 24, (24, 30), (1, 3), most=0.5, gap=2.0, people=2, height=(44, 54), farthest=0.7),
+    3: Version(96, 24, (24, 30), (1, 3), most=0.5, gap=2.0, people=2, height=(44, 54), farthest=0.7, rooms=4, cast=6),
 }
-VERSION = 2
+VERSION = 3
 
 # Posture -> what can follow it: label, the posture then, seconds that the change takes, seconds that the label goes on
 # after it.
@@ -64,6 +67,7 @@ _REST = {
     "seated": ("still", "still", "bend", "wave"),
     "lying": ("still", "still", "turn"),
 }
+_ROOM, _PERSON = 2, 3  # in place of a subset's number, which is 0 or 1
 _ONSET = 0.35  # share of a change in which it is still slow
 
 
@@ -163,9 +167,14 @@ def render(script: Script, version: int = VERSION) -> Iterator[Frame]:
     """Yield each frame, (height, width, 3) RGB."""
     of = VERSIONS[version]
     rng = np.random.default_rng((*script.entropy, 1))
-    room, front = _draw_room(rng)
+    room, front = _draw_room(rng if of.rooms is None else _shared(script, _ROOM, int(rng.integers(of.rooms))))
     parts = _parts(rng, script, of.people)
-    cast = [(_draw_looks(rng, of), _trace(rng, script.num_frames, changes)) for changes in parts]
+    if of.rooms is None:
+        cast = [(_draw_looks(rng, of), _trace(rng, script.num_frames, changes)) for changes in parts]
+    else:
+        who = rng.choice(of.cast, len(parts), replace=False)
+        looks = [_draw_looks(_shared(script, _PERSON, int(person)), of) for person in who]
+        cast = [(one, _trace(rng, script.num_frames, changes)) for one, changes in zip(looks, parts, strict=True)]
     seconds = np.arange(script.num_frames) / FRAME_RATE
     light = 1 + 0.06 * np.sin(2 * np.pi * (rng.uniform(0.02, 0.1) * seconds + rng.uniform()))
     grain = 3 * np.stack([noise(rng, 160, 2.0)[:HEIGHT, :WIDTH] for _ in range(4)])
@@ -176,6 +185,12 @@ def render(script: Script, version: int = VERSION) -> Iterator[Frame]:
         np.copyto(frame, front[0], where=front[1])
         frame = frame * np.float32(light[index]) + np.roll(grain[index % 4], int(rng.integers(WIDTH)), axis=1)
         yield np.clip(frame + 0.5, 0, 255).astype(np.uint8)
+
+
+def _shared(script: Script, what: int, number: int) -> np.random.Generator:
+    """Draws the same room, or person, of that number in every video of a set."""
+    version, seed, *_ = script.entropy
+    return np.random.default_rng((version, seed, what, number))
 
 
 def _parts(rng: np.random.Generator, script: Script, people: int) -> list[tuple[str, list[_Change]]]:
