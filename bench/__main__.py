@@ -53,6 +53,10 @@ COMMANDS = {
         "[options] -- <arguments of lofi_fast.train>",
         "what joint training is worth, and which fidelity an hour should buy: frozen, LoFi, full",
     ),
+    "pictures": (
+        "[options] -- <arguments of lofi_fast.train>",
+        "the README's picture: what a training finds, and its memory beside a neighbour",
+    ),
     "tables": ("[--check]", "make the README's tables from the rows"),
 }
 

@@ -18,7 +18,7 @@ from av.video.frame import VideoFrame
 
 from bench.__main__ import main
 from bench.commands import data as bench_data
-from bench.commands import epochs, job, recipes, rungs, scaling, stages, tables
+from bench.commands import epochs, job, pictures, recipes, rungs, scaling, stages, tables
 from bench.commands import eval as bench_eval
 from bench.commands.detect import write_long_video
 from bench.peers import decoders, official_map
@@ -427,6 +427,26 @@ def test_rolling_the_demo_set_keeps_its_preset_and_its_place(tmp_path: Path, mon
     true = json.loads(annotations.read_text())
     copy = json.loads((tmp_path / "copy.json").read_text())
     assert copy["database"] == demo.roll_annotations(true)["database"] != true["database"]
+
+
+def test_the_picture_is_drawn_from_a_row(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "pictures.jsonl"
+    flags = ["--annotations", str(data / "labels.json"), "--videos", str(data), *TINY]
+    asked = ["pictures", "--alone", "--budget", "4GB", "--results", str(rows)]
+    assert main([*asked, "--", *flags]) == 0
+    (row,) = read_rows(rows)
+    assert row["steps"] == len(row["columns"]["peak"]) > 0 and max(row["columns"]["peak"]) <= row["budget"] == 4 * 10**9
+    truth = json.loads((data / "labels.json").read_text())["database"]
+    for shown in row["timelines"]:
+        assert sorted(bar[:3] for bar in shown["truth"]) == sorted(
+            [*one["segment"], one["label"]] for one in truth[shown["video"]]["annotations"]
+        )
+    drawn = pictures.figure(tmp_path)
+    assert drawn is not None and drawn == pictures.figure(tmp_path)
+    for said in ("as labelled", row["timelines"][0]["video"], "predicted", "joint step"):
+        assert said in drawn
+    assert "pictures.svg" in capsys.readouterr().out
+    assert main([*asked, "--least", "5GB", "--", *flags]) == 2 and len(read_rows(rows)) == 1
 
 
 def test_a_training_that_fails_writes_no_row_and_passes_its_status_on(data: Path, tmp_path: Path) -> None:

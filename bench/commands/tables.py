@@ -19,9 +19,9 @@ from lofi_fast.errors import InputError
 TABLES = (
     "job", "ops", "kernels", "memory", "step", "planner", "truth", "epochs", "tuners", "day", "optim", "overhead",
     "data", "eval", "gpu_planner", "fits", "plan", "scaling", "gpu", "tests", "launches", "faults", "recipes", "start",
-    "published", "gain", "rungs", "stages", "detect",
+    "published", "gain", "rungs", "stages", "detect", "pictures",
 )  # fmt: skip
-FIGURES = ("fits", "day", "gain")  # commands that draw one too
+FIGURES = ("fits", "day", "gain", "pictures")  # commands that draw one too
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "docs" / "gain.md")
 SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
