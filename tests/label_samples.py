@@ -414,6 +414,16 @@ SAMPLES: dict[str, Sample] = {
         {"46GP8": (TRAIN, 24.83, [(11.9, 21.2, "Cook"), (0.0, 12.6, "c147")]), "N11GT": (TRAIN, 18.33, [])},
         beside=(("Charades_v1_classes.txt", "c092 Cook\n"),),
     ),
+    "Charades with an action that ends before it starts": Sample(
+        "Charades_v1_train.csv", CHARADES.replace("c147 0.00 12.60", "c147 12.60 0.00"),
+        {"46GP8": (TRAIN, 24.83, [(11.9, 21.2, "c092")]), "N11GT": (TRAIN, 18.33, [])},
+        ("1 action dropped: the end is before the start",),
+    ),
+    "MultiTHUMOS with an action that ends before it starts": Sample(
+        "charades.json", dumped({**ACTIONS, "v2": {**ACTIONS["v2"], "actions": [[113, 38.0, 13.0]]}}),
+        {"v1": (TRAIN, 20.5, [(1.0, 2.5, "0"), (1.5, 9.0, "4")]), "v2": (TEST, 10.0, [])},
+        ("1 action dropped: the end is before the start", "2 classes have no name"),
+    ),
     "HACS clips": Sample(
         "HACS_clips.csv", HACS,
         {"abc": (TRAIN, None, [(1.0, 3.0, "Archery")]), "def": (VAL, None, [(0.0, 2.0, "Archery")])},

@@ -15,7 +15,17 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from lofi_fast.config import FPS, LABEL, TIERS, DataConfig
-from lofi_fast.data.labels import UNASSIGNED, Repairs, Segment, Video, duration_of, repaired, segment_of, subset_named
+from lofi_fast.data.labels import (
+    UNASSIGNED,
+    Repairs,
+    Segment,
+    Video,
+    duration_of,
+    repaired,
+    seconds_of,
+    segment_of,
+    subset_named,
+)
 from lofi_fast.data.matching import EXTENSIONS, match_videos
 from lofi_fast.data.video import stated_duration, stated_rate
 from lofi_fast.errors import InputError
@@ -177,6 +187,12 @@ class Gathered:
             self._file.made(name, self._subsets.get(name, UNASSIGNED), self._durations.get(name), own)
             for name, own in self._segments.items()
         ]
+
+
+def runs_backwards(start: object, end: object) -> bool:
+    """Whether an action ends before it starts, as a few of Charades as it is published do."""
+    first, last = seconds_of(start), seconds_of(end)
+    return first is not None and last is not None and first > last
 
 
 def check_name(name: object, where: str) -> None:
