@@ -382,6 +382,12 @@ SAMPLES: dict[str, Sample] = {
         "EPIC_100_test_timestamps.csv", "narration_id,participant_id,video_id,start_timestamp,stop_timestamp\n"
         "P01_9_0,P01,P01_9,00:00:01.00,00:00:02.00\n", {"P01_9": (TEST, None, [])},
     ),
+    "EPIC-SOUNDS": Sample(
+        "EPIC_Sounds_validation.csv", "annotation_id,participant_id,video_id,start_timestamp,stop_timestamp,"
+        "start_sample,stop_sample,description,class,class_id\n"
+        "P01_9_0,P01,P01_9,00:00:01.250,00:00:02.500,30000,60000,clang / clatter,metal / wood collision,10\n",
+        {"P01_9": (VAL, None, [(1.25, 2.5, "metal / wood collision")])}, ("read as EPIC-SOUNDS", "its classes"),
+    ),
     "Ego4D": Sample(
         "moments_val.json", dumped(EGO4D), {"c": (VAL, 480.0, [(1.5, 4.0, "use_phone")])}, ("1 label that are not",),
     ),
