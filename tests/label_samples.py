@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,15 @@ SAMPLES: dict[str, Sample] = {
         "e.eaf", EAF, {"cooking": (NONE, None, [(1.5, 3.0, "stir"), (3.0, 4.5, "pour"), (4.5, 6.5, "hands")])},
         ("1 tier left out, which --tiers can name: tool", "2 annotations with a time slot without value"),
     ),
+    "ELAN with a video of unknown type": Sample(
+        "e.eaf", EAF.replace('"video/mp4"', '"unknown"').replace("cooking.mp4", "cooking.mkv"),
+        {"cooking": (NONE, None, [(1.5, 3.0, "stir"), (3.0, 4.5, "pour"), (4.5, 6.5, "hands")])},
+    ),
+    "ELAN of before": Sample(
+        "e.eaf",
+        re.sub(r"<MEDIA_DESCRIPTOR[^>]*>", "", EAF).replace('MEDIA_FILE=""', 'MEDIA_FILE="file:///D:/v/cooking.mpg"'),
+        {"cooking": (NONE, None, [(1.0, 2.5, "stir"), (2.5, 4.0, "pour"), (4.0, 6.0, "hands")])},
+    ),
     "ELAN tiers": Sample(
         "e.eaf", EAF, {"cooking": (NONE, None, [(4.5, 5.5, "spoon"), (5.5, 6.5, "knife")])},
         options=FormatOptions(tiers=("tool",)),
@@ -324,6 +334,14 @@ SAMPLES: dict[str, Sample] = {
     "CVAT attribute": Sample(
         "cvat.xml", CVAT, {"yard": (NONE, None, [(1.0, 2.0, "sit"), (2.0, 3.0, "run"), (6.0, 6.4, "run")])},
         options=FormatOptions(fps=10, label="state"),
+    ),
+    "CVAT skeleton": Sample(
+        "cvat.xml", "<annotations><meta><source>yard.mp4</source></meta><track id='0' label='biker'>" + "".join(
+            f"<skeleton frame='{frame}' keyframe='1' z_order='0'>"
+            + "".join(f"<points label='{part}' outside='{outside}' points='1,1'/>" for part in (1, 2)) + "</skeleton>"
+            for frame, outside in ((0, 0), (10, 1), (30, 0), (31, 0))
+        ) + "</track></annotations>",
+        {"yard": (NONE, None, [(0.0, 1.0, "biker"), (3.0, 3.2, "biker")])}, options=FormatOptions(fps=10),
     ),
     "CVAT images": Sample(
         "cvat.xml", "<annotations><meta><source>yard.mp4</source></meta>"

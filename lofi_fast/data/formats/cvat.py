@@ -93,7 +93,7 @@ def _of_track(file: LabelFile, track: Element, step: int) -> Iterator[Run]:
     last = 0
     carried: str | None = None  # a mutable attribute stays until it is changed
     for frame, shape in shapes:
-        outside = shape.get("outside") == "1"
+        outside = _is_outside(shape)
         carried = _value(file, shape, track) or carried
         now = None if outside else carried
         if now != label:
@@ -103,6 +103,13 @@ def _of_track(file: LabelFile, track: Element, step: int) -> Iterator[Run]:
         last = frame
     if label is not None:
         yield since, last + step, label
+
+
+def _is_outside(shape: Element) -> bool:
+    """A skeleton itself does not say so, but each of its points does."""
+    if shape.tag == "skeleton" and shape.get("outside") is None and len(shape):
+        return all(_is_outside(part) for part in shape if part.tag in SHAPES)
+    return shape.get("outside") == "1"
 
 
 def _value(file: LabelFile, element: Element, track: Element | None = None) -> str | None:
