@@ -307,6 +307,30 @@ SAMPLES: dict[str, Sample] = {
             {"ranges": [{"start": 11, "end": 20}], "timelinelabels": ["Sit", "Talk"]}]}]),
         {"w": (NONE, None, [(1.0, 2.0, "Sit"), (1.0, 2.0, "Talk")])}, options=FormatOptions(fps=10),
     ),
+    "Label Studio, frames of its setup": Sample(
+        "ls.json", dumped([
+            {"id": 1, "data": {"video": "a.mp4", "fps": 10}, "annotations": [{"result": [
+                {"type": "timelinelabels", "value": {"ranges": [{"start": 11, "end": 20}], "timelinelabels": ["Sit"]}},
+            ]}]},
+            {"id": 2, "data": {"video": "b.mp4"}, "annotations": [{"result": [
+                {"type": "videorectangle", "value": {"sequence": [], "framesCount": 480, "duration": 20.0}},
+                {"type": "timelinelabels", "value": {"ranges": [{"start": 25, "end": 48}], "timelinelabels": ["Run"]}},
+            ]}]},
+        ]),
+        {"a": (NONE, None, [(1.0, 2.0, "Sit")]), "b": (NONE, None, [(1.0, 2.0, "Run")])},
+        ("frames from 1, 10, 24 a second",),
+    ),
+    "Label Studio JSON-MIN with a video without a region": Sample(
+        "min.json", dumped([
+            {"id": 1, "video": "w.mp4", "annotator": 1, "annotation_id": 1},
+            {"id": 2, "video": "x.mp4", "annotator": 1, "annotation_id": 2,
+             "videoLabels": [{"ranges": [{"start": 11, "end": 20}], "timelinelabels": ["Sit"]}]},
+            {"id": 2, "video": "x.mp4", "annotator": 2, "annotation_id": 3,
+             "videoLabels": [{"ranges": [{"start": 1, "end": 20}], "timelinelabels": ["Sit"]}]},
+        ]),
+        {"w": (NONE, None, []), "x": (NONE, None, [(1.0, 2.0, "Sit"), (0.0, 2.0, "Sit")])},
+        ("1 video of several tasks or annotators",), FormatOptions(fps=10),
+    ),
     "VIA 3": Sample(
         "via.json", dumped(VIA), {"egg": (NONE, None, [(1.25, 3.5, "break egg"), (4.0, 4.0, "smoke")])},
         ("1 entry with a region", "1 segment without a label"),

@@ -143,6 +143,17 @@ def test_frames_are_counted_at_the_rate_of_the_videos(tmp_path: Path) -> None:
     assert [(s.start, s.end) for s in video.segments] == [(2 / 20, 5 / 20), (5 / 20, 6 / 20)]
 
 
+def test_frames_of_label_studio_that_are_taken_for_the_videos_are_told(tmp_path: Path) -> None:
+    path = SAMPLES["Label Studio JSON-MIN"].write(tmp_path)
+    (tmp_path / "v").mkdir()
+    write_video(tmp_path / "v" / "w.mp4", 40, rate=20)
+    found = load_annotations(path, options=FormatOptions(videos=tmp_path / "v"))
+    assert (found.videos[0].segments[0].start, found.videos[0].segments[0].end) == (0.5, 1.0)
+    assert any("24 where <Video> has none" in note and "give --fps" in note for note in found.notes)
+    told = load_annotations(path, options=FormatOptions(fps=20.0)).notes
+    assert not any("<Video>" in note for note in told)
+
+
 def test_halves_of_a_game_are_named_like_their_files(tmp_path: Path) -> None:
     path = SAMPLES["SoccerNet"].write(tmp_path)
     game = "england_epl/2014-2015/2015-02-21 - 18-00 Chelsea 1 - 1 Burnley"
