@@ -249,6 +249,25 @@ SAMPLES: dict[str, Sample] = {
         ("1 observation without media", "1 state event without a pair dropped (1 of walk)", "1 player beside the first",
          "1 event of behaviours that are not in the ethogram"),
     ),
+    "BORIS project by dates": Sample(
+        "p.boris", dumped({**BORIS_PROJECT, "observations": {"morning": {
+            "type": "MEDIA", "file": {"1": ["C:/data/a.mp4", "C:/data/b.mp4"]}, "time offset": 0.0,
+            "media_creation_date_as_offset": True,
+            "media_info": {"length": {"C:/data/a.mp4": 10.0, "C:/data/b.mp4": 20.0},
+                           "media_creation_time": {"C:/data/a.mp4": 1600000000, "C:/data/b.mp4": 1600003600}},
+            "events": [
+                [1600000001.0, "", "groom", "", ""], [1600000003.5, "", "groom", "", ""],
+                [1600003600.25, "", "bite", "", ""], [1600003620.0, "", "bite", "", ""],
+                [1600000500.0, "", "bite", "", "between the files"],
+                [1600000008.0, "", "walk", "", ""], [1600003602.0, "", "walk", "", ""],
+            ],
+        }}}),
+        {
+            "a": (NONE, 10.0, [(1.0, 3.5, "groom"), (8.0, 10.0, "walk")]),
+            "b": (NONE, 20.0, [(0.25, 0.25, "bite"), (0.0, 2.0, "walk"), (20.0, 20.0, "bite")]),
+        },
+        ("1 segment dropped: the times are dates",),
+    ),
     "BORIS 8 aggregated": Sample(
         "events.tsv",
         "\n".join((BORIS_8, boris_8("groom", "STATE", 8, 12, "a.mp4"), boris_8("bite", "POINT", 15, 15, "b.mp4"))),
