@@ -215,6 +215,16 @@ OSL = {
          "events": []},
     ],
 }  # fmt: skip
+OSL_HEADS = {"version": "2.0", "data": [
+    {"split": "train", "inputs": [{"type": "video", "path": "a.mp4"}], "events": [
+        {"head": "action", "label": "PASS", "position_ms": 1240},
+        {"head": "team", "label": "left", "position_ms": 1240},
+    ]},
+    {"split": "train", "inputs": [{"type": "video", "path": "b.mp4"}], "events": [
+        {"head": "team", "label": "right", "position_ms": 2000},
+    ]},
+    {"split": "challenge", "inputs": [{"type": "video", "path": "c.mp4"}], "events": []},
+]}  # fmt: skip
 OSL_1 = {"version": 1, "labels": ["PASS"], "videos": [
     {"path": "game1/720p.mp4", "annotations": [{"label": "PASS", "position": "500", "gameTime": "1 - 00:00"}]},
 ]}  # fmt: skip
@@ -465,6 +475,19 @@ SAMPLES: dict[str, Sample] = {
     "OpenSportsLab 2": Sample(
         "osl.json", dumped(OSL), {"game1/224p": (VAL, None, [(1.24, 1.24, "PASS")]), "game2/224p": (VAL, None, [])},
     ),
+    "OpenSportsLab 2 of several heads": Sample(
+        "osl.json", dumped(OSL_HEADS), {
+            "a": (TRAIN, None, [(1.24, 1.24, "PASS")]), "b": (TRAIN, None, []), "c": (TEST, None, []),
+        },
+        ("2 events of other heads than --label action dropped", "subsets by split"), FormatOptions(label="action"),
+    ),
+    "OpenSportsLab 2 of all heads": Sample(
+        "osl.json", dumped(OSL_HEADS), {
+            "a": (TRAIN, None, [(1.24, 1.24, "PASS"), (1.24, 1.24, "left")]),
+            "b": (TRAIN, None, [(2.0, 2.0, "right")]), "c": (TEST, None, []),
+        },
+        ("the heads action, team are put together",),
+    ),
     "OpenSportsLab 1": Sample("osl.json", dumped(OSL_1), {"720p": (NONE, None, [(0.5, 0.5, "PASS")])}),
     "E2E-Spot": Sample("val.json", dumped(SPOT), {"rally": (VAL, 4.0, [(2.0, 2.0, "serve")])}),
     "MultiTHUMOS": Sample(
@@ -495,6 +518,11 @@ SAMPLES: dict[str, Sample] = {
         "HACS_clips.csv", HACS,
         {"abc": (TRAIN, None, [(1.0, 3.0, "Archery")]), "def": (VAL, None, [(0.0, 2.0, "Archery")])},
         ("1 clip without the action",),
+    ),
+    "HACS clips of which the labels are kept back": Sample(
+        "HACS_clips.csv", HACS + ",ghi,testing,,,\n",
+        {"abc": (TRAIN, None, [(1.0, 3.0, "Archery")]), "def": (VAL, None, [(0.0, 2.0, "Archery")]),
+         "ghi": (TEST, None, [])},
     ),
     "THUMOS class": Sample(
         "BaseballPitch_val.txt", "video_validation_0000266  72.8 76.4 \nvideo_test_0000001 1.0 2.0\n",

@@ -118,6 +118,7 @@ def test_the_sentence_says_where(name: str, old: str, new: str, sentence: str, t
         ("EPIC verb", {"label": "adverb"}, "--label adverb is none of EPIC-KITCHENS-100; it is verb, noun or action"),
         ("CholecT50", {"label": "surgeon"}, "--label surgeon is none of CholecT50"),
         ("ELAN", {"tiers": ("feet",)}, "--tiers feet: it has no such tier, but hands, tool"),
+        ("OpenSportsLab 2 of all heads", {"label": "mood"}, "--label mood: it has no such head, but action, team"),
         ("VIA 3", {"label": "mood"}, "--label mood: it has no such attribute, but activity, comment"),
     ],
 )
@@ -190,6 +191,22 @@ def test_a_folder_of_classes_is_one_data_set(tmp_path: Path) -> None:
     assert {video.subset for video in found.subset("training")} == {"training"} and len(found.subset("testing")) == 1
     assert any("1 segment of Ambiguous dropped" in note for note in found.notes)
     assert any("1 file of no known format passed over: README.txt" in note for note in found.notes)
+
+
+def test_times_of_frames_and_steps_of_a_goal_are_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    for name, text in (
+        ("video01-phase.txt", "Frame\tPhase\n0\tCut\n1\tCut\n"),
+        ("video01-timestamp.txt", "Frame\tTimestamp\n0\t00:00:00.00\n1\t00:00:00.04\n"),
+    ):
+        (tmp_path / "c" / name).write_text(text)
+    found = load_annotations(tmp_path / "c")
+    assert found.videos == (Video("video01", "unassigned", 0.08, segments([(0.0, 0.08, "Cut")])),)
+    assert any("passed over: video01-timestamp.txt" in note for note in found.notes)
+    path = tmp_path / "goalstep_train.json"
+    path.write_text(json.dumps({"videos": [{"video_uid": "u", "segments": [{"start_time": 1.0, "end_time": 2.0}]}]}))
+    with pytest.raises(InputError, match="nor is it in another form"):
+        load_annotations(path)
 
 
 def test_the_files_of_epic_name_their_classes_alike(tmp_path: Path) -> None:
