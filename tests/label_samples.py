@@ -301,6 +301,23 @@ SAMPLES: dict[str, Sample] = {
         {"a": (NONE, 10.0, [(1.8, 8.125, "s")]), "b": (NONE, 20.0, [(2.0, 2.0, "p")])},
         beside=(("p.boris", dumped(BORIS_PROJECT)),),
     ),
+    "BORIS 8.5 aggregated": Sample(
+        "events.tsv",
+        "Observation id\tObservation type\tSource\tSubject\tBehavior\tBehavior type\tStart (s)\tStop (s)\n"
+        "one\tMedia file\tplayer #1: C:/v/a 1.mp4; player #2: side.mp4; \tm1\tgroom\tSTATE\t1.000\t3.500\n"
+        "one\tMedia file\tplayer #1: C:/v/a 1.mp4; player #2: side.mp4; \tm1\tbite\tPOINT\t2.000\t2.000\n"
+        "two\tLive observation\tNA\tm1\tbite\tPOINT\t2.000\t2.000\n"
+        "three\tFrom pictures\td1; d2; \tm1\tbite\tPOINT\t2.000\t2.000\n",
+        {"a 1": (NONE, None, [(1.0, 3.5, "groom"), (2.0, 2.0, "bite")])}, ("2 rows without a media file",),
+    ),
+    "BORIS 8.5 tabular": Sample(
+        "events.tsv",
+        "Observation id\tObservation type\tSource\tSubject\tBehavior\tBehavior type\tTime\tMedia file name\n"
+        + "".join(f"one\tMedia file(s)\tplayer #1: a.mp4;b.mp4 player #2: side.mp4\tm1\t{event}\n" for event in (
+            "groom\tSTART\t1.0\ta.mp4", "groom\tSTOP\t3.5\ta.mp4", "walk\tSTART\t4.0\ta.mp4",
+            "walk\tSTOP\t12.0\tb.mp4")),
+        {"a": (NONE, None, [(1.0, 3.5, "groom")]), "b": (NONE, None, [])}, ("1 segment dropped: media are played",),
+    ),
     "BORIS tabular": Sample(
         "t.tsv",
         "Observation id\tobservation #1\t\t\t\t\t\t\t\nMedia file(s)\t\t\t\t\t\t\t\t\nPlayer #1\tv.mp4\n\n"

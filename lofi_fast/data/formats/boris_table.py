@@ -1,9 +1,9 @@
 """Tables that BORIS exports: aggregated events, a row a segment, and tabular events, a row for each start and stop.
 
 Columns are found by name, since versions have others: "Behavior", "Behavior type" (or "Status"), "Start (s)" and
-"Stop (s)" (or "Time"), "Media file name" ("Media file", "Media file path"), "Observation id". Seconds on the
-observation's clock: media that are played one after the other count on, and "Time offset (s)" is added. Where media
-begin is told by "Source" and "Media duration (s)", by a .boris project beside the table, or by the files in --videos;
+"Stop (s)" (or "Time"), "Media file name" ("Media file", "Media file path", or else "Source"), "Observation id". Seconds
+on the observation's clock: media that are played one after the other count on, and "Time offset (s)" is added. Where
+media begin is told by "Source" and "Media duration (s)", by a .boris project beside the table, or by the files in --videos;
 segments of later media are dropped, and told, where nothing tells it. There are no subsets.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-from lofi_fast.data.formats.boris import Dropped, Event, lengths_beside, place, put
+from lofi_fast.data.formats.boris import Dropped, Event, lengths_beside, paired, put
 from lofi_fast.data.formats.file import Gathered, LabelFile, Table, file_names, plural
 from lofi_fast.data.labels import Segment, Video, seconds_of
 from lofi_fast.errors import InputError
@@ -46,13 +46,13 @@ def read(file: LabelFile, table: Table) -> list[Video]:
     observations: dict[str, list[tuple[str, dict[str, str]]]] = defaultdict(list)
     live = 0
     medium = next((column for column in _MEDIA if column in table.columns), None)
+    if medium is None and "source" not in table.columns:
+        raise InputError(f"{file.path}: this table of BORIS has no column of the media file, so no video can be told")
     for line, cell in table.rows():
-        if medium is not None and cell[medium].strip().lower() in _NONE:
+        if (cell[medium].lower() in _NONE) if medium is not None else not _first_player(cell):
             live += 1
         elif cell["behavior"]:
             observations[cell.get("observation id", "")].append((line, cell))
-    if medium is None:
-        raise InputError(f"{file.path}: this table of BORIS has no column of the media file, so no video can be told")
     queues = {name: _queue(rows, medium) for name, rows in observations.items()}
     names = file_names(path for queue in queues.values() for path in queue)
     beside = lengths_beside(file.path.parent)
@@ -73,16 +73,14 @@ def read(file: LabelFile, table: Table) -> list[Video]:
     return found.videos()
 
 
-def _queue(rows: list[tuple[str, dict[str, str]]], medium: str) -> dict[str, float | None]:
+def _queue(rows: list[tuple[str, dict[str, str]]], medium: str | None) -> dict[str, float | None]:
     """The media of an observation in the order in which they are played, with their lengths where they are told."""
     cell = rows[0][1]
-    if player := re.match(r"player #\d+:\s*([^|]+)", cell.get("source", "")):
-        paths = [path.strip() for path in player[1].split(";") if path.strip()]
-        first = cell.get("media duration (s)", "").split("|")[0]
-        lengths = [seconds_of(text) for text in first.split(";")]
-        if len(lengths) != len(paths):
-            return dict.fromkeys(paths)
-        return dict(zip(paths, lengths, strict=True))
+    paths = _first_player(cell)
+    if paths and (medium is None or all(row[medium] in paths for _, row in rows)):
+        lengths = [seconds_of(text) for text in cell.get("media duration (s)", "").split("|")[0].split(";")]
+        return dict(zip(paths, lengths, strict=True)) if len(lengths) == len(paths) else dict.fromkeys(paths)
+    assert medium is not None  # rows without it and without a first player are left out
     times = {id(cell): _seconds(cell, ("start (s)", "time"), line) for line, cell in rows}
     ordered = sorted((cell for _, cell in rows), key=lambda cell: times[id(cell)])
     paths = list(dict.fromkeys(cell[medium] for cell in ordered))
@@ -90,19 +88,32 @@ def _queue(rows: list[tuple[str, dict[str, str]]], medium: str) -> dict[str, flo
     return {path: total if len(paths) == 1 else None for path in paths}
 
 
+def _first_player(cell: dict[str, str]) -> list[str]:
+    """The media of the first player, as "Source" lists them: "player #1:a.mp4;b.mp4|player #2:side.mp4" since BORIS
+    8.10, and before with blanks, with "; " behind each medium, or without the player's name where there is one alone.
+    """
+    source = cell.get("source", "")
+    if source.lower() in _NONE or not cell.get("observation type", "media").lower().startswith("media"):
+        return []
+    first = re.split(r"[|;\s]\s*player #\d+:", re.sub(r"^player #\d+:", "", source))[0]
+    return [path.strip() for path in first.split(";") if path.strip()]
+
+
 def _observation(
     found: Gathered,
     rows: list[tuple[str, dict[str, str]]],
     media: list[tuple[str, float | None]],
-    medium: str,
+    medium: str | None,
     first: str,
     dropped: Dropped,
 ) -> None:
     """Add the segments of one observation; `medium`: the column of the media, `first`: what it says of the first."""
     events = []
+    reached = -1.0  # the first medium lasts that long at least
     for line, cell in rows:
         offset = seconds_of(cell.get("time offset (s)", "")) or 0.0
         start = round(_seconds(cell, ("start (s)", "time"), line) - offset, 6)
+        in_first = medium is not None and cell[medium] == first and media[0][1] is None
         if "start (s)" in cell:
             stop = cell["stop (s)"]
             is_point = cell.get("behavior type", "").upper() == "POINT"
@@ -112,15 +123,19 @@ def _observation(
                     f"{line}: the event of {cell['behavior']} starts at {start} s, after its stop at {stop}"
                 )
             # what is of the first medium can be placed, however long that is
-            known = media[:1] if cell[medium] == first and media[0][1] is None else media
+            known = media[:1] if in_first else media
             put(found, Segment(start, end, cell["behavior"]), known, dropped, line)
         else:
             status = (cell.get("status") or cell.get("behavior type") or "").upper()
             if status not in ("POINT", "START", "STOP", "STATE"):
                 raise InputError(f"{line} has the status {status!r}; it must be POINT, START or STOP")
             modifiers = "|".join(text for column, text in cell.items() if column.startswith("modifier"))
+            reached = max(reached, start) if in_first else reached
             events.append(Event(start, cell.get("subject", ""), cell["behavior"], modifiers, status != "POINT"))
-    place(found, events, media, dropped, rows[0][0])
+    segments, unpaired = paired(events)
+    dropped.unpaired += unpaired
+    for segment in segments:
+        put(found, segment, media[:1] if segment.end <= reached else media, dropped, rows[0][0])
 
 
 def _seconds(cell: dict[str, str], columns: tuple[str, ...], line: str) -> float:
