@@ -326,6 +326,15 @@ SAMPLES: dict[str, Sample] = {
         "7.750\tv.mp4\t359.960\t25.0\ts1\teat\t\t\tSTOP\n9.0\tv.mp4\t359.960\t25.0\ts1\teat\t\t\tSTART\n",
         {"v": (NONE, 359.96, [(4.0, 4.0, "hit"), (3.3, 7.75, "eat")])}, ("1 state event without a pair",),
     ),
+    "BORIS 7 tabular of several media, with an offset": Sample(
+        "t.csv",
+        "Observation id,o,,,,\n,,,,,\nPlayer #1,\"C:/v/a, 1.mp4\",,,,\nPlayer #1,b.mp4,,,,\nPlayer #2,c.mp4,,,,\n"
+        "Time offset (s),100.0,,,,\n,,,,,\nTime,Media file path,FPS,Subject,Behavior,Status\n"
+        "112.5,b.mp4,25.0,,eat,START\n115.0,b.mp4,25.0,,eat,STOP\n",
+        {"a, 1": (NONE, 10.0, []), "b": (NONE, 20.0, [(2.5, 5.0, "eat")])},
+        beside=(("p.boris", dumped({"behaviors_conf": {}, "observations": {"x": {
+            "media_info": {"length": {"C:/v/a, 1.mp4": 10.0, "b.mp4": 20.0}}}}})),),
+    ),
     "ELAN": Sample(
         "e.eaf", EAF, {"cooking": (NONE, None, [(1.5, 3.0, "stir"), (3.0, 4.5, "pour"), (4.5, 6.5, "hands")])},
         ("1 tier left out, which --tiers can name: tool", "2 annotations with a time slot without value"),

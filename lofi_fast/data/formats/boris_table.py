@@ -2,9 +2,10 @@
 
 Columns are found by name, since versions have others: "Behavior", "Behavior type" (or "Status"), "Start (s)" and
 "Stop (s)" (or "Time"), "Media file name" ("Media file", "Media file path", or else "Source"), "Observation id". Seconds
-on the observation's clock: media that are played one after the other count on, and "Time offset (s)" is added. Where
-media begin is told by "Source" and "Media duration (s)", by a .boris project beside the table, or by the files in --videos;
-segments of later media are dropped, and told, where nothing tells it. There are no subsets.
+on the observation's clock: media that are played one after the other count on, and "Time offset (s)" is added. Before
+BORIS 8 that and the media stand above a table of tabular events. Where media begin is told by "Source" and "Media
+duration (s)", by a .boris project beside the table, or by the files in --videos; segments of later media are dropped,
+and told, where nothing tells it. There are no subsets.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ OPTIONS = frozenset[str]()
 _MEDIA = ("media file name", "media file", "media file path", "media file(s)")
 _NONE = frozenset(("", "na", "n/a", "none", "not found", "no media file", "live"))
 PREAMBLE = 200  # lines that may stand above a table of tabular events
+_FACT = re.compile(r'"?(time offset \(s\)|player #1)"?[\t,;]\s*(.*?)[\t,;\s]*', re.IGNORECASE)
 
 
 def recognises(columns: list[str]) -> bool:
@@ -41,6 +43,19 @@ def begins(text: str) -> int | None:
     return None
 
 
+def _above(text: str) -> tuple[float, list[str]]:
+    """The time offset, and the media of the first player, as they stand above a table of tabular events."""
+    offset, media = 0.0, []
+    for line in text.splitlines()[: begins(text) or 0]:
+        if fact := _FACT.fullmatch(line):
+            value = fact[2].strip('"').strip()
+            if fact[1].lower() == "player #1":
+                media.append(value)
+            else:
+                offset = seconds_of(value) or 0.0
+    return offset, media
+
+
 def read(file: LabelFile, table: Table) -> list[Video]:
     """Raises InputError, which names the line, for what cannot be."""
     observations: dict[str, list[tuple[str, dict[str, str]]]] = defaultdict(list)
@@ -53,7 +68,8 @@ def read(file: LabelFile, table: Table) -> list[Video]:
             live += 1
         elif cell["behavior"]:
             observations[cell.get("observation id", "")].append((line, cell))
-    queues = {name: _queue(rows, medium) for name, rows in observations.items()}
+    offset, above = _above(file.text)
+    queues = {name: _queue(rows, medium, above) for name, rows in observations.items()}
     names = file_names(path for queue in queues.values() for path in queue)
     beside = lengths_beside(file.path.parent)
     told = {path: length for queue in queues.values() for path, length in queue.items() if length is not None}
@@ -65,7 +81,7 @@ def read(file: LabelFile, table: Table) -> list[Video]:
         media = [(names[path], told.get(path)) for path in queues[name]]
         for path in queues[name]:
             found.video(names[path], f"{file.path}: observation {name}", duration=told.get(path))
-        _observation(found, rows, media, medium, next(iter(queues[name])), dropped)
+        _observation(found, rows, media, medium, next(iter(queues[name])), dropped, offset)
     file.note(f"read as {NAME}: seconds; labels are behaviours, whatever subject and modifiers; no subsets")
     if live:
         file.note(f"{plural(live, 'row')} without a media file dropped")
@@ -73,12 +89,13 @@ def read(file: LabelFile, table: Table) -> list[Video]:
     return found.videos()
 
 
-def _queue(rows: list[tuple[str, dict[str, str]]], medium: str | None) -> dict[str, float | None]:
+def _queue(rows: list[tuple[str, dict[str, str]]], medium: str | None, above: list[str]) -> dict[str, float | None]:
     """The media of an observation in the order in which they are played, with their lengths where they are told."""
     cell = rows[0][1]
-    paths = _first_player(cell)
+    paths = list(dict.fromkeys(above)) or _first_player(cell)
     if paths and (medium is None or all(row[medium] in paths for _, row in rows)):
-        lengths = [seconds_of(text) for text in cell.get("media duration (s)", "").split("|")[0].split(";")]
+        told = cell.get("media duration (s)") or cell.get("total length", "")
+        lengths = [seconds_of(text) for text in told.split("|")[0].split(";")]
         return dict(zip(paths, lengths, strict=True)) if len(lengths) == len(paths) else dict.fromkeys(paths)
     assert medium is not None  # rows without it and without a first player are left out
     times = {id(cell): _seconds(cell, ("start (s)", "time"), line) for line, cell in rows}
@@ -106,12 +123,15 @@ def _observation(
     medium: str | None,
     first: str,
     dropped: Dropped,
+    above: float,
 ) -> None:
-    """Add the segments of one observation; `medium`: the column of the media, `first`: what it says of the first."""
+    """Add the segments of one observation; `medium`: the column of the media, `first`: what it says of the first.
+    `above`: the time offset, where the rows say none.
+    """
     events = []
     reached = -1.0  # the first medium lasts that long at least
     for line, cell in rows:
-        offset = seconds_of(cell.get("time offset (s)", "")) or 0.0
+        offset = seconds_of(cell.get("time offset (s)", "")) or above
         start = round(_seconds(cell, ("start (s)", "time"), line) - offset, 6)
         in_first = medium is not None and cell[medium] == first and media[0][1] is None
         if "start (s)" in cell:
