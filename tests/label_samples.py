@@ -422,6 +422,10 @@ SAMPLES: dict[str, Sample] = {
         ) + "</track></annotations>",
         {"yard": (NONE, None, [(0.0, 1.0, "biker"), (3.0, 3.2, "biker")])}, options=FormatOptions(fps=10),
     ),
+    "CVAT without a label": Sample(
+        "cvat.xml", "<annotations><version>1.1</version><meta><task><id>3</id><name>n</name><source>yard.mp4</source>"
+        "</task></meta></annotations>", {"yard": (NONE, None, [])},
+    ),
     "CVAT images": Sample(
         "cvat.xml", "<annotations><meta><source>yard.mp4</source></meta>"
         + "".join(f'<image id="{i}" name="f{i}"><tag label="rain"/></image>' for i in (0, 1, 2, 5)) + "</annotations>",

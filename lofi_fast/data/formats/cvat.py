@@ -3,7 +3,7 @@
 A track's label lasts from a frame in which its shape is there to one in which it is outside; without --label it is the
 track's own, and with it the value of the attribute of that name. Consecutive frames with one tag are a segment. Frames
 count from 0 and a last frame belongs to its segment; --fps says how many there are a second, or else the videos do.
-The video is a task's source. No subsets, except where an image says so.
+The video is a task's source. No subsets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ Run = tuple[int, int, str]  # first frame, the frame after the last, label
 
 
 def recognises(content: Element) -> bool:
-    return content.tag == "annotations" and (content.find("track") is not None or content.find("image") is not None)
+    # a task without a label has neither tracks nor images
+    return content.tag == "annotations" and any(
+        content.find(path) is not None for path in ("track", "image", "meta/task", "meta/job", "meta/project")
+    )
 
 
 def read(file: LabelFile, content: Element) -> list[Video]:
