@@ -348,6 +348,10 @@ SAMPLES: dict[str, Sample] = {
         re.sub(r"<MEDIA_DESCRIPTOR[^>]*>", "", EAF).replace('MEDIA_FILE=""', 'MEDIA_FILE="file:///D:/v/cooking.mpg"'),
         {"cooking": (NONE, None, [(1.0, 2.5, "stir"), (2.5, 4.0, "pour"), (4.0, 6.0, "hands")])},
     ),
+    "ELAN of two lines": Sample(
+        "e.eaf", EAF.replace(">pour<", ">pour\r\n\n milk<"),
+        {"cooking": (NONE, None, [(1.5, 3.0, "stir"), (3.0, 4.5, "pour milk"), (4.5, 6.5, "hands")])},
+    ),
     "ELAN tiers": Sample(
         "e.eaf", EAF, {"cooking": (NONE, None, [(4.5, 5.5, "spoon"), (5.5, 6.5, "knife")])},
         options=FormatOptions(tiers=("tool",)),
@@ -399,6 +403,10 @@ SAMPLES: dict[str, Sample] = {
         {"egg": (NONE, None, [(1.0, 2.0, "ann"), (1.0, 2.0, "bob")])},
     ),
     "VIA 3 CSV": Sample("via.csv", VIA_CSV, {"egg": (NONE, None, [(1.25, 3.5, "break egg")])}),
+    "VIA 3 CSV that a spreadsheet has changed": Sample(
+        "via.csv", VIA_CSV.replace("# ATTRIBUTE", '"# ATTRIBUTE').replace('"B"', '"0"').replace('""B""', '""0""'),
+        {"egg": (NONE, None, [(1.25, 3.5, "0")])}, ("its line ATTRIBUTE is gone or changed",),
+    ),
     "VIA 3 CSV of before": Sample(
         "via.csv",
         "# Exported using VGG Image Annotator\n"

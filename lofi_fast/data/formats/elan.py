@@ -10,6 +10,7 @@ the annotations' clock begins on the video's. There are no subsets.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ def read(file: LabelFile, content: Element) -> list[Video]:
                 unplaced[tier.name] += 1
                 continue
             start, end = (round(at * _UNITS[unit] + origin, 6) for at in times[key])
-            found.segment(name, start, end, value.strip() or tier.name, f"{where}, annotation {key}")
+            label = re.sub(r"\s*[\r\n]\s*", " ", value.strip())  # ELAN takes several lines
+            found.segment(name, start, end, label or tier.name, f"{where}, annotation {key}")
     told = f"the tiers {shown(file.options.tiers)}" if file.options.tiers else "tiers that depend on no other one"
     file.note(f"read as {NAME}: {unit}; labels are the values on {told}; no subsets")
     if others := [tier for tier in tiers if tier not in {t.name for t in chosen}]:
@@ -230,5 +232,5 @@ def write(path: Path, detections: Sequence[Detection], medium: Medium) -> None:
 
 
 def _text(label: str) -> str:
-    """Without the control characters that XML has no form for."""
-    return "".join(character for character in label if character >= " ")
+    """In one line, without the control characters that XML has no form for."""
+    return "".join(character for character in re.sub(r"[\t\r\n]+", " ", label) if character >= " ")
