@@ -377,7 +377,13 @@ SAMPLES: dict[str, Sample] = {
             ]}]},
         ]),
         {"a": (NONE, None, [(1.0, 2.0, "Sit")]), "b": (NONE, None, [(1.0, 2.0, "Run")])},
-        ("frames from 1, 10, 24 a second",),
+        ("frames from 1, 10, 24 a second", "1 region with boxes left out"),
+    ),
+    "Label Studio predictions": Sample(
+        "ls.json", dumped([{"data": {"video": "a.mp4", "fps": 10}, "annotations": [], "predictions": [{"result": [
+            {"type": "timelinelabels", "value": {"ranges": [{"start": 11, "end": 20}], "timelinelabels": ["Sit"]}},
+        ]}]}]),
+        {"a": (NONE, None, [(1.0, 2.0, "Sit")])}, ("1 task without an annotation: what was predicted is read",),
     ),
     "Label Studio JSON-MIN with a video without a region": Sample(
         "min.json", dumped([

@@ -106,6 +106,10 @@ def read(file: LabelFile, content: Any) -> list[Video]:
         file.note(f"{plural(annotators, 'task')} of several annotators, whose segments are put together")
     if unlabelled:
         file.note(f"{plural(unlabelled, 'region')} without a label dropped")
+    if boxes := sum("sequence" in value for task in tasks for value in _values(task)):
+        file.note(f"{plural(boxes, 'region')} with boxes left out")
+    if predicted := sum(any(_annotations(task)) and not _labelled(task) for task in tasks):
+        file.note(f"{plural(predicted, 'task')} without an annotation: what was predicted is read in its place")
     return found.videos()
 
 
@@ -134,8 +138,12 @@ def _rate(task: Mapping[str, Any]) -> float | None:
     return None
 
 
+def _labelled(task: Mapping[str, Any]) -> Any:
+    return task.get("annotations") or task.get("completions")
+
+
 def _annotations(task: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    listed = task.get("annotations") or task.get("completions") or task.get("predictions") or []
+    listed = _labelled(task) or task.get("predictions") or []
     for one in listed if isinstance(listed, list) else []:
         if isinstance(one, dict) and not one.get("was_cancelled"):
             yield one
