@@ -221,6 +221,15 @@ def test_the_files_of_epic_name_their_classes_alike(tmp_path: Path) -> None:
     assert load_annotations(tmp_path / "EPIC_100_validation.csv").classes == ("take",)
 
 
+def test_what_spreadsheets_write_of_letters(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text("video\tstart\tend\tlabel\nä\t1,5\t2\tläuft\n", encoding="utf-16")
+    assert load_annotations(path).videos == (Video("ä", "unassigned", None, segments([(1.5, 2.0, "läuft")])),)
+    path.write_text("video\tstart\tend\tlabel\nä\t1,5\t2\tläuft\n", encoding="latin-1")
+    with pytest.raises(InputError, match=r"not UTF-8 text \(byte 22\); save it as UTF-8"):
+        load_annotations(path)
+
+
 def test_folders_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a folder without a file of labels"):
         load_annotations(tmp_path)
@@ -231,7 +240,8 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
     for name, subset in (("a", "training"), ("b", "validation")):
         (tmp_path / f"{name}.json").write_text(json.dumps({"database": {"v": {**entry, "subset": subset}}}))
     with pytest.raises(
-        InputError, match="video v has the subset validation, and another file of the folder says training"
+        InputError,
+        match="video v has the subset validation, and another file of the folder says training; name one file",
     ):
         load_annotations(tmp_path)
 
