@@ -442,8 +442,10 @@ SAMPLES: dict[str, Sample] = {
     ),
     "CVAT images": Sample(
         "cvat.xml", "<annotations><meta><source>yard.mp4</source></meta>"
-        + "".join(f'<image id="{i}" name="f{i}"><tag label="rain"/></image>' for i in (0, 1, 2, 5)) + "</annotations>",
-        {"yard": (NONE, None, [(0.0, 0.3, "rain"), (0.5, 0.6, "rain")])}, options=FormatOptions(fps=10),
+        + "".join(f'<image id="{i}" name="f{i}"><tag label="rain"/></image>' for i in (0, 1, 2, 5))
+        + '<image id="6" name="f6"><box label="dog"/></image></annotations>',
+        {"yard": (NONE, None, [(0.0, 0.3, "rain"), (0.5, 0.6, "rain")])},
+        ("1 image with shapes and without a tag left out",), FormatOptions(fps=10),
     ),
     "CholecT50": Sample(
         "VID01.json", dumped(CHOLECT50),
@@ -585,6 +587,10 @@ SAMPLES: dict[str, Sample] = {
     "WebVTT": Sample(
         "new.vtt", "WEBVTT\n\n00:01.500 --> 00:03.000 align:start\n<v Ann>run &amp; jump\n",
         {"new": (NONE, None, [(1.5, 3.0, "run & jump")])},
+    ),
+    "blank cells behind": Sample(
+        "t.csv", "video;start;end;label;;\na;1,0;2,5;run;;\nb;;;;;\nc;1;2;hop\n",
+        {"a": (NONE, None, [(1.0, 2.5, "run")]), "b": (NONE, None, []), "c": (NONE, None, [(1.0, 2.0, "hop")])},
     ),
     "colons": Sample("t.csv", "video:start:end:label\na:1.0:2.5:run\n", {"a": (NONE, None, [(1.0, 2.5, "run")])}),
 }  # fmt: skip

@@ -46,9 +46,11 @@ def read(file: LabelFile, content: Element) -> list[Video]:
         runs[names[path]] += own
     frames: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     steps: dict[str, int] = {}
+    untagged = 0
     for image in content.iter("image"):
         path, step = sources.get(image.get("task_id", ""), next(iter(sources.values())))
         steps[names[path]] = step
+        untagged += image.find("tag") is None and any(shape.tag in SHAPES for shape in image)
         for tag in image.iter("tag"):
             frames[names[path]][_value(file, tag) or ""].append(_number(file, image, "id"))
     for name, tags in frames.items():
@@ -63,6 +65,10 @@ def read(file: LabelFile, content: Element) -> list[Video]:
             found.segment(name, first / rates[name], after / rates[name], label, where)
     told = ", ".join(f"{rate:g}" for rate in sorted(set(rates.values()))) or "any number"
     file.note(f"read as {NAME}: frames from 0, {told} a second; no subsets")
+    if untagged:
+        file.note(
+            f"{plural(untagged, 'image')} with shapes and without a tag left out: CVAT for video has them in time"
+        )
     if nameless:
         file.note(f"{plural(nameless, 'track')} without a visible shape, or without the attribute, dropped")
     return found.videos()
