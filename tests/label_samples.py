@@ -521,6 +521,13 @@ SAMPLES: dict[str, Sample] = {
     "OpenSportsLab 2": Sample(
         "osl.json", dumped(OSL), {"game1/224p": (VAL, None, [(1.24, 1.24, "PASS")]), "game2/224p": (VAL, None, [])},
     ),
+    "OpenSportsLab 2 whose metadata tell the split": Sample(
+        "osl.json", dumped({"version": "2.0", "metadata": {"split": "test"}, "data": [
+            {"inputs": [{"type": "video", "path": "x/224p.mp4", "fps": 25.0}],
+             "events": [{"head": "ball_action", "label": "PASS", "position_ms": "840"}]},
+        ]}),
+        {"224p": (TEST, None, [(0.84, 0.84, "PASS")])}, ("subsets by split",),
+    ),
     "OpenSportsLab 2 of several heads": Sample(
         "osl.json", dumped(OSL_HEADS), {
             "a": (TRAIN, None, [(1.24, 1.24, "PASS")]), "b": (TRAIN, None, []), "c": (TEST, None, []),

@@ -4,7 +4,7 @@ SoccerNet-v2 has a file for each game, Labels-v2.json, with "position" in millis
 which the number before the dash is the half. A half is a video, GAME/1_720p or the like: the file that is there in
 --videos, and GAME/1 without them. OpenSportsLab's version 2 lists "data" with "inputs" (the path of the video) and
 "events" with "position_ms"; version 1 lists "videos" with "path" and "annotations". Subsets: as an item says
-("split"), or the file's name, or none.
+("split"), or the file's metadata, or its name, or none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lofi_fast.data.formats.file import Gathered, LabelFile, file_names, plural, shown
-from lofi_fast.data.labels import UNASSIGNED, Video, seconds_of, subset_of
+from lofi_fast.data.labels import UNASSIGNED, Video, seconds_of, subset_named, subset_of
 from lofi_fast.data.matching import EXTENSIONS
 from lofi_fast.errors import InputError
 
@@ -46,7 +46,10 @@ def read(file: LabelFile, content: Any) -> list[Video]:
     if "annotations" in content:
         return _game(file, content)
     listed = content["data"] if "data" in content else content["videos"]
-    return _listed(file, listed)
+    facts = content.get("metadata")
+    split = facts.get("split") if isinstance(facts, dict) else None
+    of_all = "testing" if split == "challenge" else subset_named(split) if isinstance(split, str) else None
+    return _listed(file, listed, of_all or file.subset_of_name())
 
 
 def _game(file: LabelFile, content: Mapping[str, Any]) -> list[Video]:
@@ -85,7 +88,8 @@ def _half(file: LabelFile, game: str, half: str) -> str:
     return f"{game}/{half}"
 
 
-def _listed(file: LabelFile, items: list[Any]) -> list[Video]:
+def _listed(file: LabelFile, items: list[Any], of_file: str) -> list[Video]:
+    """`of_file`: the subset of items that tell none."""
     paths: dict[int, str] = {}
     for i, item in enumerate(items):
         where = f"{file.path}: item {i}"
@@ -93,7 +97,7 @@ def _listed(file: LabelFile, items: list[Any]) -> list[Video]:
             raise InputError(f"{where} must be an object")
         paths[i] = _path(item, where)
     names = file_names(paths.values())
-    found, others, of_file = Gathered(file), 0, file.subset_of_name()
+    found, others = Gathered(file), 0
     heads = sorted({str(event["head"]) for item in items for event in _events(item) if "head" in event})
     wanted = file.options.label if len(heads) > 1 else None
     if wanted is not None and wanted not in heads:
