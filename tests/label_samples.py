@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,16 @@ OSL = {
          "events": []},
     ],
 }  # fmt: skip
+OSL_HEADS = {"version": "2.0", "data": [
+    {"split": "train", "inputs": [{"type": "video", "path": "a.mp4"}], "events": [
+        {"head": "action", "label": "PASS", "position_ms": 1240},
+        {"head": "team", "label": "left", "position_ms": 1240},
+    ]},
+    {"split": "train", "inputs": [{"type": "video", "path": "b.mp4"}], "events": [
+        {"head": "team", "label": "right", "position_ms": 2000},
+    ]},
+    {"split": "challenge", "inputs": [{"type": "video", "path": "c.mp4"}], "events": []},
+]}  # fmt: skip
 OSL_1 = {"version": 1, "labels": ["PASS"], "videos": [
     {"path": "game1/720p.mp4", "annotations": [{"label": "PASS", "position": "500", "gameTime": "1 - 00:00"}]},
 ]}  # fmt: skip
@@ -248,6 +259,25 @@ SAMPLES: dict[str, Sample] = {
         ("1 observation without media", "1 state event without a pair dropped (1 of walk)", "1 player beside the first",
          "1 event of behaviours that are not in the ethogram"),
     ),
+    "BORIS project by dates": Sample(
+        "p.boris", dumped({**BORIS_PROJECT, "observations": {"morning": {
+            "type": "MEDIA", "file": {"1": ["C:/data/a.mp4", "C:/data/b.mp4"]}, "time offset": 0.0,
+            "media_creation_date_as_offset": True,
+            "media_info": {"length": {"C:/data/a.mp4": 10.0, "C:/data/b.mp4": 20.0},
+                           "media_creation_time": {"C:/data/a.mp4": 1600000000, "C:/data/b.mp4": 1600003600}},
+            "events": [
+                [1600000001.0, "", "groom", "", ""], [1600000003.5, "", "groom", "", ""],
+                [1600003600.25, "", "bite", "", ""], [1600003620.0, "", "bite", "", ""],
+                [1600000500.0, "", "bite", "", "between the files"],
+                [1600000008.0, "", "walk", "", ""], [1600003602.0, "", "walk", "", ""],
+            ],
+        }}}),
+        {
+            "a": (NONE, 10.0, [(1.0, 3.5, "groom"), (8.0, 10.0, "walk")]),
+            "b": (NONE, 20.0, [(0.25, 0.25, "bite"), (0.0, 2.0, "walk"), (20.0, 20.0, "bite")]),
+        },
+        ("1 segment dropped: the times are dates",),
+    ),
     "BORIS 8 aggregated": Sample(
         "events.tsv",
         "\n".join((BORIS_8, boris_8("groom", "STATE", 8, 12, "a.mp4"), boris_8("bite", "POINT", 15, 15, "b.mp4"))),
@@ -271,6 +301,23 @@ SAMPLES: dict[str, Sample] = {
         {"a": (NONE, 10.0, [(1.8, 8.125, "s")]), "b": (NONE, 20.0, [(2.0, 2.0, "p")])},
         beside=(("p.boris", dumped(BORIS_PROJECT)),),
     ),
+    "BORIS 8.5 aggregated": Sample(
+        "events.tsv",
+        "Observation id\tObservation type\tSource\tSubject\tBehavior\tBehavior type\tStart (s)\tStop (s)\n"
+        "one\tMedia file\tplayer #1: C:/v/a 1.mp4; player #2: side.mp4; \tm1\tgroom\tSTATE\t1.000\t3.500\n"
+        "one\tMedia file\tplayer #1: C:/v/a 1.mp4; player #2: side.mp4; \tm1\tbite\tPOINT\t2.000\t2.000\n"
+        "two\tLive observation\tNA\tm1\tbite\tPOINT\t2.000\t2.000\n"
+        "three\tFrom pictures\td1; d2; \tm1\tbite\tPOINT\t2.000\t2.000\n",
+        {"a 1": (NONE, None, [(1.0, 3.5, "groom"), (2.0, 2.0, "bite")])}, ("2 rows without a media file",),
+    ),
+    "BORIS 8.5 tabular": Sample(
+        "events.tsv",
+        "Observation id\tObservation type\tSource\tSubject\tBehavior\tBehavior type\tTime\tMedia file name\n"
+        + "".join(f"one\tMedia file(s)\tplayer #1: a.mp4;b.mp4 player #2: side.mp4\tm1\t{event}\n" for event in (
+            "groom\tSTART\t1.0\ta.mp4", "groom\tSTOP\t3.5\ta.mp4", "walk\tSTART\t4.0\ta.mp4",
+            "walk\tSTOP\t12.0\tb.mp4")),
+        {"a": (NONE, None, [(1.0, 3.5, "groom")]), "b": (NONE, None, [])}, ("1 segment dropped: media are played",),
+    ),
     "BORIS tabular": Sample(
         "t.tsv",
         "Observation id\tobservation #1\t\t\t\t\t\t\t\nMedia file(s)\t\t\t\t\t\t\t\t\nPlayer #1\tv.mp4\n\n"
@@ -279,9 +326,31 @@ SAMPLES: dict[str, Sample] = {
         "7.750\tv.mp4\t359.960\t25.0\ts1\teat\t\t\tSTOP\n9.0\tv.mp4\t359.960\t25.0\ts1\teat\t\t\tSTART\n",
         {"v": (NONE, 359.96, [(4.0, 4.0, "hit"), (3.3, 7.75, "eat")])}, ("1 state event without a pair",),
     ),
+    "BORIS 7 tabular of several media, with an offset": Sample(
+        "t.csv",
+        "Observation id,o,,,,\n,,,,,\nPlayer #1,\"C:/v/a, 1.mp4\",,,,\nPlayer #1,b.mp4,,,,\nPlayer #2,c.mp4,,,,\n"
+        "Time offset (s),100.0,,,,\n,,,,,\nTime,Media file path,FPS,Subject,Behavior,Status\n"
+        "112.5,b.mp4,25.0,,eat,START\n115.0,b.mp4,25.0,,eat,STOP\n",
+        {"a, 1": (NONE, 10.0, []), "b": (NONE, 20.0, [(2.5, 5.0, "eat")])},
+        beside=(("p.boris", dumped({"behaviors_conf": {}, "observations": {"x": {
+            "media_info": {"length": {"C:/v/a, 1.mp4": 10.0, "b.mp4": 20.0}}}}})),),
+    ),
     "ELAN": Sample(
         "e.eaf", EAF, {"cooking": (NONE, None, [(1.5, 3.0, "stir"), (3.0, 4.5, "pour"), (4.5, 6.5, "hands")])},
         ("1 tier left out, which --tiers can name: tool", "2 annotations with a time slot without value"),
+    ),
+    "ELAN with a video of unknown type": Sample(
+        "e.eaf", EAF.replace('"video/mp4"', '"unknown"').replace("cooking.mp4", "cooking.mkv"),
+        {"cooking": (NONE, None, [(1.5, 3.0, "stir"), (3.0, 4.5, "pour"), (4.5, 6.5, "hands")])},
+    ),
+    "ELAN of before": Sample(
+        "e.eaf",
+        re.sub(r"<MEDIA_DESCRIPTOR[^>]*>", "", EAF).replace('MEDIA_FILE=""', 'MEDIA_FILE="file:///D:/v/cooking.mpg"'),
+        {"cooking": (NONE, None, [(1.0, 2.5, "stir"), (2.5, 4.0, "pour"), (4.0, 6.0, "hands")])},
+    ),
+    "ELAN of two lines": Sample(
+        "e.eaf", EAF.replace(">pour<", ">pour\r\n\n milk<"),
+        {"cooking": (NONE, None, [(1.5, 3.0, "stir"), (3.0, 4.5, "pour milk"), (4.5, 6.5, "hands")])},
     ),
     "ELAN tiers": Sample(
         "e.eaf", EAF, {"cooking": (NONE, None, [(4.5, 5.5, "spoon"), (5.5, 6.5, "knife")])},
@@ -297,6 +366,36 @@ SAMPLES: dict[str, Sample] = {
             {"ranges": [{"start": 11, "end": 20}], "timelinelabels": ["Sit", "Talk"]}]}]),
         {"w": (NONE, None, [(1.0, 2.0, "Sit"), (1.0, 2.0, "Talk")])}, options=FormatOptions(fps=10),
     ),
+    "Label Studio, frames of its setup": Sample(
+        "ls.json", dumped([
+            {"id": 1, "data": {"video": "a.mp4", "fps": 10}, "annotations": [{"result": [
+                {"type": "timelinelabels", "value": {"ranges": [{"start": 11, "end": 20}], "timelinelabels": ["Sit"]}},
+            ]}]},
+            {"id": 2, "data": {"video": "b.mp4"}, "annotations": [{"result": [
+                {"type": "videorectangle", "value": {"sequence": [], "framesCount": 480, "duration": 20.0}},
+                {"type": "timelinelabels", "value": {"ranges": [{"start": 25, "end": 48}], "timelinelabels": ["Run"]}},
+            ]}]},
+        ]),
+        {"a": (NONE, None, [(1.0, 2.0, "Sit")]), "b": (NONE, None, [(1.0, 2.0, "Run")])},
+        ("frames from 1, 10, 24 a second", "1 region with boxes left out"),
+    ),
+    "Label Studio predictions": Sample(
+        "ls.json", dumped([{"data": {"video": "a.mp4", "fps": 10}, "annotations": [], "predictions": [{"result": [
+            {"type": "timelinelabels", "value": {"ranges": [{"start": 11, "end": 20}], "timelinelabels": ["Sit"]}},
+        ]}]}]),
+        {"a": (NONE, None, [(1.0, 2.0, "Sit")])}, ("1 task without an annotation: what was predicted is read",),
+    ),
+    "Label Studio JSON-MIN with a video without a region": Sample(
+        "min.json", dumped([
+            {"id": 1, "video": "w.mp4", "annotator": 1, "annotation_id": 1},
+            {"id": 2, "video": "x.mp4", "annotator": 1, "annotation_id": 2,
+             "videoLabels": [{"ranges": [{"start": 11, "end": 20}], "timelinelabels": ["Sit"]}]},
+            {"id": 2, "video": "x.mp4", "annotator": 2, "annotation_id": 3,
+             "videoLabels": [{"ranges": [{"start": 1, "end": 20}], "timelinelabels": ["Sit"]}]},
+        ]),
+        {"w": (NONE, None, []), "x": (NONE, None, [(1.0, 2.0, "Sit"), (0.0, 2.0, "Sit")])},
+        ("1 video of several tasks or annotators",), FormatOptions(fps=10),
+    ),
     "VIA 3": Sample(
         "via.json", dumped(VIA), {"egg": (NONE, None, [(1.25, 3.5, "break egg"), (4.0, 4.0, "smoke")])},
         ("1 entry with a region", "1 segment without a label"),
@@ -310,6 +409,10 @@ SAMPLES: dict[str, Sample] = {
         {"egg": (NONE, None, [(1.0, 2.0, "ann"), (1.0, 2.0, "bob")])},
     ),
     "VIA 3 CSV": Sample("via.csv", VIA_CSV, {"egg": (NONE, None, [(1.25, 3.5, "break egg")])}),
+    "VIA 3 CSV that a spreadsheet has changed": Sample(
+        "via.csv", VIA_CSV.replace("# ATTRIBUTE", '"# ATTRIBUTE').replace('"B"', '"0"').replace('""B""', '""0""'),
+        {"egg": (NONE, None, [(1.25, 3.5, "0")])}, ("its line ATTRIBUTE is gone or changed",),
+    ),
     "VIA 3 CSV of before": Sample(
         "via.csv",
         "# Exported using VGG Image Annotator\n"
@@ -325,10 +428,24 @@ SAMPLES: dict[str, Sample] = {
         "cvat.xml", CVAT, {"yard": (NONE, None, [(1.0, 2.0, "sit"), (2.0, 3.0, "run"), (6.0, 6.4, "run")])},
         options=FormatOptions(fps=10, label="state"),
     ),
+    "CVAT skeleton": Sample(
+        "cvat.xml", "<annotations><meta><source>yard.mp4</source></meta><track id='0' label='biker'>" + "".join(
+            f"<skeleton frame='{frame}' keyframe='1' z_order='0'>"
+            + "".join(f"<points label='{part}' outside='{outside}' points='1,1'/>" for part in (1, 2)) + "</skeleton>"
+            for frame, outside in ((0, 0), (10, 1), (30, 0), (31, 0))
+        ) + "</track></annotations>",
+        {"yard": (NONE, None, [(0.0, 1.0, "biker"), (3.0, 3.2, "biker")])}, options=FormatOptions(fps=10),
+    ),
+    "CVAT without a label": Sample(
+        "cvat.xml", "<annotations><version>1.1</version><meta><task><id>3</id><name>n</name><source>yard.mp4</source>"
+        "</task></meta></annotations>", {"yard": (NONE, None, [])},
+    ),
     "CVAT images": Sample(
         "cvat.xml", "<annotations><meta><source>yard.mp4</source></meta>"
-        + "".join(f'<image id="{i}" name="f{i}"><tag label="rain"/></image>' for i in (0, 1, 2, 5)) + "</annotations>",
-        {"yard": (NONE, None, [(0.0, 0.3, "rain"), (0.5, 0.6, "rain")])}, options=FormatOptions(fps=10),
+        + "".join(f'<image id="{i}" name="f{i}"><tag label="rain"/></image>' for i in (0, 1, 2, 5))
+        + '<image id="6" name="f6"><box label="dog"/></image></annotations>',
+        {"yard": (NONE, None, [(0.0, 0.3, "rain"), (0.5, 0.6, "rain")])},
+        ("1 image with shapes and without a tag left out",), FormatOptions(fps=10),
     ),
     "CholecT50": Sample(
         "VID01.json", dumped(CHOLECT50),
@@ -382,6 +499,12 @@ SAMPLES: dict[str, Sample] = {
         "EPIC_100_test_timestamps.csv", "narration_id,participant_id,video_id,start_timestamp,stop_timestamp\n"
         "P01_9_0,P01,P01_9,00:00:01.00,00:00:02.00\n", {"P01_9": (TEST, None, [])},
     ),
+    "EPIC-SOUNDS": Sample(
+        "EPIC_Sounds_validation.csv", "annotation_id,participant_id,video_id,start_timestamp,stop_timestamp,"
+        "start_sample,stop_sample,description,class,class_id\n"
+        "P01_9_0,P01,P01_9,00:00:01.250,00:00:02.500,30000,60000,clang / clatter,metal / wood collision,10\n",
+        {"P01_9": (VAL, None, [(1.25, 2.5, "metal / wood collision")])}, ("read as EPIC-SOUNDS", "its classes"),
+    ),
     "Ego4D": Sample(
         "moments_val.json", dumped(EGO4D), {"c": (VAL, 480.0, [(1.5, 4.0, "use_phone")])}, ("1 label that are not",),
     ),
@@ -397,6 +520,26 @@ SAMPLES: dict[str, Sample] = {
     ),
     "OpenSportsLab 2": Sample(
         "osl.json", dumped(OSL), {"game1/224p": (VAL, None, [(1.24, 1.24, "PASS")]), "game2/224p": (VAL, None, [])},
+    ),
+    "OpenSportsLab 2 whose metadata tell the split": Sample(
+        "osl.json", dumped({"version": "2.0", "metadata": {"split": "test"}, "data": [
+            {"inputs": [{"type": "video", "path": "x/224p.mp4", "fps": 25.0}],
+             "events": [{"head": "ball_action", "label": "PASS", "position_ms": "840"}]},
+        ]}),
+        {"224p": (TEST, None, [(0.84, 0.84, "PASS")])}, ("subsets by split",),
+    ),
+    "OpenSportsLab 2 of several heads": Sample(
+        "osl.json", dumped(OSL_HEADS), {
+            "a": (TRAIN, None, [(1.24, 1.24, "PASS")]), "b": (TRAIN, None, []), "c": (TEST, None, []),
+        },
+        ("2 events of other heads than --label action dropped", "subsets by split"), FormatOptions(label="action"),
+    ),
+    "OpenSportsLab 2 of all heads": Sample(
+        "osl.json", dumped(OSL_HEADS), {
+            "a": (TRAIN, None, [(1.24, 1.24, "PASS"), (1.24, 1.24, "left")]),
+            "b": (TRAIN, None, [(2.0, 2.0, "right")]), "c": (TEST, None, []),
+        },
+        ("the heads action, team are put together",),
     ),
     "OpenSportsLab 1": Sample("osl.json", dumped(OSL_1), {"720p": (NONE, None, [(0.5, 0.5, "PASS")])}),
     "E2E-Spot": Sample("val.json", dumped(SPOT), {"rally": (VAL, 4.0, [(2.0, 2.0, "serve")])}),
@@ -414,10 +557,25 @@ SAMPLES: dict[str, Sample] = {
         {"46GP8": (TRAIN, 24.83, [(11.9, 21.2, "Cook"), (0.0, 12.6, "c147")]), "N11GT": (TRAIN, 18.33, [])},
         beside=(("Charades_v1_classes.txt", "c092 Cook\n"),),
     ),
+    "Charades with an action that ends before it starts": Sample(
+        "Charades_v1_train.csv", CHARADES.replace("c147 0.00 12.60", "c147 12.60 0.00"),
+        {"46GP8": (TRAIN, 24.83, [(11.9, 21.2, "c092")]), "N11GT": (TRAIN, 18.33, [])},
+        ("1 action dropped: the end is before the start",),
+    ),
+    "MultiTHUMOS with an action that ends before it starts": Sample(
+        "charades.json", dumped({**ACTIONS, "v2": {**ACTIONS["v2"], "actions": [[113, 38.0, 13.0]]}}),
+        {"v1": (TRAIN, 20.5, [(1.0, 2.5, "0"), (1.5, 9.0, "4")]), "v2": (TEST, 10.0, [])},
+        ("1 action dropped: the end is before the start", "2 classes have no name"),
+    ),
     "HACS clips": Sample(
         "HACS_clips.csv", HACS,
         {"abc": (TRAIN, None, [(1.0, 3.0, "Archery")]), "def": (VAL, None, [(0.0, 2.0, "Archery")])},
         ("1 clip without the action",),
+    ),
+    "HACS clips of which the labels are kept back": Sample(
+        "HACS_clips.csv", HACS + ",ghi,testing,,,\n",
+        {"abc": (TRAIN, None, [(1.0, 3.0, "Archery")]), "def": (VAL, None, [(0.0, 2.0, "Archery")]),
+         "ghi": (TEST, None, [])},
     ),
     "THUMOS class": Sample(
         "BaseballPitch_val.txt", "video_validation_0000266  72.8 76.4 \nvideo_test_0000001 1.0 2.0\n",
@@ -436,6 +594,10 @@ SAMPLES: dict[str, Sample] = {
     "WebVTT": Sample(
         "new.vtt", "WEBVTT\n\n00:01.500 --> 00:03.000 align:start\n<v Ann>run &amp; jump\n",
         {"new": (NONE, None, [(1.5, 3.0, "run & jump")])},
+    ),
+    "blank cells behind": Sample(
+        "t.csv", "video;start;end;label;;\na;1,0;2,5;run;;\nb;;;;;\nc;1;2;hop\n",
+        {"a": (NONE, None, [(1.0, 2.5, "run")]), "b": (NONE, None, []), "c": (NONE, None, [(1.0, 2.0, "hop")])},
     ),
     "colons": Sample("t.csv", "video:start:end:label\na:1.0:2.5:run\n", {"a": (NONE, None, [(1.0, 2.5, "run")])}),
 }  # fmt: skip

@@ -59,6 +59,7 @@ def test_a_tool_finds_the_files(tool: str, tmp_path: Path) -> None:
     path = tmp_path / f"found{ENDINGS[tool]}"
     write_for(tool, path, {"walk": [Detection(0.25, 0.75, "run", 0.5)]}, {"walk": medium})
     assert times(load_annotations(path, options=FormatOptions(videos=tmp_path))) == {"walk": [("run", 0.25, 0.75)]}
+    assert times(load_annotations(path)) == {"walk": [("run", 0.25, 0.75)]}  # without a word of the frame rate
     assert "walk.mp4" in path.read_text()
 
 

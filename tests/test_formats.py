@@ -118,6 +118,7 @@ def test_the_sentence_says_where(name: str, old: str, new: str, sentence: str, t
         ("EPIC verb", {"label": "adverb"}, "--label adverb is none of EPIC-KITCHENS-100; it is verb, noun or action"),
         ("CholecT50", {"label": "surgeon"}, "--label surgeon is none of CholecT50"),
         ("ELAN", {"tiers": ("feet",)}, "--tiers feet: it has no such tier, but hands, tool"),
+        ("OpenSportsLab 2 of all heads", {"label": "mood"}, "--label mood: it has no such head, but action, team"),
         ("VIA 3", {"label": "mood"}, "--label mood: it has no such attribute, but activity, comment"),
     ],
 )
@@ -141,6 +142,17 @@ def test_frames_are_counted_at_the_rate_of_the_videos(tmp_path: Path) -> None:
     write_video(tmp_path / "v" / "P03_milk.mp4", 10, rate=20)
     (video,) = load_annotations(path, options=FormatOptions(videos=tmp_path / "v")).videos
     assert [(s.start, s.end) for s in video.segments] == [(2 / 20, 5 / 20), (5 / 20, 6 / 20)]
+
+
+def test_frames_of_label_studio_that_are_taken_for_the_videos_are_told(tmp_path: Path) -> None:
+    path = SAMPLES["Label Studio JSON-MIN"].write(tmp_path)
+    (tmp_path / "v").mkdir()
+    write_video(tmp_path / "v" / "w.mp4", 40, rate=20)
+    found = load_annotations(path, options=FormatOptions(videos=tmp_path / "v"))
+    assert (found.videos[0].segments[0].start, found.videos[0].segments[0].end) == (0.5, 1.0)
+    assert any("24 where <Video> has none" in note and "give --fps" in note for note in found.notes)
+    told = load_annotations(path, options=FormatOptions(fps=20.0)).notes
+    assert not any("<Video>" in note for note in told)
 
 
 def test_halves_of_a_game_are_named_like_their_files(tmp_path: Path) -> None:
@@ -181,6 +193,22 @@ def test_a_folder_of_classes_is_one_data_set(tmp_path: Path) -> None:
     assert any("1 file of no known format passed over: README.txt" in note for note in found.notes)
 
 
+def test_times_of_frames_and_steps_of_a_goal_are_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    for name, text in (
+        ("video01-phase.txt", "Frame\tPhase\n0\tCut\n1\tCut\n"),
+        ("video01-timestamp.txt", "Frame\tTimestamp\n0\t00:00:00.00\n1\t00:00:00.04\n"),
+    ):
+        (tmp_path / "c" / name).write_text(text)
+    found = load_annotations(tmp_path / "c")
+    assert found.videos == (Video("video01", "unassigned", 0.08, segments([(0.0, 0.08, "Cut")])),)
+    assert any("passed over: video01-timestamp.txt" in note for note in found.notes)
+    path = tmp_path / "goalstep_train.json"
+    path.write_text(json.dumps({"videos": [{"video_uid": "u", "segments": [{"start_time": 1.0, "end_time": 2.0}]}]}))
+    with pytest.raises(InputError, match="nor is it in another form"):
+        load_annotations(path)
+
+
 def test_the_files_of_epic_name_their_classes_alike(tmp_path: Path) -> None:
     text = SAMPLES["EPIC verb"].text
     lines = text.splitlines(keepends=True)
@@ -193,6 +221,15 @@ def test_the_files_of_epic_name_their_classes_alike(tmp_path: Path) -> None:
     assert load_annotations(tmp_path / "EPIC_100_validation.csv").classes == ("take",)
 
 
+def test_what_spreadsheets_write_of_letters(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text("video\tstart\tend\tlabel\nä\t1,5\t2\tläuft\n", encoding="utf-16")
+    assert load_annotations(path).videos == (Video("ä", "unassigned", None, segments([(1.5, 2.0, "läuft")])),)
+    path.write_text("video\tstart\tend\tlabel\nä\t1,5\t2\tläuft\n", encoding="latin-1")
+    with pytest.raises(InputError, match=r"not UTF-8 text \(byte 22\); save it as UTF-8"):
+        load_annotations(path)
+
+
 def test_folders_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a folder without a file of labels"):
         load_annotations(tmp_path)
@@ -203,7 +240,8 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
     for name, subset in (("a", "training"), ("b", "validation")):
         (tmp_path / f"{name}.json").write_text(json.dumps({"database": {"v": {**entry, "subset": subset}}}))
     with pytest.raises(
-        InputError, match="video v has the subset validation, and another file of the folder says training"
+        InputError,
+        match="video v has the subset validation, and another file of the folder says training; name one file",
     ):
         load_annotations(tmp_path)
 

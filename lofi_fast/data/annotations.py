@@ -229,12 +229,18 @@ def require_text(path: Path) -> None:
 def _text(path: Path) -> str:
     require_text(path)
     try:
-        # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            mark = file.read(2)
+        # spreadsheets write byte order marks, which would become part of the first column's name, and some write UTF-16
+        is_utf_16 = mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        return path.read_text(encoding="utf-16" if is_utf_16 else "utf-8-sig")
     except OSError as error:
         raise InputError(f"--annotations {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"--annotations {path} is not UTF-8 text (byte {error.start})") from error
+        raise InputError(
+            f"--annotations {path} is not UTF-8 text (byte {error.start}); save it as UTF-8, which spreadsheets call "
+            "CSV UTF-8"
+        ) from error
 
 
 def _of_folder(folder: Path, clip: bool, options: FormatOptions, repairs: Repairs) -> tuple[list[Video], list[str]]:
@@ -291,7 +297,8 @@ def _together(one: Video, other: Video, path: Path) -> Video:
     subset = other.subset if one.subset == UNASSIGNED else one.subset
     if other.subset not in (subset, UNASSIGNED):
         raise InputError(
-            f"{path}: video {one.name} has the subset {other.subset}, and another file of the folder says {subset}"
+            f"{path}: video {one.name} has the subset {other.subset}, and another file of the folder says {subset}; "
+            "name one file, or a folder of those alone that are meant"
         )
     durations = [duration for duration in (one.duration, other.duration) if duration is not None]
     return replace(one, subset=subset, duration=max(durations, default=None), segments=one.segments + other.segments)

@@ -4,6 +4,7 @@
 
 Seconds. Subsets as they are told. Classes are numbers; a list of their names beside the file (class_list.txt,
 Charades_v1_classes.txt, category.txt: a number and a name a line) is used, and without one the number is the label.
+Actions that end before they start, of which Charades has seven, are dropped, and told.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lofi_fast.data.formats.file import LabelFile, check_name
+from lofi_fast.data.formats.file import LabelFile, check_name, plural, runs_backwards
 from lofi_fast.data.labels import UNASSIGNED, Video, duration_of, segment_of, subset_of
 from lofi_fast.errors import InputError
 
@@ -34,7 +35,7 @@ def read(file: LabelFile, content: Any) -> list[Video]:
     names = class_names(file.path.parent)
     videos = []
     unassigned = not any("subset" in entry for entry in content.values())
-    unnamed = set()
+    unnamed, backwards = set(), 0
     for name, entry in content.items():
         where = f"{file.path}: video {name}"
         check_name(name, str(file.path))
@@ -45,6 +46,9 @@ def read(file: LabelFile, content: Any) -> list[Video]:
         for i, action in enumerate(entry["actions"]):
             if not isinstance(action, list) or len(action) != 3:
                 raise InputError(f"{where}, action {i} needs [class, start, end]")
+            if runs_backwards(action[1], action[2]):
+                backwards += 1
+                continue
             number = str(action[0]).strip()
             label = names.get(number, number)
             if number not in names:
@@ -52,6 +56,8 @@ def read(file: LabelFile, content: Any) -> list[Video]:
             segments.append(segment_of(action[1], action[2], label, f"{where}, action {i}"))
         videos.append(file.made(name, subset, duration_of(entry.get("duration"), where), segments))
     file.note(f"read as {NAME}: seconds, subsets as told")
+    if backwards:
+        file.note(f"{plural(backwards, 'action')} dropped: the end is before the start")
     if unnamed:
         file.note(
             f"{len(unnamed)} classes have no name, and their numbers are the labels; put a list of names beside it as "

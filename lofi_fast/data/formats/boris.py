@@ -4,7 +4,8 @@ An event is [seconds, subject, behaviour, modifiers, comment, ...] on the observ
 after the other count on, and the observation's "time offset" is added. State events come in pairs, a start and a stop
 of one subject, behaviour and modifiers; point events are segments that start and end at once. The label is the
 behaviour. There are no subsets. Dropped, and told: observations without media (live, pictures), events that lack their
-pair, and second players, which show the same scene.
+pair, and second players, which show the same scene. Where an observation counts from the dates at which its media were
+made ("media_creation_date_as_offset"), a time is such a date and seconds of that medium.
 """
 
 from __future__ import annotations
@@ -98,8 +99,12 @@ def read(file: LabelFile, content: Any) -> list[Video]:
         offset = seconds_of(one.get("time offset", 0.0)) or 0.0
         events = [_event(event, states, offset, f"{where}, event {i}") for i, event in enumerate(one["events"])]
         dropped.unknown.update(event.behavior for event in events if event.behavior not in states)
-        media = [(names[path], lengths.get(path)) for path in queue]
-        place(found, [event for event in events if event.behavior in states], media, dropped, where)
+        known = [event for event in events if event.behavior in states]
+        if one.get("media_creation_date_as_offset") is True:
+            dates = [(names[path], _made(one, path), lengths.get(path)) for path in queue]
+            _place_by_date(found, known, dates, dropped, where)
+        else:
+            place(found, known, [(names[path], lengths.get(path)) for path in queue], dropped, where)
     file.note(f"read as {NAME}: seconds; labels are behaviours, whatever subject and modifiers; no subsets")
     if several := [name for name, count in seen.items() if count > 1]:
         file.note(
@@ -116,6 +121,7 @@ class Dropped:
 
     without_media: int = 0
     players: int = 0
+    dated: int = 0
     unplaced: int = 0
 
     def __post_init__(self) -> None:
@@ -127,6 +133,10 @@ class Dropped:
             file.note(f"{plural(self.without_media, 'observation')} without media files dropped")
         if self.players:
             file.note(f"{plural(self.players, 'player')} beside the first left out: they show the same scene")
+        if self.dated:
+            file.note(
+                f"{plural(self.dated, 'segment')} dropped: the times are dates, and no medium is told to be of then"
+            )
         if self.unpaired:
             counts = shown(f"{count} of {behavior}" for behavior, count in self.unpaired.items())
             file.note(f"{plural(self.unpaired.total(), 'state event')} without a pair dropped ({counts})")
@@ -161,6 +171,36 @@ def put(
         found.segment(medium, start, end, segment.label, where)
 
 
+def _place_by_date(
+    found: Gathered,
+    events: Sequence[Event],
+    media: Sequence[tuple[str, float | None, float | None]],
+    dropped: Dropped,
+    where: str,
+) -> None:
+    """The same where times are dates; `media`: names, the date of each in seconds, and their lengths."""
+    dated = sorted(
+        ((begin, name, length) for name, begin, length in media if begin is not None), key=lambda one: one[0]
+    )
+    spans = []  # name, first and last date
+    for number, (begin, name, length) in enumerate(dated, 1):
+        later = dated[number][0] if number < len(dated) else float("inf")
+        spans.append((name, begin, later if length is None else begin + length))
+    segments, unpaired = paired(events)
+    dropped.unpaired += unpaired
+    for segment in segments:
+        is_point = segment.start == segment.end
+        touched = [
+            (name, begin, end)
+            for name, begin, end in spans
+            if (begin <= segment.start <= end if is_point else segment.start < end and segment.end > begin)
+        ]
+        dropped.dated += not touched
+        for name, begin, end in touched:
+            start, stop = max(segment.start, begin) - begin, min(segment.end, end) - begin
+            found.segment(name, round(start, 6), round(stop, 6), segment.label, where)
+
+
 def _event(event: Any, states: Mapping[str, bool], offset: float, where: str) -> Event:
     if not isinstance(event, list) or len(event) < 3:
         raise InputError(f"{where} must be [seconds, subject, behaviour, ...]")
@@ -187,6 +227,14 @@ def media_lengths(observation: Mapping[str, Any]) -> dict[str, float]:
     lengths = info.get("length") if isinstance(info, dict) else None
     told = {str(path): seconds_of(value) for path, value in lengths.items()} if isinstance(lengths, dict) else {}
     return {path: seconds for path, seconds in told.items() if seconds is not None and seconds > 0}
+
+
+def _made(observation: Mapping[str, Any], path: str) -> float | None:
+    """When a medium was made, in seconds of the Unix epoch. BORIS writes its path with forward slashes here."""
+    info = observation.get("media_info")
+    dates = info.get("media_creation_time") if isinstance(info, dict) else None
+    told = {key.replace("\\", "/"): seconds_of(date) for key, date in dates.items()} if isinstance(dates, dict) else {}
+    return told.get(path.replace("\\", "/"))
 
 
 def _objects(of: Any, where: str) -> list[dict[str, Any]]:

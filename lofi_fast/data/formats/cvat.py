@@ -3,7 +3,7 @@
 A track's label lasts from a frame in which its shape is there to one in which it is outside; without --label it is the
 track's own, and with it the value of the attribute of that name. Consecutive frames with one tag are a segment. Frames
 count from 0 and a last frame belongs to its segment; --fps says how many there are a second, or else the videos do.
-The video is a task's source. No subsets, except where an image says so.
+The video is a task's source. No subsets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ Run = tuple[int, int, str]  # first frame, the frame after the last, label
 
 
 def recognises(content: Element) -> bool:
-    return content.tag == "annotations" and (content.find("track") is not None or content.find("image") is not None)
+    # a task without a label has neither tracks nor images
+    return content.tag == "annotations" and any(
+        content.find(path) is not None for path in ("track", "image", "meta/task", "meta/job", "meta/project")
+    )
 
 
 def read(file: LabelFile, content: Element) -> list[Video]:
@@ -43,9 +46,11 @@ def read(file: LabelFile, content: Element) -> list[Video]:
         runs[names[path]] += own
     frames: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     steps: dict[str, int] = {}
+    untagged = 0
     for image in content.iter("image"):
         path, step = sources.get(image.get("task_id", ""), next(iter(sources.values())))
         steps[names[path]] = step
+        untagged += image.find("tag") is None and any(shape.tag in SHAPES for shape in image)
         for tag in image.iter("tag"):
             frames[names[path]][_value(file, tag) or ""].append(_number(file, image, "id"))
     for name, tags in frames.items():
@@ -60,6 +65,10 @@ def read(file: LabelFile, content: Element) -> list[Video]:
             found.segment(name, first / rates[name], after / rates[name], label, where)
     told = ", ".join(f"{rate:g}" for rate in sorted(set(rates.values()))) or "any number"
     file.note(f"read as {NAME}: frames from 0, {told} a second; no subsets")
+    if untagged:
+        file.note(
+            f"{plural(untagged, 'image')} with shapes and without a tag left out: CVAT for video has them in time"
+        )
     if nameless:
         file.note(f"{plural(nameless, 'track')} without a visible shape, or without the attribute, dropped")
     return found.videos()
@@ -93,7 +102,7 @@ def _of_track(file: LabelFile, track: Element, step: int) -> Iterator[Run]:
     last = 0
     carried: str | None = None  # a mutable attribute stays until it is changed
     for frame, shape in shapes:
-        outside = shape.get("outside") == "1"
+        outside = _is_outside(shape)
         carried = _value(file, shape, track) or carried
         now = None if outside else carried
         if now != label:
@@ -103,6 +112,13 @@ def _of_track(file: LabelFile, track: Element, step: int) -> Iterator[Run]:
         last = frame
     if label is not None:
         yield since, last + step, label
+
+
+def _is_outside(shape: Element) -> bool:
+    """A skeleton itself does not say so, but each of its points does."""
+    if shape.tag == "skeleton" and shape.get("outside") is None and len(shape):
+        return all(_is_outside(part) for part in shape if part.tag in SHAPES)
+    return shape.get("outside") == "1"
 
 
 def _value(file: LabelFile, element: Element, track: Element | None = None) -> str | None:

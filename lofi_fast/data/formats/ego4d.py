@@ -24,7 +24,9 @@ OPTIONS = frozenset[str]()
 
 def recognises(content: Any) -> bool:
     listed = content.get("videos") if isinstance(content, dict) else None
-    return isinstance(listed, list) and all(isinstance(one, dict) and "video_uid" in one for one in listed)
+    if not isinstance(listed, list) or not all(isinstance(one, dict) and "video_uid" in one for one in listed):
+        return False
+    return any("clips" in one for one in listed)  # Goal-Step has videos alone
 
 
 def read(file: LabelFile, content: Any) -> list[Video]:

@@ -4,11 +4,13 @@ so itself.
 The label is an annotation's value, and the tier's name where the value is empty. Read are the tiers that --tiers names,
 and otherwise all that depend on no other one and have times. An annotation that refers to another one has its times.
 Slots without a value divide the time between their neighbours evenly, as ELAN draws them. The video is the first media
-file that is one; its TIME_ORIGIN is where the annotations' clock begins on the video's. There are no subsets.
+file that is one, by its MIME type or, where that says neither video nor audio, by its name; its TIME_ORIGIN is where
+the annotations' clock begins on the video's. There are no subsets.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, file_names, plural, shown
 from lofi_fast.data.labels import Video
+from lofi_fast.data.matching import EXTENSIONS
 from lofi_fast.detections import Detection, lanes
 from lofi_fast.errors import InputError
 from lofi_fast.files import write_bytes
@@ -59,7 +62,8 @@ def read(file: LabelFile, content: Element) -> list[Video]:
                 unplaced[tier.name] += 1
                 continue
             start, end = (round(at * _UNITS[unit] + origin, 6) for at in times[key])
-            found.segment(name, start, end, value.strip() or tier.name, f"{where}, annotation {key}")
+            label = re.sub(r"\s*[\r\n]\s*", " ", value.strip())  # ELAN takes several lines
+            found.segment(name, start, end, label or tier.name, f"{where}, annotation {key}")
     told = f"the tiers {shown(file.options.tiers)}" if file.options.tiers else "tiers that depend on no other one"
     file.note(f"read as {NAME}: {unit}; labels are the values on {told}; no subsets")
     if others := [tier for tier in tiers if tier not in {t.name for t in chosen}]:
@@ -74,9 +78,10 @@ def read(file: LabelFile, content: Element) -> list[Video]:
 def _media(file: LabelFile, header: Element | None) -> tuple[str, float]:
     """(name of the video, seconds of its clock at which the annotations' clock begins)."""
     found = [] if header is None else list(header.iter("MEDIA_DESCRIPTOR"))
-    videos = [one for one in found if one.get("MIME_TYPE", "").startswith("video")]
-    if not found:
-        return file.path.stem, 0.0
+    videos = [one for one in found if _is_video(one)]
+    if not found:  # ELAN of before 2004 names one file in the header itself
+        named = "" if header is None else header.get("MEDIA_FILE", "").strip()
+        return file_names([named])[named] if named else file.path.stem, 0.0
     chosen = (videos or found)[0]
     url = chosen.get("MEDIA_URL") or chosen.get("RELATIVE_MEDIA_URL") or file.path.stem
     name = file_names([url])[url]
@@ -87,6 +92,12 @@ def _media(file: LabelFile, header: Element | None) -> tuple[str, float]:
         return name, int(origin) / 1000
     except (ValueError, OverflowError):
         raise InputError(f"{file.path}: its medium has the TIME_ORIGIN {origin!r}; it must be milliseconds") from None
+
+
+def _is_video(medium: Element) -> bool:
+    kind = medium.get("MIME_TYPE", "")
+    url = medium.get("MEDIA_URL") or medium.get("RELATIVE_MEDIA_URL") or ""
+    return kind.startswith("video") or (not kind.startswith("audio") and Path(url).suffix.lower() in EXTENSIONS)
 
 
 def _tier(element: Element) -> _Tier:
@@ -221,5 +232,5 @@ def write(path: Path, detections: Sequence[Detection], medium: Medium) -> None:
 
 
 def _text(label: str) -> str:
-    """Without the control characters that XML has no form for."""
-    return "".join(character for character in label if character >= " ")
+    """In one line, without the control characters that XML has no form for."""
+    return "".join(character for character in re.sub(r"[\t\r\n]+", " ", label) if character >= " ")

@@ -4,6 +4,7 @@ Times are hh:mm:ss.ff in start_timestamp and stop_timestamp. The file's name tel
 noun, and both together are the action; --label says which is wanted, the verb where it does not. The class is the
 number in verb_class or noun_class, since people used many words for one class; its name is that of
 EPIC_100_verb_classes.csv or EPIC_100_noun_classes.csv where they lie beside, and otherwise its most frequent word.
+EPIC-SOUNDS, whose tables have the same times, says the class in words.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ def read(file: LabelFile, table: Table) -> list[Video]:
         raise InputError(f"{file.path}: --label {kind} is none of EPIC-KITCHENS-100; it is verb, noun or action")
     parts = ("verb", "noun") if kind == "action" else (kind,)
     labelled = all(f"{part}_class" in table.columns for part in parts)
+    of_sounds = not labelled and "class" in table.columns
+    if of_sounds and file.options.label:
+        raise InputError(f"{file.path}: --label {kind} is none of EPIC-SOUNDS; leave it out")
     rows = list(table.rows())
     names = [_names(file, part, rows) for part in parts] if labelled else []
     seconds = _seconds(file)
@@ -43,7 +47,12 @@ def read(file: LabelFile, table: Table) -> list[Video]:
         if labelled:
             words = [of(cell[f"{part}_class"], where) for part, of in zip(parts, names, strict=True)]
             found.segment(name, cell["start_timestamp"], cell["stop_timestamp"], " ".join(words), where)
+        elif of_sounds:
+            found.segment(name, cell["start_timestamp"], cell["stop_timestamp"], cell["class"], where)
     told = "no subset" if subset == UNASSIGNED else f"the subset {subset}"
+    if of_sounds:
+        file.note(f"read as EPIC-SOUNDS: hh:mm:ss; its name tells {told}; labels are its classes")
+        return found.videos()
     file.note(
         f"read as {NAME}: hh:mm:ss; its name tells {told}; labels are its {kind}s"
         f"{'' if file.options.label else ' (--label noun or --label action for others)'}"

@@ -15,7 +15,17 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from lofi_fast.config import FPS, LABEL, TIERS, DataConfig
-from lofi_fast.data.labels import UNASSIGNED, Repairs, Segment, Video, duration_of, repaired, segment_of, subset_named
+from lofi_fast.data.labels import (
+    UNASSIGNED,
+    Repairs,
+    Segment,
+    Video,
+    duration_of,
+    repaired,
+    seconds_of,
+    segment_of,
+    subset_named,
+)
 from lofi_fast.data.matching import EXTENSIONS, match_videos
 from lofi_fast.data.video import stated_duration, stated_rate
 from lofi_fast.errors import InputError
@@ -179,6 +189,12 @@ class Gathered:
         ]
 
 
+def runs_backwards(start: object, end: object) -> bool:
+    """Whether an action ends before it starts, as a few of Charades as it is published do."""
+    first, last = seconds_of(start), seconds_of(end)
+    return first is not None and last is not None and first > last
+
+
 def check_name(name: object, where: str) -> None:
     """Raises InputError, which begins with `where`, for a name that no video file can have."""
     if not isinstance(name, str) or not name.strip():
@@ -240,7 +256,7 @@ class Table:
         strips = self._separator != "\t"
         self._reader = csv.reader(io.StringIO(rest, newline=""), delimiter=self._separator, skipinitialspace=strips)
         try:
-            self.columns = [column.strip().lower() for column in next(self._reader, [])]
+            self.columns = _without_blanks([column.strip().lower() for column in next(self._reader, [])])
         except csv.Error as error:
             raise self._invalid(error) from error
 
@@ -256,6 +272,8 @@ class Table:
                 if not any(cell.strip() for cell in row):
                     continue
                 where = f"{self.path} line {self._skipped + self._reader.line_num}"
+                if len(row) > len(self.columns) >= len(_without_blanks(row)):
+                    row = row[: len(self.columns)]
                 if len(row) != len(self.columns):
                     if row[0].lstrip().startswith("#"):
                         continue  # a comment
@@ -266,6 +284,12 @@ class Table:
 
     def _invalid(self, error: csv.Error) -> InputError:
         return InputError(f"{self.path} line {self._skipped + self._reader.line_num} is not valid CSV: {error}")
+
+
+def _without_blanks(cells: list[str]) -> list[str]:
+    """Without the empty cells behind the last one, which spreadsheets leave where something was deleted."""
+    last = max((place for place, cell in enumerate(cells, 1) if cell.strip()), default=0)
+    return cells[:last]
 
 
 _LINE = re.compile(r"([^\r\n]*)(?:\r\n|\r|\n|$)")

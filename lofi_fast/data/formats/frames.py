@@ -31,7 +31,8 @@ Run = tuple[int, int, str]  # first frame from 0, the frame after the last, labe
 def recognises(text: str) -> bool:
     lines = [line for line in text.splitlines() if line.strip()]
     if len(lines) >= 2 and _is_table(lines[0]):
-        return True
+        # Cholec80 has such a table of when each frame is shown, too
+        return not re.fullmatch(r"\s*\d+\t\s*\d+:\d{2}(?::\d{2})?(?:\.\d*)?\s*", lines[1])
     if lines and all(_RUN.fullmatch(line) for line in lines):
         return True
     plain = len(lines) >= 2 and not any(re.search(r"[,;\t|{}<>]", line) for line in lines[:1000])

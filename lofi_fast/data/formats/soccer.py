@@ -4,18 +4,18 @@ SoccerNet-v2 has a file for each game, Labels-v2.json, with "position" in millis
 which the number before the dash is the half. A half is a video, GAME/1_720p or the like: the file that is there in
 --videos, and GAME/1 without them. OpenSportsLab's version 2 lists "data" with "inputs" (the path of the video) and
 "events" with "position_ms"; version 1 lists "videos" with "path" and "annotations". Subsets: as an item says
-("split"), or the file's name, or none.
+("split"), or the file's metadata, or its name, or none.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, file_names, plural
-from lofi_fast.data.labels import UNASSIGNED, Video, seconds_of, subset_named
+from lofi_fast.data.formats.file import Gathered, LabelFile, file_names, plural, shown
+from lofi_fast.data.labels import UNASSIGNED, Video, seconds_of, subset_named, subset_of
 from lofi_fast.data.matching import EXTENSIONS
 from lofi_fast.errors import InputError
 
@@ -46,7 +46,10 @@ def read(file: LabelFile, content: Any) -> list[Video]:
     if "annotations" in content:
         return _game(file, content)
     listed = content["data"] if "data" in content else content["videos"]
-    return _listed(file, listed)
+    facts = content.get("metadata")
+    split = facts.get("split") if isinstance(facts, dict) else None
+    of_all = "testing" if split == "challenge" else subset_named(split) if isinstance(split, str) else None
+    return _listed(file, listed, of_all or file.subset_of_name())
 
 
 def _game(file: LabelFile, content: Mapping[str, Any]) -> list[Video]:
@@ -85,7 +88,8 @@ def _half(file: LabelFile, game: str, half: str) -> str:
     return f"{game}/{half}"
 
 
-def _listed(file: LabelFile, items: list[Any]) -> list[Video]:
+def _listed(file: LabelFile, items: list[Any], of_file: str) -> list[Video]:
+    """`of_file`: the subset of items that tell none."""
     paths: dict[int, str] = {}
     for i, item in enumerate(items):
         where = f"{file.path}: item {i}"
@@ -93,30 +97,47 @@ def _listed(file: LabelFile, items: list[Any]) -> list[Video]:
             raise InputError(f"{where} must be an object")
         paths[i] = _path(item, where)
     names = file_names(paths.values())
-    found, others, of_file = Gathered(file), 0, file.subset_of_name()
+    found, others = Gathered(file), 0
+    heads = sorted({str(event["head"]) for item in items for event in _events(item) if "head" in event})
+    wanted = file.options.label if len(heads) > 1 else None
+    if wanted is not None and wanted not in heads:
+        raise InputError(f"{file.path}: --label {wanted}: it has no such head, but {shown(heads, 12)}")
+    subsets = set()
     for i, item in enumerate(items):
         name = names[paths[i]]
         where = f"{file.path}: video {name}"
-        subset = subset_named(str(item["split"])) if "split" in item else of_file
+        subset = _split(item["split"], where) if "split" in item else of_file
+        subsets.add(subset)
         found.video(name, where, subset=subset)
-        events = item["events"] if "events" in item else item.get("annotations", [])
+        events = item.get("events", item.get("annotations", []))
         if not isinstance(events, list):
             raise InputError(f'{where} needs a list "events"')
-        heads = {str(event.get("head")) for event in events if isinstance(event, dict) and "head" in event}
         for k, event in enumerate(events):
             at = f"{where}, event {k}"
             if not isinstance(event, dict):
                 raise InputError(f"{at} must be an object")
-            if file.options.label and len(heads) > 1 and event.get("head") != file.options.label:
+            if wanted is not None and event.get("head") != wanted:
                 others += 1
                 continue
             point = _seconds(event, "position_ms" if "position_ms" in event else "position", at)
             found.segment(name, point, point, event.get("label"), at)
-    told = "no subsets" if of_file == UNASSIGNED else "subsets by split or the file's name"
+    told = "no subsets" if subsets <= {UNASSIGNED} else "subsets by split or the file's name"
     file.note(f"read as OpenSportsLab's: points in milliseconds; {told}")
+    if len(heads) > 1 and wanted is None:
+        file.note(f"events of the heads {shown(heads)} are put together; --label names one of them")
     if others:
-        file.note(f"{plural(others, 'event')} of other heads than --label {file.options.label} dropped")
+        file.note(f"{plural(others, 'event')} of other heads than --label {wanted} dropped")
     return found.videos()
+
+
+def _events(item: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    listed = item.get("events", item.get("annotations", []))
+    yield from (event for event in listed if isinstance(event, dict)) if isinstance(listed, list) else ()
+
+
+def _split(value: object, where: str) -> str:
+    """A subset; SoccerNet's challenge is a test of which the labels are kept back."""
+    return "testing" if value == "challenge" else subset_of(value, where)
 
 
 def _path(item: Mapping[str, Any], where: str) -> str:

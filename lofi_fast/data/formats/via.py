@@ -63,7 +63,8 @@ def read_text(file: LabelFile) -> list[Video]:
     header = _HEADER.search(file.text)
     assert header is not None  # it was recognised by it
     columns = [column.strip() for column in re.split(r"[,\t]", header[1]) if column.strip()]
-    attributes = _json(match[1] if (match := _ATTRIBUTE.search(file.text)) else "{}", f"{file.path}: ATTRIBUTE")
+    told = _ATTRIBUTE.search(file.text)
+    attributes = _json(told[1] if told else "{}", f"{file.path}: ATTRIBUTE")
     entries = []
     before = file.text[: header.end()].count("\n") + 1
     body = file.text[header.end() :].lstrip("\r\n")
@@ -86,7 +87,13 @@ def read_text(file: LabelFile) -> list[Video]:
             entries.append((path, z, bool(spatial), _json(cell.get("metadata", "{}"), line), line))
     except csv.Error as error:
         raise InputError(f"{file.path} line {before + reader.line_num} is not valid CSV: {error}") from error
-    return _videos(file, [path for path, *_ in entries], entries, attributes)
+    videos = _videos(file, [path for path, *_ in entries], entries, attributes)
+    if told is None and any(segment.label.isdigit() for video in videos for segment in video.segments):
+        file.note(
+            "its line ATTRIBUTE is gone or changed, as spreadsheets do, so that numbers of options are labels; export "
+            "it again, or take the project"
+        )
+    return videos
 
 
 def _videos(
