@@ -1,14 +1,16 @@
 """The picture at the head of README.md: what a training finds in validation videos, and its memory against the budget
 beside a neighbour that takes some of it.
 
-The demo is trained whole, as `python -m lofi_fast.train` does, with fidelity up to full, within a budget; from its
-joint stage on a second process takes and frees memory (`bench.tools.neighbour`). A row holds what is drawn, so the
-picture can be drawn again from it.
+The demo is trained with fidelity up to full within a budget; in its joint stage a second process takes and frees memory
+(`bench.tools.neighbour`). The head is trained when that process has gone. A row holds what is drawn, so the picture can
+be drawn again from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import astuple
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from bench.commands.planner import run
 from bench.tools.logs import read_log
-from bench.tools.rows import RESULTS, Row, append_row, environment, read_rows
+from bench.tools.rows import RESULTS, ROOT, Row, append_row, environment, read_rows
 from bench.tools.table import Picture, Section, screen, when
 from lofi_fast.budget import parse_bytes
 from lofi_fast.errors import InputError
@@ -43,21 +45,25 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--least {args.least} leaves all of --budget {args.budget}: name less, or --alone")
     start = environment()
     with tempfile.TemporaryDirectory(prefix="bench-pictures-", ignore_cleanup_errors=True) as name:
-        out = Path(name) / "run"
+        encoder, detector = Path(name) / "encoder", Path(name) / "detector"
         flags = ["--min-cut", "1", "--device", "cpu", "--mem-budget", str(budget), "--cache", f"{name}/cache", *more]
-        told = run([*flags, "--out", str(out)], out, None if args.alone else (budget, least))
+        first = [*flags, "--stages", "pretrain,joint", "--out", str(encoder)]
+        told = run(first, encoder, None if args.alone else (budget, least))
         if told["refused"]:
             raise InputError(f"nothing to draw: {told['refused']}")
-        row = {"bench": "pictures", "flags": more, "budget": budget} | told | _drawn(out) | start
+        weights = ["--encoder-weights", str(encoder / "checkpoints" / "last.pt")]
+        command = [*flags, *weights, "--stages", "head,eval", "--out", str(detector)]
+        subprocess.run([sys.executable, "-m", "lofi_fast.train", *command], cwd=ROOT, check=True)
+        row = {"bench": "pictures", "flags": more, "budget": budget} | told | _drawn(encoder, detector) | start
         append_row(args.results, row)
     print(screen(table([row])))
     return 0
 
 
-def _drawn(out: Path) -> Row:
-    """Of a finished run what the figure shows: columns of its joint steps, and some videos."""
-    steps = [event for event in read_log(out) if isinstance(event, events.Step) and event.stage == "joint"]
-    found = read_run(out)
+def _drawn(encoder: Path, detector: Path) -> Row:
+    """Of two finished runs what the figure shows: columns of the joint steps, and some videos."""
+    steps = [event for event in read_log(encoder) if isinstance(event, events.Step) and event.stage == "joint"]
+    found = read_run(detector)
     shown = timelines(found.ground_truth, found.predictions, VIDEOS)
     return {
         "columns": {name: [getattr(step, name) for step in steps] for name in COLUMNS},
