@@ -170,7 +170,6 @@ def small() -> Config:
             epochs=40, batch=8, optimizer="adamw", lr=1e-3, weight_decay=0.02, schedule="cosine"
         ),
         detect=DetectConfig(tious="thumos", top_k=None),
-        min_cut=4.0,
     )
 
 
@@ -187,6 +186,7 @@ def demo() -> Config:
         pretrain=replace(base.pretrain, epochs=6),
         joint=replace(base.joint, epochs=6, batch=4),
         head_stage=replace(base.head_stage, epochs=25),
+        min_cut=4.0,
     )
 
 

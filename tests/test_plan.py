@@ -206,13 +206,16 @@ def test_what_was_traded_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "100 snippets x 224 px needs" in low["traded"]["spatial"][0]
 
 
-def test_small_and_demo_say_what_their_least_cut_costs(capsys: pytest.CaptureFixture[str]) -> None:
-    for preset, full in (("small", "64 snippets x 96 px"), ("demo", "32 snippets x 64 px")):
-        (note,) = (
-            n for n in forecast(capsys, "--mem-budget", "8GB", "--preset", preset)["notes"] if "--min-cut 4" in n
-        )
+def test_a_least_cut_says_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    def notes(*flags: str) -> list[str]:
+        return [note for note in forecast(capsys, "--mem-budget", "8GB", *flags)["notes"] if "min-cut 4 keeps" in note]
+
+    for flags, full in (
+        (("--preset", "small", "--min-cut", "4"), "64 snippets x 96 px"), (("--preset", "demo"), "32 snippets x 64 px"),
+    ):  # fmt: skip
+        (note,) = notes(*flags)
         assert full in note and "--min-cut 1" in note
-    assert not any("min-cut 4 keeps" in note for note in forecast(capsys, "--mem-budget", "8GB")["notes"])
+    assert not notes() and not notes("--preset", "small")
 
 
 @pytest.mark.parametrize(
