@@ -25,7 +25,8 @@
 #else
 #define LOFI_FAST_CLONES
 #endif
-#define LOFI_FAST_INLINE inline __attribute__((always_inline))
+#define LOFI_FAST_INLINED __attribute__((always_inline))  // of a lambda
+#define LOFI_FAST_INLINE inline LOFI_FAST_INLINED
 
 namespace lofi_fast {
 

@@ -20,8 +20,9 @@ from lofi_fast.kernels.conv3x3 import reference
 
 pytestmark = pytest.mark.usefixtures("poison", "native")
 
-# (N, C, K, H, W): paths through the C++ form. Tiles are 4 x 4; panels 64, 32 or 16 outputs; blocks of 24 tiles where
-# there are at least K of them, else all at once in blocks of 96; sums over tiles in blocks of 48 or more.
+# (N, C, K, H, W): paths through the C++ form. Tiles are 4 x 4, smaller ones at the lower and right edges; panels 64, 32
+# or 16 outputs; blocks of 24 tiles where there are at least K of them, else all at once in blocks of 96; sums over
+# tiles in blocks of 48 or more, which are packed where they have 8,192 numbers, all at once or block by block.
 SHAPES = {
     "whole-tiles": (2, 16, 16, 8, 12),
     "odd-pixels": (3, 16, 32, 7, 9),
@@ -36,6 +37,9 @@ SHAPES = {
     "many-tiles": (4, 16, 16, 23, 30),
     "many-tiles-of-32": (3, 32, 32, 20, 20),
     "several-blocks-of-few": (2, 16, 192, 30, 28),
+    "packed-at-once": (4, 128, 128, 16, 16),
+    "packed-in-blocks": (3, 128, 128, 18, 24),
+    "no-whole-tile": (70, 32, 64, 3, 3),
     "no-images": (0, 16, 16, 4, 4),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -90,6 +94,22 @@ def test_gradients_equal_those_of_a_float64_convolution(shape: tuple[int, ...]) 
             assert torch.equal(got, both) if wanted else got.shape == (0,)
 
 
+@pytest.mark.parametrize("height", range(1, 9))
+def test_sides_of_any_length_equal_a_float64_convolution(height: int) -> None:
+    """Tiles of every size that are left over below and to the right, beside whole ones or alone."""
+    for width in range(1, 9):
+        problem = Problem((3, 16, 16, height, width), seed=width)
+        out = torch.ops.lofi_fast.conv3x3(problem.x, problem.weight, None, False)
+        exact = F.conv2d(problem.x.double(), problem.weight.double(), padding=1)
+        assert_close(out, exact, 9 * 16)
+        found = torch.ops.lofi_fast.conv3x3_backward(problem.grad, problem.x, problem.weight, False, True, True)
+        expected = reference.conv3x3_backward(
+            problem.grad.double(), problem.x.double(), problem.weight.double(), False, True, True
+        )
+        for got, exactly, terms in zip(found, expected, (9 * 16, 3 * height * width), strict=True):
+            assert_close(got, exactly, terms)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_gives_the_same_bits(layout: str) -> None:
     shape = SHAPES["odd-pixels"]
@@ -107,7 +127,10 @@ def restore_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", ["many-tiles", "three-panels-of-64", "several-blocks-of-few", "one-pixel"])
+@pytest.mark.parametrize(
+    "name",
+    ["many-tiles", "three-panels-of-64", "several-blocks-of-few", "one-pixel", "packed-at-once", "packed-in-blocks"],
+)
 @pytest.mark.usefixtures("restore_threads")
 def test_threads_do_not_change_a_bit(name: str) -> None:
     problem = Problem(SHAPES[name])
@@ -189,11 +212,10 @@ def test_its_operations_are_counted_as_a_convolutions() -> None:
 
 def test_where_it_is_said_to_be_faster() -> None:
     weight = torch.zeros(32, 16, 3, 3)
-    assert conv3x3_is_faster(torch.zeros(8, 16, 8, 8), weight)  # 32 tiles
-    assert not conv3x3_is_faster(torch.zeros(7, 16, 8, 8), weight)
-    assert conv3x3_is_faster(torch.zeros(32, 16, 3, 3), weight)  # 9 of 16 outputs are there
-    assert not conv3x3_is_faster(torch.zeros(32, 16, 3, 2), weight)
-    assert not conv3x3_is_faster(torch.zeros(32, 16, 5, 5), weight)
+    assert conv3x3_is_faster(torch.zeros(4, 16, 8, 8), weight)  # 256 pixels
+    assert not conv3x3_is_faster(torch.zeros(3, 16, 8, 8), weight)
+    assert conv3x3_is_faster(torch.zeros(64, 16, 2, 2), weight)
+    assert conv3x3_is_faster(torch.zeros(32, 16, 5, 5), weight)
     assert not conv3x3_is_faster(torch.zeros(32, 8, 8, 8), torch.zeros(32, 8, 3, 3))
     assert not conv3x3_is_faster(torch.zeros(32, 16, 8, 8), torch.zeros(24, 16, 3, 3))
     assert not conv3x3_is_faster(torch.zeros(32, 16, 8, 8), torch.zeros(32, 16, 1, 1))
@@ -236,8 +258,11 @@ def test_where_a_product_is_said_to_be_faster() -> None:
     weight = torch.zeros(128, 128, 3, 3)
     assert conv3x3_is_faster(torch.zeros(64, 128, 2, 1), weight)
     assert not conv3x3_is_faster(torch.zeros(63, 128, 2, 2), weight)
-    assert not conv3x3_is_faster(torch.zeros(64, 64, 2, 2), weight[:, :64])
+    assert not conv3x3_is_faster(torch.zeros(63, 64, 2, 2), weight[:, :64])
     assert not conv3x3_is_faster(torch.zeros(64, 128, 1, 3), weight)
+    assert conv3x3_is_faster(torch.zeros(1, 64, 1, 1), weight[:64, :64])  # the weight's middle
+    assert not conv3x3_is_faster(torch.zeros(1, 63, 1, 1), weight[:64, :63])
+    assert not conv3x3_is_faster(torch.zeros(63, 128, 1, 1).bfloat16(), weight.bfloat16())
     assert not conv3x3_is_faster(torch.zeros(64, 128, 2, 2).double(), weight.double())
     assert not conv3x3_is_faster(torch.zeros(64, 128, 2, 2).bfloat16(), weight)
     assert conv3x3_is_faster(torch.zeros(64, 128, 2, 2).bfloat16(), weight, torch.bfloat16)

@@ -16,37 +16,36 @@ from . import product, reference
 __all__ = ["conv3x3", "conv3x3_backward", "conv3x3_is_faster"]
 
 CHANNELS = 16  # the C++ form's come in multiples of this
-TILE = 4  # its outputs are worked out in tiles of 4 x 4
-MIN_TILES = 32  # that pay for the transformed weight; measured with 16 to 512 channels
-# Images, and pairs of channels, from which the matrix of taps pays (`product`); measured with 32 to 512 channels.
+MIN_PIXELS = 256  # of all images, that pay for the transformed weight; measured with 16 to 512 channels
+# Images, and pairs of channels, from which the matrix of taps pays (`product`); measured with 32 to 512 channels. For
+# images of one pixel it is the weight's middle, which pays for any number of them.
 MIN_IMAGES, MIN_PAIRS = 64, 128 * 128
+MIN_PAIRS_OF_PIXELS = 64 * 64
 
 
 def conv3x3_is_faster(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether one of the forms here takes these arguments, and is faster with them than PyTorch's own convolution.
 
-    The C++ form is, in float32 on a CPU with AVX2 or AVX-512, where channels come in multiples of 16, unless most of
-    the tiles' area lies beyond the edge (images of 1, 2 or 5 pixels) or there are too few tiles. One matrix product is,
-    in float32 and bfloat16, for many images of 1 or 2 pixels a side with many channels. It says nothing of the stride.
+    The C++ form is, in float32 on a CPU with AVX2 or AVX-512, where channels come in multiples of 16, unless there are
+    too few pixels. One matrix product is, in float32 and bfloat16, for many images of 1 or 2 pixels a side with many
+    channels. It says nothing of the stride.
 
     Args:
         x: (N, C, H, W).
         weight: (K, C, h, w).
         dtype: what both are cast to before; None: as they are.
     """
-    return _by_tiles(x, weight, dtype) or _by_product(x, weight, dtype)
+    return _by_product(x, weight, dtype) or _by_tiles(x, weight, dtype)
 
 
 def _by_tiles(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> bool:
     if not x.is_cpu:
         return False
     num, channels, height, width = x.shape
-    tiles = num * -(-height // TILE) * -(-width // TILE)
     return (
         weight.shape[2:] == (3, 3)
         and channels % CHANNELS == weight.shape[0] % CHANNELS == 0
-        and tiles >= MIN_TILES
-        and num * height * width >= 9 * tiles
+        and num * height * width >= MIN_PIXELS
         and (dtype or x.dtype) == (dtype or weight.dtype) == torch.float32
         and weight.is_cpu
         and library.forms["cpu"]["conv3x3"] == "C++"
@@ -60,19 +59,24 @@ def _by_product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> 
         and weight.is_cpu
         and max(x.shape[2:]) <= product.LARGEST
         and weight.shape[2:] == (3, 3)
-        and x.shape[0] >= MIN_IMAGES
-        and weight.shape[0] * weight.shape[1] >= MIN_PAIRS
+        and _pays(x, weight.shape[0] * weight.shape[1])
         and (dtype or x.dtype) == (dtype or weight.dtype)
         and (dtype or x.dtype) in (torch.float32, torch.bfloat16)
     )
 
 
+def _pays(x: Tensor, pairs: int) -> bool:
+    if max(x.shape[2:]) == 1 and x.dtype is torch.float32:
+        return pairs >= MIN_PAIRS_OF_PIXELS
+    return x.shape[0] >= MIN_IMAGES and pairs >= MIN_PAIRS
+
+
 def _forms(x: Tensor, weight: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The convolution and its gradients, by the fastest form that takes these arguments."""
-    if _by_tiles(x, weight):
-        return torch.ops.lofi_fast.conv3x3, torch.ops.lofi_fast.conv3x3_backward
     if _by_product(x, weight):
         return torch.ops.lofi_fast.conv3x3_product, torch.ops.lofi_fast.conv3x3_product_backward
+    if _by_tiles(x, weight):
+        return torch.ops.lofi_fast.conv3x3, torch.ops.lofi_fast.conv3x3_backward
     return reference.conv3x3, reference.conv3x3_backward
 
 
@@ -80,10 +84,11 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = 
     """3x3 convolution, stride 1, zero padding 1, and where asked its bias and ReLU in the same pass.
 
     Where ``conv3x3_is_faster`` it is Winograd's F(4x4, 3x3) (Lavin and Gray 2016): 36 multiplications for each 16
-    outputs and pair of channels in place of 144. Its rounding errors are 2 to 8 times those of a direct float32
-    convolution (1e-6 of the result's norm at 512 channels; TF32, a GPU's default, has some 3e-4), and a NaN or an
-    infinity in x reaches the whole tiles that read it. Images of 1 or 2 pixels a side are one matrix product, whose
-    rounding is that of a direct convolution. Elsewhere it is PyTorch's.
+    outputs and pair of channels in place of 144; what a side has beyond a multiple of 4 is in smaller tiles. Its
+    rounding errors are 2 to 8 times those of a direct float32 convolution (some 2e-6 of the result's norm at 512
+    channels; TF32, a GPU's default, has some 3e-4), and a NaN or an infinity in x reaches the whole tiles that read it.
+    Many images of 1 or 2 pixels a side are one matrix product, whose rounding is that of a direct convolution.
+    Elsewhere it is PyTorch's.
 
     Args:
         x: (N, C, H, W) floating point, any strides.

@@ -8,6 +8,10 @@
 // so that for each of the 36 points of a tile there is one matrix product over channels, or over tiles. Interpolation
 // is at 0, +-sqrt(1/2), +-sqrt(2) and infinity: half the error of the usual 0, +-1, +-2, in as many operations.
 //
+// Where a side is no multiple of 4, what is left of it are tiles of 3, 2 or 1 outputs, which need 5, 4 or 3 of the 6
+// points along that side. At these points G is the one of whole tiles, so that all share the transformed weight; A and
+// B are their own. Images of 6 x 6 are then 100 products for each pair of channels, where whole tiles would take 144.
+//
 // Nothing here depends on the number of threads: a tile's outputs are worked out by one of them, and the sum over tiles
 // runs in their order.
 
@@ -17,6 +21,7 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -35,12 +40,18 @@ using torch::stable::Tensor;
 constexpr int kTile = 4;                      // outputs of a tile, along each axis
 constexpr int kIn = kTile + 2;                // its inputs
 constexpr int kPoints = kIn * kIn;            // products of a tile for each pair of channels
-constexpr int64_t kRows = 6;                  // of a matrix, kept in registers at a time
+constexpr int64_t kPanelRows = 6;             // of a matrix, kept in registers at a time
 constexpr int64_t kChannels = 16;             // channels come in multiples of this
 constexpr float kA = 0.70710678118654752440;  // the inner points of interpolation: sqrt(1/2)
 constexpr float kB = 1.41421356237309504880;  // the outer ones: sqrt(2)
 
-LOFI_FAST_INLINE int64_t whole_rows(int64_t count) { return (count + kRows - 1) / kRows * kRows; }
+// From the matrix of one point to the next one's: a line of the cache more than it has numbers. Apart by a power of two
+// bytes, all 36 would share a few lines, and the one number that is put into each would push out the others.
+LOFI_FAST_INLINE int64_t apart(int64_t numbers) { return numbers + 64 / static_cast<int64_t>(sizeof(float)); }
+
+constexpr int64_t kPacked = 8192;  // numbers of a matrix, from which on it is packed
+
+LOFI_FAST_INLINE int64_t even_rows(int64_t count) { return (count + 1) / 2 * 2; }
 
 template <int kBytes>
 struct Vector {
@@ -65,47 +76,103 @@ LOFI_FAST_INLINE void store(float* p, Lanes lanes) {
   reinterpret_cast<Unaligned<Lanes>*>(p)->lanes = lanes;
 }
 
-// The transforms along one axis; `from` and `to` are apart by whole vectors.
+// Where a tile of so many outputs along an axis is interpolated, of 0, sqrt(1/2), -sqrt(1/2), sqrt(2), -sqrt(2) and
+// infinity: as many points as it has inputs.
+constexpr int kPointsOf[kTile + 1][kIn] = {{}, {0, 1, 5}, {0, 1, 2, 5}, {0, 1, 2, 3, 5}, {0, 1, 2, 3, 4, 5}};
 
-// B^T: 6 inputs -> 6 points.
-template <typename Lanes>
+// The transforms along one axis; `from` and `to` are apart by whole vectors. Those of tiles are for kSize outputs.
+
+// B^T: kSize + 2 inputs -> as many points.
+template <int kSize, typename Lanes>
 LOFI_FAST_INLINE void transform_input(const Lanes* from, int from_step, Lanes* to, int to_step) {
-  const Lanes d0 = from[0], d1 = from[from_step], d2 = from[2 * from_step], d3 = from[3 * from_step],
-              d4 = from[4 * from_step], d5 = from[5 * from_step];
-  to[0] = d0 - 2.5f * d2 + d4;
-  const Lanes even_a = d4 - 2.f * d2, odd_a = kA * (d3 - 2.f * d1);
-  to[to_step] = even_a + odd_a;
-  to[2 * to_step] = even_a - odd_a;
-  const Lanes even_b = d4 - 0.5f * d2, odd_b = kB * (d3 - 0.5f * d1);
-  to[3 * to_step] = even_b + odd_b;
-  to[4 * to_step] = even_b - odd_b;
-  to[5 * to_step] = d1 - 2.5f * d3 + d5;
+  const Lanes d0 = from[0], d1 = from[from_step], d2 = from[2 * from_step];
+  if constexpr (kSize == 1) {
+    to[0] = d0 - kB * d1;
+    to[to_step] = (-1.5f * kB) * d1;
+    to[2 * to_step] = d2 - kA * d1;
+  } else if constexpr (kSize == 2) {
+    const Lanes d3 = from[3 * from_step];
+    to[0] = d0 - 2.f * d2;
+    const Lanes even = -1.5f * d2, odd = (-1.5f * kA) * d1;
+    to[to_step] = even + odd;
+    to[2 * to_step] = even - odd;
+    to[3 * to_step] = d3 - 0.5f * d1;
+  } else if constexpr (kSize == 3) {
+    const Lanes d3 = from[3 * from_step], d4 = from[4 * from_step];
+    to[0] = d0 - kA * d1 - 2.f * d2 + kB * d3;
+    to[to_step] = 1.5f * (kB * (d3 - d1) - d2);
+    to[2 * to_step] = kA * (d1 + d3) - 1.5f * d2;
+    const Lanes odd = kB * (d3 - 0.5f * d1);
+    to[3 * to_step] = 2.f * odd;
+    to[4 * to_step] = d4 - odd - 0.5f * d2;
+  } else {
+    const Lanes d3 = from[3 * from_step], d4 = from[4 * from_step], d5 = from[5 * from_step];
+    to[0] = d0 - 2.5f * d2 + d4;
+    const Lanes even_a = d4 - 2.f * d2, odd_a = kA * (d3 - 2.f * d1);
+    to[to_step] = even_a + odd_a;
+    to[2 * to_step] = even_a - odd_a;
+    const Lanes even_b = d4 - 0.5f * d2, odd_b = kB * (d3 - 0.5f * d1);
+    to[3 * to_step] = even_b + odd_b;
+    to[4 * to_step] = even_b - odd_b;
+    to[5 * to_step] = d1 - 2.5f * d3 + d5;
+  }
 }
 
-// A: 4 gradients of outputs -> 6 points.
-template <typename Lanes>
+// A: kSize gradients of outputs -> kSize + 2 points.
+template <int kSize, typename Lanes>
 LOFI_FAST_INLINE void transform_grad(const Lanes* from, int from_step, Lanes* to, int to_step) {
-  const Lanes y0 = from[0], y1 = from[from_step], y2 = from[2 * from_step], y3 = from[3 * from_step];
+  const Lanes y0 = from[0];
   to[0] = y0;
-  const Lanes even_a = y0 + 0.5f * y2, odd_a = kA * (y1 + 0.5f * y3);
-  to[to_step] = even_a + odd_a;
-  to[2 * to_step] = even_a - odd_a;
-  const Lanes even_b = y0 + 2.f * y2, odd_b = kB * (y1 + 2.f * y3);
-  to[3 * to_step] = even_b + odd_b;
-  to[4 * to_step] = even_b - odd_b;
-  to[5 * to_step] = y3;
+  if constexpr (kSize == 1) {
+    to[to_step] = y0;
+    to[2 * to_step] = y0;
+  } else if constexpr (kSize == 2) {
+    const Lanes y1 = from[from_step], odd = kA * y1;
+    to[to_step] = y0 + odd;
+    to[2 * to_step] = y0 - odd;
+    to[3 * to_step] = y1;
+  } else if constexpr (kSize == 3) {
+    const Lanes y1 = from[from_step], y2 = from[2 * from_step];
+    const Lanes even = y0 + 0.5f * y2, odd = kA * y1;
+    to[to_step] = even + odd;
+    to[2 * to_step] = even - odd;
+    to[3 * to_step] = y0 + kB * y1 + 2.f * y2;
+    to[4 * to_step] = y2;
+  } else {
+    const Lanes y1 = from[from_step], y2 = from[2 * from_step], y3 = from[3 * from_step];
+    const Lanes even_a = y0 + 0.5f * y2, odd_a = kA * (y1 + 0.5f * y3);
+    to[to_step] = even_a + odd_a;
+    to[2 * to_step] = even_a - odd_a;
+    const Lanes even_b = y0 + 2.f * y2, odd_b = kB * (y1 + 2.f * y3);
+    to[3 * to_step] = even_b + odd_b;
+    to[4 * to_step] = even_b - odd_b;
+    to[5 * to_step] = y3;
+  }
 }
 
-// A^T: 6 points -> 4 outputs.
-template <typename Lanes>
+// A^T: kSize + 2 points -> kSize outputs.
+template <int kSize, typename Lanes>
 LOFI_FAST_INLINE void transform_output(const Lanes* from, int from_step, Lanes* to, int to_step) {
-  const Lanes even_a = from[from_step] + from[2 * from_step], odd_a = kA * (from[from_step] - from[2 * from_step]);
-  const Lanes even_b = from[3 * from_step] + from[4 * from_step],
-              odd_b = kB * (from[3 * from_step] - from[4 * from_step]);
-  to[0] = from[0] + even_a + even_b;
-  to[to_step] = odd_a + odd_b;
-  to[2 * to_step] = 0.5f * even_a + 2.f * even_b;
-  to[3 * to_step] = 0.5f * odd_a + 2.f * odd_b + from[5 * from_step];
+  const Lanes p0 = from[0], p1 = from[from_step], p2 = from[2 * from_step];
+  if constexpr (kSize == 1) {
+    to[0] = p0 + p1 + p2;
+  } else if constexpr (kSize == 2) {
+    to[0] = p0 + p1 + p2;
+    to[to_step] = kA * (p1 - p2) + from[3 * from_step];
+  } else if constexpr (kSize == 3) {
+    const Lanes even = p1 + p2, p3 = from[3 * from_step];
+    to[0] = p0 + even + p3;
+    to[to_step] = kA * (p1 - p2) + kB * p3;
+    to[2 * to_step] = 0.5f * even + 2.f * p3 + from[4 * from_step];
+  } else {
+    const Lanes p3 = from[3 * from_step], p4 = from[4 * from_step];
+    const Lanes even_a = p1 + p2, odd_a = kA * (p1 - p2);
+    const Lanes even_b = p3 + p4, odd_b = kB * (p3 - p4);
+    to[0] = p0 + even_a + even_b;
+    to[to_step] = odd_a + odd_b;
+    to[2 * to_step] = 0.5f * even_a + 2.f * even_b;
+    to[3 * to_step] = 0.5f * odd_a + 2.f * odd_b + from[5 * from_step];
+  }
 }
 
 // G: 3 weights -> 6 points.
@@ -132,20 +199,94 @@ LOFI_FAST_INLINE void transform_weight_grad(const Lanes* from, int from_step, La
   to[2 * to_step] = (1 / 3.f) * (even_b - even_a) + from[5 * from_step];
 }
 
-// Tiles of channels-last images. The last ones of a row or column may reach over the edge, where there are zeros.
+// Tiles of one size in channels-last images: `down` x `across` to an image, from (top, left) on.
 struct Tiles {
-  int64_t num, height, width;
-  int64_t down, across;
-
-  Tiles(int64_t num, int64_t height, int64_t width)
-      : num(num),
-        height(height),
-        width(width),
-        down((height + kTile - 1) / kTile),
-        across((width + kTile - 1) / kTile) {}
+  int64_t num, height, width;     // of the images
+  int rows = kTile, columns = 0;  // outputs of a tile
+  int64_t top = 0, left = 0;
+  int64_t down = 0, across = 0;
 
   int64_t count() const { return num * down * across; }
+  LOFI_FAST_INLINE int point_rows() const { return rows + 2; }
+  LOFI_FAST_INLINE int point_columns() const { return columns + 2; }
+  LOFI_FAST_INLINE int points() const { return point_rows() * point_columns(); }
+  // Which of the 36 points of a whole tile its p-th is.
+  LOFI_FAST_INLINE int point(int p) const {
+    return kPointsOf[rows][p / point_columns()] * kIn + kPointsOf[columns][p % point_columns()];
+  }
 };
+
+// All outputs of images are in tiles of up to four sizes, whole ones first.
+struct Tiling {
+  Tiles sizes[4];
+  int num_sizes = 0;
+
+  Tiling(int64_t num, int64_t height, int64_t width) {
+    for (const bool low : {false, true}) {
+      for (const bool right : {false, true}) {
+        Tiles tiles{num, height, width};
+        tiles.rows = low ? height % kTile : kTile;
+        tiles.columns = right ? width % kTile : kTile;
+        tiles.top = low ? height - tiles.rows : 0;
+        tiles.left = right ? width - tiles.columns : 0;
+        tiles.down = low ? tiles.rows > 0 : height / kTile;
+        tiles.across = right ? tiles.columns > 0 : width / kTile;
+        if (tiles.count() > 0) {
+          sizes[num_sizes++] = tiles;
+        }
+      }
+    }
+  }
+
+  const Tiles* begin() const { return sizes; }
+  const Tiles* end() const { return sizes + num_sizes; }
+
+  // A bit for each of the 36 points that some tile has.
+  uint64_t points() const {
+    uint64_t bits = 0;
+    for (const Tiles& tiles : *this) {
+      for (int p = 0; p < tiles.points(); ++p) {
+        bits |= uint64_t{1} << tiles.point(p);
+      }
+    }
+    return bits;
+  }
+
+  int64_t count() const {
+    int64_t sum = 0;
+    for (const Tiles& tiles : *this) {
+      sum += tiles.count();
+    }
+    return sum;
+  }
+};
+
+// Calls f.operator()<rows, columns>() of a tile.
+template <typename F>
+LOFI_FAST_INLINE void with_size(const Tiles& tiles, const F& f) {
+  const auto with_rows = [&]<int kRows>() LOFI_FAST_INLINED {
+    switch (tiles.columns) {
+      case 1:
+        return f.template operator()<kRows, 1>();
+      case 2:
+        return f.template operator()<kRows, 2>();
+      case 3:
+        return f.template operator()<kRows, 3>();
+      default:
+        return f.template operator()<kRows, 4>();
+    }
+  };
+  switch (tiles.rows) {
+    case 1:
+      return with_rows.template operator()<1>();
+    case 2:
+      return with_rows.template operator()<2>();
+    case 3:
+      return with_rows.template operator()<3>();
+    default:
+      return with_rows.template operator()<4>();
+  }
+}
 
 // Where a tile's outputs begin.
 struct Place {
@@ -153,8 +294,8 @@ struct Place {
 
   LOFI_FAST_INLINE Place(const Tiles& tiles, int64_t index)
       : image(index / (tiles.down * tiles.across)),
-        y(index / tiles.across % tiles.down * kTile),
-        x(index % tiles.across * kTile) {}
+        y(tiles.top + index / tiles.across % tiles.down * kTile),
+        x(tiles.left + index % tiles.across * kTile) {}
 
   // Of a pixel's first channel in images of so many; pixels beyond the edge have none, but may be reckoned with.
   LOFI_FAST_INLINE int64_t offset(const Tiles& tiles, int64_t channels, int64_t row, int64_t column) const {
@@ -162,66 +303,65 @@ struct Place {
   }
 };
 
-// Reads kSize x kSize pixels from (first, first) of a tile on, each of one vector of channels, and zeros beyond the
+// Reads kRows x kColumns pixels, from (first, first) of a tile on, each of one vector of channels, and zeros beyond the
 // edge.
-template <typename Lanes, int kSize, int kFirst>
-LOFI_FAST_INLINE void read_tile(const Tiles& tiles, const Place& place, const float* images, int64_t channels,
-                                int64_t channel, Lanes* pixels) {
-  const int64_t top = place.y + kFirst, left = place.x + kFirst;
+template <int kRows, int kColumns, typename Lanes>
+LOFI_FAST_INLINE void read_tile(const Tiles& tiles, const Place& place, int first, const float* images,
+                                int64_t channels, int64_t channel, Lanes* pixels) {
+  const int64_t top = place.y + first, left = place.x + first;
   const int64_t corner = place.offset(tiles, channels, top, left) + channel;
   const int64_t row = tiles.width * channels;
-  if (top >= 0 && left >= 0 && top + kSize <= tiles.height && left + kSize <= tiles.width) {
-    for (int i = 0; i < kSize; ++i) {
-      for (int j = 0; j < kSize; ++j) {
-        pixels[i * kSize + j] = load<Lanes>(images + corner + i * row + j * channels);
+  if (top >= 0 && left >= 0 && top + kRows <= tiles.height && left + kColumns <= tiles.width) {
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kColumns; ++j) {
+        pixels[i * kColumns + j] = load<Lanes>(images + corner + i * row + j * channels);
       }
     }
     return;
   }
-  for (int i = 0; i < kSize; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     const bool inside = top + i >= 0 && top + i < tiles.height;
-    for (int j = 0; j < kSize; ++j) {
-      pixels[i * kSize + j] = inside && left + j >= 0 && left + j < tiles.width
-                                  ? load<Lanes>(images + corner + i * row + j * channels)
-                                  : Lanes{};
+    for (int j = 0; j < kColumns; ++j) {
+      pixels[i * kColumns + j] = inside && left + j >= 0 && left + j < tiles.width
+                                     ? load<Lanes>(images + corner + i * row + j * channels)
+                                     : Lanes{};
     }
   }
 }
 
-// Both transforms of tiles [first, first + count): points[p][stride of tiles][channels].
+// Both transforms of tiles [first, first + count): points[p][stride of tiles][channels], whose matrices are `apart`.
 template <int kBytes, bool kGrad>
 LOFI_FAST_INLINE void points_of_tiles(const Tiles& tiles, const float* images, int64_t channels, int64_t first,
                                       int64_t count, int64_t stride, float* points) {
   using Lanes = typename Vector<kBytes>::Lanes;
-  constexpr int kSize = kGrad ? kTile : kIn;
-  for (int64_t t = 0; t < count; ++t) {
-    const Place place(tiles, first + t);
-    for (int64_t channel = 0; channel < channels; channel += Vector<kBytes>::kLanes) {
-      Lanes pixels[kSize * kSize], half[kIn * kSize], whole[kIn];
-      if constexpr (kGrad) {
-        read_tile<Lanes, kSize, 0>(tiles, place, images, channels, channel, pixels);
-      } else {
-        read_tile<Lanes, kSize, -1>(tiles, place, images, channels, channel, pixels);
-      }
-      for (int j = 0; j < kSize; ++j) {
-        if constexpr (kGrad) {
-          transform_grad(pixels + j, kSize, half + j, kSize);
-        } else {
-          transform_input(pixels + j, kSize, half + j, kSize);
+  with_size(tiles, [&]<int kRows, int kColumns>() LOFI_FAST_INLINED {
+    constexpr int kDown = kRows + 2, kAcross = kColumns + 2;
+    constexpr int kHeight = kGrad ? kRows : kDown, kWidth = kGrad ? kColumns : kAcross;
+    for (int64_t t = 0; t < count; ++t) {
+      const Place place(tiles, first + t);
+      for (int64_t channel = 0; channel < channels; channel += Vector<kBytes>::kLanes) {
+        Lanes pixels[kHeight * kWidth], half[kDown * kWidth], whole[kAcross];
+        read_tile<kHeight, kWidth, Lanes>(tiles, place, kGrad ? 0 : -1, images, channels, channel, pixels);
+        for (int j = 0; j < kWidth; ++j) {
+          if constexpr (kGrad) {
+            transform_grad<kRows>(pixels + j, kWidth, half + j, kWidth);
+          } else {
+            transform_input<kRows>(pixels + j, kWidth, half + j, kWidth);
+          }
         }
-      }
-      for (int i = 0; i < kIn; ++i) {
-        if constexpr (kGrad) {
-          transform_grad(half + i * kSize, 1, whole, 1);
-        } else {
-          transform_input(half + i * kSize, 1, whole, 1);
-        }
-        for (int j = 0; j < kIn; ++j) {
-          store<Lanes>(points + ((i * kIn + j) * stride + t) * channels + channel, whole[j]);
+        for (int i = 0; i < kDown; ++i) {
+          if constexpr (kGrad) {
+            transform_grad<kColumns>(half + i * kWidth, 1, whole, 1);
+          } else {
+            transform_input<kColumns>(half + i * kWidth, 1, whole, 1);
+          }
+          for (int j = 0; j < kAcross; ++j) {
+            store<Lanes>(points + (i * kAcross + j) * apart(stride * channels) + t * channels + channel, whole[j]);
+          }
         }
       }
     }
-  }
+  });
 }
 
 // result (kHeight rows of kVectors vectors) = or += sum over k of left[row][k] * right[k].
@@ -256,18 +396,19 @@ LOFI_FAST_INLINE void multiply_panel(const float* __restrict left, int64_t left_
   }
 }
 
-// Any even number of rows.
-template <int kBytes, int kVectors, bool kAdd>
-LOFI_FAST_INLINE void multiply_rows(const float* left, int64_t left_row, int64_t left_k, const float* right,
-                                    int64_t right_k, int64_t depth, float* result, int64_t result_row, int64_t rows) {
+// Calls f.operator()<rows of a panel>(first row) for an even number of rows, cut into panels: two of 4 rather than one
+// of 6 and one of 2, whose few sums would wait for each other.
+template <typename F>
+LOFI_FAST_INLINE void in_panels(int64_t rows, const F& f) {
   int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows) {
-    multiply_panel<kBytes, kRows, kVectors, kAdd>(left + row * left_row, left_row, left_k, right, right_k, depth,
-                                                  result + row * result_row, result_row);
+  for (; rows - row >= kPanelRows && rows - row != kPanelRows + 2; row += kPanelRows) {
+    f.template operator()<kPanelRows>(row);
   }
-  for (; row + 2 <= rows; row += 2) {
-    multiply_panel<kBytes, 2, kVectors, kAdd>(left + row * left_row, left_row, left_k, right, right_k, depth,
-                                              result + row * result_row, result_row);
+  for (; rows - row >= 4; row += 4) {
+    f.template operator()<4>(row);
+  }
+  if (row < rows) {
+    f.template operator()<2>(row);
   }
 }
 
@@ -281,23 +422,24 @@ LOFI_FAST_INLINE int64_t panel_columns(int64_t columns) {
   }
 }
 
-template <int kBytes, bool kAdd>
-LOFI_FAST_INLINE void multiply(const float* left, int64_t left_row, int64_t left_k, const float* right, int64_t right_k,
-                               int64_t depth, float* result, int64_t result_row, int64_t rows, int64_t columns) {
+// Calls f.operator()<vectors>() of a panel of so many columns.
+template <int kBytes, typename F>
+LOFI_FAST_INLINE void with_columns(int64_t columns, const F& f) {
   if constexpr (kBytes == 64) {
     if (columns == 64) {
-      return multiply_rows<kBytes, 4, kAdd>(left, left_row, left_k, right, right_k, depth, result, result_row, rows);
+      return f.template operator()<4>();
     }
     if (columns == 32) {
-      return multiply_rows<kBytes, 2, kAdd>(left, left_row, left_k, right, right_k, depth, result, result_row, rows);
+      return f.template operator()<2>();
     }
   }
-  multiply_rows<kBytes, 64 / kBytes, kAdd>(left, left_row, left_k, right, right_k, depth, result, result_row, rows);
+  f.template operator()<64 / kBytes>();
 }
 
 // One call of the operator. Matrices of the transformed weight are cut into panels of `columns` output channels.
 struct Forward {
-  Tiles tiles;
+  Tiling tiling;
+  uint64_t points_used;
   int64_t in, out;  // channels
   int64_t columns;
   bool turned;          // the weight
@@ -309,7 +451,7 @@ struct Forward {
   float* result;  // (N, H, W, out)
 
   int64_t panels() const { return out / columns; }
-  int64_t panel_points() const { return kPoints * in * columns; }
+  int64_t panel_points() const { return kPoints * apart(in * columns); }
 };
 
 // Of the weights of one input channel and one vector of output channels.
@@ -323,7 +465,9 @@ LOFI_FAST_INLINE void weight_points(const Forward& f, const typename Vector<kByt
   for (int i = 0; i < kIn; ++i) {
     transform_weight(half + 3 * i, 1, whole, 1);
     for (int j = 0; j < kIn; ++j) {
-      store<Lanes>(points + (i * kIn + j) * f.in * f.columns, whole[j]);
+      if (f.points_used >> (i * kIn + j) & 1) {
+        store<Lanes>(points + (i * kIn + j) * apart(f.in * f.columns), whole[j]);
+      }
     }
   }
 }
@@ -366,56 +510,65 @@ LOFI_FAST_INLINE void panel_points_of(const Forward& f, int64_t panel, int64_t b
 // From the products of tiles [first, first + count), points[p][stride of tiles][columns], to `columns` channels of the
 // result from `channel` on.
 template <int kBytes>
-LOFI_FAST_INLINE void outputs_of_tiles(const Forward& f, int64_t first, int64_t count, int64_t stride, int64_t channel,
-                                       const float* points) {
+LOFI_FAST_INLINE void outputs_of_tiles(const Forward& f, const Tiles& tiles, int64_t first, int64_t count,
+                                       int64_t stride, int64_t channel, const float* points) {
   using Lanes = typename Vector<kBytes>::Lanes;
-  for (int64_t t = 0; t < count; ++t) {
-    const Place place(f.tiles, first + t);
-    const int64_t height = std::min<int64_t>(kTile, f.tiles.height - place.y);
-    const int64_t width = std::min<int64_t>(kTile, f.tiles.width - place.x);
-    for (int64_t column = 0; column < f.columns; column += Vector<kBytes>::kLanes) {
-      Lanes products[kPoints], half[kTile * kIn], whole[kTile];
-      for (int p = 0; p < kPoints; ++p) {
-        products[p] = load<Lanes>(points + (p * stride + t) * f.columns + column);
-      }
-      for (int j = 0; j < kIn; ++j) {
-        transform_output(products + j, kIn, half + j, kIn);
-      }
-      const Lanes bias = f.bias == nullptr ? Lanes{} : load<Lanes>(f.bias + channel + column);
-      for (int64_t i = 0; i < height; ++i) {
-        transform_output(half + i * kIn, 1, whole, 1);
-        const int64_t offset = place.offset(f.tiles, f.out, place.y + i, place.x) + channel + column;
-        for (int64_t j = 0; j < width; ++j) {
-          Lanes value = whole[j] + bias;
-          if (f.relu) {
-            value = value < 0 ? Lanes{} : value;  // a NaN stays
+  with_size(tiles, [&]<int kRows, int kColumns>() LOFI_FAST_INLINED {
+    constexpr int kDown = kRows + 2, kAcross = kColumns + 2;
+    for (int64_t t = 0; t < count; ++t) {
+      const Place place(tiles, first + t);
+      for (int64_t column = 0; column < f.columns; column += Vector<kBytes>::kLanes) {
+        Lanes products[kDown * kAcross], half[kRows * kAcross], whole[kColumns];
+        for (int p = 0; p < kDown * kAcross; ++p) {
+          products[p] = load<Lanes>(points + p * apart(stride * f.columns) + t * f.columns + column);
+        }
+        for (int j = 0; j < kAcross; ++j) {
+          transform_output<kRows>(products + j, kAcross, half + j, kAcross);
+        }
+        const Lanes bias = f.bias == nullptr ? Lanes{} : load<Lanes>(f.bias + channel + column);
+        for (int i = 0; i < kRows; ++i) {
+          transform_output<kColumns>(half + i * kAcross, 1, whole, 1);
+          const int64_t offset = place.offset(tiles, f.out, place.y + i, place.x) + channel + column;
+          for (int j = 0; j < kColumns; ++j) {
+            Lanes value = whole[j] + bias;
+            if (f.relu) {
+              value = value < 0 ? Lanes{} : value;  // a NaN stays
+            }
+            if (f.mask != nullptr) {
+              value = load<Lanes>(f.mask + offset + j * f.out) <= 0 ? Lanes{} : value;
+            }
+            store<Lanes>(f.result + offset + j * f.out, value);
           }
-          if (f.mask != nullptr) {
-            value = load<Lanes>(f.mask + offset + j * f.out) <= 0 ? Lanes{} : value;
-          }
-          store<Lanes>(f.result + offset + j * f.out, value);
         }
       }
     }
-  }
+  });
 }
 
-// Of tiles [first, first + count), whose points are inputs[36][stride][in], one panel of output channels. `stride` is a
-// whole number of kRows: what lies beyond `count` is multiplied too, and its products left alone.
+// Of tiles [first, first + count), whose points are inputs[p][stride][in], one panel of output channels, whose points
+// are points[36][in][columns]. `stride` is even: where `count` is odd the tile beyond it is multiplied too, and its
+// products left alone.
 template <int kBytes>
-LOFI_FAST_INLINE void forward_panel_of(const Forward& f, int64_t first, int64_t count, const float* inputs,
-                                       int64_t stride, int64_t panel, const float* points, float* products) {
-  const int64_t rows = whole_rows(count);
-  for (int p = 0; p < kPoints; ++p) {
-    multiply<kBytes, false>(inputs + p * stride * f.in, f.in, 1, points + p * f.in * f.columns, f.columns, f.in,
-                            products + p * rows * f.columns, f.columns, rows, f.columns);
-  }
-  outputs_of_tiles<kBytes>(f, first, count, rows, panel * f.columns, products);
+LOFI_FAST_INLINE void forward_panel_of(const Forward& f, const Tiles& tiles, int64_t first, int64_t count,
+                                       const float* inputs, int64_t stride, int64_t panel, const float* points,
+                                       float* products) {
+  const int64_t rows = even_rows(count);
+  with_columns<kBytes>(f.columns, [&]<int kVectors>() LOFI_FAST_INLINED {
+    for (int p = 0; p < tiles.points(); ++p) {
+      const float* const left = inputs + p * apart(stride * f.in);
+      const float* const right = points + tiles.point(p) * apart(f.in * f.columns);
+      float* const to = products + p * apart(rows * f.columns);
+      in_panels(rows, [&]<int kHeight>(int64_t row) LOFI_FAST_INLINED {
+        multiply_panel<kBytes, kHeight, kVectors, false>(left + row * f.in, f.in, 1, right, f.columns, f.in,
+                                                         to + row * f.columns, f.columns);
+      });
+    }
+  });
+  outputs_of_tiles<kBytes>(f, tiles, first, count, rows, panel * f.columns, products);
 }
 
 // The gradient of the weight.
 struct WeightGrad {
-  Tiles tiles;
   int64_t in, out;    // channels
   int64_t columns;    // of a panel of input channels
   const float* x;     // (N, H, W, in)
@@ -423,23 +576,57 @@ struct WeightGrad {
   float* result;      // (out, 3, 3, in)
 };
 
-// Of a block of `count` tiles, whose points are grads[36][count][out] and inputs[36][count][in]: the sums over its
-// tiles, for points [begin, end) and outputs [row, last), put or added to sums[36][last - row][in].
-template <int kBytes>
-LOFI_FAST_INLINE void block_sums_of(const WeightGrad& g, const float* inputs, const float* grads, int64_t count,
-                                    bool add, int64_t begin, int64_t end, int64_t row, int64_t last, float* sums) {
-  for (int64_t p = begin; p < end; ++p) {
-    for (int64_t column = 0; column < g.in; column += g.columns) {
-      const float* const left = grads + p * count * g.out + row;
-      const float* const right = inputs + p * count * g.in + column;
-      float* const to = sums + p * (last - row) * g.in + column;
-      if (add) {
-        multiply<kBytes, true>(left, 1, g.out, right, g.in, count, to, g.in, last - row, g.columns);
-      } else {
-        multiply<kBytes, false>(left, 1, g.out, right, g.in, count, to, g.in, last - row, g.columns);
-      }
+// Copies `width` numbers of each row, which lie `step` apart.
+LOFI_FAST_INLINE void pack(const float* from, int64_t step, int64_t rows, int64_t width, float* to) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < width; ++i) {
+      to[row * width + i] = from[row * step + i];
     }
   }
+}
+
+// Of a block of `count` tiles, whose points are grads[p][count][out] and inputs[p][count][in]: the sums over its
+// tiles, for their points [begin, end) and outputs [row, last), put or added to sums[36][last - row][in]. Where that is
+// more than the first-level cache holds, what is read again and again is packed first.
+template <int kBytes>
+LOFI_FAST_INLINE void block_sums_of(const WeightGrad& g, const Tiles& tiles, const float* inputs, const float* grads,
+                                    int64_t count, bool add, int64_t begin, int64_t end, int64_t row, int64_t last,
+                                    float* sums) {
+  const int64_t rows = last - row;
+  const bool packs = count * std::max(g.in, g.out) >= kPacked;
+  std::vector<float> packed(packs ? count * (rows + g.columns) : 0);
+  with_columns<kBytes>(g.columns, [&]<int kVectors>() LOFI_FAST_INLINED {
+    for (int64_t p = begin; p < end; ++p) {
+      const float* left = grads + p * apart(count * g.out) + row;
+      if (packs) {
+        in_panels(rows, [&]<int kHeight>(int64_t first) LOFI_FAST_INLINED {
+          pack(left + first, g.out, count, kHeight, packed.data() + first * count);
+        });
+        left = packed.data();
+      }
+      for (int64_t column = 0; column < g.in; column += g.columns) {
+        const float* right = inputs + p * apart(count * g.in) + column;
+        int64_t right_k = g.in;
+        if (packs) {
+          pack(right, g.in, count, kVectors * Vector<kBytes>::kLanes, packed.data() + rows * count);
+          right = packed.data() + rows * count;
+          right_k = g.columns;
+        }
+        float* const to = sums + tiles.point(p) * apart(rows * g.in) + column;
+        in_panels(rows, [&]<int kHeight>(int64_t first) LOFI_FAST_INLINED {
+          const float* const from = left + first * (packs ? count : 1);
+          const int64_t left_k = packs ? kHeight : g.out;
+          if (add) {
+            multiply_panel<kBytes, kHeight, kVectors, true>(from, 1, left_k, right, right_k, count, to + first * g.in,
+                                                            g.in);
+          } else {
+            multiply_panel<kBytes, kHeight, kVectors, false>(from, 1, left_k, right, right_k, count, to + first * g.in,
+                                                             g.in);
+          }
+        });
+      }
+    }
+  });
 }
 
 // Outputs [begin, end), from sums[36][stride][in] whose first are those of output `begin`.
@@ -451,7 +638,7 @@ LOFI_FAST_INLINE void weight_grad_of(const WeightGrad& g, const float* sums, int
     for (int64_t column = 0; column < g.in; column += Vector<kBytes>::kLanes) {
       Lanes points[kPoints], half[3 * kIn], whole[3];
       for (int p = 0; p < kPoints; ++p) {
-        points[p] = load<Lanes>(sums + (p * stride + row - begin) * g.in + column);
+        points[p] = load<Lanes>(sums + p * apart(stride * g.in) + (row - begin) * g.in + column);
       }
       for (int j = 0; j < kIn; ++j) {
         transform_weight_grad(points + j, kIn, half + j, kIn);
@@ -472,9 +659,10 @@ struct Machine {
   void (*input_points)(const Tiles&, const float*, int64_t, int64_t, int64_t, int64_t, float*);
   void (*grad_points)(const Tiles&, const float*, int64_t, int64_t, int64_t, int64_t, float*);
   void (*panel_points)(const Forward&, int64_t, int64_t, int64_t, float*);
-  void (*forward_panel)(const Forward&, int64_t, int64_t, const float*, int64_t, int64_t, const float*, float*);
-  void (*block_sums)(const WeightGrad&, const float*, const float*, int64_t, bool, int64_t, int64_t, int64_t, int64_t,
-                     float*);
+  void (*forward_panel)(const Forward&, const Tiles&, int64_t, int64_t, const float*, int64_t, int64_t, const float*,
+                        float*);
+  void (*block_sums)(const WeightGrad&, const Tiles&, const float*, const float*, int64_t, bool, int64_t, int64_t,
+                     int64_t, int64_t, float*);
   void (*weight_grad)(const WeightGrad&, const float*, int64_t, int64_t, int64_t);
 };
 
@@ -493,13 +681,14 @@ struct Machine {
   target void panel_points(const Forward& f, int64_t panel, int64_t begin, int64_t end, float* points) {               \
     panel_points_of<bytes>(f, panel, begin, end, points);                                                              \
   }                                                                                                                    \
-  target void forward_panel(const Forward& f, int64_t first, int64_t count, const float* inputs, int64_t stride,       \
-                            int64_t panel, const float* points, float* products) {                                     \
-    forward_panel_of<bytes>(f, first, count, inputs, stride, panel, points, products);                                 \
+  target void forward_panel(const Forward& f, const Tiles& tiles, int64_t first, int64_t count, const float* inputs,   \
+                            int64_t stride, int64_t panel, const float* points, float* products) {                     \
+    forward_panel_of<bytes>(f, tiles, first, count, inputs, stride, panel, points, products);                          \
   }                                                                                                                    \
-  target void block_sums(const WeightGrad& g, const float* inputs, const float* grads, int64_t count, bool add,        \
-                         int64_t begin, int64_t end, int64_t row, int64_t last, float* sums) {                         \
-    block_sums_of<bytes>(g, inputs, grads, count, add, begin, end, row, last, sums);                                   \
+  target void block_sums(const WeightGrad& g, const Tiles& tiles, const float* inputs, const float* grads,             \
+                         int64_t count, bool add, int64_t begin, int64_t end, int64_t row, int64_t last,               \
+                         float* sums) {                                                                                \
+    block_sums_of<bytes>(g, tiles, inputs, grads, count, add, begin, end, row, last, sums);                            \
   }                                                                                                                    \
   target void weight_grad(const WeightGrad& g, const float* sums, int64_t stride, int64_t begin, int64_t end) {        \
     weight_grad_of<bytes>(g, sums, stride, begin, end);                                                                \
@@ -555,10 +744,14 @@ void share(int64_t workers, int64_t num, const F& f) {
 // cache beside the panel that they are multiplied with.
 void convolve_blocks(const Machine& run, const Forward& f) {
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t block = 4 * kRows;
-  const int64_t blocks = (f.tiles.count() + block - 1) / block;
+  constexpr int64_t kBlock = 4 * kPanelRows;
+  const auto blocks_of = [](const Tiles& tiles) { return (tiles.count() + kBlock - 1) / kBlock; };
+  int64_t blocks = 0;
+  for (const Tiles& tiles : f.tiling) {
+    blocks += blocks_of(tiles);
+  }
   const int64_t workers = std::min(threads, blocks);
-  const int64_t own = kPoints * block * (f.in + f.columns);
+  const int64_t own = kPoints * (apart(kBlock * f.in) + apart(kBlock * f.columns));
   Tensor scratch = floats(f.panels() * f.panel_points() + workers * own);
   float* const points = scratch.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, f.in / kChannels, 1, [&](int64_t begin, int64_t end) {
@@ -568,13 +761,19 @@ void convolve_blocks(const Machine& run, const Forward& f) {
   });
   share(workers, blocks, [&](int64_t worker, int64_t begin, int64_t end) {
     float* const inputs = points + f.panels() * f.panel_points() + worker * own;
-    float* const products = inputs + kPoints * block * f.in;
-    for (int64_t first = begin * block; first < std::min(end * block, f.tiles.count()); first += block) {
-      const int64_t count = std::min(block, f.tiles.count() - first);
-      run.input_points(f.tiles, f.x, f.in, first, count, block, inputs);
-      for (int64_t panel = 0; panel < f.panels(); ++panel) {
-        run.forward_panel(f, first, count, inputs, block, panel, points + panel * f.panel_points(), products);
+    float* const products = inputs + kPoints * apart(kBlock * f.in);
+    int64_t before = 0;  // blocks of sizes before
+    for (const Tiles& tiles : f.tiling) {
+      for (int64_t block = std::max(begin - before, int64_t{0}); block < std::min(end - before, blocks_of(tiles));
+           ++block) {
+        const int64_t first = block * kBlock;
+        const int64_t count = std::min(kBlock, tiles.count() - first);
+        run.input_points(tiles, f.x, f.in, first, count, kBlock, inputs);
+        for (int64_t panel = 0; panel < f.panels(); ++panel) {
+          run.forward_panel(f, tiles, first, count, inputs, kBlock, panel, points + panel * f.panel_points(), products);
+        }
       }
+      before += blocks_of(tiles);
     }
   });
 }
@@ -583,21 +782,33 @@ void convolve_blocks(const Machine& run, const Forward& f) {
 void convolve_panels(const Machine& run, const Forward& f) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t workers = std::min(threads, f.panels());
-  const int64_t block = 16 * kRows;
-  const int64_t stride = whole_rows(f.tiles.count());
-  const int64_t own = f.panel_points() + kPoints * std::min(block, stride) * f.columns;
-  Tensor scratch = floats(kPoints * stride * f.in + workers * own);
-  float* const inputs = scratch.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, f.tiles.count(), 8, [&](int64_t begin, int64_t end) {
-    run.input_points(f.tiles, f.x, f.in, begin, end - begin, stride, inputs + begin * f.in);
-  });
+  constexpr int64_t kBlock = 16 * kPanelRows;
+  int64_t all_inputs = 0, largest = 0;
+  for (const Tiles& tiles : f.tiling) {
+    all_inputs += tiles.points() * apart(even_rows(tiles.count()) * f.in);
+    largest = std::max(largest, tiles.points() * apart(std::min(kBlock, even_rows(tiles.count())) * f.columns));
+  }
+  const int64_t own = f.panel_points() + largest;
+  Tensor scratch = floats(all_inputs + workers * own);
+  float* to = scratch.mutable_data_ptr<float>();
+  for (const Tiles& tiles : f.tiling) {
+    torch::stable::parallel_for(0, tiles.count(), 8, [&](int64_t begin, int64_t end) {
+      run.input_points(tiles, f.x, f.in, begin, end - begin, even_rows(tiles.count()), to + begin * f.in);
+    });
+    to += tiles.points() * apart(even_rows(tiles.count()) * f.in);
+  }
   share(workers, f.panels(), [&](int64_t worker, int64_t begin, int64_t end) {
-    float* const points = inputs + kPoints * stride * f.in + worker * own;
+    float* const points = to + worker * own;
     for (int64_t panel = begin; panel < end; ++panel) {
       run.panel_points(f, panel, 0, f.in, points);
-      for (int64_t first = 0; first < f.tiles.count(); first += block) {
-        run.forward_panel(f, first, std::min(block, f.tiles.count() - first), inputs + first * f.in, stride, panel,
-                          points, points + f.panel_points());
+      const float* inputs = scratch.const_data_ptr<float>();
+      for (const Tiles& tiles : f.tiling) {
+        const int64_t stride = even_rows(tiles.count());
+        for (int64_t first = 0; first < tiles.count(); first += kBlock) {
+          run.forward_panel(f, tiles, first, std::min(kBlock, tiles.count() - first), inputs + first * f.in, stride,
+                            panel, points, points + f.panel_points());
+        }
+        inputs += tiles.points() * apart(stride * f.in);
       }
     }
   });
@@ -610,7 +821,9 @@ Tensor convolve(const Tensor& x, const Tensor& weight, bool turned, const float*
   const int64_t in = x.size(1), out = weight.size(turned ? 1 : 0);
   Tensor result = empty_images(x.size(0), out, x.size(2), x.size(3));
   if (result.numel() > 0) {
-    const Forward f{Tiles(x.size(0), x.size(2), x.size(3)),
+    const Tiling tiling(x.size(0), x.size(2), x.size(3));
+    const Forward f{tiling,
+                    tiling.points(),
                     in,
                     out,
                     run.panel_columns(out),
@@ -622,7 +835,7 @@ Tensor convolve(const Tensor& x, const Tensor& weight, bool turned, const float*
                     relu,
                     result.mutable_data_ptr<float>()};
     // The smaller of the two sets of points is the one that is held whole.
-    f.tiles.count() >= out ? convolve_blocks(run, f) : convolve_panels(run, f);
+    tiling.count() >= out ? convolve_blocks(run, f) : convolve_panels(run, f);
   }
   return result;
 }
@@ -632,12 +845,11 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
   const Machine& run = machine();
   const int64_t in = x.size(1), out = grad.size(1);
   Tensor result = empty_images(out, in, 3, 3);
-  const Tiles tiles(x.size(0), x.size(2), x.size(3));
-  if (tiles.count() == 0) {
+  const Tiling tiling(x.size(0), x.size(2), x.size(3));
+  if (tiling.count() == 0) {
     return torch::stable::zero_(result);
   }
-  const WeightGrad g{tiles,
-                     in,
+  const WeightGrad g{in,
                      out,
                      run.panel_columns(in),
                      x.const_data_ptr<float>(),
@@ -645,40 +857,75 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
                      result.mutable_data_ptr<float>()};
   // Threads meet twice a block, so that there is more of it for more of them.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t least = 8 * kRows * std::min<int64_t>(threads, 12);
-  const int64_t block = std::min(tiles.count(), std::max(least, in * out / (in + out)));
-  const bool one = block == tiles.count();
-  // With one block a panel's sums are done with before the next panel's begin.
-  const int64_t rows = one ? run.panel_columns(out) : out;
+  const int64_t least = 8 * kPanelRows * std::min<int64_t>(threads, 12);
+  const int64_t most = std::max(least, in * out / (in + out));
+  const bool one = tiling.count() <= most;
+  // Where all tiles are one block, a panel's sums are done with before the next panel's begin.
+  const int64_t rows = !one ? out : tiling.count() < 64 ? 16 : out % 64 == 0 ? 64 : out % 32 == 0 ? 32 : 16;
   const int64_t workers = one ? std::min(threads, out / rows) : 1;
-  Tensor scratch = floats(kPoints * (block * (in + out) + workers * rows * in));
-  float* const inputs = scratch.mutable_data_ptr<float>();
-  float* const grads = inputs + kPoints * block * in;
-  float* const sums = grads + kPoints * block * out;
-  for (int64_t first = 0; first < tiles.count(); first += block) {
-    const int64_t count = std::min(block, tiles.count() - first);
+  const auto numbers = [&](const Tiles& tiles, int64_t count) {
+    return tiles.points() * (apart(count * in) + apart(count * out));
+  };
+  int64_t own = 0;  // points of a block
+  for (const Tiles& tiles : tiling) {
+    own = one ? own + numbers(tiles, tiles.count()) : std::max(own, numbers(tiles, std::min(tiles.count(), most)));
+  }
+  const int64_t num_sums = kPoints * apart(rows * in);
+  Tensor scratch = floats(own + workers * num_sums);
+  float* const points = scratch.mutable_data_ptr<float>();
+  float* const sums = points + own;
+  const auto transform = [&](const Tiles& tiles, int64_t first, int64_t count, float* inputs) {
+    float* const grads = inputs + tiles.points() * apart(count * in);
     torch::stable::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
       run.input_points(tiles, g.x, in, first + begin, end - begin, count, inputs + begin * in);
       run.grad_points(tiles, g.grad, out, first + begin, end - begin, count, grads + begin * out);
     });
-    if (!one) {
-      torch::stable::parallel_for(0, kPoints, 1, [&](int64_t begin, int64_t end) {
-        run.block_sums(g, inputs, grads, count, first > 0, begin, end, 0, out, sums);
-      });
-    }
-  }
+    return grads;
+  };
+  // The first tiles put sums, unless they are without some of the points; all others add to them.
+  const bool whole = tiling.sizes[0].points() == kPoints;
   if (one) {
+    const float* inputs[4];
+    const float* grads[4];
+    float* to = points;
+    for (int i = 0; i < tiling.num_sizes; ++i) {
+      const Tiles& tiles = tiling.sizes[i];
+      inputs[i] = to;
+      grads[i] = transform(tiles, 0, tiles.count(), to);
+      to += numbers(tiles, tiles.count());
+    }
     share(workers, out / rows, [&](int64_t worker, int64_t begin, int64_t end) {
-      float* const own = sums + worker * kPoints * rows * in;
+      float* const own_sums = sums + worker * num_sums;
       for (int64_t row = begin * rows; row < end * rows; row += rows) {
-        run.block_sums(g, inputs, grads, block, false, 0, kPoints, row, row + rows, own);
-        run.weight_grad(g, own, rows, row, row + rows);
+        if (!whole) {
+          std::fill_n(own_sums, num_sums, 0.f);
+        }
+        for (int i = 0; i < tiling.num_sizes; ++i) {
+          const Tiles& tiles = tiling.sizes[i];
+          run.block_sums(g, tiles, inputs[i], grads[i], tiles.count(), i > 0 || !whole, 0, tiles.points(), row,
+                         row + rows, own_sums);
+        }
+        run.weight_grad(g, own_sums, rows, row, row + rows);
       }
     });
-  } else {
-    torch::stable::parallel_for(
-        0, out, 8, [&](int64_t begin, int64_t end) { run.weight_grad(g, sums + begin * in, out, begin, end); });
+    return result;
   }
+  bool add = !whole;
+  if (!whole) {
+    std::fill_n(sums, num_sums, 0.f);
+  }
+  for (const Tiles& tiles : tiling) {
+    for (int64_t first = 0; first < tiles.count(); first += most) {
+      const int64_t count = std::min(most, tiles.count() - first);
+      const float* const grads = transform(tiles, first, count, points);
+      torch::stable::parallel_for(0, tiles.points(), 1, [&](int64_t begin, int64_t end) {
+        run.block_sums(g, tiles, points, grads, count, add, begin, end, 0, out, sums);
+      });
+      add = true;
+    }
+  }
+  torch::stable::parallel_for(
+      0, out, 8, [&](int64_t begin, int64_t end) { run.weight_grad(g, sums + begin * in, out, begin, end); });
   return result;
 }
 
