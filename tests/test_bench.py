@@ -583,7 +583,7 @@ def test_what_a_pixel_costs_at_each_side(tmp_path: Path) -> None:
     assert main(["rungs", "--quick", "--device", "cpu", "--rounds", "1", "--results", str(results)]) == 0
     rows = read_rows(results)
     assert {(row["width"], row["side"], row["dtype"]) for row in rows} == {
-        (8, side, dtype) for side in (16, 32) for dtype in ("float32", "bfloat16")
+        (8, side, dtype) for side in (16, 32) for dtype in rungs.dtypes_of(torch.device("cpu"))
     }
     assert all(row["least"] <= row["ns"][0] and row["quick"] for row in rows)
     assert {row["side"]: row["counted"] for row in rows} == {16: 1.75, 32: 1}

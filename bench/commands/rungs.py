@@ -23,7 +23,7 @@ from bench.tools.table import Section, Table, by_place, newest, when
 from lofi_fast.config import PresetName
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import CYCLE, FRAMES_PER_SNIPPET, Fidelity, ladder, offered, pixel_cost
-from lofi_fast.precision import choose_device
+from lofi_fast.precision import choose_device, cpu_multiplies_bf16
 from lofi_fast.presets import PRESETS
 
 # The others have one of these full fidelities. Of the first two all sides of the ladder are measured.
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
 def measure(sides: dict[int, list[int]], device: torch.device, rounds: int) -> Iterator[Row]:
     """A row for each width, dtype and side; the sides take turns."""
-    dtypes = ("float32", "bfloat16") if device.type == "cpu" else (half_of(device),)
+    dtypes = dtypes_of(device)
     clock = CpuClock(device) if device.type == "cpu" else Stopwatch(device)
     for width, some in sides.items():
         for dtype in dtypes:
@@ -79,6 +79,13 @@ def measure(sides: dict[int, list[int]], device: torch.device, rounds: int) -> I
                     "ns": [round(one, 2) for one in (timed.median, timed.p20, timed.p80)],
                     "least": round(min(nanoseconds), 2), "counted": round(pixel_cost(int(side)), 4),
                 }  # fmt: skip
+
+
+def dtypes_of(device: torch.device) -> tuple[str, ...]:
+    """What trainings compute in there: bfloat16 on a CPU only where that has a unit for it."""
+    if device.type != "cpu":
+        return (half_of(device),)
+    return ("float32", "bfloat16") if cpu_multiplies_bf16() else ("float32",)
 
 
 def _case(width: int, side: int, dtype: str, device: torch.device) -> Encoded:
