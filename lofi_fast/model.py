@@ -61,7 +61,7 @@ from lofi_fast.memory.settle import open_meter, settle_here
 from lofi_fast.memory.step_bytes import features_bytes
 from lofi_fast.memory.trial import Trials
 from lofi_fast.model_file import FORMAT, MODEL, metadata_of, model_file
-from lofi_fast.precision import choose_device, choose_precision
+from lofi_fast.precision import as_trained, choose_device, choose_precision
 
 LARGEST_CHUNK = 64  # snippets encoded at once, at most
 CUT_OFF = 1.0  # seconds by which a file is shorter than it says, from which on that is worth a note
@@ -227,7 +227,7 @@ class Detector:
         say: Callable[[str], None] = lambda _: None,
     ) -> Session:  # fmt: skip
         """The detector at work, for many videos after each other; `say` is told what was planned. `precision`: "auto",
-        "bf16", "fp16" or "fp32"; None: as the run was asked for.
+        "bf16", "fp16" or "fp32"; None: as the run was asked for, where the device has it.
         """
         return Session(self, mem_budget=mem_budget, device=device, precision=precision, say=say)
 
@@ -296,7 +296,8 @@ class Session:
         gpu.check_dali(self.device)
         if device == "auto" and self.device.type == "cpu" and (reason := gpu.unused()):
             say(f"warning: {reason}. Detecting on the CPU")
-        self.precision = choose_precision(self.device, precision or self.config.precision)
+        trained = as_trained(self.device, self.config.precision)
+        self.precision = trained if precision is None else choose_precision(self.device, precision)
         for note in settle_here():
             say(f"note: {note}")
         self.meter = open_meter(self.device)

@@ -18,9 +18,11 @@ if TYPE_CHECKING:  # imported where it is used: the command `plan` reads this fi
     import torch
 
 NAMES: dict[PrecisionName, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-WITHOUT_AMX = (  # values of ONEDNN_MAX_CPU_ISA
-    "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16",
-    "AVX512_CORE_FP16", "AVX10_1_512",
+# Values of ONEDNN_MAX_CPU_ISA with which oneDNN computes nothing in bf16, and more, with which it does without AMX.
+WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI")
+WITHOUT_AMX = (
+    *WITHOUT_BF16, "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16",
+    "AVX10_1_512",
 )  # fmt: skip
 BF16_CAPABILITY = (8, 0)  # Ampere; a Turing card (the 11 GB 2080 Ti) has fp16 tensor cores alone
 
@@ -73,6 +75,11 @@ def resolved(asked: PrecisionName, capability: tuple[int, int] | None) -> tuple[
     if capability is None:
         if asked == "fp16":
             raise InputError("--precision fp16: a CPU multiplies bf16 or fp32; give one of these, or auto")
+        if asked == "bf16" and not cpu_computes_bf16():
+            raise InputError(
+                "--precision bf16: on this CPU, without AVX-512, PyTorch's convolutions lose most of their gradient in "
+                "bf16; give fp32 or auto"
+            )
         if asked == "bf16":
             return "bf16", "asked for"
         return ("bf16", "a CPU that multiplies it") if cpu_multiplies_bf16() else ("fp32", "a CPU")
@@ -91,6 +98,14 @@ def choose_precision(device: torch.device, asked: PrecisionName = "auto") -> Pre
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     name, reason = resolved(asked, capability)
     return Precision(getattr(torch, NAMES[name]), reason)
+
+
+def as_trained(device: torch.device, own: PrecisionName) -> Precision:
+    """For a detector whose run was asked for `own`: that, or what the device has."""
+    try:
+        return choose_precision(device, own)
+    except InputError:
+        return choose_precision(device)
 
 
 def going_on_in(device: torch.device, asked: PrecisionName, before: str | None) -> tuple[Precision, str | None]:
@@ -116,11 +131,29 @@ def cpu_multiplies_bf16() -> bool:
     told to do without (ONEDNN_MAX_CPU_ISA). Elsewhere bf16 is slower than fp32: AVX512_BF16 alone, on a Xeon,
     multiplies at half the rate of fp32.
     """
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
-    if limit in WITHOUT_AMX:
+    return "amx_bf16" in _cpu_flags() and _limit() not in WITHOUT_AMX
+
+
+@lru_cache
+def cpu_computes_bf16() -> bool:
+    """Whether oneDNN takes bf16 on this CPU. Where it does not, PyTorch has convolutions of its own, which sum a
+    weight's gradient over the images of a batch in bf16: with some thousands of them the sum stops growing. Where it
+    cannot be told, as on other systems than Linux, it is taken for granted.
+    """
+    flags = _cpu_flags()
+    if _limit() in WITHOUT_BF16:
         return False
+    x86 = "sse2" in flags
+    return not x86 or {"avx512bw", "avx512vl", "avx512dq"} <= flags or "avx_ne_convert" in flags
+
+
+def _limit() -> str:
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+
+
+def _cpu_flags() -> set[str]:
+    """None where this is not Linux, or not x86."""
     try:
-        flags = set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
-    except (OSError, IndexError):  # not Linux, or not x86
-        return False
-    return "amx_bf16" in flags
+        return set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
+    except (OSError, IndexError):
+        return set()

@@ -15,6 +15,7 @@ from lofi_fast.config import EncoderName
 from lofi_fast.encoder import lean
 from lofi_fast.encoder.lean import encode
 from lofi_fast.encoder.resnet import TSMResNet
+from lofi_fast.precision import cpu_computes_bf16
 
 NAMES: tuple[EncoderName, ...] = ("tsm_r18", "tsm_r34", "tsm_r50")
 
@@ -173,13 +174,19 @@ def test_bfloat16_autocast_is_as_good_as_plain_autocast(count: int, side: int) -
 
 
 def test_eight_hundred_chunks_in_bfloat16_give_the_gradient_of_one() -> None:
+    """Of one in float32 to the roundings of bfloat16; and of one in bfloat16 closer still, where PyTorch's own sum over
+    its images is no coarser than that (`cpu_computes_bf16`).
+    """
     encoder = frozen(width=8, dtype=torch.float32)
     x = frames(800, side=32)
+    exact = gradients_of(encoder, encode(encoder, x, 1, chunk=800).sum())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected, found = (gradients_of(encoder, encode(encoder, x, 1, chunk=chunk).sum()) for chunk in (800, 1))
     for key, grad in found.items():
         assert grad.dtype == torch.float32
-        assert (grad - expected[key]).norm() <= 0.01 * expected[key].norm(), key
+        assert (grad - exact[key]).norm() <= 0.03 * exact[key].norm(), key
+        if cpu_computes_bf16():
+            assert (grad - expected[key]).norm() <= 0.01 * expected[key].norm(), key
 
 
 def test_live_batchnorm_takes_the_plain_path() -> None:

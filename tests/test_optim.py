@@ -15,10 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from lofi_fast import optim
+from lofi_fast import precision as precisions
 from lofi_fast.config import OptimizerImpl, PrecisionName, StageConfig
 from lofi_fast.errors import InputError
 from lofi_fast.optim import Implementation, choose_implementation, learning_rate, make_optimizer, set_learning_rate
-from lofi_fast.precision import choose_device, choose_precision, cpu_multiplies_bf16, going_on_in, resolved
+from lofi_fast.precision import (
+    as_trained,
+    choose_device,
+    choose_precision,
+    cpu_computes_bf16,
+    cpu_multiplies_bf16,
+    going_on_in,
+    resolved,
+)
 from lofi_fast.run import checkpoint
 from tests import apex_stand_in
 
@@ -503,6 +512,54 @@ def test_a_cpu_computes_in_bf16_where_it_multiplies_it(
     assert cpu_multiplies_bf16.__wrapped__() is expected
 
 
+AVX512 = "sse2 avx2 avx512f avx512bw avx512dq avx512vl"
+
+
+@pytest.mark.parametrize(("limit", "flags", "expected"), [
+    ("", "sse2 fma avx2", False),
+    ("", AVX512, True),
+    ("AVX512_CORE", AVX512, True),
+    ("avx2", AVX512, False),
+    ("", "sse2 avx2 avx512f", False),
+    ("", "sse2 avx2 avx_vnni avx_ne_convert", True),
+    ("", "", True),  # cannot be told
+])  # fmt: skip
+def test_a_cpu_computes_in_bf16_where_onednn_does(
+    monkeypatch: pytest.MonkeyPatch, limit: str, flags: str, expected: bool
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:\n")
+    assert cpu_computes_bf16.__wrapped__() is expected
+
+
+def test_what_is_said_of_this_cpu_is_what_onednn_says() -> None:
+    assert cpu_computes_bf16() is torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.fixture
+def computes_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precisions, "cpu_computes_bf16", lambda: True)
+
+
+def test_bf16_without_bf16_is_refused_for_training_and_left_out_of_detection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precisions, "cpu_computes_bf16", lambda: False)
+    with pytest.raises(InputError, match=r"--precision bf16: on this CPU, .*; give fp32 or auto"):
+        resolved("bf16", None)
+    cpu = torch.device("cpu")
+    assert as_trained(cpu, "bf16") == as_trained(cpu, "fp16") == choose_precision(cpu)
+    precision, note = going_on_in(cpu, "auto", "bfloat16 (asked for)")
+    assert precision == choose_precision(cpu)
+    if precision.dtype is not torch.bfloat16:
+        assert note is not None and "which this device does not multiply: it goes on in float32" in note
+
+
+@pytest.mark.usefixtures("computes_bf16")
+def test_a_detector_keeps_the_precision_of_its_run() -> None:
+    assert as_trained(torch.device("cpu"), "bf16").dtype is torch.bfloat16
+    assert as_trained(torch.device("cpu"), "fp32").dtype is torch.float32
+
+
+@pytest.mark.usefixtures("computes_bf16")
 @pytest.mark.parametrize(("asked", "capability", "expected"), [
     ("auto", None, "fp32"), ("bf16", None, "bf16"), ("fp32", None, "fp32"),
     ("auto", (7, 5), "fp16"), ("auto", (8, 6), "bf16"), ("fp16", (9, 0), "fp16"), ("fp32", (9, 0), "fp32"),
@@ -521,6 +578,7 @@ def test_a_precision_that_the_device_has_not_is_refused(
         resolved(asked, capability)
 
 
+@pytest.mark.usefixtures("computes_bf16")
 @pytest.mark.parametrize(("asked", "before", "dtype", "said"), [
     ("auto", None, torch.float32, None),
     ("auto", "float32 (a CPU)", torch.float32, None),

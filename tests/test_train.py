@@ -39,7 +39,7 @@ from lofi_fast.memory.decision import Decision
 from lofi_fast.memory.governor import Governor
 from lofi_fast.memory.plans import Plan
 from lofi_fast.memory.settle import open_meter
-from lofi_fast.precision import choose_precision
+from lofi_fast.precision import choose_precision, cpu_computes_bf16
 from lofi_fast.run import checkpoint
 from lofi_fast.run import state as run_room
 from lofi_fast.run.checkpoint import Position, restore_rng, rng_state
@@ -516,6 +516,7 @@ def test_a_run_that_is_killed_twice_ends_like_one_that_is_not(whole: Path, demo_
     assert not events(folder, "step", stage="pretrain")[4:], "a stage that was done is not done again"
 
 
+@pytest.mark.skipif(not cpu_computes_bf16(), reason="bf16 is refused on this CPU")
 def test_a_run_in_bf16_on_a_cpu_goes_on_in_bf16_to_the_same_result(demo_set: Demo, tmp_path: Path) -> None:
     asked, whole, folder = ["--precision", "bf16"], tmp_path / "whole", tmp_path / "run"
     assert main(demo_set.command(whole, *asked)) == 0
