@@ -77,8 +77,8 @@ def resolved(asked: PrecisionName, capability: tuple[int, int] | None) -> tuple[
             raise InputError("--precision fp16: a CPU multiplies bf16 or fp32; give one of these, or auto")
         if asked == "bf16" and not cpu_computes_bf16():
             raise InputError(
-                "--precision bf16: on this CPU, without AVX-512, PyTorch's convolutions lose most of their gradient in "
-                "bf16; give fp32 or auto"
+                "--precision bf16: on this CPU PyTorch's convolutions lose most of their gradients in bf16; "
+                "give fp32 or auto"
             )
         if asked == "bf16":
             return "bf16", "asked for"
@@ -141,10 +141,11 @@ def cpu_computes_bf16() -> bool:
     cannot be told, as on other systems than Linux, it is taken for granted.
     """
     flags = _cpu_flags()
+    if "asimd" in flags:  # ARM
+        return "bf16" in flags
     if _limit() in WITHOUT_BF16:
         return False
-    x86 = "sse2" in flags
-    return not x86 or {"avx512bw", "avx512vl", "avx512dq"} <= flags or "avx_ne_convert" in flags
+    return "sse2" not in flags or {"avx512bw", "avx512vl", "avx512dq"} <= flags or "avx_ne_convert" in flags
 
 
 def _limit() -> str:
@@ -152,8 +153,9 @@ def _limit() -> str:
 
 
 def _cpu_flags() -> set[str]:
-    """None where this is not Linux, or not x86."""
+    """None where this is not Linux."""
     try:
-        return set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
+        text = Path("/proc/cpuinfo").read_text()
+        return set(re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)[0].split())
     except (OSError, IndexError):
         return set()

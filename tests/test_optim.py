@@ -522,6 +522,8 @@ AVX512 = "sse2 avx2 avx512f avx512bw avx512dq avx512vl"
     ("avx2", AVX512, False),
     ("", "sse2 avx2 avx512f", False),
     ("", "sse2 avx2 avx_vnni avx_ne_convert", True),
+    ("", "fp asimd fphp i8mm bf16", True),
+    ("", "fp asimd fphp", False),
     ("", "", True),  # cannot be told
 ])  # fmt: skip
 def test_a_cpu_computes_in_bf16_where_onednn_does(
@@ -543,7 +545,7 @@ def computes_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bf16_without_bf16_is_refused_for_training_and_left_out_of_detection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precisions, "cpu_computes_bf16", lambda: False)
-    with pytest.raises(InputError, match=r"--precision bf16: on this CPU, .*; give fp32 or auto"):
+    with pytest.raises(InputError, match=r"--precision bf16: on this CPU .*; give fp32 or auto"):
         resolved("bf16", None)
     cpu = torch.device("cpu")
     assert as_trained(cpu, "bf16") == as_trained(cpu, "fp16") == choose_precision(cpu)

@@ -46,7 +46,7 @@ constexpr float kA = 0.70710678118654752440;  // the inner points of interpolati
 constexpr float kB = 1.41421356237309504880;  // the outer ones: sqrt(2)
 
 // From the matrix of one point to the next one's: a line of the cache more than it has numbers. Apart by a power of two
-// bytes, all 36 would share a few lines, and the one number that is put into each would push out the others.
+// of bytes, all 36 would share a few lines of the cache, and push each other out of it.
 LOFI_FAST_INLINE int64_t apart(int64_t numbers) { return numbers + 64 / static_cast<int64_t>(sizeof(float)); }
 
 constexpr int64_t kPacked = 8192;  // numbers of a matrix, from which on it is packed
@@ -202,7 +202,7 @@ LOFI_FAST_INLINE void transform_weight_grad(const Lanes* from, int from_step, La
 // Tiles of one size in channels-last images: `down` x `across` to an image, from (top, left) on.
 struct Tiles {
   int64_t num, height, width;     // of the images
-  int rows = kTile, columns = 0;  // outputs of a tile
+  int rows = 0, columns = 0;  // outputs of a tile
   int64_t top = 0, left = 0;
   int64_t down = 0, across = 0;
 
