@@ -16,6 +16,7 @@ from .quantize import dequantize, quantize
 from .residual_shift import residual_shift, residual_shift_backward
 from .soft_nms import nms, soft_nms
 from .stem import fold_normalization, stem, stem_backward, stem_forward, stem_input
+from .strided_conv import strided_conv, strided_conv_backward, strided_conv_is_faster
 from .temporal_roi_align import temporal_roi_align
 from .temporal_shift import temporal_shift
 
@@ -44,6 +45,9 @@ __all__ = [
     "stem_backward",
     "stem_forward",
     "stem_input",
+    "strided_conv",
+    "strided_conv_backward",
+    "strided_conv_is_faster",
     "temporal_roi_align",
     "temporal_shift",
 ]

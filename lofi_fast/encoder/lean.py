@@ -45,6 +45,9 @@ from lofi_fast.kernels import (
     stem_backward,
     stem_forward,
     stem_input,
+    strided_conv,
+    strided_conv_backward,
+    strided_conv_is_faster,
     temporal_shift,
 )
 from lofi_fast.ledger import CHUNK_PIXELS
@@ -117,6 +120,8 @@ class Convolution:
         """Without the bias."""
         if self._takes_conv3x3(x, weight):
             return conv3x3(x, weight)
+        if self._takes_strided_conv(x, weight):
+            return strided_conv(x, weight)
         return F.conv2d(x, weight, None, self.stride, self.padding)
 
     def forward_relu(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -150,9 +155,12 @@ class Convolution:
     ) -> tuple[Tensor | None, Tensor | None]:
         if self._takes_conv3x3(x, weight):
             return conv3x3_backward(grad, x, weight, relu, mask)
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
-            grad, x, weight, None, [self.stride] * 2, [self.padding] * 2, [1, 1], False, [0, 0], 1, [*mask, False]
-        )
+        if self._takes_strided_conv(x, weight):
+            grad_x, grad_weight = strided_conv_backward(grad, x, weight, mask)
+        else:
+            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
+                grad, x, weight, None, [self.stride] * 2, [self.padding] * 2, [1, 1], False, [0, 0], 1, [*mask, False]
+            )
         if relu and mask[0]:
             grad_x = torch.ops.aten.threshold_backward.grad_input(grad_x, x, 0, grad_input=grad_x)
         return grad_x, grad_weight
@@ -160,6 +168,9 @@ class Convolution:
     def _takes_conv3x3(self, x: Tensor, weight: Tensor) -> bool:
         # By shapes alone, so that recompute and backward choose as forward did.
         return self.stride == 1 and self.padding == 1 and conv3x3_is_faster(x, weight)
+
+    def _takes_strided_conv(self, x: Tensor, weight: Tensor) -> bool:
+        return self.stride == 2 and self.padding == weight.shape[2] // 2 and strided_conv_is_faster(x, weight)
 
 
 def _cudnn_adds_bias(device: torch.device, dtype: torch.dtype) -> bool:

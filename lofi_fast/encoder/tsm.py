@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lofi_fast.encoder import lean
 from lofi_fast.encoder.resnet import Conv, TSMResNet
-from lofi_fast.kernels import conv3x3, conv3x3_is_faster
+from lofi_fast.kernels import conv3x3, conv3x3_is_faster, strided_conv, strided_conv_is_faster
 
 
 class FastConv(Conv):
@@ -18,6 +18,8 @@ class FastConv(Conv):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if self.stride == (1, 1) and self.padding == (1, 1) and conv3x3_is_faster(x, self.weight, dtype):
             return conv3x3(x.to(dtype), self.weight.to(dtype))
+        if self.stride == (2, 2) and strided_conv_is_faster(x, self.weight, dtype):
+            return strided_conv(x.to(dtype), self.weight.to(dtype))
         return super().forward(x)
 
 
