@@ -25,6 +25,7 @@ from lofi_fast.kernels import (
     proposal_grid,
     quantize,
     soft_nms,
+    strided_conv,
     temporal_roi_align,
     temporal_shift,
 )
@@ -38,12 +39,16 @@ from lofi_fast.kernels.residual_shift import residual_shift
 from lofi_fast.kernels.soft_nms import reference as soft_nms_reference
 from lofi_fast.kernels.stem import reference as stem_reference
 from lofi_fast.kernels.stem import stem, stem_input
+from lofi_fast.kernels.strided_conv import reference as strided_conv_reference
 from lofi_fast.kernels.temporal_roi_align import reference as roi_reference
 from lofi_fast.kernels.temporal_shift import reference as shift_reference
 from lofi_fast.memory.settle import open_meter
 
 FRAMES, SNIPPET = 64, 8  # images of an encoder case, and frames in a snippet
 STAGES = ((56, 64), (28, 128), (14, 256), (7, 512))  # side and channels of a ResNet-18's stages at 224 pixels
+# The same of a ResNet-18 of half the width, at 48 pixels and less; and what halves such maps, with its taps.
+SMALL_MAPS = ((12, 32), (6, 64), (3, 128), (2, 256))
+HALVED = ((14, 128, 1), (4, 128, 1), (4, 128, 3), (2, 128, 3))
 TINY_STAGES = ((3, 16),)
 GRIDS = ((25, 25), (50, 50), (100, 100), (256, 64))  # snippets and longest duration: ActivityNet's rungs, THUMOS
 CHANNELS, OUTPUTS, BINS = 256, 512, (32, 4)  # G-TAD's map: inner and context bins
@@ -128,10 +133,12 @@ def gate(problem: Problem) -> None:
 
 
 def form_of(op: str, device: torch.device) -> str:
-    """What runs: "C++", "Triton 3.7.1" or "reference"; soft_nms has a CPU form alone."""
+    """What runs: "C++", "Triton 3.7.1" or "reference"; soft_nms has a CPU form alone. "PyTorch's products" alone are
+    what is composed of its operators.
+    """
     # Its matrix products are PyTorch's.
     operator = {"align_linear": "gather_groups" if device.type == "cpu" else "gather_rows"}.get(op, op)
-    return (forms["cpu"] | forms[device.type])[operator].partition(" (")[0]
+    return (forms["cpu"] | forms[device.type]).get(operator, "PyTorch's products").partition(" (")[0]
 
 
 def cases(device: torch.device, quick: bool = False, tiny: bool = False) -> list[Case]:
@@ -160,6 +167,12 @@ def cases(device: torch.device, quick: bool = False, tiny: bool = False) -> list
         for stage_side, channels in stages:
             shape = f"{stage_side}x{stage_side}x{channels}, {frames} frames"
             add("conv3x3", shape, (torch.float32,), _conv3x3, frames, stage_side, channels)
+        for map_side, channels in SMALL_MAPS[-1:] if quick else SMALL_MAPS:
+            shape = f"{map_side}x{map_side}x{channels}, {frames} frames"
+            add("conv3x3", shape, (torch.float32,), _conv3x3, frames, map_side, channels)
+        for map_side, channels, taps in HALVED[-1:] if quick else HALVED:
+            shape = f"{map_side}x{map_side}x{channels} to {2 * channels}, {taps}x{taps}, {max(frames, 32)} frames"
+            add("strided_conv", shape, (torch.float32,), _strided_conv, max(frames, 32), map_side, channels, taps)
     side, channels = stages[0] if quick else STAGES[1]
     for variant in ("downsample", "no shift", "no identity, no shift"):
         shape = f"{side}x{side}x{channels}, {frames} frames, {variant}"
@@ -341,6 +354,30 @@ def _conv3x3(frames: int, side: int, channels: int, dtype: torch.dtype, device: 
         bytes_forward=2 * x.nbytes + weight.nbytes,
         bytes_backward=3 * x.nbytes + 2 * weight.nbytes,
         roundings=32,  # Winograd's sums, and no blocks within the sum over channels
+    )
+
+
+def _strided_conv(
+    frames: int, side: int, channels: int, taps: int, dtype: torch.dtype, device: torch.device
+) -> Problem:
+    x = torch.randn(frames, channels, side, side, device=device).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(2 * channels, channels, taps, taps, device=device) / channels
+    weight = weight.to(dtype, memory_format=torch.channels_last)
+    inputs = (x.requires_grad_(), weight.requires_grad_())
+    result = torch.randn(frames, 2 * channels, (side + 1) // 2, (side + 1) // 2, device=device, dtype=dtype)
+    grads = (result.to(memory_format=torch.channels_last),)
+
+    def definition(x: Tensor, weight: Tensor) -> Outputs:
+        return (strided_conv_reference.strided_conv(x, weight),)
+
+    ours = Form(lambda x, weight: (strided_conv(x, weight),), inputs, grads)
+    plain = Form(lambda x, weight: (F.conv2d(x, weight, stride=2, padding=taps // 2),), inputs, grads)
+    return Problem(
+        ours=ours,
+        peers={"PyTorch": plain},
+        exact=partial(_double, definition, ours),
+        bytes_forward=x.nbytes + weight.nbytes + result.nbytes,
+        bytes_backward=2 * (x.nbytes + weight.nbytes) + result.nbytes,
     )
 
 
