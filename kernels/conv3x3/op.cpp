@@ -201,8 +201,8 @@ LOFI_FAST_INLINE void transform_weight_grad(const Lanes* from, int from_step, La
 
 // Tiles of one size in channels-last images: `down` x `across` to an image, from (top, left) on.
 struct Tiles {
-  int64_t num, height, width;     // of the images
-  int rows = 0, columns = 0;  // outputs of a tile
+  int64_t num, height, width;  // of the images
+  int rows = 0, columns = 0;   // outputs of a tile
   int64_t top = 0, left = 0;
   int64_t down = 0, across = 0;
 
@@ -860,8 +860,10 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
   const int64_t least = 8 * kPanelRows * std::min<int64_t>(threads, 12);
   const int64_t most = std::max(least, in * out / (in + out));
   const bool one = tiling.count() <= most;
-  // Where all tiles are one block, a panel's sums are done with before the next panel's begin.
-  const int64_t rows = !one ? out : tiling.count() < 64 ? 16 : out % 64 == 0 ? 64 : out % 32 == 0 ? 32 : 16;
+  // Where all tiles are one block, a panel's sums are done with before the next panel's begin. All inputs are read once
+  // for each panel, so that panels are wide where they are many.
+  const int64_t wide = out % 64 == 0 ? 64 : out % 32 == 0 ? 32 : 16;
+  const int64_t rows = !one ? out : tiling.count() < 64 ? run.panel_columns(out) : wide;
   const int64_t workers = one ? std::min(threads, out / rows) : 1;
   const auto numbers = [&](const Tiles& tiles, int64_t count) {
     return tiles.points() * (apart(count * in) + apart(count * out));
