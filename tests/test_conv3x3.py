@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lofi_fast.kernels import conv3x3, conv3x3_backward, conv3x3_is_faster, library
-from lofi_fast.kernels.conv3x3 import reference
+from lofi_fast.kernels.conv3x3 import _forms, reference
 
 pytestmark = pytest.mark.usefixtures("poison", "native")
 
@@ -214,7 +216,8 @@ def test_where_it_is_said_to_be_faster() -> None:
     weight = torch.zeros(32, 16, 3, 3)
     assert conv3x3_is_faster(torch.zeros(4, 16, 8, 8), weight)  # 256 pixels
     assert not conv3x3_is_faster(torch.zeros(3, 16, 8, 8), weight)
-    assert conv3x3_is_faster(torch.zeros(64, 16, 2, 2), weight)
+    assert conv3x3_is_faster(torch.zeros(32, 16, 2, 2), weight)
+    assert not conv3x3_is_faster(torch.zeros(31, 16, 2, 2), weight)
     assert conv3x3_is_faster(torch.zeros(32, 16, 5, 5), weight)
     assert not conv3x3_is_faster(torch.zeros(32, 8, 8, 8), torch.zeros(32, 8, 3, 3))
     assert not conv3x3_is_faster(torch.zeros(32, 16, 8, 8), torch.zeros(24, 16, 3, 3))
@@ -256,16 +259,25 @@ def test_many_small_images_are_one_product(shape: tuple[int, ...], dtype: torch.
 
 def test_where_a_product_is_said_to_be_faster() -> None:
     weight = torch.zeros(128, 128, 3, 3)
-    assert conv3x3_is_faster(torch.zeros(64, 128, 2, 1), weight)
-    assert not conv3x3_is_faster(torch.zeros(63, 128, 2, 2), weight)
-    assert not conv3x3_is_faster(torch.zeros(63, 64, 2, 2), weight[:, :64])
-    assert not conv3x3_is_faster(torch.zeros(64, 128, 1, 3), weight)
+    bfloat16 = partial(conv3x3_is_faster, dtype=torch.bfloat16)  # tiles are float32's
+    assert bfloat16(torch.zeros(32, 128, 2, 1), weight)
+    assert not bfloat16(torch.zeros(31, 128, 2, 2), weight)
+    assert not bfloat16(torch.zeros(32, 64, 2, 2), weight[:, :64])
+    assert not bfloat16(torch.zeros(32, 128, 1, 3), weight)
     assert conv3x3_is_faster(torch.zeros(1, 64, 1, 1), weight[:64, :64])  # the weight's middle
     assert not conv3x3_is_faster(torch.zeros(1, 63, 1, 1), weight[:64, :63])
-    assert not conv3x3_is_faster(torch.zeros(63, 128, 1, 1).bfloat16(), weight.bfloat16())
+    assert not conv3x3_is_faster(torch.zeros(31, 128, 1, 1).bfloat16(), weight.bfloat16())
     assert not conv3x3_is_faster(torch.zeros(64, 128, 2, 2).double(), weight.double())
     assert not conv3x3_is_faster(torch.zeros(64, 128, 2, 2).bfloat16(), weight)
     assert conv3x3_is_faster(torch.zeros(64, 128, 2, 2).bfloat16(), weight, torch.bfloat16)
+
+
+def test_a_chunk_of_a_video_is_computed_as_all_of_it() -> None:
+    """From 32 images on, which form is taken does not depend on how many there are."""
+    for side, channels in itertools.product(range(1, 9), (16, 64, 128, 512)):
+        weight = torch.empty(channels, channels, 3, 3)
+        forms = {_forms(torch.empty(num, channels, side, side), weight)[0] for num in (32, 48, 63, 64, 128, 512)}
+        assert len(forms) == 1, (side, channels)
 
 
 def test_the_product_is_an_operator() -> None:

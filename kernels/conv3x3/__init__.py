@@ -16,10 +16,12 @@ from . import product, reference
 __all__ = ["conv3x3", "conv3x3_backward", "conv3x3_is_faster"]
 
 CHANNELS = 16  # the C++ form's come in multiples of this
-MIN_PIXELS = 256  # of all images, that pay for the transformed weight; measured with 16 to 512 channels
-# Images, and pairs of channels, from which the matrix of taps pays (`product`); measured with 32 to 512 channels. For
-# images of one pixel it is the weight's middle, which pays for any number of them.
-MIN_IMAGES, MIN_PAIRS = 64, 128 * 128
+# How many images, or pixels of all, pay for the transformed weight; measured with 16 to 512 channels. From so many
+# images on nothing depends on their number: a chunk of a video is computed in the form in which all of it would be.
+MIN_IMAGES, MIN_PIXELS = 32, 256
+# Pairs of channels from which the matrix of taps pays (`product`); measured with 32 to 512 channels. For images of one
+# pixel it is the weight's middle, which pays for any number of them.
+MIN_PAIRS = 128 * 128
 MIN_PAIRS_OF_PIXELS = 64 * 64
 
 
@@ -27,8 +29,8 @@ def conv3x3_is_faster(x: Tensor, weight: Tensor, dtype: torch.dtype | None = Non
     """Whether one of the forms here takes these arguments, and is faster with them than PyTorch's own convolution.
 
     The C++ form is, in float32 on a CPU with AVX2 or AVX-512, where channels come in multiples of 16, unless there are
-    too few pixels. One matrix product is, in float32 and bfloat16, for many images of 1 or 2 pixels a side with many
-    channels. It says nothing of the stride.
+    few images of few pixels. One matrix product is, in float32 and bfloat16, for many images of 1 or 2 pixels a side
+    with many channels. It says nothing of the stride.
 
     Args:
         x: (N, C, H, W).
@@ -45,7 +47,7 @@ def _by_tiles(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> bo
     return (
         weight.shape[2:] == (3, 3)
         and channels % CHANNELS == weight.shape[0] % CHANNELS == 0
-        and num * height * width >= MIN_PIXELS
+        and (num >= MIN_IMAGES or num * height * width >= MIN_PIXELS)
         and (dtype or x.dtype) == (dtype or weight.dtype) == torch.float32
         and weight.is_cpu
         and library.forms["cpu"]["conv3x3"] == "C++"
