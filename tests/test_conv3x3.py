@@ -267,6 +267,7 @@ def test_where_a_product_is_said_to_be_faster() -> None:
     assert conv3x3_is_faster(torch.zeros(1, 64, 1, 1), weight[:64, :64])  # the weight's middle
     assert not conv3x3_is_faster(torch.zeros(1, 63, 1, 1), weight[:64, :63])
     assert not conv3x3_is_faster(torch.zeros(31, 128, 1, 1).bfloat16(), weight.bfloat16())
+    assert not bfloat16(torch.zeros(31, 128, 1, 1), weight)
     assert not conv3x3_is_faster(torch.zeros(64, 128, 2, 2).double(), weight.double())
     assert not conv3x3_is_faster(torch.zeros(64, 128, 2, 2).bfloat16(), weight)
     assert conv3x3_is_faster(torch.zeros(64, 128, 2, 2).bfloat16(), weight, torch.bfloat16)

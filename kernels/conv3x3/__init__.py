@@ -16,11 +16,11 @@ from . import product, reference
 __all__ = ["conv3x3", "conv3x3_backward", "conv3x3_is_faster"]
 
 CHANNELS = 16  # the C++ form's come in multiples of this
-# How many images, or pixels of all, pay for the transformed weight; measured with 16 to 512 channels. From so many
-# images on nothing depends on their number: a chunk of a video is computed in the form in which all of it would be.
+# How many images, or pixels of all, pay for the transformed weight; with 16 to 512 channels and AVX2 fewer paid too.
+# From so many images on nothing depends on their number: a chunk of a video is computed in the form that all of it is.
 MIN_IMAGES, MIN_PIXELS = 32, 256
 # Pairs of channels from which the matrix of taps pays (`product`); measured with 32 to 512 channels. For images of one
-# pixel it is the weight's middle, which pays for any number of them.
+# pixel it is the weight's middle, which pays for any number of them in float32; in bfloat16 that was not measured.
 MIN_PAIRS = 128 * 128
 MIN_PAIRS_OF_PIXELS = 64 * 64
 
@@ -61,14 +61,14 @@ def _by_product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> 
         and weight.is_cpu
         and max(x.shape[2:]) <= product.LARGEST
         and weight.shape[2:] == (3, 3)
-        and _pays(x, weight.shape[0] * weight.shape[1])
+        and _pays(x, weight.shape[0] * weight.shape[1], dtype or x.dtype)
         and (dtype or x.dtype) == (dtype or weight.dtype)
         and (dtype or x.dtype) in (torch.float32, torch.bfloat16)
     )
 
 
-def _pays(x: Tensor, pairs: int) -> bool:
-    if max(x.shape[2:]) == 1 and x.dtype is torch.float32:
+def _pays(x: Tensor, pairs: int, dtype: torch.dtype) -> bool:
+    if max(x.shape[2:]) == 1 and dtype is torch.float32:
         return pairs >= MIN_PAIRS_OF_PIXELS
     return x.shape[0] >= MIN_IMAGES and pairs >= MIN_PAIRS
 
