@@ -164,15 +164,12 @@ def cases(device: torch.device, quick: bool = False, tiny: bool = False) -> list
         add("quantize", shape, (torch.float32, half), _quantize, frames, stage_side, channels)
         add("dequantize", shape, (torch.float32, half), _dequantize, frames, stage_side, channels)
     if device.type == "cpu" and not tiny:  # a GPU has its library's
-        for stage_side, channels in stages:
-            shape = f"{stage_side}x{stage_side}x{channels}, {frames} frames"
-            add("conv3x3", shape, (torch.float32,), _conv3x3, frames, stage_side, channels)
-        for map_side, channels in SMALL_MAPS[-1:] if quick else SMALL_MAPS:
+        for map_side, channels in (*stages, *(SMALL_MAPS[-1:] if quick else SMALL_MAPS)):
             shape = f"{map_side}x{map_side}x{channels}, {frames} frames"
             add("conv3x3", shape, (torch.float32,), _conv3x3, frames, map_side, channels)
         for map_side, channels, taps in HALVED[-1:] if quick else HALVED:
-            shape = f"{map_side}x{map_side}x{channels} to {2 * channels}, {taps}x{taps}, {max(frames, 32)} frames"
-            add("strided_conv", shape, (torch.float32,), _strided_conv, max(frames, 32), map_side, channels, taps)
+            shape = f"{map_side}x{map_side}x{channels} to {2 * channels}, {taps}x{taps}, {frames} frames"
+            add("strided_conv", shape, (torch.float32,), _strided_conv, frames, map_side, channels, taps)
     side, channels = stages[0] if quick else STAGES[1]
     for variant in ("downsample", "no shift", "no identity, no shift"):
         shape = f"{side}x{side}x{channels}, {frames} frames, {variant}"
