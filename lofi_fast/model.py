@@ -296,8 +296,9 @@ class Session:
         gpu.check_dali(self.device)
         if device == "auto" and self.device.type == "cpu" and (reason := gpu.unused()):
             say(f"warning: {reason}. Detecting on the CPU")
-        trained = as_trained(self.device, self.config.precision)
-        self.precision = trained if precision is None else choose_precision(self.device, precision)
+        self.precision = (
+            choose_precision(self.device, precision) if precision else as_trained(self.device, self.config.precision)
+        )
         for note in settle_here():
             say(f"note: {note}")
         self.meter = open_meter(self.device)

@@ -77,7 +77,7 @@ def resolved(asked: PrecisionName, capability: tuple[int, int] | None) -> tuple[
             raise InputError("--precision fp16: a CPU multiplies bf16 or fp32; give one of these, or auto")
         if asked == "bf16" and not cpu_computes_bf16():
             raise InputError(
-                "--precision bf16: on this CPU PyTorch's convolutions lose most of their gradients in bf16; "
+                "--precision bf16: on this CPU PyTorch's convolutions sum gradients in bf16, which loses much of them; "
                 "give fp32 or auto"
             )
         if asked == "bf16":
@@ -153,7 +153,7 @@ def _limit() -> str:
 
 
 def _cpu_flags() -> set[str]:
-    """None where this is not Linux."""
+    """Empty where this is not Linux."""
     try:
         text = Path("/proc/cpuinfo").read_text()
         return set(re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)[0].split())
