@@ -26,6 +26,7 @@ class Launch:
     constants: dict[str, Any] = field(default_factory=dict)  # the kernel's tl.constexpr parameters
     num_warps: int = 4
     fp_fusion: bool = True  # False: a product and the sum after it round one by one, as in PyTorch
+    least_target: int = 0  # compute capability times 10, below which it is not launched
 
     def run(self) -> Any:
         """Start the kernel on the current stream of its tensors' device. An empty grid starts nothing.

@@ -279,8 +279,8 @@ def test_rows_without_a_place_in_the_readme_are_reported(tmp_path: Path, capsys:
 
 
 def test_launches_that_share_their_code_are_compiled_once_and_thinned_evenly() -> None:
-    codes = [kernels.Code("stem", kernel, (str(n),), True) for kernel in ("a", "b") for n in range(4)]
-    chosen = kernels.thinned(codes, (75, 80, 86))
+    codes = [kernels.Code("stem", kernel, (str(n),), True, (75, 80, 86)) for kernel in ("a", "b") for n in range(4)]
+    chosen = kernels.thinned(codes)
     assert [(code.kernel, code.launches[0], target) for code, target in chosen if code.kernel == "b"] == [
         ("b", "0", 75), ("b", "0", 80), ("b", "0", 86),
         ("b", "1", 86), ("b", "1", 75), ("b", "2", 80), ("b", "2", 86), ("b", "3", 75), ("b", "3", 80),

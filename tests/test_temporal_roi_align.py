@@ -43,9 +43,9 @@ class Form:
 REFERENCE = Form(reference.temporal_roi_align_reference, reference.temporal_roi_align_backward_reference)
 
 
-@pytest.fixture(params=["reference", "C++", "Triton"])
+@pytest.fixture(params=["reference", "C++", "Triton", "Triton by products"])
 def form(request: pytest.FixtureRequest) -> Form:
-    """Triton runs on a GPU where there is one."""
+    """Triton runs on a GPU where there is one; its products are not of float64."""
     if request.param == "reference":
         return REFERENCE
     if request.param == "C++":
@@ -56,10 +56,13 @@ def form(request: pytest.FixtureRequest) -> Form:
     pytest.importorskip("triton")
     from lofi_fast.kernels.temporal_roi_align import kernel
 
-    return Form(
-        lambda x, rois, *rest: kernel.temporal_roi_align(x.to(DEVICE), rois.to(DEVICE), *rest).cpu(),
-        lambda g, rois, *rest: kernel.temporal_roi_align_backward(g.to(DEVICE), rois.to(DEVICE), *rest).cpu(),
-    )
+    by_product = request.param == "Triton by products"
+
+    def backward(grad: Tensor, rois: Tensor, *rest: int) -> Tensor:
+        grad, rois = grad.to(DEVICE), rois.to(DEVICE)
+        return kernel.temporal_roi_align_backward(grad, rois, *rest, by_product and grad.dtype != torch.float64).cpu()
+
+    return Form(lambda x, rois, *rest: kernel.temporal_roi_align(x.to(DEVICE), rois.to(DEVICE), *rest).cpu(), backward)
 
 
 @dataclass(frozen=True)
@@ -329,7 +332,7 @@ def test_compiled_positions_are_not_fused() -> None:
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", PTX], env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["False False True"] * 3
+    assert done.stdout.splitlines() == ["False False True"] * 5
 
 
 @pytest.mark.parametrize(
@@ -439,7 +442,7 @@ def test_offsets_above_32_bits() -> None:
     # around lands in other rows, or in memory ahead of them, which holds zeros.
     pytest.importorskip("triton")
     from lofi_fast.kernels.launch import Launch
-    from lofi_fast.kernels.temporal_roi_align import kernel
+    from lofi_fast.kernels.temporal_roi_align import kernel, product
 
     channels, block = 2**30, 128
     memory = torch.frombuffer(mmap.mmap(-1, 18 * 2**31, flags=UNRESERVED), dtype=torch.float16)
@@ -456,21 +459,28 @@ def test_offsets_above_32_bits() -> None:
 
     order, offsets = torch.arange(4), torch.tensor([0, 3, 4])
     start(kernel.align_backward_launch(y_RPC[: 4 * channels].view(4, 1, channels), rois, order, offsets, x_BTC, 0), 8)
-    assert x_BTC[:, :, :block].flatten(0, 1).unique(dim=1).flatten().tolist() == [0.25, 1, 0.75, 3, 0, 0, 0, 7]
+    expected = [0.25, 1, 0.75, 3, 0, 0, 0, 7]
+    assert x_BTC[:, :, :block].flatten(0, 1).unique(dim=1).flatten().tolist() == expected
+    x_BTC[:, :, :block] = 0
+    y_RPC = y_RPC[: 4 * channels].view(4, 1, channels)
+    start(product.align_backward_product_launch(y_RPC, rois, order, offsets, x_BTC, 0), 2)
+    assert x_BTC[:, :, :block].flatten(0, 1).unique(dim=1).flatten().tolist() == expected
 
 
 def test_launch_of_more_elements_than_32_bits_count() -> None:
     pytest.importorskip("triton")
-    from lofi_fast.kernels.temporal_roi_align import kernel
+    from lofi_fast.kernels.temporal_roi_align import kernel, product
 
     features = torch.empty(64, 2000, 256, dtype=torch.float16, device="meta")
     rois = torch.empty(64 * 5050, 3, device="meta")
     out = torch.empty(64 * 5050, 32, 256, dtype=torch.float16, device="meta")
     assert out.numel() > 2**31
-    assert kernel.align_launch(features, rois, out, 0).grid == (64 * 5050 * 4, 2)
+    assert kernel.align_launch(features, rois, out, 0).grid == (64 * 5050 * 4, 1)
     indices = torch.empty(64 * 5050, dtype=torch.int64, device="meta")
     launch = kernel.align_backward_launch(out, rois, indices, indices[:65], features, 0)
     assert launch.grid == (64 * 2000, 2)
+    launch = product.align_backward_product_launch(out, rois, indices, indices[:65], features, 0)
+    assert launch.grid == (64 * 16, 2)
 
 
 @pytest.mark.gpu

@@ -47,6 +47,7 @@ class Code:
     kernel: str
     launches: tuple[str, ...]
     streams: bool  # whether it must read and write 16 bytes at a time
+    targets: tuple[int, ...]  # compute capabilities, times 10, that it is for
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,13 +60,11 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(
                 f"--only: no kernel.py in {', '.join(sorted(unknown))}; there is: {', '.join(_operators())}"
             )
-    from lofi_fast.kernels.aot import TARGETS
-
     start = environment()
     codes = [code for op in ops for code in codes_of(op)]
     measured: dict[Code, dict[int, Row]] = {code: {} for code in codes}
     failed: list[str] = []
-    wanted = thinned(codes, TARGETS) if args.thin else [(code, target) for code in codes for target in TARGETS]
+    wanted = thinned(codes) if args.thin else [(code, target) for code in codes for target in code.targets]
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = {pool.submit(_compile, code.op, code.launches[0], target): (code, target) for code, target in wanted}
         for done, job in enumerate(as_completed(jobs), start=1):
@@ -96,15 +95,15 @@ def main(argv: Sequence[str]) -> int:
     return min(len(failed), 1)
 
 
-def thinned(codes: Sequence[Code], targets: Sequence[int]) -> list[tuple[Code, int]]:
+def thinned(codes: Sequence[Code]) -> list[tuple[Code, int]]:
     """Each kernel for every target in one of its compilations; its others for two targets each, taken in turn."""
     seen: dict[tuple[str, str, bool], int] = {}
     chosen = []
     for code in codes:
         number = seen.setdefault((code.op, code.kernel, code.streams), 0)
         seen[code.op, code.kernel, code.streams] += 1
-        some = [targets[(2 * number + more) % len(targets)] for more in (0, 1)]
-        chosen += [(code, target) for target in (some if number else targets)]
+        some = [code.targets[(2 * number + more) % len(code.targets)] for more in (0, 1)]
+        chosen += [(code, target) for target in (some if number else code.targets)]
     return chosen
 
 
@@ -122,7 +121,7 @@ def _operators() -> list[str]:
 
 def codes_of(op: str) -> list[Code]:
     """The distinct compilations among an operator's examples, each with the launches that use it."""
-    from lofi_fast.kernels.aot import source_of
+    from lofi_fast.kernels.aot import TARGETS, source_of
 
     groups: dict[Any, list[str]] = {}
     for name, launch in _examples(op).items():
@@ -130,7 +129,9 @@ def codes_of(op: str) -> list[Code]:
     codes = []
     for names in groups.values():
         launches = [_examples(op)[name] for name in names]
-        codes.append(Code(op, launches[0].kernel.__name__, tuple(names), any(streams(launch) for launch in launches)))
+        targets = tuple(target for target in TARGETS if target >= launches[0].least_target)
+        streaming = any(streams(launch) for launch in launches)
+        codes.append(Code(op, launches[0].kernel.__name__, tuple(names), streaming, targets))
     return codes
 
 

@@ -1,11 +1,8 @@
-"""Triton form of temporal_roi_align and of its gradient; both are gathers with the channels innermost.
-
-Positions must round as the reference's do, since a sample on -1 or T counts and one beside it does not: no product is
-fused with the sum after it (``fp_fusion=False``), and divisions are IEEE ones. Which samples can matter is estimated
-with some to spare, and whether they do is decided by their exact positions.
-"""
+"""Triton form of temporal_roi_align and of its gradient; both are gathers with the channels innermost."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -13,8 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Launch, Launcher
+from . import product
+from .samples import bins_of, position_of, samples_between, spare_of, taps_of, whole
 
-BLOCK = 128  # channels of a program
+BLOCK = 128  # channels of a program; twice as many of one of the forward kernel where there are more
 BINS = 8  # bins of a program of the forward kernel
 ROIS = 8  # ROIs that a program of the backward kernel goes through at once
 PROGRAMS = 4096  # of the backward kernel: enough for any GPU, where there are so many ROIs
@@ -22,42 +21,10 @@ MOST_PARTS = 64  # that the ROIs are divided into for that
 
 
 @triton.jit
-def bins_of(rois, roi, mask, NUM_BINS: tl.constexpr, RATIO: tl.constexpr):
-    """(start, width of a bin, samples in a bin, snippets from one to the next), float32."""
-    start = tl.load(rois + roi * 3 + 1, mask=mask, other=0.0)
-    end = tl.load(rois + roi * 3 + 2, mask=mask, other=0.0)
-    width = tl.math.div_rn(tl.maximum(end - start, 1.0), tl.full(start.shape, NUM_BINS, tl.float32))
-    count = tl.full(start.shape, RATIO, tl.float32) if RATIO > 0 else tl.math.ceil(width)
-    return start, width, count, width / count
-
-
-@triton.jit
-def spare_of(count):
-    """Samples to visit beyond an estimate: it and what it estimates are rounded a few times, by 2^-24 of the count."""
-    return 2.0 + count * 5e-7
-
-
-@triton.jit
-def position_of(start, width, count, bin_index, sample):
-    """Of a sample in a bin, in the reference's order: (s + p*w) + ((i + 0.5)*w)/g."""
-    offset = tl.math.div_rn((sample.to(tl.float32) + 0.5) * width, count)
-    return start + bin_index.to(tl.float32) * width + offset
-
-
-@triton.jit
-def taps_of(position, num_snippets, SUM: tl.constexpr):
-    """(lower snippet, its weight, weight of the next one); the lower snippet is -2 for a sample that does not count."""
-    inside = (position >= -1.0) & (position <= num_snippets)
-    clamped = tl.minimum(tl.maximum(position, 0.0), num_snippets - 1.0)
-    lower = tl.math.floor(clamped)
-    fraction = (clamped - lower).to(SUM)
-    return tl.where(inside, lower, -2.0).to(tl.int64), 1.0 - fraction, fraction
-
-
-@triton.jit
-def whole(value, limit):
-    """A number of samples, at least 0 and at most ``limit``, for loops: no count comes near 2^62."""
-    return tl.minimum(tl.minimum(tl.maximum(value, 0.0), limit), 4611686018427387904.0).to(tl.int64)
+def add_tap(sums, x, place, weight, limit, channel):
+    """Of each bin: the sum, and a weight times a row of ``x``, whose channels below ``limit`` are read."""
+    row = tl.load(x + place[:, None] + channel[None, :], mask=channel[None, :] < limit[:, None], other=0.0)
+    return sums + weight[:, None] * row.to(sums.dtype)
 
 
 @triton.jit
@@ -73,39 +40,43 @@ def align_kernel(
     SUM: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TWO: tl.constexpr,
 ):
+    """Some bins of a ROI: a block of their channels, or two, which share the work on the samples."""
     PARTS: tl.constexpr = (NUM_BINS + BINS - 1) // BINS
     roi = (tl.program_id(0) // PARTS).to(tl.int64)
     bins = tl.program_id(0) % PARTS * BINS + tl.arange(0, BINS)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.program_id(1) * (BLOCK * 2 if TWO else BLOCK) + tl.arange(0, BLOCK)
     batch = tl.load(rois + roi * 3)
     there = (batch >= 0.0) & (batch < num_batches)
-    rows = features + batch.to(tl.int64) * num_snippets * channels + channel[None, :]
+    x = features + batch.to(tl.int64) * num_snippets * channels
 
     each = bins * 0 + roi
     start, width, count, spacing = bins_of(rois, each, each >= 0, NUM_BINS, RATIO)
-    left = start + bins.to(tl.float32) * width
-    first = whole(tl.math.floor((-1.0 - left) / spacing - 0.5 - spare_of(count)), count)
-    last = whole(tl.math.ceil((num_snippets - left) / spacing + 0.5 + spare_of(count)), count)
+    first, last = samples_between(start + bins.to(tl.float32) * width, count, spacing, -1.0, num_snippets)
     last = tl.where(there, last, first)
 
     sums = tl.zeros((BINS, BLOCK), SUM)
+    more = tl.zeros((BINS, BLOCK), SUM)
     for step in range(0, tl.max(last - first)):
         sample = first + step
         lower, lower_weight, upper_weight = taps_of(position_of(start, width, count, bins, sample), num_snippets, SUM)
-        lower = tl.where(sample < last, lower, -2)
-        place = lower[:, None] * channels
-        limit = tl.where(lower >= 0, channels, 0)
-        x = tl.load(rows + place, mask=channel[None, :] < limit[:, None], other=0.0)
-        sums += lower_weight[:, None] * x.to(SUM)
+        counts = (lower >= 0) & (sample < last)
         # A snippet that weighs nothing has no influence, be it NaN; nor is there one after the last.
-        limit = tl.where((lower >= 0) & (upper_weight > 0.0), channels, 0)
-        x = tl.load(rows + (place + channels), mask=channel[None, :] < limit[:, None], other=0.0)
-        sums += upper_weight[:, None] * x.to(SUM)
-    sums *= (1.0 / count.to(SUM))[:, None]
-    limit = tl.where(bins < NUM_BINS, channels, 0)
+        of_lower = tl.where(counts, channels, 0)
+        of_upper = tl.where(counts & (upper_weight > 0.0), channels, 0)
+        place = lower.to(tl.int64) * channels
+        sums = add_tap(sums, x, place, lower_weight, of_lower, channel)
+        sums = add_tap(sums, x, place + channels, upper_weight, of_upper, channel)
+        if TWO:
+            more = add_tap(more, x, place, lower_weight, of_lower, channel + BLOCK)
+            more = add_tap(more, x, place + channels, upper_weight, of_upper, channel + BLOCK)
+    share = (1.0 / count.to(SUM))[:, None]
+    limit = tl.where(bins < NUM_BINS, channels, 0)[:, None]
     to = out + (roi * NUM_BINS + bins)[:, None] * channels + channel[None, :]
-    tl.store(to, sums.to(out.dtype.element_ty), mask=channel[None, :] < limit[:, None])
+    tl.store(to, (sums * share).to(out.dtype.element_ty), mask=channel[None, :] < limit)
+    if TWO:
+        tl.store(to + BLOCK, (more * share).to(out.dtype.element_ty), mask=channel[None, :] + BLOCK < limit)
 
 
 @triton.jit
@@ -184,19 +155,19 @@ def align_backward_kernel(
     tl.store(out + row * channels + channel, total.to(out.dtype.element_ty), mask=channel < channels)
 
 
-def _constants(num_bins: int, sampling_ratio: int, dtype: torch.dtype) -> dict[str, object]:
+def _constants(num_bins: int, sampling_ratio: int, dtype: torch.dtype) -> dict[str, Any]:
     sum_dtype = tl.float64 if dtype == torch.float64 else tl.float32
-    return {"NUM_BINS": num_bins, "RATIO": sampling_ratio, "SUM": sum_dtype, "BLOCK": BLOCK}
+    return {"NUM_BINS": num_bins, "RATIO": sampling_ratio, "SUM": sum_dtype}
 
 
 def align_launch(features_BTC: Tensor, rois: Tensor, out_RPC: Tensor, sampling_ratio: int) -> Launch:
     """All contiguous."""
     batch, num_snippets, channels = features_BTC.shape
     num_rois, num_bins, _ = out_RPC.shape
-    bins = min(BINS, triton.next_power_of_2(num_bins))
+    bins, two = min(BINS, triton.next_power_of_2(num_bins)), channels > BLOCK
     return Launch(
         align_kernel,
-        (num_rois * triton.cdiv(num_bins, bins), triton.cdiv(channels, BLOCK)),
+        (num_rois * triton.cdiv(num_bins, bins), triton.cdiv(channels, 2 * BLOCK if two else BLOCK)),
         {
             "features": features_BTC,
             "rois": rois,
@@ -205,7 +176,7 @@ def align_launch(features_BTC: Tensor, rois: Tensor, out_RPC: Tensor, sampling_r
             "num_snippets": num_snippets,
             "channels": channels,
         },
-        {"BINS": bins} | _constants(num_bins, sampling_ratio, features_BTC.dtype),
+        {"BINS": bins, "BLOCK": BLOCK, "TWO": two} | _constants(num_bins, sampling_ratio, features_BTC.dtype),
         num_warps=max(bins * BLOCK // 256, 1),
         fp_fusion=False,
     )
@@ -236,13 +207,13 @@ def align_backward_launch(
             "channels": channels,
             "num_rois": len(rois),
         },
-        {"ROIS": ROIS} | _constants(grad_RPC.shape[1], sampling_ratio, grad_RPC.dtype),
+        {"ROIS": ROIS, "BLOCK": BLOCK} | _constants(grad_RPC.shape[1], sampling_ratio, grad_RPC.dtype),
         num_warps=4 if grad_RPC.itemsize == 2 else 8,
         fp_fusion=False,
     )
 
 
-_align, _align_backward = Launcher(), Launcher()
+_align, _align_backward, _product = Launcher(), Launcher(), Launcher()
 
 
 def temporal_roi_align(features: Tensor, rois: Tensor, num_bins: int, sampling_ratio: int) -> Tensor:
@@ -255,30 +226,45 @@ def temporal_roi_align(features: Tensor, rois: Tensor, num_bins: int, sampling_r
 
 
 def temporal_roi_align_backward(
-    grad: Tensor, rois: Tensor, batch: int, num_snippets: int, num_bins: int, sampling_ratio: int
+    grad: Tensor,
+    rois: Tensor,
+    batch: int,
+    num_snippets: int,
+    num_bins: int,
+    sampling_ratio: int,
+    by_product: bool | None = None,
 ) -> Tensor:
+    """A product, or a gather, as is asked for; None: a product where there are tensor cores for it."""
+    if by_product is None:
+        by_product = grad.dtype != torch.float64 and product.has_tensor_cores(grad.device)
     grad_RPC, rois = grad.transpose(1, 2).contiguous(), rois.contiguous()
-    num_rois, channels = len(rois), grad.shape[1]
     order = offsets = None
     if batch != 1:
         batches, order = torch.sort(rois[:, 0], stable=True)
         offsets = torch.searchsorted(batches, torch.arange(batch + 1, dtype=batches.dtype, device=batches.device))
     # A snippet is the sum over thousands of ROIs: where there are few snippets their sums are divided, in the same way
     # at every call.
-    programs = max(batch * num_snippets * triton.cdiv(channels, BLOCK), 1)
-    parts = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(num_rois, 2 * ROIS * max(batch, 1)), MOST_PARTS)
+    parts = (product.parts_of if by_product else _parts_of)(grad_RPC, batch, num_snippets)
     if parts <= 1:
-        out_BTC = grad.new_empty(batch, num_snippets, channels)
+        out_BTC = grad.new_empty(batch, num_snippets, grad.shape[1])
     else:
         sum_dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        out_BTC = grad.new_empty(parts, batch, num_snippets, channels, dtype=sum_dtype)
+        out_BTC = grad.new_empty(parts, batch, num_snippets, grad.shape[1], dtype=sum_dtype)
     tensors, key = (grad_RPC, rois, order, offsets, out_BTC), (sampling_ratio, grad.dtype, grad.shape, out_BTC.shape)
-    if not _align_backward.repeat(tensors, key):
-        launch = align_backward_launch(grad_RPC, rois, order, offsets, out_BTC, sampling_ratio)
-        _align_backward.run(launch, tensors, key)
+    launcher = _product if by_product else _align_backward
+    if not launcher.repeat(tensors, key):
+        launch_of = product.align_backward_product_launch if by_product else align_backward_launch
+        launcher.run(launch_of(grad_RPC, rois, order, offsets, out_BTC, sampling_ratio), tensors, key)
     if parts > 1:
         out_BTC = out_BTC.sum(dim=0).to(grad.dtype)
     return out_BTC.transpose(1, 2)
+
+
+def _parts_of(grad_RPC: Tensor, batch: int, num_snippets: int) -> int:
+    """Of the gather."""
+    num_rois, _, channels = grad_RPC.shape
+    programs = max(batch * num_snippets * triton.cdiv(channels, BLOCK), 1)
+    return min(triton.cdiv(PROGRAMS, programs), triton.cdiv(num_rois, 2 * ROIS * max(batch, 1)), MOST_PARTS)
 
 
 def examples() -> dict[str, Launch]:
@@ -298,11 +284,15 @@ def examples() -> dict[str, Launch]:
         name = {half: "fp16", brain: "bf16", single: "fp32"}[dtype]
         shape = f"{name} 100x{channels} {num_bins} bins {f'ratio {ratio}' if ratio else 'adaptive'}"
         launches[f"temporal_roi_align {shape}"] = align_launch(features, rois, aligned, ratio)
-        launches[f"temporal_roi_align backward {shape}"] = align_backward_launch(
-            aligned, rois, order, offsets, features, ratio
-        )
         parts = empty(11, 1, 100, channels, dtype=single)
-        launches[f"temporal_roi_align backward in parts {shape}"] = align_backward_launch(
-            aligned, rois, None, None, parts, ratio
-        )
+        for form, launch_of in (
+            ("gathered", align_backward_launch),
+            ("by products", product.align_backward_product_launch),
+        ):
+            launches[f"temporal_roi_align backward {form} {shape}"] = launch_of(
+                aligned, rois, order, offsets, features, ratio
+            )
+            launches[f"temporal_roi_align backward {form} in parts {shape}"] = launch_of(
+                aligned, rois, None, None, parts, ratio
+            )
     return launches
