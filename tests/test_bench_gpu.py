@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.commands import gpu, tables, tests
+from bench.commands import gpu, gpu_planner, tables, tests
 from bench.tools import logs, networks, parts, targets
 from bench.tools.rows import ROOT, Row, append_row, read_rows
 from lofi_fast.run import events
@@ -82,6 +82,24 @@ def test_the_planner_trains_without_a_decoder_beside_a_neighbour(
     assert refused["over"] == went["over"] == []
     kept = (tmp_path / "logs" / "planner-2GB" / "log.jsonl").read_text().splitlines()
     assert sum(isinstance(event, events.Step) for event in events.read(kept)) == went["steps"]
+
+
+def test_every_model_is_planned_without_a_decoder(tmp_path: Path, decoders_absent: dict[str, str]) -> None:
+    results = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "bench", "gpu_planner", "--tiny", "--device", "cpu", "--results", str(results)]
+    command += ["--models", ",".join(gpu_planner.MODELS), "--no-pressure", "--budgets", "2GB", "--seconds", "0.2"]
+    done = subprocess.run(command, cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_rows(results)
+    assert [row["model"] for row in rows] == list(gpu_planner.MODELS)
+    for row in rows:
+        assert row["steps"] > 0 and row["refused"] is None and row["violations"] == row["lost"] == row["turns"] == 0
+        predicted, peak = row["highest"]
+        assert abs(predicted / peak - 1) < row["error_of_peak"][0] + 1e-4 < 0.1 and row["tried"]
+    again = subprocess.run([*command, "--skip-measured"], cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
+    assert again.returncode == 0 and "0 rows appended" in again.stdout
+    said = tables.section_of("gpu_planner", [row | {"quick": False} for row in rows])
+    assert "| vit | 2.00 GB | no |" in said and "| spotting | 2.00 GB | no |" in said
 
 
 def planner_step(epoch: int, videos: str, peak: int = 90, **changes: Any) -> events.Step:
@@ -236,7 +254,10 @@ def test_the_summary_says_what_matters_in_few_characters(tmp_path: Path) -> None
     append_row(tmp_path / "step.jsonl", step("lean", 30.0, 3.0, 3 * 10**9))
     append_row(tmp_path / "step.jsonl", step("another commit", 1.0, 90.0, 1, commit="old"))
     append_row(tmp_path / "gpu.jsonl", gpu_row(part="step", complete=False, status=0, seconds=75.2))
-    planned = {"steps_a_second": None, "error_of_peak": [0.5, 0.1], "used": [0.1, 0.9, 1.2], "lost": 0, "retries": 1}
+    planned = {
+        "model": "r18", "pressure": True, "steps_a_second": None, "error_of_peak": [0.5, 0.1], "used": [0.1, 0.9, 1.2],
+        "lost": 0, "retries": 1,
+    }  # fmt: skip
     over = ["epoch 0 step 3, 50 x 158 px"]
     append_row(
         tmp_path / "gpu_planner.jsonl",
@@ -252,8 +273,8 @@ def test_the_summary_says_what_matters_in_few_characters(tmp_path: Path) -> None
     found = gpu.summary(tmp_path, START)
     lines = {" ".join(line.split()) for line in found.splitlines()}
     assert "whole step lean 30.0 3.00x 3.00 4.0x 2.0x" in lines and "another commit" not in found
-    assert "step cut off 75" in lines and "11.00 9 0.00 50% 90% 1 0 1" in lines
-    assert "11.00 epoch 0 step 3, 50 x 158 px" in lines
+    assert "step cut off 75" in lines and "r18 11.00 9 0.00 50% 90% 1 0 1" in lines
+    assert "r18 11.00 epoch 0 step 3, 50 x 158 px" in lines
     assert "25 test_a: ValueError: eps" in lines and "25 test_b: AssertionError: off by 2" in lines
     assert "ops [2/2] b: does not pass the gate" in lines and "gate passed" not in found
     for number in range(500):

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from bench.commands.gpu_planner import KEY
 from bench.commands.tests import installed
 from bench.tools import targets
 from bench.tools.parts import Ended, Part, Setting, chosen, introduce, measured, run_parts
@@ -159,7 +160,7 @@ def summary(results: Path, start: Row) -> str:
         _section("parts", [("part", "", "seconds"), *became]),
         _section("roofs", _roofs(rows("step"))),
         _section("steps", _steps(newest(rows("step"), ("step", "dtype", "form")))),
-        _section("planner", _planner(newest(rows("gpu_planner"), ("budget",)))),
+        _section("planner", _planner(newest(rows("gpu_planner"), KEY))),
         _section("violations of the budget", _violations(rows("gpu_planner"))),
         _section("memory of whole steps", _memory(newest(peaks, ("videos", "snippets", "side", "form")))),
         _section("tests", _tests(rows("tests"))),
@@ -212,18 +213,20 @@ def _steps(rows: Sequence[Row]) -> list[Sequence[str]]:
 
 def _planner(rows: Sequence[Row]) -> list[Sequence[str]]:
     lines: list[Sequence[str]] = [(
-        "budget GB", "steps", "a second", "error of peak", "used", "violations", "lost", "retries", "refused",
+        "model", "budget GB", "steps", "a second", "error of peak", "used", "violations", "lost", "retries", "refused",
     )]  # fmt: skip
     for row in rows:
         numbers = (f"{row['steps_a_second'] or 0:.2f}", *(f"{100 * row[key][place]:.0f}%" for key, place in
                                                          (("error_of_peak", 0), ("used", 1))))  # fmt: skip
         counts = (str(row[key]) for key in ("violations", "lost", "retries"))
-        lines.append((f"{row['budget'] / 1e9:.2f}", str(row["steps"]), *numbers, *counts, row["refused"] or ""))
+        budget = f"{row['budget'] / 1e9:.2f}"
+        lines.append((row["model"], budget, str(row["steps"]), *numbers, *counts, row["refused"] or ""))
     return lines
 
 
 def _violations(rows: Sequence[Row]) -> list[Sequence[str]]:
-    return [("budget GB", "step"), *((f"{row['budget'] / 1e9:.2f}", said) for row in rows for said in row["over"])]
+    over = [(row["model"], f"{row['budget'] / 1e9:.2f}", said) for row in rows for said in row["over"]]
+    return [("model", "budget GB", "step"), *over]
 
 
 def _memory(rows: Sequence[Row]) -> list[Sequence[str]]:

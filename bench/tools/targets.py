@@ -112,7 +112,8 @@ def _host(rows: Sequence[Row], steps: Mapping[tuple[str, str], Row]) -> Iterable
 
 
 def _planner(rows: Sequence[Row]) -> Iterable[Found]:
-    ran = [row for row in newest(rows, ("budget",)) if row["steps"] and not row["refused"]]
+    pressed = [row for row in rows if row["model"] == "r18" and row["pressure"]]
+    ran = [row for row in newest(pressed, ("budget",)) if row["steps"] and not row["refused"]]
     budgets = ", ".join(f"{row['budget'] / 1e9:g} GB" for row in ran)
     what = f"planner beside a neighbour, {budgets or 'any budget'}"
     for name, bound, found, met in (
