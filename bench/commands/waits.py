@@ -168,7 +168,7 @@ def line(row: Row) -> str:
     after = row["after"]
     return (
         f"{row['setting']}: waited {_percent(row['first'])} of the first epoch, {_percent(after)} afterwards, "
-        f"{_percent(row['within'])} without the first step of each epoch; {after['steps']} steps in "
+        f"{_percent(row['within'])} but for the first step of each epoch; {after['steps']} steps in "
         f"{after['seconds']:.1f} s, {after['frames_a_second'] or 0:.0f} frames a second, {row['violations']} violations"
     )
 
