@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.commands import gpu, tables, tests
+from bench.commands import gpu, gpu_planner, tables, tests, waits
 from bench.tools import logs, networks, parts, targets
 from bench.tools.rows import ROOT, Row, append_row, read_rows
 from lofi_fast.run import events
@@ -35,10 +35,20 @@ def decoders_absent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_the_dry_run_goes_through_tests_and_decoding_and_resumes(
     tmp_path: Path, decoders_absent: dict[str, str]
 ) -> None:
-    command = [sys.executable, "-m", "bench", "gpu", "--dry-run", "--part", "data,tests", "--results", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "gpu",
+        "--dry-run",
+        "--part",
+        "data,waits,tests",
+        "--results",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "left out: av and nvidia.dali not installed here" in done.stdout
+    assert done.stdout.count("left out: av and nvidia.dali not installed here") == 2
     assert "test_pipeline.py: left out: av not installed here" in done.stdout
     (found,) = read_rows(tmp_path / "tests.jsonl")
     files = found["file"].split(", ")
@@ -46,10 +56,14 @@ def test_the_dry_run_goes_through_tests_and_decoding_and_resumes(
     assert found["failed"] == 0 and found["skipped"] > 40 and not found["failures"]
     parts = [row for row in read_rows(tmp_path / "gpu.jsonl") if "target" not in row]
     assert [(row["part"], row["complete"]) for row in parts] == [
-        ("data", True), ("tests", True),
+        ("data", True), ("waits", True), ("tests", True),
     ]  # fmt: skip
     again = subprocess.run([*command, "--resume"], cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.count("was complete") == 2
+    assert again.returncode == 0 and again.stdout.count("was complete") == 3
+
+
+def test_the_parts_add_up_to_the_minutes_that_are_promised() -> None:
+    assert sum(part.seconds for part in gpu.PARTS.values()) == 60 * gpu.MINUTES
 
 
 def test_the_dry_run_measures_interpreted_kernels(tmp_path: Path, decoders_absent: dict[str, str]) -> None:
@@ -82,6 +96,24 @@ def test_the_planner_trains_without_a_decoder_beside_a_neighbour(
     assert refused["over"] == went["over"] == []
     kept = (tmp_path / "logs" / "planner-2GB" / "log.jsonl").read_text().splitlines()
     assert sum(isinstance(event, events.Step) for event in events.read(kept)) == went["steps"]
+
+
+def test_every_model_is_planned_without_a_decoder(tmp_path: Path, decoders_absent: dict[str, str]) -> None:
+    results = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "bench", "gpu_planner", "--tiny", "--device", "cpu", "--results", str(results)]
+    command += ["--models", ",".join(gpu_planner.MODELS), "--no-pressure", "--budgets", "2GB", "--seconds", "0.2"]
+    done = subprocess.run(command, cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_rows(results)
+    assert [row["model"] for row in rows] == list(gpu_planner.MODELS)
+    for row in rows:
+        assert row["steps"] > 0 and row["refused"] is None and row["violations"] == row["lost"] == row["turns"] == 0
+        predicted, peak = row["highest"]
+        assert abs(predicted / peak - 1) < row["error_of_peak"][0] + 1e-4 < 0.1 and row["tried"]
+    again = subprocess.run([*command, "--skip-measured"], cwd=ROOT, env=decoders_absent, capture_output=True, text=True)
+    assert again.returncode == 0 and "0 rows appended" in again.stdout
+    said = tables.section_of("gpu_planner", [row | {"quick": False} for row in rows])
+    assert "| vit | 2.00 GB | no |" in said and "| spotting | 2.00 GB | no |" in said
 
 
 def planner_step(epoch: int, videos: str, peak: int = 90, **changes: Any) -> events.Step:
@@ -119,6 +151,28 @@ def test_a_violation_is_described_by_its_plan_and_its_memory() -> None:
     assert over.startswith("epoch 1 step 7, 8 x 16 px, 2 at once, recompute: GB held 3.00, predicted 0.00, ")
     assert "limit 2.00" in over and "budget 4.00" in over and over.endswith("0 retries; up")
     assert tried == "trial of 8x16: 5.00 held of a budget of 1.00 GB"
+
+
+def test_what_a_log_says_of_waiting_for_frames() -> None:
+    def at(second: float, kind: type[events.Event] = events.Step, **fields: Any) -> Any:
+        return kind(time=f"2026-01-01T00:00:{second:06.3f}+00:00", stage="joint", **fields)
+
+    def step(second: float, epoch: int, number: int, waited: float, **changes: Any) -> Any:
+        fields = {"loss": 1.0, "samples": 2, "num_snippets": 10, "side": 16, "peak": 90, "budget": 100, "limit": 100}
+        return at(second, epoch=epoch, step=number, waited=waited, **(fields | {"pattern": "spatial"} | changes))
+
+    log = [
+        at(0, events.Saved, epoch=0, step=0), step(4, 0, 0, 3), step(6, 0, 1, 1), at(9, events.Saved, epoch=1, step=0),
+        step(11, 1, 0, 1.0, peak=120), step(12, 1, 1, 0.25), step(13, 1, 2, 0.0, pattern="temporal", num_snippets=5),
+        msgspec.structs.replace(step(59, 1, 0, 0.0), stage="head"),
+    ]  # fmt: skip
+    found = waits.summary(log)
+    assert found["first"] == {"steps": 2, "seconds": 6, "waited": 4, "share": 0.6667, "frames_a_second": 53.3}
+    assert found["after"] == {"steps": 3, "seconds": 4, "waited": 1.25, "share": 0.3125, "frames_a_second": 100}
+    assert found["within"] == {"steps": 2, "seconds": 2, "waited": 0.25, "share": 0.125, "frames_a_second": 120}
+    assert found["rungs"] == [["spatial", 10, 16], ["temporal", 5, 16]]
+    assert (found["peak"], found["violations"], len(found["over"])) == (120, 1, 1)
+    assert waits.share([])["share"] is None
 
 
 def test_a_part_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path) -> None:
@@ -236,7 +290,10 @@ def test_the_summary_says_what_matters_in_few_characters(tmp_path: Path) -> None
     append_row(tmp_path / "step.jsonl", step("lean", 30.0, 3.0, 3 * 10**9))
     append_row(tmp_path / "step.jsonl", step("another commit", 1.0, 90.0, 1, commit="old"))
     append_row(tmp_path / "gpu.jsonl", gpu_row(part="step", complete=False, status=0, seconds=75.2))
-    planned = {"steps_a_second": None, "error_of_peak": [0.5, 0.1], "used": [0.1, 0.9, 1.2], "lost": 0, "retries": 1}
+    planned = {
+        "model": "r18", "pressure": True, "steps_a_second": None, "error_of_peak": [0.5, 0.1], "used": [0.1, 0.9, 1.2],
+        "lost": 0, "retries": 1,
+    }  # fmt: skip
     over = ["epoch 0 step 3, 50 x 158 px"]
     append_row(
         tmp_path / "gpu_planner.jsonl",
@@ -252,8 +309,8 @@ def test_the_summary_says_what_matters_in_few_characters(tmp_path: Path) -> None
     found = gpu.summary(tmp_path, START)
     lines = {" ".join(line.split()) for line in found.splitlines()}
     assert "whole step lean 30.0 3.00x 3.00 4.0x 2.0x" in lines and "another commit" not in found
-    assert "step cut off 75" in lines and "11.00 9 0.00 50% 90% 1 0 1" in lines
-    assert "11.00 epoch 0 step 3, 50 x 158 px" in lines
+    assert "step cut off 75" in lines and "r18 11.00 9 0.00 50% 90% 1 0 1" in lines
+    assert "r18 11.00 epoch 0 step 3, 50 x 158 px" in lines
     assert "25 test_a: ValueError: eps" in lines and "25 test_b: AssertionError: off by 2" in lines
     assert "ops [2/2] b: does not pass the gate" in lines and "gate passed" not in found
     for number in range(500):
@@ -290,7 +347,12 @@ def test_targets_are_met_missed_or_not_measured(tmp_path: Path) -> None:
     append_row(
         tmp_path / "ops.jsonl", gpu_row(op="temporal_shift", shape="56x56x64, 64 frames", dtype="bfloat16", **moved)
     )
+    for setting, share in (("full", 0.01), ("lofi", 0.062), ("demo", None)):
+        part = {"share": share, "frames_a_second": 9000.4}
+        row = gpu_row(setting=setting, first=part, after=part, within=part, violations=0)
+        append_row(tmp_path / "waits.jsonl", row)
     lines = [" ".join(line.split()) for line in gpu.summary(tmp_path, START).splitlines()]
+    assert "lofi 6.2% 6.2% 6.2% 9000 0" in lines
     assert lines.index("== targets") == len(lines) - len(targets.judged(lambda name: [])) - 2
     assert "3000 700" in lines
     for line in (
@@ -305,6 +367,7 @@ def test_targets_are_met_missed_or_not_measured(tmp_path: Path) -> None:
         "host's time below the step's, 100 snippets of 224 px below 21.0 of 20.0 ms missed",
         "host's time of one operator call <= 25 us 20.0 us at most (stem) met",
         "temporal_shift of 56 px, of the copy bandwidth >= 90% 85 to 95% missed",
+        "wait for data after the first epoch, of a step < 5% 1.0% (full), 6.2% (lofi) missed",
     ):
         assert line in lines, line
     rows = [gpu_row(**row) for row in targets.judged(lambda name: read_rows(tmp_path / f"{name}.jsonl"))]

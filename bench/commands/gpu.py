@@ -1,10 +1,11 @@
 """Everything that matters on a GPU, in at most 6 minutes: steps, what the host pays, the planner, torch.compile,
-memory, operators, tests, decoding.
+memory, operators, tests, whether a training waits for frames, decoding.
 
 The most telling comes first. Go on after a cut-off with --resume, or take one --part at a time (`bench.tools.parts`).
 What each part said is kept in logs/ beside the rows, and the last thing printed is a summary of all rows that these
 results hold of this commit; it ends with the targets: met, missed or not measured (`bench.tools.targets`). Nothing but
-PyTorch, Triton, NumPy, psutil, msgspec, for the planner rich and for the tests pytest has to be installed.
+PyTorch, Triton, NumPy, psutil, msgspec, for the planner rich and for the tests pytest has to be installed; without DALI
+and PyAV the parts that decode are left out.
 
 `--dry-run` goes through all of it without a GPU, at tiny sizes, with the Triton kernels under Triton's interpreter.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 
+from bench.commands.gpu_planner import KEY
 from bench.commands.tests import installed
 from bench.tools import targets
 from bench.tools.parts import Ended, Part, Setting, chosen, introduce, measured, run_parts
@@ -108,23 +110,38 @@ def launches(setting: Setting, limit: float) -> Ended:
     return on_device("launches", setting, limit, resumes=False)
 
 
+def waits(setting: Setting, limit: float) -> Ended:
+    if not _decodes():
+        return True, 0
+    as_it_is = replace(setting, module="bench")  # it trains in processes of its own
+    return on_device("waits", as_it_is, limit, options=["--videos", "4", "--epochs", "2"] if setting.quick else [])
+
+
 def data(setting: Setting, limit: float) -> Ended:
-    if missing := [name for name in ("av", DALI) if not installed(name)]:
-        print(f"left out: {' and '.join(missing)} not installed here, and nothing can be decoded without")
+    if not _decodes():
         return True, 0
     as_it_is = replace(setting, module="bench")  # no kernel of ours decodes: there is nothing to interpret
     return on_device("data", as_it_is, limit, resumes=False, options=["--skip-filling"])
 
 
+def _decodes() -> bool:
+    """Whether there is what decoding takes; says what is missing."""
+    missing = [name for name in ("av", DALI) if not installed(name)]
+    if missing:
+        print(f"left out: {' and '.join(missing)} not installed here, and nothing can be decoded without")
+    return not missing
+
+
 # Their seconds add up to `MINUTES`.
 PARTS = {
     "step": Part("lean beside plain PyTorch", 55, step),
-    "launches": Part("what the host pays for a call and a step, and device operations of a step", 28, launches),
-    "planner": Part("two budgets beside a neighbour that takes and frees memory", 68, planner),
-    "compiled": Part("torch.compile of plain PyTorch, with budgets of activations too", 110, compiled),
-    "memory": Part("peaks of whole steps, by the allocator and by the driver", 48, memory),
-    "ops": Part("every operator beside its peers, and its share of the copy bandwidth", 26, ops),
+    "launches": Part("what the host pays for a call and a step, and device operations of a step", 26, launches),
+    "planner": Part("two budgets beside a neighbour that takes and frees memory", 64, planner),
+    "compiled": Part("torch.compile of plain PyTorch, with budgets of activations too", 66, compiled),
+    "memory": Part("peaks of whole steps, by the allocator and by the driver", 40, memory),
+    "ops": Part("every operator beside its peers, and its share of the copy bandwidth", 24, ops),
     "tests": Part("tests marked gpu, then the operators' others of Triton", 22, tests),
+    "waits": Part("trainings on videos: do they wait for frames?", 60, waits),
     "data": Part("decoding", 3, data),
 }
 
@@ -159,9 +176,10 @@ def summary(results: Path, start: Row) -> str:
         _section("parts", [("part", "", "seconds"), *became]),
         _section("roofs", _roofs(rows("step"))),
         _section("steps", _steps(newest(rows("step"), ("step", "dtype", "form")))),
-        _section("planner", _planner(newest(rows("gpu_planner"), ("budget",)))),
+        _section("planner", _planner(newest(rows("gpu_planner"), KEY))),
         _section("violations of the budget", _violations(rows("gpu_planner"))),
         _section("memory of whole steps", _memory(newest(peaks, ("videos", "snippets", "side", "form")))),
+        _section("waiting for frames", _waits(newest(rows("waits"), ("setting",)))),
         _section("tests", _tests(rows("tests"))),
         _section("said by the parts", _said(results / "logs")),
         _section("operators: how many times as long as ours the others take", _operators(rows("ops"))),
@@ -212,18 +230,20 @@ def _steps(rows: Sequence[Row]) -> list[Sequence[str]]:
 
 def _planner(rows: Sequence[Row]) -> list[Sequence[str]]:
     lines: list[Sequence[str]] = [(
-        "budget GB", "steps", "a second", "error of peak", "used", "violations", "lost", "retries", "refused",
+        "model", "budget GB", "steps", "a second", "error of peak", "used", "violations", "lost", "retries", "refused",
     )]  # fmt: skip
     for row in rows:
         numbers = (f"{row['steps_a_second'] or 0:.2f}", *(f"{100 * row[key][place]:.0f}%" for key, place in
                                                          (("error_of_peak", 0), ("used", 1))))  # fmt: skip
         counts = (str(row[key]) for key in ("violations", "lost", "retries"))
-        lines.append((f"{row['budget'] / 1e9:.2f}", str(row["steps"]), *numbers, *counts, row["refused"] or ""))
+        budget = f"{row['budget'] / 1e9:.2f}"
+        lines.append((row["model"], budget, str(row["steps"]), *numbers, *counts, row["refused"] or ""))
     return lines
 
 
 def _violations(rows: Sequence[Row]) -> list[Sequence[str]]:
-    return [("budget GB", "step"), *((f"{row['budget'] / 1e9:.2f}", said) for row in rows for said in row["over"])]
+    over = [(row["model"], f"{row['budget'] / 1e9:.2f}", said) for row in rows for said in row["over"]]
+    return [("model", "budget GB", "step"), *over]
 
 
 def _memory(rows: Sequence[Row]) -> list[Sequence[str]]:
@@ -231,6 +251,17 @@ def _memory(rows: Sequence[Row]) -> list[Sequence[str]]:
     for row in rows:
         bytes_ = ["" if row[key] is None else f"{row[key] / 1e9:.2f}" for key in ("peak", "driver")]
         lines.append((str(row["videos"]), f"{row['snippets']} x {row['side']} px", row["form"], *bytes_))
+    return lines
+
+
+def _waits(rows: Sequence[Row]) -> list[Sequence[str]]:
+    lines: list[Sequence[str]] = [(
+        "training", "first epoch", "later", "without the first step of each", "frames a second", "violations",
+    )]  # fmt: skip
+    for row in rows:
+        shares = [row[part]["share"] for part in ("first", "after", "within")]
+        said = ["" if share is None else f"{100 * share:.1f}%" for share in shares]
+        lines.append((row["setting"], *said, f"{row['after']['frames_a_second'] or 0:.0f}", str(row["violations"])))
     return lines
 
 
@@ -283,7 +314,7 @@ def _said(logs: Path) -> list[Sequence[str]]:
     """Lines of the parts' logs that say what did not go well, a few of each; what tests say is in their rows."""
     telling = ("error:", "Error:", "does not pass the gate", "without ", "needs more memory")
     lines: list[Sequence[str]] = [("part", "line")]
-    for name in ("step", "gpu_planner", "memory", "ops", "launches", "data"):
+    for name in ("step", "gpu_planner", "memory", "ops", "launches", "waits", "data"):
         if (logs / f"{name}.log").exists():
             said = (logs / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
             lines += [(name, line.strip()) for line in said if any(words in line for words in telling)][:8]

@@ -1,8 +1,9 @@
 """The planner on a GPU beside a neighbour that takes and frees memory, on frames made up there: no decoder is needed.
 
-Each budget is a process of its own (`bench.tools.synthetic`) that plans and trains as `lofi_fast.train` does:
-ActivityNet's setting, R18, 16 videos. Once it trains, a second process holds in turn so much of the device that less
-and more than the budget is left. What the driver shows for the training process is read from outside too, every few
+Each budget of each model is a process of its own (`bench.tools.synthetic`) that plans and trains as `lofi_fast.train`
+does: ActivityNet's setting, 16 videos, R18 with G-TAD, or another encoder or head in its place (`--models`). Once it
+trains, a second process holds in turn so much of the device that less and more than the budget is left, unless
+`--no-pressure` is given. What the driver shows for the training process is read from outside too, every few
 milliseconds.
 """
 
@@ -34,6 +35,18 @@ from lofi_fast.precision import choose_device
 from lofi_fast.run import events
 
 USAGE = "python -m bench gpu_planner [options]"
+# R18 with G-TAD, and what is put in the place of either.
+MODELS: dict[str, list[str]] = {
+    "r18": [],
+    "r34": ["--encoder", "tsm_r34"],
+    "r50": ["--encoder", "tsm_r50"],
+    "r2plus1d": ["--encoder", "r2plus1d_18"],
+    "vit": ["--encoder", "vit_b16", "--encoder.train", "adapters"],
+    "bmn": ["--head", "bmn"],
+    "actionformer": ["--head", "actionformer"],
+    "spotting": ["--head", "spotting"],
+}
+KEY = ("model", "pressure", "budget")
 BUDGETS = "11GB,4GB,24GB,8GB,16GB,6GB"  # in the order of what a cut-off should leave
 SHARE_LEFT = (0.7, 1.3)  # of the budget, that the neighbour leaves in turn
 HOLD_SECONDS, SAMPLE_SECONDS = 3.0, 0.01
@@ -58,21 +71,29 @@ def main(argv: Sequence[str]) -> int:
     if args.seconds <= 0 or args.threads < 1:
         raise InputError("--seconds and --threads must be positive")
     amounts = [parse_bytes(text) for text in args.budgets.split(",")]
+    models = args.models.split(",")
+    if unknown := [model for model in models if model not in MODELS]:
+        raise InputError(f"--models: no model is called {unknown[0]}; there are: {', '.join(MODELS)}")
+    asked = [(model, not args.no_pressure, budget) for model in models for budget in amounts]
     old = read_against(args.against)
     start = environment() | software(device, args.threads) | {"quick": args.tiny}
-    known = {row["budget"] for row in alike(read_rows(args.results), start)} if args.skip_measured else set()
+    known = alike(read_rows(args.results), start) if args.skip_measured else []
+    asked = [case for case in asked if case not in [tuple(row[key] for key in KEY) for row in known]]
     rows: list[Row] = []
     failed = False
     with ExitStack() as stack:
         name = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-gpu-planner-", ignore_cleanup_errors=True))
         neighbour = stack.enter_context(Neighbour(device, args.tiny))
-        for budget in (amount for amount in amounts if amount not in known):
-            out = (args.logs or Path(name)) / f"planner-{budget / 1e9:g}GB"
+        for model, pressure, budget in asked:
+            of = "" if model == "r18" else f"-{model}"
+            out = (args.logs or Path(name)) / f"planner{of}-{budget / 1e9:g}GB"
             shutil.rmtree(out, ignore_errors=True)  # of an earlier run
-            row = {"bench": "gpu_planner", "model": "r18", "pressure": True, "budget": budget}
+            row = {"bench": "gpu_planner", "model": model, "pressure": pressure, "budget": budget}
+            flags = ["--seconds", str(args.seconds), "--threads", str(args.threads), *MODELS[model]]
+            flags += ["--tiny"] * args.tiny
             try:
-                row |= measure(budget, out, neighbour, device, args.seconds, args.threads, args.tiny) | start
-            except RuntimeError as error:  # the other budgets may go better
+                row |= measure(budget, pressure, out, neighbour, device, flags) | start
+            except RuntimeError as error:  # the others may go better
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 failed = True
                 continue
@@ -81,19 +102,19 @@ def main(argv: Sequence[str]) -> int:
             print("\n    ".join([line(row), *row["over"]]), flush=True)
     print(f"\n{screen(table(rows))}\n{len(rows)} rows appended to {args.results}")
     if args.against:
-        print(comparison(rows, old, ("model", "pressure", "budget"), VALUES))
+        print(comparison(rows, old, KEY, VALUES))
     return int(failed or any(row["violations"] or row["lost"] for row in rows))
 
 
 def measure(
-    budget: int, out: Path, neighbour: Neighbour, device: torch.device, seconds: float, threads: int, tiny: bool
+    budget: int, pressure: bool, out: Path, neighbour: Neighbour, device: torch.device, flags: Sequence[str]
 ) -> Row:
-    """One budget."""
+    """One budget of one model."""
     command = [sys.executable, "-m", "bench.tools.synthetic", "--device", device.type, "--budget", str(budget)]
-    command += ["--seconds", str(seconds), "--out", str(out), "--threads", str(threads), *(["--tiny"] * tiny)]
+    command += ["--out", str(out), *flags]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     began = time.perf_counter()
-    neighbour.aim(budget)
+    neighbour.aim(budget if pressure else None)
     with subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -104,7 +125,7 @@ def measure(
             with neighbour.watching(child.pid):
                 for said in child.stdout:
                     last.append(said.strip())
-                    if said.strip() == TRAINING:
+                    if pressure and said.strip() == TRAINING:
                         neighbour.begin()
                 child.wait()
         finally:
@@ -118,7 +139,18 @@ def measure(
     # Refused at the start, or in the middle, when others left too little for too long: as a user would read it.
     refused = last[-1] if child.returncode else None
     over = [described(event) for event in violations(steps, trials)][:SHOWN]
-    return told | summary(steps, trials, neighbour.seen) | {"refused": refused, "over": over}
+    return told | summary(steps, trials, neighbour.seen) | peaks(steps, trials) | {"refused": refused, "over": over}
+
+
+def peaks(steps: Sequence[events.Step], trials: Sequence[events.Measured]) -> Row:
+    """(predicted, measured) bytes: of the step with the highest peak, and of each trial step, before which nothing was
+    known but what the networks are.
+    """
+    highest = max(steps, key=lambda step: step.peak or 0, default=None)
+    return {
+        "highest": None if highest is None else [highest.predicted, highest.peak],
+        "tried": [[trial.predicted, trial.peak] for trial in trials],
+    }
 
 
 class Neighbour:
@@ -165,12 +197,12 @@ for line in sys.stdin:
         self._process.kill()
         self._process.wait()
 
-    def aim(self, budget: int) -> None:
-        """Make ready for a training with this budget, which has not started."""
+    def aim(self, budget: int | None) -> None:
+        """Make ready for a training with this budget, which has not started; None: hold nothing."""
         self._stop, self.seen, self.turns = Event(), 0, 0
         self._hold(0)  # its context is there then
         self._base = self._free()
-        shares = [int(self._base - share * budget) for share in SHARE_LEFT]
+        shares = [0, 0] if budget is None else [int(self._base - share * budget) for share in SHARE_LEFT]
         self._holds = TINY_HOLDS if self._tiny else tuple(max(amount, 0) for amount in shares)
         self._hold(self._holds[1])
 
@@ -220,7 +252,7 @@ for line in sys.stdin:
 
 
 def line(row: Row) -> str:
-    budget = f"{row['budget'] / 1e9:.2f} GB"
+    budget = f"{row['model']}, {row['budget'] / 1e9:.2f} GB"
     if row["refused"]:
         return f"{budget}: refused after {row['steps']} steps: {row['refused']}"
     return (
@@ -232,29 +264,38 @@ def line(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[Section]:
-    """Each budget's newest run beside a neighbour."""
-    rows = sorted(newest(rows, ("model", "pressure", "budget")), key=lambda row: row["budget"])
+    """The newest run of each model and budget, beside a neighbour and without."""
+    models = list(MODELS)
+    rows = sorted(newest(rows, KEY), key=lambda row: (models.index(row["model"]), -row["pressure"], row["budget"]))
     header = (
-        "budget", "steps, of them with less left", "largest error of the peak", "of what a step adds",
-        "used, median", "most that the driver showed", "violations", "lost or repeated videos", "rungs down / up",
-        "retries",
+        "model", "budget", "neighbour", "steps, of them with less left", "highest peak: predicted, measured",
+        "trial steps: predicted, measured", "largest error of the peak", "of what a step adds", "used, median",
+        "most that the driver showed", "violations", "lost or repeated videos", "rungs down / up", "retries",
     )  # fmt: skip
     parts: list[Section] = []
     for where, here in by_place(rows):
         lines: list[Sequence[str]] = []
         for row in here:
-            budget = f"{row['budget'] / 1e9:.2f} GB"
+            what = (row["model"], f"{row['budget'] / 1e9:.2f} GB", "yes" if row["pressure"] else "no")
             if row["refused"]:
-                lines.append((budget, f"refused: {row['refused']}", *[""] * (len(header) - 2)))
+                lines.append((*what, f"refused: {row['refused']}", *[""] * (len(header) - 4)))
                 continue
             errors = [f"{100 * row[key][0]:.1f}%" for key in ("error_of_peak", "error_of_added")]
             lines.append((
-                budget, f"{row['steps']}, {row['short']}", *errors, f"{100 * row['used'][1]:.0f}%",
+                *what, f"{row['steps']}, {row['short']}", _pair(row.get("highest")),
+                "; ".join(map(_pair, row.get("tried", []))), *errors, f"{100 * row['used'][1]:.0f}%",
                 f"{100 * row['seen_of_budget']:.0f}% of the budget", str(row["violations"]), str(row["lost"]),
                 f"{row['down']} / {row['up']}", str(row["retries"]),
             ))  # fmt: skip
         parts.append(Table(f"{where}; {when(here)}:", header, lines))
     return parts
+
+
+def _pair(amounts: Sequence[int | None] | None) -> str:
+    """ "3.52, 3.49 GB"; rows of older versions have none."""
+    if amounts is None:
+        return ""
+    return f"{', '.join('?' if amount is None else f'{amount / 1e9:.2f}' for amount in amounts)} GB"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -263,10 +304,12 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
     parser.add_argument("--budgets", default=BUDGETS, metavar="A,B", help=f"default: {BUDGETS}")
+    parser.add_argument("--models", default="r18", metavar="A,B", help=f"of {', '.join(MODELS)} (default: r18)")
+    parser.add_argument("--no-pressure", action="store_true", help="the neighbour holds nothing")
     parser.add_argument("--seconds", type=float, default=12.0, help="of training at each budget (default: 12)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--tiny", action="store_true", help="a small network: does everything run?")
-    parser.add_argument("--skip-measured", action="store_true", help="leave out budgets that these results hold")
+    parser.add_argument("--skip-measured", action="store_true", help="leave out what these results hold")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="where each training leaves its log.jsonl")
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu_planner.jsonl", help="file of rows to append to")
     add_against(parser)

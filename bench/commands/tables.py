@@ -19,7 +19,7 @@ from lofi_fast.errors import InputError
 TABLES = (
     "job", "ops", "kernels", "memory", "step", "planner", "truth", "epochs", "tuners", "day", "optim", "overhead",
     "data", "eval", "gpu_planner", "fits", "plan", "scaling", "gpu", "tests", "launches", "faults", "recipes", "start",
-    "published", "gain", "rungs", "stages", "detect", "pictures",
+    "published", "gain", "rungs", "stages", "detect", "pictures", "waits",
 )  # fmt: skip
 FIGURES = ("fits", "day", "gain", "pictures")  # commands that draw one too
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "docs" / "gain.md")

@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lofi_fast import encoder as encoders
 from lofi_fast.budget import Budget, gigabytes
-from lofi_fast.config import Config
+from lofi_fast.config import Config, EncoderName, HeadName, PresetName, parse_trained
 from lofi_fast.data.dataset import Dataset, Sample
 from lofi_fast.data.pipeline import FramePipeline
 from lofi_fast.data.windows import Window
@@ -30,7 +30,7 @@ from lofi_fast.fidelity import FRAMES_PER_SNIPPET, Fidelity
 from lofi_fast.memory.meter import Meter
 from lofi_fast.memory.settle import open_meter, settle_allocator
 from lofi_fast.precision import choose_device, choose_precision
-from lofi_fast.presets import activitynet, demo
+from lofi_fast.presets import preset
 from lofi_fast.run.log import RunLog
 from lofi_fast.run.state import Machine, Run
 from lofi_fast.stages.joint import joint, plan_joint
@@ -38,6 +38,7 @@ from lofi_fast.stages.joint import joint, plan_joint
 BATCHES = 2  # of an epoch
 SECONDS = 120.0  # that each made-up video is said to last
 TRAINING = "training"  # said when the plans are made and the steps begin
+RECIPES: dict[HeadName, PresetName] = {"bmn": "bmn_anet", "actionformer": "actionformer_anet"}  # of heads that have one
 
 
 class NoisePipeline(FramePipeline):
@@ -62,7 +63,7 @@ def synthetic_run(config: Config, device: torch.device, meter: Meter, log: RunLo
     assert config.budget.amount is not None
     torch.manual_seed(0)
     encoder = encoders.build(config)
-    encoder.to(device).to(memory_format=torch.channels_last)
+    encoder.place(device)
     machine = Machine(device, choose_precision(device), meter, config.budget.amount)
     return Run(
         config, made_up(config), machine, NoisePipeline(1, device.type, num_threads=1), log, encoder, saves=False
@@ -94,9 +95,14 @@ def made_up(config: Config) -> Dataset:
     return Dataset(tuple(map(str, range(200))), {"training": tuple(samples)}, {}, (), ())
 
 
-def setting(budget: int, out: Path, tiny: bool) -> Config:
-    """ActivityNet's, or the demo's with fewer pixels; nothing is learned from noise, so the rate is low."""
-    config = demo() if tiny else activitynet()
+def setting(
+    budget: int, out: Path, tiny: bool, encoder: EncoderName = "tsm_r18", trained: str = "all", head: HeadName = "gtad"
+) -> Config:
+    """ActivityNet's with these networks, or the demo's with fewer pixels; nothing is learned from noise, so the rate is
+    low.
+    """
+    config = preset("demo" if tiny else RECIPES.get(head, "activitynet"), head)
+    config = replace(config, encoder=replace(config.encoder, name=encoder, train=trained))
     if tiny:
         config = replace(
             config, full=Fidelity(8, 32), encoder=replace(config.encoder, width=8), data=replace(config.data, jitter=0)
@@ -116,13 +122,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for log.jsonl")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--encoder", choices=get_args(EncoderName), default="tsm_r18")
+    parser.add_argument("--encoder.train", dest="trained", type=parse_trained, default="all", help="what of it learns")
+    parser.add_argument("--head", choices=get_args(HeadName), default="gtad")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
         device = choose_device(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
         with closing(RunLog(args.out / "log.jsonl")) as log:
-            config = setting(args.budget, args.out, args.tiny)
+            config = setting(args.budget, args.out, args.tiny, args.encoder, args.trained, args.head)
             train(synthetic_run(config, device, open_meter(device), log), args.seconds)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
