@@ -461,7 +461,7 @@ def test_offsets_above_32_bits() -> None:
     start(kernel.align_backward_launch(y_RPC[: 4 * channels].view(4, 1, channels), rois, order, offsets, x_BTC, 0), 8)
     expected = [0.25, 1, 0.75, 3, 0, 0, 0, 7]
     assert x_BTC[:, :, :block].flatten(0, 1).unique(dim=1).flatten().tolist() == expected
-    x_BTC[:, :, :block] = 0
+    x_BTC[:, :, :block], block = 0, product.BLOCK
     y_RPC = y_RPC[: 4 * channels].view(4, 1, channels)
     start(product.align_backward_product_launch(y_RPC, rois, order, offsets, x_BTC, 0), 2)
     assert x_BTC[:, :, :block].flatten(0, 1).unique(dim=1).flatten().tolist() == expected

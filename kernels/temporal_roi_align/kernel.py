@@ -264,7 +264,8 @@ def _parts_of(grad_RPC: Tensor, batch: int, num_snippets: int) -> int:
     """Of the gather."""
     num_rois, _, channels = grad_RPC.shape
     programs = max(batch * num_snippets * triton.cdiv(channels, BLOCK), 1)
-    return min(triton.cdiv(PROGRAMS, programs), triton.cdiv(num_rois, 2 * ROIS * max(batch, 1)), MOST_PARTS)
+    parts: int = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(num_rois, 2 * ROIS * max(batch, 1)), MOST_PARTS)
+    return parts
 
 
 def examples() -> dict[str, Launch]:

@@ -124,7 +124,8 @@ def parts_of(grad_RPC: Tensor, batch: int, num_snippets: int) -> int:
     snippets, block = _tile(grad_RPC, num_snippets)
     programs = batch * triton.cdiv(num_snippets, snippets) * triton.cdiv(channels, block)
     chunks = triton.cdiv(num_rois * num_bins, ROWS * max(batch, 1))
-    return min(triton.cdiv(PROGRAMS, max(programs, 1)), triton.cdiv(chunks, 4), MOST_PARTS)
+    parts: int = min(triton.cdiv(PROGRAMS, max(programs, 1)), triton.cdiv(chunks, 4), MOST_PARTS)
+    return parts
 
 
 def align_backward_product_launch(
