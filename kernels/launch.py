@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import knobs
-from triton.runtime import driver
 
 MOST_REMEMBERED = 4096  # launches of one kernel; a training run has some hundreds of shapes
 
@@ -85,12 +84,11 @@ class Launcher:
         for address in addresses:
             if address is not None and address & 15:
                 return False
-        active = driver.active
-        if active.get_current_device() == device:
-            _start(ready, active.get_current_stream(device), addresses)
+        if torch._C._cuda_getDevice() == device:
+            _start(ready, device, addresses)
         else:
             with torch.cuda.device(device):
-                _start(ready, active.get_current_stream(device), addresses)
+                _start(ready, device, addresses)
         return True
 
     def run(self, launch: Launch, tensors: Sequence[Tensor | None], key: tuple[Hashable, ...]) -> None:
@@ -119,5 +117,6 @@ class Launcher:
         )
 
 
-def _start(ready: _Ready, stream: int, addresses: list[int | None]) -> None:
+def _start(ready: _Ready, device: int, addresses: list[int | None]) -> None:
+    stream = torch._C._cuda_getCurrentRawStream(device)
     ready.start(*ready.grid, stream, ready.function, ready.metadata, None, None, None, *addresses, *ready.arguments)

@@ -30,7 +30,7 @@ forms: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {}}
 # What `operator` calls past the dispatcher: Triton forms, and autograd functions around those that have a derivative.
 _triton: dict[str, Callable[..., Any]] = {}
 _recorded: dict[str, Callable[..., Any]] = {}
-_ORDINARY = (Tensor, torch.nn.Parameter)
+_ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def _setting() -> str:
@@ -104,13 +104,19 @@ triton_version = _triton_version()
 
 
 def define(
-    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], triton: Callable[..., Any] | None = None
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
+    direct: Callable[..., Any] | None = None,
 ) -> None:
     """Define an operator by its schema, and choose its form for each device type.
 
     On the CPU the C++ kernel runs where it is loaded, else the reference; on CUDA the Triton form, where the operator
     has one and Triton is installed, else the reference. Every form and the fake (output shapes, strides and dtypes
     alone) take the arguments of the schema in their order. The choice is recorded in ``forms``.
+
+    ``direct`` is what ``operator`` calls in place of ``triton``: it may give None where the schema has an empty tensor.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
@@ -128,7 +134,7 @@ def define(
             forms["cpu"][name] = f"reference (not in {native_path}: rebuild it)"
     if triton is not None and triton_version is not None:
         LIBRARY.impl(name, triton, "CUDA")
-        _triton[name] = triton
+        _triton[name] = direct or triton
         forms["cuda"][name] = f"Triton {triton_version}"
     elif triton is not None:
         LIBRARY.impl(name, reference, "CUDA")
@@ -160,7 +166,8 @@ def differentiate(
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(name, (torch.autograd.Function,), members)
-    _recorded[name] = function.apply
+    # Not its own `apply`, which looks for transforms of torch.func once more, in Python.
+    _recorded[name] = super(torch.autograd.Function, function).apply
 
 
 def operator(name: str, *tensors: Tensor | None) -> Callable[..., Any]:
@@ -173,16 +180,15 @@ def operator(name: str, *tensors: Tensor | None) -> Callable[..., Any]:
     Args:
         tensors: the arguments that may need a gradient; the first is on the device that counts.
     """
-    first = tensors[0]
     if (
-        name in _triton
-        and first.is_cuda  # type: ignore[union-attr]
-        and all(tensor is None or type(tensor) in _ORDINARY for tensor in tensors)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and name in _triton
+        and tensors[0].is_cuda  # type: ignore[union-attr]
+        and _ORDINARY.issuperset(map(type, tensors))
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
     ):
-        recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        recorded = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
         form = _recorded.get(name) if recorded else _triton[name]
         if form is not None:
             return form

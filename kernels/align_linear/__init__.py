@@ -109,7 +109,7 @@ def _align_linear(op: str, terms: Sequence[tuple[Tensor, SamplingGrid, Tensor]],
                 f"{op}: weight must be (O, {features.shape[1]}, {grid.num_bins}) for these features and this grid, "
                 f"got {tuple(weight.shape)}"
             )
-        if len(features) != len(first) or len(weight) != len(first_weight):
+        if features.shape[0] != first.shape[0] or weight.shape[0] != first_weight.shape[0]:
             raise ValueError(
                 f"{op}: terms must agree in batch and outputs, got {len(first)} and {len(first_weight)}, "
                 f"then {len(features)} and {len(weight)}"
@@ -152,14 +152,13 @@ class _AlignLinear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         features, weight = operands[:2]
         batch, _, num_snippets = features.shape
-        num_outputs = len(weight)
+        num_outputs = weight.shape[0]
         num_bins = sum(weight.shape[2] for weight in operands[1::2])
-        with torch.autocast(features.device.type, enabled=False):
-            projected = features.new_empty(batch * num_snippets, num_bins * num_outputs, dtype=dtype)
-            for rows, flat_weight, columns in _products(operands, dtype):
-                torch.mm(rows, flat_weight, out=projected[:, columns])
-            projected = projected.view(batch, num_snippets * num_bins, num_outputs)
-            out_BNO = _product(weights, False, projected, None if bias is None else bias.to(_sum_dtype(dtype)))
+        projected = features.new_empty(batch * num_snippets, num_bins * num_outputs, dtype=dtype)
+        for rows, flat_weight, columns in _products(operands, dtype):
+            torch.mm(rows, flat_weight, out=projected[:, columns])  # which autocast leaves alone, as it has an out
+        projected = projected.view(batch, num_snippets * num_bins, num_outputs)
+        out_BNO = _product(weights, False, projected, None if bias is None else bias.to(_sum_dtype(dtype)))
         return out_BNO.transpose(1, 2)
 
     @staticmethod

@@ -108,7 +108,8 @@ def gather_rows(
     dense: Tensor, offsets: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, row_step: int
 ) -> Tensor:
     dense = dense.contiguous()
-    out = dense.new_empty(len(dense), len(offsets) - 1, dense.shape[2])
+    batch, _, num_outputs = dense.shape
+    out = dense.new_empty(batch, offsets.shape[0] - 1, num_outputs)
     tensors, key = (dense, offsets, columns, values, bias, out), (row_step, dense.dtype, dense.shape, out.shape)
     if _gather.repeat(tensors, key) or not out.numel():
         return out

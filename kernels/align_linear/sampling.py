@@ -129,7 +129,7 @@ class SamplingGrid:
 
     @property
     def num_cells(self) -> int:
-        return len(self.rois)
+        return self.rois.shape[0]
 
     @property
     def num_weights(self) -> int:

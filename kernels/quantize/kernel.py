@@ -145,7 +145,9 @@ _quantize, _dequantize = Launcher(), Launcher()
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = empty_beside(x, x.shape, torch.uint8)
-    scale = x.new_empty(x.shape[:2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    num, channels, _, _ = x.shape
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale = x.new_empty_strided((num, channels), (max(1, channels), 1), dtype=exact)
     tensors, key = (x, codes, scale), (x.dtype, x.shape)
     if not _quantize.repeat(tensors, key):
         launch = quantize_launch(x.contiguous(memory_format=memory_format(x)), codes, scale)

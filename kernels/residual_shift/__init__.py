@@ -57,10 +57,8 @@ def residual_shift(
     if identity is None and identity_scale is not None:
         raise ValueError("residual_shift: identity_scale and identity_bias come with an identity")
     _check_floating("residual_shift", x)
-    _check_channels("residual_shift", "scale", scale, x)
-    _check_channels("residual_shift", "bias", bias, x)
-    _check_channels("residual_shift", "identity_scale", identity_scale, x)
-    _check_channels("residual_shift", "identity_bias", identity_bias, x)
+    affine = {"scale": scale, "bias": bias, "identity_scale": identity_scale, "identity_bias": identity_bias}
+    _check_channels("residual_shift", affine, x)
     run = library.operator("residual_shift", x, identity)
     out, shifted = run(x, scale, bias, identity, identity_scale, identity_bias, num_frames, fold)
     return out, shifted if fold else None
@@ -102,8 +100,7 @@ def residual_shift_backward(
     if grad_shifted is not None and not fold:
         raise ValueError(f"{op}: grad_shifted needs the fold of the shifted copy, not 0")
     _check_floating(op, out)
-    _check_channels(op, "scale", scale, out)
-    _check_channels(op, "identity_scale", identity_scale, out)
+    _check_channels(op, {"scale": scale, "identity_scale": identity_scale}, out)
     run = library.operator("residual_shift_backward", out, grad_out, grad_shifted)
     grad_x, grad_identity = run(grad_out, grad_shifted, out, scale, identity_scale, with_identity, num_frames, fold)
     return grad_x, grad_identity if with_identity else None
@@ -124,17 +121,19 @@ def _check_floating(op: str, x: Tensor) -> None:
         raise ValueError(f"{op}: the features must be floating point, not {x.dtype}")
 
 
-def _check_channels(op: str, name: str, numbers: Tensor | None, x: Tensor) -> None:
-    if numbers is None:
-        return
+def _check_channels(op: str, affine: dict[str, Tensor | None], x: Tensor) -> None:
+    size, device = x.shape[1:2], x.device
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if numbers.shape != x.shape[1:2] or numbers.dtype != dtype or numbers.device != x.device:
-        raise ValueError(
-            f"{op}: {name} must be ({x.shape[1]},) {dtype} on {x.device}, not "
-            f"{tuple(numbers.shape)} {numbers.dtype} on {numbers.device}"
-        )
-    if numbers.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op}: {name} gets no gradient, but requires one: detach it, or freeze batch norm")
+    for name, numbers in affine.items():
+        if numbers is None:
+            continue
+        if numbers.shape != size or numbers.dtype != dtype or numbers.device != device:
+            raise ValueError(
+                f"{op}: {name} must be ({x.shape[1]},) {dtype} on {device}, not "
+                f"{tuple(numbers.shape)} {numbers.dtype} on {numbers.device}"
+            )
+        if numbers.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} gets no gradient, but requires one: detach it, or freeze batch norm")
 
 
 @cache
@@ -151,6 +150,14 @@ def _triton(*arguments: Any) -> Any:
 
 def _triton_backward(*arguments: Any) -> Any:
     return _kernel().residual_shift_backward(*arguments)
+
+
+def _direct(*arguments: Any) -> Any:
+    return _kernel().shift_if_wanted(*arguments)
+
+
+def _direct_backward(*arguments: Any) -> Any:
+    return _kernel().gradients_wanted(*arguments)
 
 
 def _fake(
@@ -209,6 +216,7 @@ library.define(
     reference.residual_shift,
     _fake,
     triton=_triton,
+    direct=_direct,
 )
 library.define(
     "residual_shift_backward(Tensor? grad_out, Tensor? grad_shifted, Tensor out, Tensor? scale, "
@@ -216,6 +224,7 @@ library.define(
     reference.residual_shift_backward,
     _fake_backward,
     triton=_triton_backward,
+    direct=_direct_backward,
 )
 library.differentiate("residual_shift", _backward, _setup_context)
 library.differentiate("residual_shift_backward", _no_second_derivative)

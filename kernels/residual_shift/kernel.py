@@ -172,7 +172,7 @@ def residual_shift_backward_launch(
 _forward, _backward = Launcher(), Launcher(given=2)
 
 
-def residual_shift(
+def shift_if_wanted(
     x: Tensor,
     scale: Tensor | None,
     bias: Tensor,
@@ -181,22 +181,24 @@ def residual_shift(
     identity_bias: Tensor | None,
     num_frames: int,
     fold: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
+    """``residual_shift``, with None in the place of an empty tensor."""
     out = torch.empty_like(x)
-    shifted = torch.empty_like(x) if fold else x.new_empty(0)
-    copy = shifted if fold else None
+    shifted = torch.empty_like(x) if fold else None
     tensors, key = (
-        (x, scale, bias, identity, identity_scale, identity_bias, out, copy),
+        (x, scale, bias, identity, identity_scale, identity_bias, out, shifted),
         (num_frames, fold, x.dtype, x.shape),
     )
     if _forward.repeat(tensors, key) or x.numel() == 0:
         return out, shifted
     if rows_of(out) is None:
         plain = None if identity is None else identity.contiguous()
-        plain_out, plain_shifted = residual_shift(
+        plain_out, plain_shifted = shift_if_wanted(
             x.contiguous(), scale, bias, plain, identity_scale, identity_bias, num_frames, fold
         )
-        return out.copy_(plain_out), shifted.copy_(plain_shifted)
+        if shifted is not None and plain_shifted is not None:
+            shifted.copy_(plain_shifted)
+        return out.copy_(plain_out), shifted
     launch = residual_shift_launch(
         laid_out_as(out, x),
         _contiguous(scale),
@@ -205,7 +207,7 @@ def residual_shift(
         _contiguous(identity_scale),
         _contiguous(identity_bias),
         out,
-        copy,
+        shifted,
         num_frames,
         fold,
     )
@@ -213,7 +215,7 @@ def residual_shift(
     return out, shifted
 
 
-def residual_shift_backward(
+def gradients_wanted(
     grad_out: Tensor | None,
     grad_shifted: Tensor | None,
     out: Tensor,
@@ -222,20 +224,20 @@ def residual_shift_backward(
     with_identity: bool,
     num_frames: int,
     fold: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
+    """``residual_shift_backward``, with None in the place of an empty tensor."""
     grad_x = torch.empty_like(out)
-    grad_identity = torch.empty_like(out) if with_identity else out.new_empty(0)
+    grad_identity = torch.empty_like(out) if with_identity else None
     if grad_out is None and grad_shifted is None:
-        return grad_x.zero_(), grad_identity.zero_()
-    added = grad_identity if with_identity else None
+        return grad_x.zero_(), None if grad_identity is None else grad_identity.zero_()
     tensors, key = (
-        (grad_out, grad_shifted, out, scale, identity_scale, grad_x, added),
+        (grad_out, grad_shifted, out, scale, identity_scale, grad_x, grad_identity),
         (num_frames, fold, out.dtype, out.shape),
     )
     if _backward.repeat(tensors, key) or out.numel() == 0:
         return grad_x, grad_identity
     if rows_of(grad_x) is None:
-        plain_x, plain_identity = residual_shift_backward(
+        plain_x, plain_identity = gradients_wanted(
             _contiguous(grad_out),
             _contiguous(grad_shifted),
             out.contiguous(),
@@ -245,7 +247,9 @@ def residual_shift_backward(
             num_frames,
             fold,
         )
-        return grad_x.copy_(plain_x), grad_identity.copy_(plain_identity)
+        if grad_identity is not None and plain_identity is not None:
+            grad_identity.copy_(plain_identity)
+        return grad_x.copy_(plain_x), grad_identity
     launch = residual_shift_backward_launch(
         None if grad_out is None else laid_out_as(grad_x, grad_out),
         None if grad_shifted is None else laid_out_as(grad_x, grad_shifted),
@@ -253,7 +257,7 @@ def residual_shift_backward(
         _contiguous(scale),
         _contiguous(identity_scale),
         grad_x,
-        added,
+        grad_identity,
         num_frames,
         fold,
     )
@@ -263,6 +267,16 @@ def residual_shift_backward(
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def residual_shift(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, shifted = shift_if_wanted(*arguments)
+    return out, out.new_empty(0) if shifted is None else shifted
+
+
+def residual_shift_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    grad_x, grad_identity = gradients_wanted(*arguments)
+    return grad_x, grad_x.new_empty(0) if grad_identity is None else grad_identity
 
 
 def examples() -> dict[str, Launch]:

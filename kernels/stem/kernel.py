@@ -258,7 +258,9 @@ def stem_backward(
 
 def stem_input(frames: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
     frames = frames.contiguous()
-    x = torch.empty(frames.shape, dtype=dtype, device=frames.device).permute(0, 3, 1, 2)
+    num, height, width, _ = frames.shape
+    strides = (3 * height * width, 1, 3 * width, 3)
+    x = frames.new_empty_strided((num, 3, height, width), strides, dtype=dtype)
     tensors, key = (frames, mean, x), (dtype, frames.shape)
     if not _stem_input.repeat(tensors, key):
         _stem_input.run(stem_input_launch(frames, mean.contiguous(), x), tensors, key)

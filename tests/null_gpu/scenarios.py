@@ -534,12 +534,15 @@ def recorded(scene: Scene) -> Any:
     except NotImplementedError as error:
         said = str(error)
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(x)
+    (unshifted,) = torch.autograd.grad(kernels.residual_shift(x, ones, ones)[0].sum(), x)
+    with Seen():
+        (filled,) = torch.autograd.grad(kernels.residual_shift(x, ones, ones)[0].sum(), x)
     shift = kernels.temporal_shift
     (once,) = torch.autograd.grad(shift(x, 8).sum(), x, create_graph=True)
     (twice,) = torch.autograd.grad((shift(x, 8) * x).sum(), x, create_graph=True)
     return {
         "nodes": nodes, "watched": seen.names, "alone": alone, "said": said, "compiled": compiled.requires_grad,
-        "shift": [once.requires_grad, twice.requires_grad],
+        "shift": [once.requires_grad, twice.requires_grad], "unshifted": unshifted.shape == filled.shape == x.shape,
     }  # fmt: skip
 
 

@@ -44,6 +44,7 @@ def test_a_call_that_is_recorded_passes_the_dispatcher_by_unless_something_watch
     assert "cannot be differentiated again" in found["said"]
     assert found["compiled"]
     assert found["shift"] == [False, True]
+    assert found["unshifted"]
 
 
 def rung(snippets: int, side: int, micro_batch: int, **levers: Any) -> dict[str, Any]:
