@@ -19,7 +19,7 @@ import torch
 from bench.tools.against import add_against, comparison, read_against
 from bench.tools.cases import Case, Form, Problem, cases, form_of, forward, forward_backward, gate
 from bench.tools.gate import GateError
-from bench.tools.measure import ROOF, Stopwatch, in_child, interleaved, peak_above_start, roof, spread
+from bench.tools.measure import ROOF, Stopwatch, copy_of, in_child, interleaved, peak_above_start, roof, spread
 from bench.tools.rows import RESULTS, Row, alike, append_row, environment, read_rows, software
 from bench.tools.table import Section, Table, by_place, place, screen, when
 from lofi_fast.errors import InputError
@@ -29,6 +29,7 @@ from lofi_fast.precision import choose_device
 
 USAGE = "python -m bench ops [options]"
 PASSES = ("forward", "forward_backward")
+AS_MANY = "copy of as many bytes"
 TIMES = {"forward ms": ("forward", "ms"), "forward + backward ms": ("forward_backward", "ms"), "peak": ("peak",)}
 LEFT_OUT = ("28x28x128, 64", "14x14x256", "L=25", "L=50", "L=256", "batch 4")  # by --short
 HEADER = (
@@ -136,13 +137,17 @@ def _time(
 ) -> dict[str, Row]:
     """Of each form: milliseconds, rate and share of the roof, and how many times as long as ours it took."""
     copy, copied = roof(device)
-    run: Callable[[Form], object] = forward if step == "forward" else forward_backward
-    calls: dict[str, Callable[[], object]] = {name: partial(run, form) for name, form in forms.items()}
-    samples = interleaved(calls | {ROOF: copy}, stopwatch, rounds, SECONDS)
-    roof_rate = copied / spread(samples[ROOF]).median
     moved = problem.bytes_forward
     if step == "forward_backward" and moved is not None:
         moved = None if problem.bytes_backward is None else moved + problem.bytes_backward
+    roofs: dict[str, Callable[[], object]] = {ROOF: copy}
+    if device.type == "cuda" and moved is not None:  # whose caches and launches count where there are few bytes
+        roofs[AS_MANY] = copy_of(moved, device)
+    run: Callable[[Form], object] = forward if step == "forward" else forward_backward
+    calls: dict[str, Callable[[], object]] = {name: partial(run, form) for name, form in forms.items()}
+    samples = interleaved(calls | roofs, stopwatch, rounds, SECONDS)
+    roof_rate = copied / spread(samples[ROOF]).median
+    as_many = spread(samples[AS_MANY]).median if AS_MANY in samples else None
     ours = samples[next(iter(forms))]
     found = {}
     for name in forms:
@@ -157,6 +162,7 @@ def _time(
             "gbs": None if moved is None else _digits(moved / seconds.median / 1e9),
             "roof_gbs": _digits(roof_rate / 1e9),
             "of_roof": None if moved is None else _digits(moved / seconds.median / roof_rate),
+            "of_copy": None if as_many is None else _digits(as_many / seconds.median),
         }
     return found
 
@@ -214,13 +220,17 @@ def _times(ratio: float) -> str:
     return f"{ratio:.1f}x" if ratio >= 0.1 else f"{ratio:.1g}x"
 
 
+def _share(timed: Row) -> str:
+    """Of the copy roof; in brackets, of a copy of as many bytes."""
+    of_copy = timed.get("of_copy")
+    return f"{100 * timed['of_roof']:.0f}%" + ("" if of_copy is None else f" ({100 * of_copy:.0f}%)")
+
+
 def _compared(row: Row, ours: Row) -> list[str]:
     """A line: another form against ours in the same run."""
     passes = ("forward", "forward_backward")
     times = [_times(row[step]["times_ours"][0]) if row[step] else "" for step in passes]
-    roofs = [
-        f"{100 * ours[step]['of_roof']:.0f}%" for step in passes if ours[step] and ours[step]["of_roof"] is not None
-    ]
+    roofs = [_share(ours[step]) for step in passes if ours[step] and ours[step]["of_roof"] is not None]
     peaks = ""
     if row["peak"] is not None and ours["peak"] is not None:
         ratio = f"{row['peak'] / ours['peak']:.1f}x, " if ours["peak"] >= 2**20 else ""  # less is noise

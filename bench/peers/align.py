@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lofi_fast.kernels import ProposalGrid, temporal_roi_align
 from lofi_fast.kernels.align_linear.sampling import SparseRows, weights_of
+from lofi_fast.kernels.library import forms
 from lofi_fast.kernels.temporal_roi_align import temporal_roi_align_reference
 
 CHUNK = 256  # ROIs at once, so that what the definition sums stays in the processor's cache
@@ -122,3 +123,29 @@ class _CsrProduct(torch.autograd.Function):
 
 def _csr(matrix: SparseRows, rows: int, columns: int) -> Tensor:
     return torch.sparse_csr_tensor(*matrix, size=(rows, columns), check_invariants=True)
+
+
+class AlignedByProducts(torch.autograd.Function):
+    """``temporal_roi_align`` whose gradient is Triton's product on tensor cores; for one batch element."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, rois: Tensor, num_bins: int) -> Tensor:
+        ctx.save_for_backward(rois)
+        ctx.arguments = (1, features.shape[2], num_bins, 0)
+        return temporal_roi_align(features, rois, num_bins)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        from lofi_fast.kernels.temporal_roi_align import kernel  # Triton may be missing
+
+        (rois,) = ctx.saved_tensors
+        return kernel.temporal_roi_align_backward(grads[0], rois, *ctx.arguments, by_product=True), None, None
+
+
+def by_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether such a gradient can be taken here: on a GPU with tensor cores, or under Triton's interpreter."""
+    if dtype == torch.float64 or not forms[device.type]["temporal_roi_align"].startswith("Triton"):
+        return False
+    from lofi_fast.kernels.temporal_roi_align import product
+
+    return device.type == "cpu" or product.has_tensor_cores(device)

@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.peers.align import CHUNK, DenseSampling, Materialised, ProjectedCsr, batched_rois, sampling_matrix
+from bench.peers.align import (
+    CHUNK,
+    AlignedByProducts,
+    DenseSampling,
+    Materialised,
+    ProjectedCsr,
+    batched_rois,
+    by_products,
+    sampling_matrix,
+)
 from bench.peers.blocks import eager_block_end, eager_stem, eager_stem_input, frozen_norm
 from bench.peers.shift import published_shift
 from bench.peers.soft_nms import published_soft_nms
@@ -401,9 +410,13 @@ def _temporal_roi_align(length: int, duration: int, dtype: torch.dtype, device: 
         return (torch.cat(parts),), (back,)
 
     as_rows = grad.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as the product's own result lies in memory
+    peers = {"PyTorch, dense matrix": Form(by_matrix, (features,), (as_rows,))}
+    if by_products(dtype, device):
+        products = Form(lambda x: (AlignedByProducts.apply(x, rois, BINS[0]),), (features,), (grad,))
+        peers["Triton, gradient by products"] = products
     return Problem(
         ours=ours,
-        peers={"PyTorch, dense matrix": Form(by_matrix, (features,), (as_rows,))},
+        peers=peers,
         exact=partial(_double, by_matrix, ours),
         plain=plain,
         bytes_forward=features.nbytes + rois.nbytes + grad.nbytes,

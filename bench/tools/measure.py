@@ -73,9 +73,15 @@ class Stopwatch:
 @cache
 def roof(device: torch.device) -> tuple[Call, int]:
     """A copy between two places of the device's memory, too large for its caches, and the bytes it moves."""
-    source = torch.ones((512 if device.type == "cuda" else 64) * MIB, dtype=torch.uint8, device=device)
+    moved = 2 * (512 if device.type == "cuda" else 64) * MIB
+    return copy_of(moved, device), moved
+
+
+def copy_of(moved: int, device: torch.device) -> Call:
+    """A copy that reads and writes so many bytes in all."""
+    source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return lambda: target.copy_(source), 2 * source.nbytes
+    return lambda: target.copy_(source)
 
 
 def interleaved(

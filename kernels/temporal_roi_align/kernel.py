@@ -232,11 +232,9 @@ def temporal_roi_align_backward(
     num_snippets: int,
     num_bins: int,
     sampling_ratio: int,
-    by_product: bool | None = None,
+    by_product: bool = False,
 ) -> Tensor:
-    """A product, or a gather, as is asked for; None: a product where there are tensor cores for it."""
-    if by_product is None:
-        by_product = grad.dtype != torch.float64 and product.has_tensor_cores(grad.device)
+    """A gather; or a product (not of float64), which no card has measured yet: `bench ops` does where it can run."""
     grad_RPC, rois = grad.transpose(1, 2).contiguous(), rois.contiguous()
     order = offsets = None
     if batch != 1:
