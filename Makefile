@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BUDGET ?= 11GB
 ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ train: $(VENV)/installed
 	$(BIN)/python -m lofi_fast.train --mem-budget $(BUDGET) $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(VENV)/tested-with
 	$(BIN)/ruff check
@@ -50,7 +51,7 @@ $(VENV)/installed: $(VENV)/build-tools pyproject.toml setup.py build_backend.py 
 	@touch $@
 
 $(VENV)/tested-with: $(VENV)/installed
-	$(PIP) pytest hypothesis ruff mypy clang-format import-linter build tensorboard
+	$(PIP) pytest pytest-xdist hypothesis ruff mypy clang-format import-linter build tensorboard
 	@touch $@
 
 # The CUDA path without a card (tests/null_gpu/conftest.py says how). It needs the CUDA build of torch, some 3 GB, in an
