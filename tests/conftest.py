@@ -5,6 +5,7 @@ Without CUDA, Triton kernels run on the CPU through Triton's interpreter, which 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -24,6 +25,12 @@ torch.set_num_threads(2)
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # a CPU's bf16 is for the tests that ask for it
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("any_machine", deadline=None)  # how long an example takes tells of the machine alone
+    settings.load_profile("any_machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -281,7 +281,7 @@ def video_of(name: str, labels: str) -> Video:
     return Video(name, UNASSIGNED, None, tuple(Segment(i, i + 1, label) for i, label in enumerate(labels)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.text("abcdef", max_size=4), max_size=40))
 def test_our_own_split_teaches_every_class_and_is_a_fifth_at_most(labels: list[str]) -> None:
     videos = [video_of(f"{i}", text) for i, text in enumerate(labels)]
@@ -332,7 +332,7 @@ def test_clip_to_duration() -> None:
 seconds = st.floats(-5, 20, allow_nan=False)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(seconds, seconds, st.sampled_from("ab"))), st.floats(0.1, 15))
 def test_clipped_segments_lie_inside_and_none_that_did_is_lost(
     drawn: list[tuple[float, float, str]], duration: float

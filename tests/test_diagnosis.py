@@ -223,7 +223,7 @@ def test_normalisation_makes_one_precision_of_rare_and_frequent_classes():
     assert usual.average == pytest.approx((0 + 1 / 6) / 2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000))
 def test_what_always_holds(seed):
     truth, predictions, durations = random_set(seed, videos=5, classes=2)

@@ -188,7 +188,7 @@ def test_a_pixel_costs_about_as_much_at_every_rung_of_the_papers_presets(name: P
     length=st.integers(4, 200), side=st.integers(8, 160), bounds=st.tuples(st.floats(1, 64), st.floats(1, 64)),
     pattern=st.sampled_from(CYCLE),
 )  # fmt: skip
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_something_is_offered_between_any_bounds(
     length: int, side: int, bounds: tuple[float, float], pattern: Pattern
 ) -> None:
@@ -238,7 +238,7 @@ def test_selected_snippets_by_hand(full: int, num_snippets: int, expected: list[
     assert chosen.dtype == np.int64
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 300).flatmap(lambda full: st.tuples(st.just(full), st.integers(1, full))))
 def test_selected_snippets_are_distinct_and_nearest_to_equal_spacing(sizes: tuple[int, int]) -> None:
     full, num_snippets = sizes

@@ -51,7 +51,7 @@ def test_a_damaged_file_is_refused_in_one_sentence(name: str, tmp_path: Path) ->
     sample = SAMPLES[name]
     path = sample.write(tmp_path)
 
-    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(damaged(sample.text.encode()))
     def every(content: bytes) -> None:
         path.write_bytes(content)

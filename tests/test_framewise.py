@@ -83,13 +83,13 @@ def literal_precision(scores, truth):
     return float(np.mean(found))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(labels=LABELLING)
 def test_runs_equal_the_loop(labels):
     assert list(zip(*(part.tolist() for part in runs(labels)), strict=True)) == literal_runs(labels.tolist())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(found=SEQUENCE, truth=SEQUENCE)
 def test_edit_score_equals_the_recursion(found, truth):
     score = edit_score(np.array(found, dtype=np.int64), np.array(truth, dtype=np.int64))
@@ -97,7 +97,7 @@ def test_edit_score_equals_the_recursion(found, truth):
     assert 0 <= score <= 100 and (score == 100) == (found == truth)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(pair=PAIR)
 def test_segmental_counts_equal_the_loop(pair):
     found, truth = pair
@@ -106,7 +106,7 @@ def test_segmental_counts_equal_the_loop(pair):
         assert tuple(counts[:, k]) == literal_counts(found.tolist(), truth.tolist(), threshold)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), st.booleans()), min_size=1, max_size=30).filter(
         lambda rows: any(true for _, true in rows)
@@ -124,7 +124,7 @@ def segments_of(labels, rate, score=None):
     ]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(pairs=st.lists(PAIR, min_size=1, max_size=4), rate=st.sampled_from([1.0, 15.0, 23.976, 29.97, 30.0]))
 def test_scores_of_all_videos_equal_the_definition(pairs, rate):
     """Through segments in seconds and back, at rates that are no round numbers, all frames come back."""

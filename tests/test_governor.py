@@ -154,7 +154,7 @@ EVENTS = st.lists(EVENT, max_size=40)
 ROOMS = st.integers(1 * GB, 12 * GB)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(EVENTS)
 def test_never_under_the_ledger_and_never_over_the_room(events: list[Event]) -> None:
     _, _, decisions = live(events)
@@ -165,7 +165,7 @@ def test_never_under_the_ledger_and_never_over_the_room(events: list[Event]) -> 
         assert decision.room <= (1 - SMALLEST_MARGIN) * decision.limit
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(EVENTS, ROOMS, st.integers(1 * GB, 24 * GB), st.integers(0, 8 * GB), st.sampled_from(CYCLE))
 def test_a_larger_budget_never_gives_a_lower_plan(
     events: list[Event], left: int, budget: int, more: int, pattern: Pattern
@@ -185,13 +185,13 @@ def test_a_larger_budget_never_gives_a_lower_plan(
     assert rank_at(budget + more) <= rank_at(budget)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(EVENTS)
 def test_the_same_history_gives_the_same_decisions(events: list[Event]) -> None:
     assert live(events)[2] == live(events)[2]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(EVENTS, ROOMS, st.sampled_from(CYCLE))
 def test_refused_exactly_when_nothing_fits(events: list[Event], left: int, pattern: Pattern) -> None:
     made, machine, _ = live(events)
@@ -207,7 +207,7 @@ def test_refused_exactly_when_nothing_fits(events: list[Event], left: int, patte
         assert "nothing fits" in str(refused) and isinstance(refused, InputError)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(EVENTS, EVENTS)
 def test_going_on_from_the_saved_state_decides_the_same(before: list[Event], after: list[Event]) -> None:
     made, machine, _ = live(before)
@@ -267,7 +267,7 @@ def in_chunks(plan: Plan) -> int:
     return ledger(replace(plan, chunk=0)) + 20 * plan.chunk * FRAMES_PER_SNIPPET * plan.fidelity.side**2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(CYCLE), st.integers(1 * GB, 12 * GB), st.booleans()), max_size=30), ROOMS)
 def test_the_first_that_fits_is_found_as_if_each_was_asked_for(steps: list[tuple[Pattern, int, bool]], at: int) -> None:
     machine = Machine()
@@ -481,7 +481,7 @@ def test_one_reading_that_shrinks_starts_the_wait_again() -> None:
     assert CLEAN > 2
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.floats(0.35, 0.95), st.integers(2, STEADY), st.randoms(use_true_random=False))
 def test_free_memory_that_swings_by_less_than_a_rung_moves_nothing(
     share: float, period: int, chance: random.Random
@@ -514,7 +514,7 @@ def test_after_nothing_fitted_the_smallest_comes_first() -> None:
     assert [rank(made.choose(S)) for _ in range(STEADY)][-1] < PLANS[S].index(other)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(2 * GB, 6 * GB), min_size=60, max_size=60))
 def test_what_goes_up_fitted_for_some_steps(lefts: list[int]) -> None:
     machine = Machine(bump=0, noise=0)

@@ -635,7 +635,7 @@ SETTINGS = st.builds(
 LENGTHS, SIDES, BATCHES, CHUNKS = st.integers(2, 100), st.integers(16, 224), st.integers(1, 16), st.integers(1, 40)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SETTINGS, LENGTHS, SIDES, BATCHES, CHUNKS, st.booleans(), st.booleans())
 def test_more_needs_more(
     setting: Setting, length: int, side: int, batch: int, chunk: int, recompute: bool, accumulates: bool
@@ -659,7 +659,7 @@ def test_more_needs_more(
     assert of(chunk=chunk + 1).kept_encoder == here.kept_encoder
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SETTINGS, LENGTHS, SIDES, st.integers(1, 8))
 def test_what_is_kept_grows_by_the_video(setting: Setting, length: int, side: int, batch: int) -> None:
     none, one, two = (step_bytes(setting, Fidelity(length, side), n, chunk=3) for n in (batch, batch + 1, batch + 2))
@@ -675,7 +675,7 @@ def test_what_is_kept_grows_by_the_video(setting: Setting, length: int, side: in
     assert one.kept_encoder - none.kept_encoder == a_video - 8 * length * 3 * side**2
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SETTINGS, LENGTHS, SIDES, BATCHES, CHUNKS)
 def test_recomputing_keeps_the_batch_norms_alone_and_never_needs_more_than_all_activations(
     setting: Setting, length: int, side: int, batch: int, chunk: int
@@ -691,7 +691,7 @@ def test_recomputing_keeps_the_batch_norms_alone_and_never_needs_more_than_all_a
         assert again.total <= kept.total
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SETTINGS, st.integers(4, 100), st.integers(96, 224), BATCHES)
 def test_recomputing_snippet_by_snippet_needs_no_more_than_any_chunk_without(
     setting: Setting, length: int, side: int, batch: int

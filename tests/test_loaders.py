@@ -112,7 +112,7 @@ def test_the_whole_file_is_read(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_damaged_file_raises_the_declared_error_alone(name: str, tmp_path: Path) -> None:
-    @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=200, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(damaged(LOADERS[name][2]))
     def every(content: bytes) -> None:
         load(name, tmp_path, content)

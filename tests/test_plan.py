@@ -270,7 +270,7 @@ def _forecasts(config: Config, card: Profile | None, named: bool, budget: int, s
     return Forecast.of(config, card if named else profile_for(budget), 20, epoch_size(config, None), named)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     encoder=st.sampled_from(get_args(EncoderName)),
     preset=st.sampled_from(get_args(PresetName)),

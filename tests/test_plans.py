@@ -63,7 +63,7 @@ def as_under_a_cap(peaks: Sequence[int], budget: int) -> list[int | None]:
     return [peak if peak <= budget else None for peak in peaks]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.none() | PEAKS, min_size=1, max_size=40), st.integers(1, 2 * 10**10), st.integers(0, 10**9))
 def test_whatever_the_peaks_the_choice_was_run_and_fits(peaks: list[int | None], budget: int, held: int) -> None:
     choice, ran = search(peaks, budget, held)
@@ -83,7 +83,7 @@ def test_whatever_the_peaks_the_choice_was_run_and_fits(peaks: list[int | None],
 LINES = (st.integers(0, 2 * 10**9), st.integers(10**8, 10**10), st.floats(0.0, 1.2, exclude_min=True))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(*LINES, st.booleans())
 def test_on_a_line_the_highest_is_found_in_few_runs_none_over_the_budget(
     held: int, slope: int, where: float, capped: bool
@@ -98,7 +98,7 @@ def test_on_a_line_the_highest_is_found_in_few_runs_none_over_the_budget(
     assert all(measured[i] <= budget + 2 for i in ran[1:]), "run although the readings said it passes the budget"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(*LINES, st.integers(0, 2 * 10**9), st.booleans())
 def test_a_constant_part_costs_few_runs_and_leaves_little_of_the_budget(
     held: int, slope: int, where: float, constant: int, capped: bool
@@ -113,7 +113,7 @@ def test_a_constant_part_costs_few_runs_and_leaves_little_of_the_budget(
         assert not fits(peaks[choice.candidate - 1], budget) or choice.peak >= 0.85 * budget
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.none() | PEAKS, min_size=RUNGS, max_size=RUNGS), st.integers(1, 2 * 10**10))
 def test_never_many_runs_and_always_the_same_ones(peaks: list[int | None], budget: int) -> None:
     first, ran = search(peaks, budget)
@@ -292,7 +292,7 @@ def test_three_readings_tell_both_scalars(scale: float, extra: int, largest: int
         assert found.added(ledger) == pytest.approx(added, rel=0.03)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(10**8, 10**10), st.floats(0.7, 1.5)), min_size=1, max_size=8))
 def test_the_fit_is_the_most_probable_of_all(points: list[tuple[int, float]]) -> None:
     readings = [(ledger, round(ledger * factor)) for ledger, factor in points]
@@ -409,7 +409,7 @@ def test_more_videos_at_once_and_larger_chunks_go_by_what_they_cost_on_the_devic
     assert costs[-1] > 5 * costs[0], "a GPU waits for its host"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 64), st.none() | st.integers(1, 64), RECOMPUTES, st.sampled_from(["cpu", "cuda"]))
 def test_the_lever_only_adds_plans_and_a_cpu_begins_with_the_encoders_own_chunk(
     batch: int, micro: int | None, recompute: Recompute, device: Device

@@ -90,7 +90,7 @@ def literal_classes(edges: list[float], points: list[tuple[float, int]], dilatio
     return result
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     gaps=st.lists(st.sampled_from([0.5, 1.0, 1.5]), min_size=1, max_size=8),
     points=st.lists(st.tuples(st.integers(-2, 20).map(lambda k: k / 2), st.integers(0, CLASSES - 1)), max_size=6),
@@ -173,7 +173,7 @@ def literal_points(points: list[tuple[float, float, int]], reach: float) -> set[
     return kept
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     points=st.lists(
         st.tuples(
@@ -246,7 +246,7 @@ def literal_soccernet(found: Rows, truth: dict[str, list[float]], tolerance: flo
     return sum(max([p for r, p in curve if r >= j / 10], default=0.0) for j in range(11)) / 11
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     truth=st.lists(st.tuples(st.sampled_from("uvw"), st.integers(0, 40).map(lambda k: k / 4)), min_size=1, max_size=8,
                    unique=True),

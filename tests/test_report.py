@@ -482,7 +482,7 @@ def test_timelines_show_segments_above_the_best_detections() -> None:
     assert len(timelines(GroundTruthFile(truth), PredictionsFile())) == 8
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=30), st.sampled_from([None, 1, 3]))
 def test_lanes_never_overlap(spans: list[tuple[int, int]], most: int | None) -> None:
     bars = [Bar(start, start + length, "a", 1.0, 0) for start, length in spans]

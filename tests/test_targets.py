@@ -225,7 +225,7 @@ def test_every_cell_of_a_pool_can_be_drawn_and_the_seed_decides() -> None:
     assert drawn(IOU, seed=4).tolist() == drawn(IOU, seed=4).tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 1.0]), max_size=60), st.booleans())
 def test_regression_cells_never_leave_their_pools(values: list[float], with_zero: bool) -> None:
     iou = np.array(values)

@@ -480,7 +480,7 @@ def test_launch_of_more_elements_than_32_bits_count() -> None:
     launch = kernel.align_backward_launch(out, rois, indices, indices[:65], features, 0)
     assert launch.grid == (64 * 2000, 2)
     launch = product.align_backward_product_launch(out, rois, indices, indices[:65], features, 0)
-    assert launch.grid == (64 * 16, 2)
+    assert launch.grid == (64 * 16, 4)
 
 
 @pytest.mark.gpu

@@ -50,7 +50,7 @@ def learned(
     return learn_ledger(plans, measure, lambda: HELD, limit, "raise --mem-budget"), ran
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2 * 10**9), st.floats(10, 1500))
 def test_what_grows_in_a_line_is_learned_from_two_plans(fixed: int, for_pixel: float) -> None:
     def need(plan: Plan) -> float:
@@ -169,7 +169,7 @@ def test_a_governor_plans_with_what_was_learned(seed: int, budget: int, bump: fl
 # A few candidates, by arithmetic
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     sizes=st.lists(st.integers(1, 10**10), min_size=1, max_size=7, unique=True).map(
         lambda of: sorted(of, reverse=True)

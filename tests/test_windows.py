@@ -78,7 +78,7 @@ def test_windows_begin_with_the_first_picture() -> None:
     np.testing.assert_allclose(late.pts[grid[:, 4]], 6.5 + np.arange(10), atol=0.051)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.floats(0.1, 5000), st.floats(1, 500), st.floats(0, 0.9))
 def test_windows_cover_the_video_and_overlap_at_least_as_asked(duration: float, length: float, overlap: float) -> None:
     windows = cut_windows("v", duration, length, overlap)
@@ -128,7 +128,7 @@ def test_variable_frame_rate_goes_by_time_and_not_by_number() -> None:
     assert middle == 12
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.floats(0.001, 2.0), min_size=1, max_size=80),
     st.integers(1, 40),

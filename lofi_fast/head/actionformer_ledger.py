@@ -109,6 +109,7 @@ class Attended(NamedTuple):
     mask: int
     reach: int  # of a position; a block has as many rows, and three times as many keys. 0: all positions at once
     padded: int  # keys that the blocks' are taken from
+    there: int  # their positions
     in_place: bool  # the values of all blocks can be multiplied where they lie
     viewed: bool  # the heads can be put together where they lie
 
@@ -122,11 +123,11 @@ class Attended(NamedTuple):
         reach, rows, viewed = window // 2, level.batch * heads, heads in (1, level.channels)
         if reach == 0:
             mask = level.positions**2
-            return Attended(level.numbers, level.numbers, rows * mask, mask, 0, 0, True, viewed)
+            return Attended(level.numbers, level.numbers, rows * mask, mask, 0, 0, 0, True, viewed)
         blocks, width = -(-level.positions // reach), level.batch * level.channels * reach
         mask = blocks * 3 * reach**2
         return Attended(
-            blocks * width, 3 * blocks * width, rows * mask, mask, reach, (blocks + 2) * width,
+            blocks * width, 3 * blocks * width, rows * mask, mask, reach, (blocks + 2) * width, (blocks + 2) * reach,
             rows == 1 or blocks == 1, viewed,
         )  # fmt: skip
 
@@ -266,9 +267,12 @@ class _Step:
         given = 0
         if at.reach:
             block = 3 * at.reach**2
-            given = e * (at.rows + 2 * at.padded) + at.mask + block + 3 * LONG * at.reach
-            self.come(given)
+            padded, index = e * (at.rows + 2 * at.padded), 3 * LONG * at.reach
+            self.come(padded, index)
             self.tally.spike(2 * LONG * block)
+            self.come(block, at.there, at.mask)
+            self.tally.spike(block + max(at.mask, index))
+            given = padded + index + block + at.there + at.mask
         copies = e * at.mask + (FLOAT * (at.rows + at.keys) if cast else 0)
         self.come(copies, FLOAT * at.keys if cast else 0)
         self.come(FLOAT * (at.rows + at.keys))  # scaled
