@@ -113,9 +113,14 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def table(rows: Sequence[Row]) -> list[Section]:
-    """The newest measurement: mean CPU seconds of each stage over the seeds, and all of them against before."""
-    if not rows:
-        return []
+    """Of each machine the newest measurement: mean CPU seconds of each stage over the seeds, and all of them against
+    before.
+    """
+    machines = dict.fromkeys(row["machine"] for row in rows)
+    return [_newest([row for row in rows if row["machine"] == machine]) for machine in machines]
+
+
+def _newest(rows: Sequence[Row]) -> Table:
     last = [row for row in rows if row["date"] == rows[-1]["date"] and row["flags"] == rows[-1]["flags"]]
     whole = {name: [row for row in last if row["which"] == name] for name in dict.fromkeys(r["which"] for r in last)}
     before = {row["seed"]: sum(row["seconds"].values()) for row in whole.get(BEFORE, [])}
@@ -129,7 +134,7 @@ def table(rows: Sequence[Row]) -> list[Section]:
             f"{sum(spent.values()):.0f}", f"{fmean(ratios):.2f}" if ratios else "", f"{maps[0]:.1f} to {maps[-1]:.1f}",
         ))  # fmt: skip
     header = ("what", "seeds", *STAGES, "all", "times faster", "average mAP (%)")
-    return [Table(f"{last[0]['machine']}, {last[0]['threads']} thread; {when(last)}:", header, lines)]
+    return Table(f"{last[0]['machine']}, {last[0]['threads']} thread; {when(last)}:", header, lines)
 
 
 def _parser() -> argparse.ArgumentParser:
