@@ -463,23 +463,23 @@ def test_offsets_above_32_bits() -> None:
     assert x_BTC[:, :, :block].flatten(0, 1).unique(dim=1).flatten().tolist() == expected
     x_BTC[:, :, :block], block = 0, product.BLOCK
     y_RPC = y_RPC[: 4 * channels].view(4, 1, channels)
-    start(product.align_backward_product_launch(y_RPC, rois, order, offsets, x_BTC, 0), 2)
+    start(kernel.align_backward_launch(y_RPC, rois, order, offsets, x_BTC, 0, by_product=True), 2)
     assert x_BTC[:, :, :block].flatten(0, 1).unique(dim=1).flatten().tolist() == expected
 
 
 def test_launch_of_more_elements_than_32_bits_count() -> None:
     pytest.importorskip("triton")
-    from lofi_fast.kernels.temporal_roi_align import kernel, product
+    from lofi_fast.kernels.temporal_roi_align import kernel
 
     features = torch.empty(64, 2000, 256, dtype=torch.float16, device="meta")
     rois = torch.empty(64 * 5050, 3, device="meta")
     out = torch.empty(64 * 5050, 32, 256, dtype=torch.float16, device="meta")
     assert out.numel() > 2**31
-    assert kernel.align_launch(features, rois, out, 0).grid == (64 * 5050 * 4, 1)
+    assert kernel.align_launch(features, rois, out, 0).grid == (64 * 5050 * 4, 2)
     indices = torch.empty(64 * 5050, dtype=torch.int64, device="meta")
     launch = kernel.align_backward_launch(out, rois, indices, indices[:65], features, 0)
     assert launch.grid == (64 * 2000, 2)
-    launch = product.align_backward_product_launch(out, rois, indices, indices[:65], features, 0)
+    launch = kernel.align_backward_launch(out, rois, indices, indices[:65], features, 0, by_product=True)
     assert launch.grid == (64 * 16, 4)
 
 

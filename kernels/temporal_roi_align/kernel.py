@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -13,18 +11,11 @@ from ..launch import Launch, Launcher
 from . import product
 from .samples import bins_of, position_of, samples_between, spare_of, taps_of, whole
 
-BLOCK = 128  # channels of a program; twice as many of one of the forward kernel where there are more
+BLOCK = 128  # channels of a program
 BINS = 8  # bins of a program of the forward kernel
 ROIS = 8  # ROIs that a program of the backward kernel goes through at once
 PROGRAMS = 4096  # of the backward kernel: enough for any GPU, where there are so many ROIs
 MOST_PARTS = 64  # that the ROIs are divided into for that
-
-
-@triton.jit
-def add_tap(sums, x, place, weight, limit, channel):
-    """Of each bin: the sum, and a weight times a row of ``x``, whose channels below ``limit`` are read."""
-    row = tl.load(x + place[:, None] + channel[None, :], mask=channel[None, :] < limit[:, None], other=0.0)
-    return sums + weight[:, None] * row.to(sums.dtype)
 
 
 @triton.jit
@@ -40,16 +31,14 @@ def align_kernel(
     SUM: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
-    TWO: tl.constexpr,
 ):
-    """Some bins of a ROI: a block of their channels, or two, which share the work on the samples."""
     PARTS: tl.constexpr = (NUM_BINS + BINS - 1) // BINS
     roi = (tl.program_id(0) // PARTS).to(tl.int64)
     bins = tl.program_id(0) % PARTS * BINS + tl.arange(0, BINS)
-    channel = tl.program_id(1) * (BLOCK * 2 if TWO else BLOCK) + tl.arange(0, BLOCK)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch = tl.load(rois + roi * 3)
     there = (batch >= 0.0) & (batch < num_batches)
-    x = features + batch.to(tl.int64) * num_snippets * channels
+    rows = features + batch.to(tl.int64) * num_snippets * channels + channel[None, :]
 
     each = bins * 0 + roi
     start, width, count, spacing = bins_of(rois, each, each >= 0, NUM_BINS, RATIO)
@@ -57,26 +46,22 @@ def align_kernel(
     last = tl.where(there, last, first)
 
     sums = tl.zeros((BINS, BLOCK), SUM)
-    more = tl.zeros((BINS, BLOCK), SUM)
     for step in range(0, tl.max(last - first)):
         sample = first + step
         lower, lower_weight, upper_weight = taps_of(position_of(start, width, count, bins, sample), num_snippets, SUM)
-        counts = (lower >= 0) & (sample < last)
+        lower = tl.where(sample < last, lower, -2)
+        place = lower[:, None] * channels
+        limit = tl.where(lower >= 0, channels, 0)
+        x = tl.load(rows + place, mask=channel[None, :] < limit[:, None], other=0.0)
+        sums += lower_weight[:, None] * x.to(SUM)
         # A snippet that weighs nothing has no influence, be it NaN; nor is there one after the last.
-        of_lower = tl.where(counts, channels, 0)
-        of_upper = tl.where(counts & (upper_weight > 0.0), channels, 0)
-        place = lower.to(tl.int64) * channels
-        sums = add_tap(sums, x, place, lower_weight, of_lower, channel)
-        sums = add_tap(sums, x, place + channels, upper_weight, of_upper, channel)
-        if TWO:
-            more = add_tap(more, x, place, lower_weight, of_lower, channel + BLOCK)
-            more = add_tap(more, x, place + channels, upper_weight, of_upper, channel + BLOCK)
-    share = (1.0 / count.to(SUM))[:, None]
-    limit = tl.where(bins < NUM_BINS, channels, 0)[:, None]
+        limit = tl.where((lower >= 0) & (upper_weight > 0.0), channels, 0)
+        x = tl.load(rows + (place + channels), mask=channel[None, :] < limit[:, None], other=0.0)
+        sums += upper_weight[:, None] * x.to(SUM)
+    sums *= (1.0 / count.to(SUM))[:, None]
+    limit = tl.where(bins < NUM_BINS, channels, 0)
     to = out + (roi * NUM_BINS + bins)[:, None] * channels + channel[None, :]
-    tl.store(to, (sums * share).to(out.dtype.element_ty), mask=channel[None, :] < limit)
-    if TWO:
-        tl.store(to + BLOCK, (more * share).to(out.dtype.element_ty), mask=channel[None, :] + BLOCK < limit)
+    tl.store(to, sums.to(out.dtype.element_ty), mask=channel[None, :] < limit[:, None])
 
 
 @triton.jit
@@ -155,19 +140,19 @@ def align_backward_kernel(
     tl.store(out + row * channels + channel, total.to(out.dtype.element_ty), mask=channel < channels)
 
 
-def _constants(num_bins: int, sampling_ratio: int, dtype: torch.dtype) -> dict[str, Any]:
+def _constants(num_bins: int, sampling_ratio: int, dtype: torch.dtype) -> dict[str, object]:
     sum_dtype = tl.float64 if dtype == torch.float64 else tl.float32
-    return {"NUM_BINS": num_bins, "RATIO": sampling_ratio, "SUM": sum_dtype}
+    return {"NUM_BINS": num_bins, "RATIO": sampling_ratio, "SUM": sum_dtype, "BLOCK": BLOCK}
 
 
 def align_launch(features_BTC: Tensor, rois: Tensor, out_RPC: Tensor, sampling_ratio: int) -> Launch:
     """All contiguous."""
     batch, num_snippets, channels = features_BTC.shape
     num_rois, num_bins, _ = out_RPC.shape
-    bins, two = min(BINS, triton.next_power_of_2(num_bins)), channels > BLOCK
+    bins = min(BINS, triton.next_power_of_2(num_bins))
     return Launch(
         align_kernel,
-        (num_rois * triton.cdiv(num_bins, bins), triton.cdiv(channels, 2 * BLOCK if two else BLOCK)),
+        (num_rois * triton.cdiv(num_bins, bins), triton.cdiv(channels, BLOCK)),
         {
             "features": features_BTC,
             "rois": rois,
@@ -176,7 +161,7 @@ def align_launch(features_BTC: Tensor, rois: Tensor, out_RPC: Tensor, sampling_r
             "num_snippets": num_snippets,
             "channels": channels,
         },
-        {"BINS": bins, "BLOCK": BLOCK, "TWO": two} | _constants(num_bins, sampling_ratio, features_BTC.dtype),
+        {"BINS": bins} | _constants(num_bins, sampling_ratio, features_BTC.dtype),
         num_warps=max(bins * BLOCK // 256, 1),
         fp_fusion=False,
     )
@@ -189,25 +174,29 @@ def align_backward_launch(
     offsets: Tensor | None,
     out_BTC: Tensor,
     sampling_ratio: int,
+    by_product: bool = False,
 ) -> Launch:
     """All contiguous. ``order`` (R,) lists the ROIs by batch element, b's from ``offsets[b]`` (B + 1,) on; int64. They
     may be None where B is 1. ``out_BTC`` may have a dimension of parts ahead of the others, whose sum is the gradient.
     """
     *parts, batch, num_snippets, channels = out_BTC.shape
+    arguments: dict[str, Tensor | int | float | None] = {
+        "grad": grad_RPC,
+        "rois": rois,
+        "order": order,
+        "offsets": offsets,
+        "out": out_BTC,
+        "num_snippets": num_snippets,
+        "channels": channels,
+        "num_rois": len(rois),
+    }
+    if by_product:
+        return product.align_backward_product_launch(arguments, grad_RPC, out_BTC, sampling_ratio)
     return Launch(
         align_backward_kernel,
         (batch * num_snippets, triton.cdiv(channels, BLOCK), *parts),
-        {
-            "grad": grad_RPC,
-            "rois": rois,
-            "order": order,
-            "offsets": offsets,
-            "out": out_BTC,
-            "num_snippets": num_snippets,
-            "channels": channels,
-            "num_rois": len(rois),
-        },
-        {"ROIS": ROIS, "BLOCK": BLOCK} | _constants(grad_RPC.shape[1], sampling_ratio, grad_RPC.dtype),
+        arguments,
+        {"ROIS": ROIS} | _constants(grad_RPC.shape[1], sampling_ratio, grad_RPC.dtype),
         num_warps=4 if grad_RPC.itemsize == 2 else 8,
         fp_fusion=False,
     )
@@ -251,8 +240,8 @@ def temporal_roi_align_backward(
     tensors, key = (grad_RPC, rois, order, offsets, out_BTC), (sampling_ratio, grad.dtype, grad.shape, out_BTC.shape)
     launcher = _product if by_product else _align_backward
     if not launcher.repeat(tensors, key):
-        launch_of = product.align_backward_product_launch if by_product else align_backward_launch
-        launcher.run(launch_of(grad_RPC, rois, order, offsets, out_BTC, sampling_ratio), tensors, key)
+        launch = align_backward_launch(grad_RPC, rois, order, offsets, out_BTC, sampling_ratio, by_product)
+        launcher.run(launch, tensors, key)
     if parts > 1:
         out_BTC = out_BTC.sum(dim=0).to(grad.dtype)
     return out_BTC.transpose(1, 2)
@@ -284,14 +273,12 @@ def examples() -> dict[str, Launch]:
         shape = f"{name} 100x{channels} {num_bins} bins {f'ratio {ratio}' if ratio else 'adaptive'}"
         launches[f"temporal_roi_align {shape}"] = align_launch(features, rois, aligned, ratio)
         parts = empty(11, 1, 100, channels, dtype=single)
-        for form, launch_of in (
-            ("gathered", align_backward_launch),
-            ("by products", product.align_backward_product_launch),
-        ):
-            launches[f"temporal_roi_align backward {form} {shape}"] = launch_of(
-                aligned, rois, order, offsets, features, ratio
+        for form, by_product in (("gathered", False), ("by products", True)):
+            what = f"temporal_roi_align backward {form}"
+            launches[f"{what} {shape}"] = align_backward_launch(
+                aligned, rois, order, offsets, features, ratio, by_product
             )
-            launches[f"temporal_roi_align backward {form} in parts {shape}"] = launch_of(
-                aligned, rois, None, None, parts, ratio
+            launches[f"{what} in parts {shape}"] = align_backward_launch(
+                aligned, rois, None, None, parts, ratio, by_product
             )
     return launches

@@ -129,29 +129,15 @@ def parts_of(grad_RPC: Tensor, batch: int, num_snippets: int) -> int:
 
 
 def align_backward_product_launch(
-    grad_RPC: Tensor,
-    rois: Tensor,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    out_BTC: Tensor,
-    sampling_ratio: int,
+    arguments: dict[str, Tensor | int | float | None], grad_RPC: Tensor, out_BTC: Tensor, sampling_ratio: int
 ) -> Launch:
-    """As ``align_backward_launch``; not of float64."""
+    """Of the arguments of ``align_backward_launch``; not of float64."""
     *parts, batch, num_snippets, channels = out_BTC.shape
     snippets, block = _tile(grad_RPC, num_snippets)
     return Launch(
         align_backward_product_kernel,
         (batch * triton.cdiv(num_snippets, snippets), triton.cdiv(channels, block), *parts),
-        {
-            "grad": grad_RPC,
-            "rois": rois,
-            "order": order,
-            "offsets": offsets,
-            "out": out_BTC,
-            "num_snippets": num_snippets,
-            "channels": channels,
-            "num_rois": len(rois),
-        },
+        arguments,
         {
             "NUM_BINS": grad_RPC.shape[1],
             "RATIO": sampling_ratio,

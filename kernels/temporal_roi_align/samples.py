@@ -45,7 +45,7 @@ def taps_of(position, num_snippets, SUM: tl.constexpr):
     inside, clamped = clamped_to(position, num_snippets)
     lower = tl.math.floor(clamped)
     fraction = (clamped - lower).to(SUM)
-    return tl.where(inside, lower, -2.0).to(tl.int32), 1.0 - fraction, fraction
+    return tl.where(inside, lower, -2.0).to(tl.int64), 1.0 - fraction, fraction
 
 
 @triton.jit
