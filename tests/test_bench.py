@@ -211,25 +211,6 @@ def test_detection_is_measured_beside_decoding(tmp_path: Path) -> None:
     assert "| small, 64 x 96 px in 32 s | 320x240, 25 frames a second, 20 s | float32 | detection |" in said
 
 
-def test_trainings_are_asked_whether_they_wait_for_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = tmp_path / "waits.jsonl"
-    command = ["waits", "--tiny", "--device", "cpu", "--videos", "4", "--epochs", "2", "--results", str(results)]
-    assert main([*command, "--settings", "full,lofi"]) == 0
-    full, lofi = read_rows(results)
-    assert full["rungs"] == [["spatial", 16, 32], ["temporal", 16, 32]], "nothing is cut"
-    assert all(length * side**2 <= 16 * 32**2 / 4 for _, length, side in lofi["rungs"])
-    for row in (full, lofi):
-        assert (row["first"]["steps"], row["after"]["steps"], row["within"]["steps"]) == (2, 2, 1)
-        assert 0 < row["first"]["share"] < 1 and 0 <= row["within"]["share"] < 1
-        assert 0 < row["peak"] < row["budget"] and row["violations"] == 0 and row["decoder"] == "DALI on the CPU"
-    assert main([*command, "--settings", "full,demo", "--skip-measured"]) == 0
-    assert [row["setting"] for row in read_rows(results)] == ["full", "lofi", "demo"]
-    said = tables.section_of("waits", [row | {"quick": False} for row in read_rows(results)])
-    assert "| full: activitynet, tsm_r18, 2 videos a step | 16x32 |" in said and "| DALI on the CPU |" in said
-    assert main([*command, "--mem-budget", "10MB", "--settings", "lofi"]) == 1
-    assert "error: lofi: status 2" in capsys.readouterr().err
-
-
 def test_a_long_video_is_its_clip_over_and_over(tmp_path: Path) -> None:
     path = tmp_path / "long.mp4"
     assert write_long_video(path, 41.0) == 1500

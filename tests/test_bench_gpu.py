@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.commands import gpu, gpu_planner, tables, tests, waits
+from bench.commands import gpu, gpu_planner, tables, tests
 from bench.tools import logs, networks, parts, targets
 from bench.tools.rows import ROOT, Row, append_row, read_rows
 from lofi_fast.run import events
@@ -151,28 +151,6 @@ def test_a_violation_is_described_by_its_plan_and_its_memory() -> None:
     assert over.startswith("epoch 1 step 7, 8 x 16 px, 2 at once, recompute: GB held 3.00, predicted 0.00, ")
     assert "limit 2.00" in over and "budget 4.00" in over and over.endswith("0 retries; up")
     assert tried == "trial of 8x16: 5.00 held of a budget of 1.00 GB"
-
-
-def test_what_a_log_says_of_waiting_for_frames() -> None:
-    def at(second: float, kind: type[events.Event] = events.Step, **fields: Any) -> Any:
-        return kind(time=f"2026-01-01T00:00:{second:06.3f}+00:00", stage="joint", **fields)
-
-    def step(second: float, epoch: int, number: int, waited: float, **changes: Any) -> Any:
-        fields = {"loss": 1.0, "samples": 2, "num_snippets": 10, "side": 16, "peak": 90, "budget": 100, "limit": 100}
-        return at(second, epoch=epoch, step=number, waited=waited, **(fields | {"pattern": "spatial"} | changes))
-
-    log = [
-        at(0, events.Saved, epoch=0, step=0), step(4, 0, 0, 3), step(6, 0, 1, 1), at(9, events.Saved, epoch=1, step=0),
-        step(11, 1, 0, 1.0, peak=120), step(12, 1, 1, 0.25), step(13, 1, 2, 0.0, pattern="temporal", num_snippets=5),
-        msgspec.structs.replace(step(59, 1, 0, 0.0), stage="head"),
-    ]  # fmt: skip
-    found = waits.summary(log)
-    assert found["first"] == {"steps": 2, "seconds": 6, "waited": 4, "share": 0.6667, "frames_a_second": 53.3}
-    assert found["after"] == {"steps": 3, "seconds": 4, "waited": 1.25, "share": 0.3125, "frames_a_second": 100}
-    assert found["within"] == {"steps": 2, "seconds": 2, "waited": 0.25, "share": 0.125, "frames_a_second": 120}
-    assert found["rungs"] == [["spatial", 10, 16], ["temporal", 5, 16]]
-    assert (found["peak"], found["violations"], len(found["over"])) == (120, 1, 1)
-    assert waits.share([])["share"] is None
 
 
 def test_a_part_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path) -> None:

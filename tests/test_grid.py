@@ -26,7 +26,7 @@ def by_hand(segments: list[tuple[float, float]], begins: float, ends: float, gri
     return pairwise_iou(np.array(segments).reshape(-1, 2), np.concatenate(proposals)).max(axis=1)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=8),
     st.sampled_from([None, 2.0, 5.0, 16.0, 40.0]),

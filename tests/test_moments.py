@@ -77,7 +77,7 @@ def test_without_detections_everything_is_missed_and_without_labels_nothing_is()
 SCORES = st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4]), max_size=6)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(right=SCORES, wrong=SCORES, more=st.integers(0, 5))
 def test_the_threshold_has_the_highest_f1_of_all(right: list[float], wrong: list[float], more: int) -> None:
     segments = len(right) + more
@@ -137,7 +137,7 @@ def test_a_moment_whose_pictures_are_damaged_is_shown_without() -> None:
     assert msgspec.json.decode(json_bytes(shown), type=Moments) == shown
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     pts=st.lists(st.floats(0, 100), min_size=1, max_size=8, unique=True).map(sorted),
     times=st.lists(st.floats(-10, 120), min_size=1, max_size=4),

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock, Thread
 
@@ -27,7 +28,8 @@ import torch
 
 from bench.tools.against import add_against, comparison, read_against
 from bench.tools.logs import described, read_log, summary, violations
-from bench.tools.rows import RESULTS, ROOT, Row, alike, append_row, environment, read_rows, software
+from bench.tools.record import record_each
+from bench.tools.rows import RESULTS, ROOT, Row, alike, environment, read_rows, software
 from bench.tools.table import Section, Table, by_place, newest, screen, when
 from lofi_fast.budget import parse_bytes
 from lofi_fast.errors import InputError
@@ -79,27 +81,21 @@ def main(argv: Sequence[str]) -> int:
     start = environment() | software(device, args.threads) | {"quick": args.tiny}
     known = alike(read_rows(args.results), start) if args.skip_measured else []
     asked = [case for case in asked if case not in [tuple(row[key] for key in KEY) for row in known]]
-    rows: list[Row] = []
-    failed = False
     with ExitStack() as stack:
         name = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-gpu-planner-", ignore_cleanup_errors=True))
         neighbour = stack.enter_context(Neighbour(device, args.tiny))
-        for model, pressure, budget in asked:
+
+        def training(model: str, pressure: bool, budget: int) -> Row:
             of = "" if model == "r18" else f"-{model}"
             out = (args.logs or Path(name)) / f"planner{of}-{budget / 1e9:g}GB"
             shutil.rmtree(out, ignore_errors=True)  # of an earlier run
-            row = {"bench": "gpu_planner", "model": model, "pressure": pressure, "budget": budget}
             flags = ["--seconds", str(args.seconds), "--threads", str(args.threads), *MODELS[model]]
-            flags += ["--tiny"] * args.tiny
-            try:
-                row |= measure(budget, pressure, out, neighbour, device, flags) | start
-            except RuntimeError as error:  # the others may go better
-                print(f"error: {error}", file=sys.stderr, flush=True)
-                failed = True
-                continue
-            append_row(args.results, row)
-            rows.append(row)
-            print("\n    ".join([line(row), *row["over"]]), flush=True)
+            return measure(budget, pressure, out, neighbour, device, flags + ["--tiny"] * args.tiny)
+
+        cases = [
+            ({"bench": "gpu_planner", **dict(zip(KEY, case, strict=True))}, partial(training, *case)) for case in asked
+        ]
+        rows, failed = record_each(cases, start, args.results, line)
     print(f"\n{screen(table(rows))}\n{len(rows)} rows appended to {args.results}")
     if args.against:
         print(comparison(rows, old, KEY, VALUES))

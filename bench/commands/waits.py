@@ -18,14 +18,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.tools.logs import described, read_log, violations
-from bench.tools.rows import RESULTS, ROOT, Row, alike, append_row, environment, read_rows, software
+from bench.tools.record import record_each
+from bench.tools.rows import RESULTS, ROOT, Row, alike, environment, read_rows, software
 from bench.tools.table import Section, Table, by_place, newest, screen, when
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
@@ -67,26 +68,19 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--settings: there is no setting {unknown[0]}; there are: {', '.join(SETTINGS)}")
     start = environment() | software(device, args.threads) | {"quick": args.tiny}
     known = {row["setting"] for row in alike(read_rows(args.results), start)} if args.skip_measured else set()
-    rows: list[Row] = []
-    failed = False
-    with ExitStack() as stack:
-        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-waits-", ignore_cleanup_errors=True))
-        for setting in (setting for setting in asked if setting not in known):
-            folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="bench-waits-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+
+        def training(setting: str) -> Row:
             flags = [*SETTINGS[setting], *(TINY if args.tiny else [])]
             flags += data_of(setting, folder, args.videos, args.tiny)
             flags += ["--joint-epochs", str(args.epochs), "--mem-budget", args.mem_budget, "--device", device.type]
             flags += ["--threads", str(args.threads), "--cache", str(folder / "cache")]
-            row: Row = {"bench": "waits", "setting": setting, "videos": args.videos, "epochs": args.epochs}
-            try:
-                row |= measured(flags, folder / setting) | start
-            except RuntimeError as error:  # the others may go better
-                print(f"error: {error}", file=sys.stderr, flush=True)
-                failed = True
-                continue
-            append_row(args.results, row)
-            rows.append(row)
-            print("\n    ".join([line(row), *row["over"]]), flush=True)
+            return measured(flags, folder / setting)
+
+        named: Row = {"bench": "waits", "videos": args.videos, "epochs": args.epochs}
+        cases = [(named | {"setting": one}, partial(training, one)) for one in asked if one not in known]
+        rows, failed = record_each(cases, start, args.results, line)
     print(f"\n{screen(table(rows))}\n{len(rows)} rows appended to {args.results}")
     return int(failed or any(row["violations"] for row in rows))
 

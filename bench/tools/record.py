@@ -59,3 +59,24 @@ def record(
         if args.against:
             print(comparison(rows, old, key, values))
     return 0
+
+
+def record_each(
+    cases: Iterable[tuple[Row, Callable[[], Row]]], start: Row, results: Path, line: Callable[[Row], str]
+) -> tuple[list[Row], bool]:
+    """Rows of trainings, each of what names it and what is measured of it, appended at once; and whether one failed
+    (RuntimeError): the others may go better. Below its line come the violations of the budget that a row describes.
+    """
+    rows: list[Row] = []
+    failed = False
+    for named, measure in cases:
+        try:
+            row = named | measure() | start
+        except RuntimeError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            failed = True
+            continue
+        append_row(results, row)
+        rows.append(row)
+        print("\n    ".join([line(row), *row["over"]]), flush=True)
+    return rows, failed
