@@ -21,7 +21,8 @@ import torch  # noqa: E402  (its threads are settled before)
 if TYPE_CHECKING:
     from detectors import SmallRun
 
-torch.set_num_threads(2)
+THREADS = 2
+torch.set_num_threads(THREADS)
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # a CPU's bf16 is for the tests that ask for it
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -41,21 +42,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False"))
 
 
+@pytest.fixture(autouse=True)
+def process_as_before() -> Iterator[None]:
+    """Whatever a test changes of its process, as commands that run in it do, the next one finds as many threads as all
+    (sums are rounded as threads share them) and the environment as it was.
+    """
+    environment = dict(os.environ)
+    yield
+    torch.set_num_threads(THREADS)
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+
+
 @pytest.fixture
-def one_thread() -> Iterator[None]:
+def one_thread() -> None:
     """What a test computes is so small that a second thread is only waited for."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def threads_kept() -> Iterator[None]:
-    """A bench in this process sets how many threads compute; afterwards it is as before."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -179,7 +179,6 @@ def test_the_readme_shows_the_rows_of_this_repository(capsys: pytest.CaptureFixt
 # Decoding, evaluation
 
 
-@pytest.mark.usefixtures("threads_kept")
 def test_decoding_is_measured_beside_the_videos_themselves(tmp_path: Path) -> None:
     results = tmp_path / "data.jsonl"
     assert main(["data", "--quick", "--device", "cpu", "--results", str(results)]) == 0
@@ -197,7 +196,6 @@ def test_decoding_is_measured_beside_the_videos_themselves(tmp_path: Path) -> No
     assert "| full: 32 snippets x 64 px | PyAV |" in said and "Filling the cache, once:" in said
 
 
-@pytest.mark.usefixtures("threads_kept")
 def test_detection_is_measured_beside_decoding(tmp_path: Path) -> None:
     results = tmp_path / "detect.jsonl"
     assert main(["detect", "--quick", "--precision", "fp32", "--results", str(results)]) == 0
@@ -219,7 +217,6 @@ def test_a_long_video_is_its_clip_over_and_over(tmp_path: Path) -> None:
     assert np.diff(info.pts) == pytest.approx(0.04) and info.duration == pytest.approx(60)
 
 
-@pytest.mark.usefixtures("threads_kept")
 def test_another_frame_does_not_pass_the_gate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,7 +228,6 @@ def test_another_frame_does_not_pass_the_gate(
     assert "error: PyAV: its pixels differ from ours by" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("threads_kept")
 def test_evaluation_is_measured_beside_the_official_procedure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,7 +247,6 @@ def test_evaluation_is_measured_beside_the_official_procedure(
     assert "| mAP | 40 | 4,000 | ours |" in tables.section_of("eval", [row | {"quick": False} for row in rows])
 
 
-@pytest.mark.usefixtures("threads_kept")
 def test_all_runs_its_parts_and_compares_them(tmp_path: Path) -> None:
     old, results = tmp_path / "old", tmp_path / "new"
     assert main(["eval", "--quick", "--rounds", "1", "--results", str(old / "eval.jsonl")]) == 0
@@ -299,7 +294,6 @@ def test_what_fits_is_computed_drawn_and_kept_up_to_date(tmp_path: Path, capsys:
     )
 
 
-@pytest.mark.usefixtures("threads_kept")
 def test_growth_is_measured_beside_the_ledger(tmp_path: Path) -> None:
     results = tmp_path / "scaling.jsonl"
     command = ["scaling", "--quick", "--device", "cpu", "--rounds", "1", "--results", str(results)]

@@ -360,7 +360,6 @@ def test_lean_forms_take_the_planners_chunk() -> None:
     case.gate(networks.PLANNED)
 
 
-@pytest.mark.usefixtures("threads_kept")
 def test_what_the_host_pays_is_counted(tmp_path: Path) -> None:
     results = tmp_path / "launches.jsonl"
     assert main(["launches", "--tiny", "--device", "cpu", "--results", str(results)]) == 0

@@ -117,7 +117,6 @@ def test_every_form_computes_its_operator(name: str) -> None:
     cases.gate(QUICK[name].problem(torch.device("cpu")))
 
 
-@pytest.mark.usefixtures("threads_kept")
 def test_a_form_that_is_wrong_is_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

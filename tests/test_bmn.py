@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,20 +19,11 @@ from lofi_fast.head.protocol import NotFiniteOutput, total
 from lofi_fast.presets import configured, unread_settings
 from lofi_fast.train import main
 
+pytestmark = pytest.mark.usefixtures("poison", "one_thread")
+
 SMALL = HeadConfig(hidden=8, inner_bins=4, map_channels=16, class_bins=4)
 FEATURES, CLASSES, FULL = 12, 3, 10
 RELEASED, PAPER = BMNConfig(), BMNConfig(definition="paper", samples=2)
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    # In this mode PyTorch fills what torch.empty returns with NaN: an element that is never written shows.
-    torch.use_deterministic_algorithms(True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small that a second thread is only waited for
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 def bmn(config: HeadConfig = SMALL, alone: BMNConfig = RELEASED, seed: int = 0) -> BMN:

@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -122,18 +121,10 @@ def test_any_layout_gives_the_same_bits(layout: str) -> None:
         assert torch.equal(one, another)
 
 
-@pytest.fixture
-def restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(
     "name",
     ["many-tiles", "three-panels-of-64", "several-blocks-of-few", "one-pixel", "packed-at-once", "packed-in-blocks"],
 )
-@pytest.mark.usefixtures("restore_threads")
 def test_threads_do_not_change_a_bit(name: str) -> None:
     problem = Problem(SHAPES[name])
     results = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from lofi_fast.encoder.tsm import TSMEncoder
 from lofi_fast.encoder.weights import load_encoder_weights, map_key
 from lofi_fast.errors import InputError
 from lofi_fast.optim import make_optimizer
+
+pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 
 NAMES: tuple[EncoderName, ...] = ("tsm_r18", "tsm_r34", "tsm_r50")
 BLOCKS = {"tsm_r18": [2, 2, 2, 2], "tsm_r34": [3, 4, 6, 3], "tsm_r50": [3, 4, 6, 3]}
@@ -66,17 +67,6 @@ def tiny(name: EncoderName = "tsm_r18", width: int = 8) -> TSMResNet:
     encoder = TSMResNet(name, width)
     fill(encoder)
     return encoder.eval()
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    # In this mode PyTorch fills what torch.empty returns with NaN: an element that is never written shows.
-    torch.use_deterministic_algorithms(True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small that a second thread is only waited for
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -23,6 +23,8 @@ from lofi_fast.head.loss import Counts, tal_loss
 from lofi_fast.head.maps import HeadOutput
 from lofi_fast.head.targets import Targets, make_targets, valid_cells
 from lofi_fast.kernels import proposal_grid
+
+pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 
 SMALL = HeadConfig(hidden=16, groups=4, inner_bins=8, context_bins=4, map_channels=16, class_bins=4)
 THUMOS = replace(SMALL, inner_bins=4, max_duration=5, middle_kernel=3)
@@ -46,17 +48,6 @@ def gtad(config: HeadConfig = SMALL) -> GTAD:
 
 def features(batch: int, length: int, channels: int = FEATURES, seed: int = 0) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).standard_normal((batch, channels, length)))
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    # In this mode PyTorch fills what torch.empty returns with NaN: an element that is never written shows.
-    torch.use_deterministic_algorithms(True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small that a second thread is only waited for
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 def test_neighbours_by_hand() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,15 +22,9 @@ from lofi_fast.optim import make_optimizer
 from lofi_fast.precision import cpu_computes_bf16
 from lofi_fast.presets import configured, demo
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # activations are so small that a second thread is only waited for
-    yield
-    torch.set_num_threads(threads)
 
 
 def live(width: int) -> R2Plus1D:

@@ -5,7 +5,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +22,6 @@ pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNRESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # Linux's MAP_NORESERVE: not counted until it is touched
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small that a second thread is only waited for
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,13 +23,7 @@ from lofi_fast.memory.step_bytes import features_bytes, pretrain_bytes
 from lofi_fast.optim import make_optimizer
 from lofi_fast.presets import configured
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # activations are so small that a second thread is only waited for
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def filled(width: int, train: str = "all", dtype: torch.dtype = torch.float32) -> ViT:
