@@ -11,6 +11,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from patience import PATIENCE
 
 from lofi_fast.data import demo
 
@@ -41,7 +42,7 @@ def train_small(folder: Path) -> SmallRun:
     run = SmallRun(folder / "run", videos, folder / "cache")
     data = ["--annotations", str(annotations), "--videos", str(videos), "--cache", str(run.cache)]
     command = [sys.executable, "-m", "lofi_fast.train", *data, *SETTINGS, "--out", str(run.folder)]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return run
 

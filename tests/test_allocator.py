@@ -22,6 +22,7 @@ import psutil
 import pytest
 import torch
 from networks import frames
+from patience import PATIENCE
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -549,7 +550,7 @@ def test_blocks_and_the_allocator_outlive_a_fork() -> None:
                 allocator.release()
                 os._exit(0 if good else 1)
             children.append(pid)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while children and time.monotonic() < deadline:
             time.sleep(0.01)
             for pid in list(children):

@@ -17,6 +17,7 @@ import av
 import pytest
 import torch
 from detectors import ROOT, SmallRun, joined
+from patience import PATIENCE
 
 from lofi_fast import gpu
 from lofi_fast.data.annotations import FormatOptions, load_annotations
@@ -213,12 +214,12 @@ def test_interrupted_it_keeps_what_it_found(small: SmallRun, tmp_path: Path) -> 
         [*command, "--out", str(out), "--mem-budget", "4GB"], cwd=ROOT, env=ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not (out / f"{small.validation[0].stem}.png").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(1)
         process.send_signal(signal.SIGINT)
-        said, errors = process.communicate(timeout=60)
+        said, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, errors
     assert "interrupted; 1 of 2 videos are done" in said and "Traceback" not in errors
     assert list(json.loads((out / "detections.json").read_text())["results"]) == [small.validation[0].stem]

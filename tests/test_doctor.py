@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectors import ROOT
+from patience import PATIENCE
 
 from lofi_fast import doctor, gpu
 from lofi_fast.doctor import Finding, decoded_size, examined, main, status_of
@@ -48,7 +49,7 @@ def run_apart(code: str, **environment: str) -> dict[str, dict[str, str]]:
     """The findings of a process of its own, after `code`."""
     script = f"{code}\nimport sys; from lofi_fast.doctor import main; sys.exit(main(['--json']))"
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, timeout=120,
+        [sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, timeout=PATIENCE,
         env={**os.environ, **environment},
     )  # fmt: skip
     assert done.returncode in (1, 2), done.stderr

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from detectors import ROOT, SETTINGS, SmallRun
+from patience import PATIENCE
 
 ENCODERS = {
     "r2plus1d_18": ("--encoder", "r2plus1d_18", "--width", "4"),
@@ -24,7 +25,11 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def run(*command: object) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "lofi_fast", *map(str, command)], cwd=ROOT, text=True, capture_output=True, timeout=300
+        [sys.executable, "-m", "lofi_fast", *map(str, command)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 
 import lofi_fast
 from lofi_fast.command import SPINS
@@ -69,7 +70,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Videos:
 def script(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, timeout=PATIENCE
     )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from patience import PATIENCE
 
 from bench.tools.neighbour import inside, new_group
 from lofi_fast.memory import allocator
@@ -137,7 +138,7 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=True,
     )
 
@@ -333,7 +334,7 @@ def test_the_limit_of_a_control_group_binds() -> None:
             "print(json.dumps([meter.total(), before.available, after.available, after.own - before.own]))"
         )
         command = inside(group, [sys.executable, "-c", program])
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=True)
     total, before, after, grown = json.loads(done.stdout)
     assert abs(total - 700 * MB) < MB
     # Pages of programs that others have loaded before count as this process's own and not as the group's.

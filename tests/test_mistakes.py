@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from lofi_fast import __main__ as program
 from lofi_fast import __version__
@@ -174,7 +175,7 @@ def test_interrupted_while_it_reads_labels(desk: Path) -> None:
         writing = (desk / "pipe.csv").open("w")  # opens once the other side reads
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=PATIENCE)
         writing.close()
     assert (process.returncode, said) == (130, "\ninterrupted\n")
 

@@ -19,6 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 from detectors import ROOT, SmallRun, joined, with_early_sound
+from patience import PATIENCE
 
 import lofi_fast
 from lofi_fast.config import Config
@@ -371,7 +372,7 @@ print(json.dumps({"found": found, "said": said, "chunk": session.chunk, "rows": 
 def in_a_process(run: SmallRun, budget: str, *videos: Path, script: str = SCRIPT) -> dict[str, object]:
     """What a process of its own, which has the hard cap, finds and says."""
     command = [sys.executable, "-c", script, str(run.folder), budget, *map(str, videos)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     result: dict[str, object] = json.loads(done.stdout)
     return result

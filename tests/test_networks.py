@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 from toy_encoder import ToyEncoder
 from toy_head import ToyHead
 
@@ -112,7 +113,7 @@ def train(
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.run(
         [sys.executable, "-c", TRAINING, *SETTINGS, *map(str, places), *flags], cwd=ROOT, text=True,
-        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, timeout=200,
+        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, timeout=PATIENCE,
     )  # fmt: skip
 
 

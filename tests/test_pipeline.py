@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from patience import PATIENCE
 
 from lofi_fast.data.cache import CacheRequest, prepare
 from lofi_fast.data.entry import CachedVideo
@@ -364,7 +365,10 @@ def test_lack_of_memory_is_not_taken_for_a_damaged_picture(tmp_path: Path) -> No
     """256 pictures of 640x480 are 236 MB; the limit leaves 80 MiB, then the same request is sent again without it."""
     video = make_cached(tmp_path, "large", 640, 480)
     result = subprocess.run(
-        [sys.executable, "-c", LACK_OF_MEMORY, pickle.dumps(video).hex()], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", LACK_OF_MEMORY, pickle.dumps(video).hex()],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert result.stdout.split() == ["MemoryError", "True"], result.stderr
 

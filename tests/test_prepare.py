@@ -17,6 +17,7 @@ import av
 import numpy as np
 import pytest
 from av.video.frame import VideoFrame
+from patience import PATIENCE
 
 import lofi_fast
 from lofi_fast import __main__ as program
@@ -133,7 +134,7 @@ def test_eight_processes_of_which_three_are_killed(data: Path, whole: Path, tmp_
     for process in [process for process in running if process.poll() is None][:3]:
         process.kill()
     for process in running:
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode in (0, -signal.SIGKILL), said
     assert [process.returncode for process in running].count(-signal.SIGKILL) == 3
     assert contents(cache) == contents(whole)
@@ -152,7 +153,7 @@ def test_shards_are_the_whole_together(by: str, data: Path, whole: Path, tmp_pat
         running = [started(data, tmp_path, "--shard", f"{k}/3", "--threads=1") for k in (1, 2, 3)]
     else:
         running = [started(data, tmp_path, RANK=str(k), WORLD_SIZE="3", LOCAL_WORLD_SIZE="3") for k in range(3)]
-    said = [process.communicate(timeout=60)[0] for process in running]
+    said = [process.communicate(timeout=PATIENCE)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], said
     decoded = [int(text.split(" of them decoded now")[0].rsplit(maxsplit=1)[1]) for text in said]
     assert sorted(decoded) == [5, 5, 6], "no video twice"
@@ -208,7 +209,9 @@ def test_broken_videos_are_named_and_the_rest_is_done(
         told.append(capsys.readouterr().out.count("skipped: "))
     assert sum(told) == 2, "by one shard each"
     rank = started(mixed, tmp_path / "cache", RANK="0", WORLD_SIZE="2")
-    assert "skipped: " in rank.communicate(timeout=60)[0] and rank.returncode == 0, "or its launcher ends the others"
+    assert "skipped: " in rank.communicate(timeout=PATIENCE)[0] and rank.returncode == 0, (
+        "or its launcher ends the others"
+    )
 
 
 def test_training_afterwards_decodes_nothing(data: Path, whole: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 from torch import Tensor, distributed, multiprocessing, nn
 
 from lofi_fast.data import demo
@@ -44,7 +45,6 @@ SETTINGS = [
     "--head-epochs=2", "--head-stage.optimizer=sgd", "--head-stage.lr=0.01", "--head-stage.ema=0.75",
 ]  # fmt: skip
 ROUNDING = 1e-5  # of losses, relative: sums in fp32 in another order; 5e-7 was seen
-PATIENCE = 120
 
 Event = dict[str, Any]
 
@@ -439,7 +439,7 @@ def test_a_process_that_hangs_is_told_of(tmp_path: Path) -> None:
         for process in running:
             process.kill()
             process.communicate()
-    assert time.monotonic() - began < PATIENCE
+    assert time.monotonic() - began < 300, "PyTorch itself waits for 30 minutes"
 
 
 def child(parent: int, variable: str) -> int:

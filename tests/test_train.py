@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE
 
 from lofi_fast import evaluate as evaluator
 from lofi_fast import load
@@ -64,7 +65,6 @@ SETTINGS = (
 LARGER = ["--fidelity", "16x96", "--width", "32", "--batch", "4", "--stages", "joint", "--joint-epochs", "1"]
 ONE_WAY = ["--micro-batch", "4", "--recompute", "never"]
 FEATURES = 64  # channels of the encoder's last stage at width 8
-PATIENCE = 120  # seconds after which a process that logs nothing more is given up
 
 Event = dict[str, Any]
 
