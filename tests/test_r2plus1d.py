@@ -207,6 +207,9 @@ STEPS = {  # width, side, snippets, chunk, bytes of a number, recompute, accumul
     "again": (16, 46, 3, 1, FP32, True, False),
     "again_bf16": (8, 48, 4, 2, BF16, True, True),
     "again_few_pixels": (32, 24, 3, 1, BF16, True, False),
+    "again_one_chunk": (16, 40, 3, 4, FP32, True, True),  # nothing but one chunk is held then: its own peak shows
+    "again_one_chunk_bf16": (16, 50, 3, 3, BF16, True, True),
+    "again_one_snippet": (4, 50, 1, 5, FP32, True, False),
 }
 
 

@@ -162,18 +162,20 @@ def plain_kept_bytes(width: int, side: int, snippets: int, itemsize: int) -> int
 # One chunk
 
 
-def _stages(net: Network, snippets: int, e: int, first: bool) -> list[Stage]:
+def _stages(net: Network, snippets: int, e: int, first: bool, recompute: bool = False) -> list[Stage]:
     """A chunk of `snippets` snippets through the lean form. `e`: bytes of a number in an activation. `first`: no chunk
     before it has made the sums of the weights' gradients.
 
-    Autograd holds the gradient that comes into a block until the block is done. The stem reads its pixels, made anew
-    from the frames in float32, in backward as in forward.
+    Autograd holds the gradient that comes into a block until the block is done, and so it does what it has saved; what
+    was recomputed goes as soon as backward has used it. The stem reads its pixels, made anew from the frames in
+    float32, in backward as in forward.
     """
     size, image = e * snippets, snippets * net.image
     results = [size * conv.result.numel for conv in net.stem]
     pixels = 2 * FLOAT * image
     over_space, over_time = net.stem
     gradients = _weight_gradient(over_space, over_time.weight, e, first), _weight_gradient(over_time, 0, e, first)
+    used = results if recompute else [0, 0]
     stages = [
         Stage(
             "stem",
@@ -181,8 +183,9 @@ def _stages(net: Network, snippets: int, e: int, first: bool) -> list[Stage]:
             forward=max(pixels - sum(results), e * image - results[1], 0),
             weight=over_space.weight + over_time.weight,
             backward=max(
-                sum(results) + gradients[1],
-                results[0] + max(pixels + (gradients[1] if first else 0), e * image + gradients[0]),
+                results[1],
+                sum(results) + gradients[1] - used[1],
+                results[0] + max(pixels + (gradients[1] if first else 0), e * image + gradients[0]) - sum(used),
             ),
         )
     ]
@@ -194,7 +197,7 @@ def _stages(net: Network, snippets: int, e: int, first: bool) -> list[Stage]:
                 kept=size * block.kept,
                 forward=0 if block.downsample is None else out,
                 weight=block.weight,
-                backward=out + max(_through_block(block, size, e, first)),
+                backward=out + max(0, *_through_block(block, size, e, first, recompute)),
                 pending=size * block.x.numel,
             )
         )
@@ -210,18 +213,20 @@ def _stages(net: Network, snippets: int, e: int, first: bool) -> list[Stage]:
     return stages
 
 
-def _through_block(block: Block, size: int, e: int, first: bool) -> Iterator[int]:
+def _through_block(block: Block, size: int, e: int, first: bool, recompute: bool) -> Iterator[int]:
     """Bytes that are alive at each convolution in the backward of a block, beside the gradients of the block's output
-    after and before its last ReLU. `size`: bytes of one number of a snippet's activation, for all snippets.
+    after and before its last ReLU, and less what has gone of the block's own. `size`: bytes of one number of a
+    snippet's activation, for all snippets.
     """
-    done = 0
+    done = gone = 0
     for i in reversed(range(len(block.branch))):
         conv = block.branch[i]
+        gone += size * conv.result.numel if recompute else 0
         comes = size * conv.result.numel if i + 1 < len(block.branch) else 0
-        yield comes + size * conv.source.numel + _weight_gradient(conv, done, e, first)
+        yield comes + size * conv.source.numel + _weight_gradient(conv, done, e, first) - gone
         done += conv.weight
     if block.downsample is not None:  # two gradients of x
-        yield 2 * size * block.x.numel + _weight_gradient(block.downsample, done, e, first)
+        yield 2 * size * block.x.numel + _weight_gradient(block.downsample, done, e, first) - gone
 
 
 def _weight_gradient(conv: Conv, done: int, e: int, first: bool) -> int:
@@ -242,7 +247,7 @@ def chunk_bytes(width: int, side: int, snippets: int, e: int, recompute: bool, f
     chunk the folded weights go, block by block; with `recompute` they stay to its end.
     """
     net = network(width, side)
-    *stages, features = _stages(net, snippets, e, first)
+    *stages, features = _stages(net, snippets, e, first, recompute)
     forward, backward = Tally(), Tally()
     if recompute:
         _forward_alone(forward, net, stages, e * snippets)
