@@ -5,6 +5,7 @@ Test videos carry their own frame number as a bar code of dark and light squares
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from av.video.frame import VideoFrame
 
-from lofi_fast.data.video import VideoError, VideoInfo, decode, probe, stated_duration
+from lofi_fast.data.video import VideoError, VideoInfo, decode, probe, stated_duration, stated_rate
 from lofi_fast.errors import InputError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -245,6 +246,27 @@ def test_unusable_files_are_one_sentence_each(tmp_path: Path) -> None:
         sentence = str(caught.value)
         assert str(tmp_path / name) in sentence and "\n" not in sentence
         assert isinstance(caught.value, InputError)
+
+
+@pytest.mark.parametrize("name", ["10:30.mp4", "concat:a.mp4", "file:.mp4", "-i.mp4", "%03d.mp4", "a|b?c#d.mp4"])
+def test_a_name_is_that_of_a_file_whatever_ffmpeg_makes_of_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(write_video(tmp_path / "v.mp4", 20).rename(name).name)
+    info = probe(path)
+    assert all_numbers(info, np.array([0, 19])) == [(0, 0), (19, 19)]
+    assert stated_duration(path) == pytest.approx(0.8) and stated_rate(path) == 25
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe.mp4")
+    (device := tmp_path / "device.mp4").symlink_to("/dev/zero")
+    (folder := tmp_path / "folder.mp4").mkdir()
+    for path in (pipe, device, folder):
+        assert stated_duration(path) == stated_rate(path) == 0
+        with pytest.raises(VideoError, match=f"{path.name} is a pipe, a device or a folder, and no file"):
+            probe(path)
 
 
 def test_a_truncated_mp4_gives_what_is_left_and_says_so(tmp_path: Path) -> None:
