@@ -14,7 +14,6 @@ from lofi_fast.data.annotations import (
     FormatOptions,
     is_activitynet,
     load_annotations,
-    once_each,
     seconds_of,
     subset_named,
 )
@@ -70,7 +69,7 @@ def _as_trained(path: Path, wanted: str | None, options: FormatOptions) -> Subse
 
 def _as_given(path: Path, wanted: str | None) -> Subset:
     """Of ActivityNet JSON; videos of other subsets may hold anything."""
-    database = read_object(path, "--ground-truth", "database", once_each(path, "; mend --ground-truth."))
+    database = read_object(path, "--ground-truth", "database")
     subsets: dict[str, str] = {}
     for name, entry in database.items():
         said = entry.get("subset") if isinstance(entry, dict) else None

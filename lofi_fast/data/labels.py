@@ -6,6 +6,7 @@ starts, also where its sound begins before its pictures (a cut by stream copy do
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 import sys
@@ -134,6 +135,13 @@ def repaired(segments: Iterable[Segment], duration: float | None, repairs: Repai
         repairs.counts["early"] += start != given.start
         repairs.counts["clipped"] += end != given.end
     return tuple(kept)
+
+
+def decoded(path: Path) -> str:
+    """A text in UTF-8, or in UTF-16 with its mark, as some programs write. Raises OSError and UnicodeDecodeError."""
+    content = path.read_bytes()
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf_16 else "utf-8-sig")
 
 
 def once_each(path: Path, ending: str = "") -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
