@@ -69,6 +69,7 @@ __all__ = [
     "plain_spelling",
     "seconds_of",
     "subset_named",
+    "unused_flags",
 ]
 
 # Each has NAME, OPTIONS (of FormatOptions, those that it uses), `recognises(content)` and `read(file, content)`.
@@ -103,7 +104,7 @@ def load_annotations(path: Path, *, clip: bool = True, options: FormatOptions = 
         file = LabelFile(path, _text(path), options, clip, repairs)
         read, used = _reader(file)
         videos, notes = read(file), file.notes
-        notes += _unused(path, options, used)
+        notes += unused_flags(path, options, used)
     if not videos:
         raise InputError(f"{path} holds no video")
 
@@ -289,7 +290,7 @@ def _of_folder(folder: Path, clip: bool, options: FormatOptions, repairs: Repair
         told = [*told[:NOTES_SHOWN], f"{folder}: {len(told) - NOTES_SHOWN} more notes of its files are left out"]
     if others:
         told.append(f"{folder}: {plural(len(others), 'file')} of no known format passed over: {shown(others)}")
-    return videos, [*told, *_unused(folder, options, used)]
+    return videos, [*told, *unused_flags(folder, options, used)]
 
 
 def _together(one: Video, other: Video, path: Path) -> Video:
@@ -304,7 +305,7 @@ def _together(one: Video, other: Video, path: Path) -> Video:
     return replace(one, subset=subset, duration=max(durations, default=None), segments=one.segments + other.segments)
 
 
-def _unused(path: Path, options: FormatOptions, used: frozenset[str]) -> list[str]:
+def unused_flags(path: Path, options: FormatOptions, used: frozenset[str]) -> list[str]:
     """A note about flags that a format has no use for."""
     return [
         f"{path}: --{name} is not used: nothing in these labels asks for it" for name in sorted(options.given - used)
