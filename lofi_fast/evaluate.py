@@ -275,6 +275,8 @@ def _framewise(flags: EvaluateFlags) -> _Scores:
     for path in sorted(flags.predictions.iterdir()):
         if path.is_file() and not path.name.startswith("."):
             name, runs = frame_labels.recognised(path)
+            if name in predictions:
+                raise InputError(f"{path} is of the video {name}, as another file of the folder is; remove one of them")
             predictions[name] = [
                 (first / options.fps, after / options.fps, label, 1.0)
                 for first, after, label in runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lofi_fast.data.annotations import UNASSIGNED, Annotations, Segment, Video, clip_to_duration, load_annotations
+from lofi_fast.data.ground_truth import load_subset
 from lofi_fast.data.split import choose_validation
 from lofi_fast.errors import InputError
 
@@ -190,6 +192,14 @@ def test_unreadable_files(tmp_path: Path) -> None:
     for name, complaint in (("a.json", "UTF-8"), ("folder.json", "cannot be read"), ("absent.csv", "No such file")):
         with pytest.raises(InputError, match=complaint):
             load_annotations(tmp_path / name)
+
+
+def test_a_pipe_is_not_read_in_part(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"--annotations .*pipe is a pipe or a device.*; write it to a file first"):
+        load_annotations(pipe)
+    with pytest.raises(InputError, match=r"--ground-truth .*pipe is a pipe or a device.*; write it to a file first"):
+        load_subset(pipe, None)
 
 
 def test_csv(tmp_path: Path) -> None:

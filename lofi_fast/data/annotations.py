@@ -50,6 +50,7 @@ from lofi_fast.data.labels import (
     labels_of,
     once_each,
     plain_spelling,
+    require_file,
     seconds_of,
     subset_named,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "num_videos",
     "once_each",
     "plain_spelling",
+    "require_file",
     "seconds_of",
     "subset_named",
     "unused_flags",
@@ -215,6 +217,7 @@ def require_text(path: Path) -> None:
     """Raises InputError for a file that cannot be read, or that is no text, without reading all of it: it may be a
     video of gigabytes that was named in the place of the labels.
     """
+    require_file(path, "--annotations")
     try:
         with path.open("rb") as file:
             head = file.read(BEGINNING)

@@ -15,6 +15,7 @@ from lofi_fast.data.annotations import (
     FormatOptions,
     is_activitynet,
     load_annotations,
+    require_file,
     seconds_of,
     subset_named,
     unused_flags,
@@ -52,6 +53,7 @@ def load_ground_truth(path: Path, subset: str | None = None, options: FormatOpti
 
 def load_subset(path: Path, wanted: str | None, options: FormatOptions = NO_OPTIONS) -> Subset:
     """The subset with its name and the lengths of its videos; see `load_ground_truth`."""
+    require_file(path, "--ground-truth")
     subset = _as_given(path, wanted, options) if is_activitynet(path) else _as_trained(path, wanted, options)
     if not any(subset.truth.values()):
         raise InputError(f"{path} has no segment in the subset {subset.name!r}; choose another with --subset.")

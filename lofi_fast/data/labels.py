@@ -137,6 +137,12 @@ def repaired(segments: Iterable[Segment], duration: float | None, repairs: Repai
     return tuple(kept)
 
 
+def require_file(path: Path, flag: str) -> None:
+    """Raises InputError for a pipe or a device: labels are read more than once."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{flag} {path} is a pipe or a device, which can be read only once; write it to a file first")
+
+
 def decoded(path: Path) -> str:
     """A text in UTF-8, or in UTF-16 with its mark, as some programs write. Raises OSError and UnicodeDecodeError."""
     content = path.read_bytes()
