@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 from av.video.frame import VideoFrame
+from detectors import with_early_sound
 
 from lofi_fast.data.video import VideoError, VideoInfo, decode, probe, stated_duration, stated_rate
 from lofi_fast.errors import InputError
@@ -355,7 +356,7 @@ def test_of_a_damaged_stream_what_decodes_is_used(damage: str, case: str, tmp_pa
 def test_the_best_of_two_streams_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "v.mkv"
     with av.open(str(path), "w") as container:
-        small = container.add_stream("mpeg4", rate=25)
+        small = container.add_stream("mpeg4", rate=10)
         small.width, small.height, small.pix_fmt = 32, 32, "yuv420p"
         large = container.add_stream("libx264", rate=25)
         large.width, large.height, large.pix_fmt = 128, 48, "yuv420p"
@@ -366,6 +367,7 @@ def test_the_best_of_two_streams_is_taken(tmp_path: Path) -> None:
         container.mux(large.encode(None))
     info = probe(path)
     assert (info.codec, info.width, info.height) == ("h264", 128, 48)
+    assert stated_rate(path) == 25  # by which labels in frames are placed
     assert all_numbers(info, np.array([2, 9])) == [(2, 2), (9, 9)]
 
 
@@ -419,6 +421,19 @@ def test_corrupted_file_fails_with_a_sentence() -> None:
     info = probe(TRAPS / "corrupted.mp4")
     with pytest.raises(VideoError, match=r"corrupted\.mp4 fails after \d+ of 50 frames"):
         list(decode(info, np.arange(50), threads=1))
+
+
+@pytest.mark.parametrize("name", ["v.mov", "v.mkv"])
+def test_a_file_says_where_its_pictures_end_on_its_own_clock(name: str, tmp_path: Path) -> None:
+    late = with_early_sound(write_video(tmp_path / "v.mp4", 50), tmp_path / name, Fraction(4))
+    assert probe(late).duration == pytest.approx(6.0, abs=0.01)
+    assert stated_duration(late) == pytest.approx(6.0, abs=0.01)
+
+
+def test_stamps_that_begin_at_the_time_of_day(tmp_path: Path) -> None:
+    ticks = [1_700_000_000_000 + 40 * i for i in range(50)]
+    path = write_video(tmp_path / "v.mkv", 50, ticks=ticks, time_base=Fraction(1, 1000))
+    assert stated_duration(path) == pytest.approx(probe(path).duration, abs=0.01) == pytest.approx(2.0, abs=0.01)
 
 
 def test_what_a_file_says_of_its_pictures_is_not_how_long_its_sound_goes_on(tmp_path: Path) -> None:

@@ -194,18 +194,22 @@ def _start(first: Fraction, container: int | None) -> float:
 
 
 def stated_duration(path: Path) -> float:
-    """Seconds that a file's header says its pictures last, or the file where it says no more; 0.0 where it says
-    nothing, or cannot be read. For an estimate.
+    """Seconds that the file's clock shows where its pictures end, as its header says, or where the file ends where it
+    says no more; 0.0 where it says nothing, or cannot be read. For an estimate.
     """
     require_pyav()
     import av
 
     try:
         with opened(path) as container:
-            pictures = container.streams.video[0] if container.streams.video else None
+            pictures = container.streams.best("video")
+            begins = Fraction(container.start_time or 0, 1_000_000)
             if pictures is not None and pictures.duration and pictures.time_base:  # sound may go on after them
-                return max(float(pictures.duration * pictures.time_base), 0.0)
-            return max(container.duration or 0, 0) / 1_000_000
+                late = float((pictures.start_time or 0) * pictures.time_base - begins)  # and begin before them
+                return max(float(pictures.duration * pictures.time_base) + max(late, 0.0), 0.0)
+            # Matroska says where the last stamp is, and stamps may begin at the time of day
+            before = begins if "matroska" in container.format.name else 0
+            return max(float(Fraction(container.duration or 0, 1_000_000) - before), 0.0)
     except (av.FFmpegError, OSError):
         return 0.0
 
@@ -214,11 +218,14 @@ def stated_rate(path: Path) -> float:
     """Frames a second on average as a file's header says; 0.0 where it says nothing, or cannot be read."""
     require_pyav()
     import av
+    from av.video.stream import VideoStream
 
     try:
         with opened(path) as container:
-            rates = [stream.average_rate or stream.guessed_rate for stream in container.streams.video]
-            return float(rates[0] or 0) if rates else 0.0
+            pictures = container.streams.best("video")
+            if not isinstance(pictures, VideoStream):
+                return 0.0
+            return float(pictures.average_rate or pictures.guessed_rate or 0)
     except (av.FFmpegError, OSError):
         return 0.0
 
