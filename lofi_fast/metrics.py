@@ -446,7 +446,7 @@ def read_object(path: Path, flag: str, key: str) -> dict[str, Any]:
 def number_of(value: object, where: str) -> float:
     """A finite float from a JSON number, or from a string that holds one (THUMOS files)."""
     number = math.nan
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
+    if isinstance(value, int | float | str) and not isinstance(value, bool) and "_" not in str(value):
         try:
             number = float(value)
         except (ValueError, OverflowError):

@@ -216,6 +216,8 @@ def seconds_of(value: object) -> float | None:
         return None
     if isinstance(value, str):
         value = value.strip()
+        if "_" in value:  # which is between digits to Python alone
+            return None
         if clock := _CLOCK.fullmatch(value):
             hours, minutes = int(clock["hours"] or 0), int(clock["minutes"])
             seconds = float(clock["seconds"].replace(",", "."))
