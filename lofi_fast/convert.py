@@ -18,10 +18,11 @@ from lofi_fast.data.annotations import UNASSIGNED, Annotations, load_annotations
 from lofi_fast.data.cache import file_name
 from lofi_fast.data.exports import TOOLS, media_of, write_for
 from lofi_fast.data.formats import activitynet, table
-from lofi_fast.data.formats.file import LabelFlags, Table, plural
+from lofi_fast.data.formats.file import LabelFlags, Table, check_name, plural
+from lofi_fast.data.labels import decoded, seconds_of, segment_of
 from lofi_fast.detections import Detection, write_csv, write_predictions, write_srt, write_vtt
 from lofi_fast.errors import InputError, printable
-from lofi_fast.metrics import load_predictions, number_of
+from lofi_fast.metrics import load_predictions
 from lofi_fast.settings import Section, Setting
 
 DESCRIPTION = (
@@ -90,25 +91,34 @@ def _detections(path: Path) -> dict[str, list[Detection]] | None:
     """What a file of detections holds, JSON with "results" or a table with a score; None for any other file."""
     if path.suffix.lower() == ".json" and path.is_file():
         try:
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            content = json.loads(decoded(path))
         except (OSError, ValueError, RecursionError):
             return None  # which the reader of labels says in a sentence
         if isinstance(content, dict) and "results" in content and "database" not in content:
             return {name: [Detection(*row) for row in rows] for name, rows in load_predictions(path).items()}
     if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
         try:
-            rows = Table(path, path.read_text(encoding="utf-8-sig"))
+            rows = Table(path, decoded(path))
         except (OSError, UnicodeDecodeError):
             return None
-        if {"video", "start", "end", "label", "score"} <= set(rows.columns):
-            found: dict[str, list[Detection]] = {}
-            for line, cell in rows.rows():
-                start, end, score = (number_of(cell[key], f"{line}: {key}") for key in ("start", "end", "score"))
-                if start > end:
-                    raise InputError(f"{line}: starts at {start} s, after its end at {end} s")
-                found.setdefault(cell["video"], []).append(Detection(start, end, cell["label"], score))
-            return found
+        # labels may have a score too, and would lose their subsets
+        if {"video", "start", "end", "label", "score"} <= set(rows.columns) and "subset" not in rows.columns:
+            return _of_table(rows)
     return None
+
+
+def _of_table(rows: Table) -> dict[str, list[Detection]]:
+    """The detections of a table. Raises InputError, which names the line, for what cannot be."""
+    found: dict[str, list[Detection]] = {}
+    for line, cell in rows.rows():
+        check_name(cell["video"], line)
+        where = f"{line}: video {cell['video']}"
+        segment = segment_of(cell["start"], cell["end"], cell["label"], where)
+        score = seconds_of(cell["score"])  # a number, which spreadsheets may write with a decimal comma
+        if score is None or ":" in cell["score"]:
+            raise InputError(f"{where} has the score {cell['score']!r}, which is not a finite number")
+        found.setdefault(cell["video"], []).append(Detection(segment.start, segment.end, segment.label, score))
+    return found
 
 
 def _print_counts(annotations: Annotations) -> None:

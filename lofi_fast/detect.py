@@ -8,9 +8,10 @@ Importing this file imports no torch: help, and a sentence about a mistyped flag
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,9 +22,19 @@ from lofi_fast.config import MemBudget, PrecisionName
 from lofi_fast.data.exports import ENDINGS, TOOLS, medium_of, write_for
 from lofi_fast.data.given import paths_of, printable_name, unique_names
 from lofi_fast.data.video import VideoError, stated_duration
-from lofi_fast.detections import MIN_SCORE, Detection, draw_timeline, write_csv, write_predictions, write_srt, write_vtt
+from lofi_fast.detections import (
+    MIN_SCORE,
+    Detection,
+    draw_timeline,
+    is_timeline,
+    write_csv,
+    write_predictions,
+    write_srt,
+    write_vtt,
+)
 from lofi_fast.errors import InputError
 from lofi_fast.files import check_output, output_folder
+from lofi_fast.metrics import load_predictions
 from lofi_fast.model_file import metadata_of, model_file
 from lofi_fast.settings import Setting
 
@@ -60,7 +71,7 @@ class DetectFlags:
     out: Annotated[
         Path,
         Setting(
-            "folder for what is written",
+            "folder for what is written; nothing but earlier results of the same videos is replaced",
             "DIR",
         ),
     ] = Path("found")
@@ -108,6 +119,7 @@ def _command(argv: list[str], owns_process: bool) -> int:
     check_budget(flags.mem_budget)
     metadata_of(model_file(flags.run))  # before torch, which takes seconds to import
     paths = paths_of(flags.videos)
+    _check_targets(flags, set(unique_names(paths).values()))
     check_output(flags.out)
     if owns_process:
         from lofi_fast.memory.settle import settle_allocator
@@ -133,6 +145,44 @@ def _command(argv: list[str], owns_process: bool) -> int:
             mem_budget=flags.mem_budget.text, device=device, precision=flags.precision, say=terminal.say
         ) as session:
             return _detect(flags, paths, session, terminal, processes)
+
+
+def _check_targets(flags: DetectFlags, names: Set[str]) -> None:
+    """Raises InputError where what is written would replace anything but earlier results of the same videos."""
+    out, other = flags.out, "name another folder with --out"
+    for path in (out / f"detections.{form}" for form in ("json", "csv") if form in flags.format):
+        if not path.exists():
+            continue
+        before = _videos_of(path)
+        if before is None:
+            raise InputError(f"{path} is there already, and not by this command; {other}")
+        if lost := sorted(before - names):
+            more = f" and {len(lost) - 1} more" if lost[1:] else ""
+            raise InputError(
+                f"{path} holds what was found in {printable_name(lost[0])}{more}, which would be lost; {other}"
+            )
+    forms = ("png", *(form for form in SUBTITLES if form in flags.format))
+    for name in sorted(names):
+        there = next((path for form in forms if (path := out / f"{name}.{form}").exists()), None)
+        if there is not None and not is_timeline(out / f"{name}.png"):  # which is written before the others
+            raise InputError(f"{there} is there already, and not by this command; {other}")
+    for tool in TOOLS:
+        stems = names if tool == "elan" else {"detections"}
+        for path in (out / f"{stem}{ENDINGS[tool]}" for stem in stems if tool in flags.format):
+            if path.exists():
+                raise InputError(f"{path} is there already, and may have been corrected; {other}")
+
+
+def _videos_of(path: Path) -> set[str] | None:
+    """The videos of detections.json or detections.csv; None of a file that is neither."""
+    try:
+        if path.suffix == ".json":
+            return set(load_predictions(path))
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file)
+            return {row["video"] for row in rows} if "video" in (rows.fieldnames or ()) else None
+    except (InputError, OSError, UnicodeDecodeError, csv.Error):
+        return None
 
 
 @dataclass
@@ -210,10 +260,10 @@ def _look(
 
 def _write(flags: DetectFlags, name: str, result: Found) -> None:
     """The picture and the subtitles of one video."""
+    draw_timeline(flags.out / f"{name}.png", name, result.detections, result.duration)
     shown = [d for d in result.detections if d.score >= flags.subtitle_score]
     for form in SUBTITLES.keys() & set(flags.format):
         SUBTITLES[form](flags.out / f"{name}.{form}", shown)
-    draw_timeline(flags.out / f"{name}.png", name, result.detections, result.duration)
 
 
 def _write_for_tools(flags: DetectFlags, paths: Mapping[str, Path], found: Mapping[str, Sequence[Detection]]) -> None:

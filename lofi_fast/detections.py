@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LINE_SECONDS = 600.0
 MAX_LINES = 12
 MAX_CLASSES = 30  # drawn; those with the best scores where there are more
+PICTURE_BY = "lofi_fast"  # by which a picture of ours is known
 MIN_SCORE = 1e-4  # what scores less is of no use to anybody
 LEAST_WIDTH = 1 / 400  # of a line: a short detection in a long video is still seen
 LEAST_OPACITY = 0.03  # what is fainter is not seen, and not drawn
@@ -151,7 +152,16 @@ def draw_timeline(path: Path, title: str, detections: Sequence[Detection], durat
             axes = figure.add_subplot(num_lines, 1, number + 1)
             _draw_line(axes, shown, classes, full, number * line, (number + 1) * line)
         with replacing(path) as file:
-            figure.savefig(file, format="png")
+            figure.savefig(file, format="png", metadata={"Software": PICTURE_BY})
+
+
+def is_timeline(path: Path) -> bool:
+    """Whether a file is a picture that `draw_timeline` has drawn."""
+    try:
+        with path.open("rb") as file:
+            return f"Software\0{PICTURE_BY}".encode() in file.read(1024)
+    except OSError:
+        return False
 
 
 def _draw_line(

@@ -186,8 +186,22 @@ def _scored(flags: EvaluateFlags) -> _Scores:
     options = _options(flags)
     tolerances = parse_tolerance(flags.tolerance, options.fps)
     subset = load_subset(flags.ground_truth, flags.subset, options)
-    points = point_precision(subset.truth, load_predictions(flags.predictions), tolerances)
-    return _Scores(subset.name, points=points)
+    predictions = load_predictions(flags.predictions)
+    points = point_precision(subset.truth, predictions, tolerances)
+    return _Scores(subset.name, points=points, notes=_notes(subset, predictions))
+
+
+def _notes(subset: Subset, predictions: Predictions) -> list[str]:
+    """How the ground truth was read, and what of it the predictions pass over."""
+    missed = {name: len(segments) for name, segments in subset.truth.items() if segments and name not in predictions}
+    if not missed:
+        return [*subset.notes]
+    count = plural(sum(missed.values()), "segment")
+    return [
+        *subset.notes,
+        f"the predictions do not name {len(missed)} of the {plural(len(subset.truth), 'video')}, such as "
+        f"{next(iter(missed))}, whose {count} count as missed; --subset names another subset",
+    ]
 
 
 def _check_targets(flags: EvaluateFlags) -> None:
@@ -212,7 +226,13 @@ def _detected(flags: EvaluateFlags) -> _Scores:
     predictions = load_predictions(flags.predictions)
     full = flags.full or flags.pictures is not None
     num_draws = flags.bootstrap or (DRAWS if full else 0)
-    scores = _Scores(subset.name, mean_average_precision(subset.truth, predictions, tious))
+    precision = mean_average_precision(subset.truth, predictions, tious)
+    scores = _Scores(subset.name, precision, notes=_notes(subset, predictions))
+    if all(start == end for segments in subset.truth.values() for start, end, _ in segments):
+        scores.notes.append(
+            "all segments of the ground truth are points in time, which tIoU cannot compare: any prediction of no "
+            "length hits any of them; --tolerance scores points"
+        )
     if flags.recall or full:
         if any(predictions.values()):
             scores.recall = average_recall(subset.truth, predictions, tious)
@@ -255,6 +275,8 @@ def _framewise(flags: EvaluateFlags) -> _Scores:
     for path in sorted(flags.predictions.iterdir()):
         if path.is_file() and not path.name.startswith("."):
             name, runs = frame_labels.recognised(path)
+            if name in predictions:
+                raise InputError(f"{path} is of the video {name}, as another file of the folder is; remove one of them")
             predictions[name] = [
                 (first / options.fps, after / options.fps, label, 1.0)
                 for first, after, label in runs
@@ -266,7 +288,7 @@ def _framewise(flags: EvaluateFlags) -> _Scores:
         raise InputError(
             f"None of the predictions' videos is in the ground truth ({example}); check --predictions and --subset."
         )
-    scores = _Scores(subset.name)
+    scores = _Scores(subset.name, notes=[*subset.notes])
     num_draws = flags.bootstrap or (DRAWS if flags.full or flags.pictures is not None else 0)
     _score_frames(scores, flags, subset, predictions, _durations(subset, flags.labels.videos), num_draws)
     return scores

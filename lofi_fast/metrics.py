@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lofi_fast.data.labels import decoded, once_each
 from lofi_fast.errors import InputError
 
 Floats = npt.NDArray[np.float64]
@@ -425,14 +426,12 @@ def average_recall(
     )
 
 
-def read_object(
-    path: Path, flag: str, key: str, pairs: Callable[[list[tuple[str, Any]]], Any] = dict
-) -> dict[str, Any]:
-    """The mapping under ``key`` of a JSON file, with or without a byte order mark. `pairs` makes an object of its keys
-    and values. Raises InputError for a file without one.
+def read_object(path: Path, flag: str, key: str) -> dict[str, Any]:
+    """The mapping under ``key`` of a JSON file, with or without a byte order mark. Raises InputError for a file without
+    one, and for a key that stands twice in one object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=None if pairs is dict else pairs)
+        content = json.loads(decoded(path), object_pairs_hook=once_each(path, f"; mend {flag}."))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give {flag} an existing JSON file.") from None
     except OSError as error:
@@ -447,7 +446,7 @@ def read_object(
 def number_of(value: object, where: str) -> float:
     """A finite float from a JSON number, or from a string that holds one (THUMOS files)."""
     number = math.nan
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
+    if isinstance(value, int | float | str) and not isinstance(value, bool) and "_" not in str(value):
         try:
             number = float(value)
         except (ValueError, OverflowError):
@@ -488,8 +487,8 @@ def load_predictions(path: Path) -> dict[str, list[tuple[float, float, str, floa
     """Detections of an ActivityNet JSON file: video -> [(start, end, label, score)], seconds.
 
     The file's form is {"results": {video: [{"segment": [start, end], "label": ..., "score": ...}]}}. Raises
-    InputError for unreadable files, missing keys, values that are no finite numbers, and predictions that end before
-    they start.
+    InputError for unreadable files, missing keys, a video that stands there twice, values that are no finite numbers,
+    and predictions that end before they start.
     """
     predictions: dict[str, list[tuple[float, float, str, float]]] = {}
     for name, items in read_object(path, "--predictions", "results").items():

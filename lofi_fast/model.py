@@ -196,7 +196,8 @@ class Detector:
             top_k: most detections of a video; None: as the detector was trained to be evaluated.
             device: "auto", "cuda" or "cpu".
 
-        Raises InputError where the budget is too small, and VideoError (an InputError) where no video can be used.
+        Raises InputError where a value cannot be or the budget is too small, and VideoError (an InputError) where no
+        video can be used.
         """
         with self.session(mem_budget=mem_budget, device=device) as session:
             if isinstance(videos, str | Path):
@@ -288,7 +289,11 @@ class Session:
         self, detector: Detector, *, mem_budget: str, device: str, precision: PrecisionName | None,
         say: Callable[[str], None],
     ) -> None:  # fmt: skip
+        if not isinstance(mem_budget, str):
+            raise InputError(f'mem_budget {mem_budget!r}: write it like "4GB", "80%" or "auto"')
         budget = Budget.parse(mem_budget)
+        if device.partition(":")[0] not in ("auto", "cuda", "cpu"):
+            raise InputError(f'device {device!r}: choose one of "auto", "cuda" and "cpu"')
         require_pyav()
         require_dali()
         self.detector, self.config, self._say = detector, detector.config, say
@@ -342,6 +347,10 @@ class Session:
         told: Callable[[float], None] = lambda _: None,
     ) -> Found:
         """What is found in one video; see `Detector.detect`. `told` hears up to which second the work is done."""
+        if not 0 <= min_score < 1:
+            raise InputError(f"min_score {min_score}: must be 0 or more, and less than 1")
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise InputError(f"top_k {top_k}: must be a whole number of 1 or more")
         path = Path(video)
         config, classes = self.config, self.detector.classes
         with self._blaming(path):

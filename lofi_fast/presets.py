@@ -4,8 +4,10 @@ file of settings, then what flags or keywords say.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +28,7 @@ from lofi_fast.config import (
     PresetName,
     StageConfig,
 )
-from lofi_fast.data.annotations import FormatOptions, num_videos
+from lofi_fast.data.annotations import FormatOptions, num_videos, once_each
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern
 from lofi_fast.settings import Setting, applied, leaves, read
@@ -445,8 +447,12 @@ def file_of_settings(path: Path) -> Mapping[str, Any]:
     if kind not in (".toml", ".json"):
         raise InputError(f"--config {path}: a file of settings is TOML or JSON, and its name says which")
     try:
-        text = path.read_bytes()
+        text = path.read_bytes().removeprefix(BOM_UTF8)
         content = msgspec.toml.decode(text) if kind == ".toml" else msgspec.json.decode(text)
+        if kind == ".json":  # of which the last of two equal keys would count; TOML allows none
+            json.loads(text, object_pairs_hook=once_each(path))
+    except InputError as error:
+        raise InputError(f"--config {error}") from None
     except OSError as error:
         raise InputError(f"--config {path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

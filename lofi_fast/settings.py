@@ -226,10 +226,17 @@ def read(settings: type, words: Mapping[str, Any], where: str = "") -> dict[str,
     """{name: value} of what `words` say, each checked and of its setting's type.
 
     A value may be a text as a flag has it, or of the setting's type, as JSON, TOML or Python have it. Raises InputError
-    for a word that is no setting and for a value that cannot be; `where` begins the sentence ("settings.toml: ").
+    for a word that is no setting, for a value that cannot be and for two of one setting in a file; `where` begins the
+    sentence ("settings.toml: ").
     """
     found: dict[str, Any] = {}
     table, sections = _by_word(settings), _section_words(settings)
+    said: dict[str, str] = {}  # name -> the word that gave its value
+
+    def take(leaf: Leaf, value: Any, word: str) -> None:
+        if where and leaf.name in found and found[leaf.name] != value:  # of keywords the last counts
+            raise InputError(f'{where}"{said[leaf.name]}" and "{word}" are one setting with two values; leave one out')
+        found[leaf.name], said[leaf.name] = value, word
 
     def walk(words: Mapping[str, Any], prefix: str) -> None:
         for key, value in words.items():
@@ -239,9 +246,9 @@ def read(settings: type, words: Mapping[str, Any], where: str = "") -> dict[str,
             elif word in sections and dataclasses.is_dataclass(value) and not isinstance(value, type):
                 walk({part.name: getattr(value, part.name) for part in dataclasses.fields(value)}, f"{word}.")
             elif word in table:
-                found[table[word].name] = _value(table[word], value, where)
+                take(table[word], _value(table[word], value, where), f"{prefix}{key}")
             elif (word.startswith("no_") and (leaf := table.get(word[3:])) and leaf.type is bool) and value is True:
-                found[leaf.name] = False
+                take(leaf, False, f"{prefix}{key}")
             elif word in sections:
                 raise InputError(f'{where}"{prefix}{key}" is a section of settings, not a setting of its own')
             elif word in GONE:

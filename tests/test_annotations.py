@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lofi_fast.data.annotations import UNASSIGNED, Annotations, Segment, Video, clip_to_duration, load_annotations
+from lofi_fast.data.ground_truth import load_subset
 from lofi_fast.data.split import choose_validation
 from lofi_fast.errors import InputError
 
@@ -192,6 +194,42 @@ def test_unreadable_files(tmp_path: Path) -> None:
             load_annotations(tmp_path / name)
 
 
+def test_columns_that_are_not_read_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("video,start,end,label,split,score\na,1,2,run,train,1\n")
+    (note,) = load_annotations(tmp_path / "a.csv").notes
+    assert note.endswith("a.csv: columns that are not read: split, score; subsets are read of a column subset")
+    (tmp_path / "a.csv").write_text("video,start,end,label,subset,fps,\na,1,2,run,train,25,\n")
+    (note,) = load_annotations(tmp_path / "a.csv").notes
+    assert note.endswith("a.csv: columns that are not read: fps")
+
+
+def test_a_quotation_mark_that_is_left_open_swallows_no_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('video,start,end,label\na,1,2,"run\nb,1,2,run\nc,1,2,run\n')
+    with pytest.raises(InputError, match=r"a.csv line 4 ends a label .*; is a quotation mark left open\?"):
+        load_annotations(tmp_path / "a.csv")
+
+
+def test_a_comma_that_may_be_between_thousands_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    for time in ("1,250", "12,345", "1,234,567"):
+        path.write_text(f'video,start,end,label\na,1,"{time}",run\n')
+        with pytest.raises(InputError, match=f"line 2: video a has the time '{time}', which may have a decimal comma"):
+            load_annotations(path)
+    for time, seconds in (("1,25", 1.25), ("1,2500", 1.25), ("0,250", 0.25)):
+        path.write_text(f'video,start,end,label\na,0,"{time}",run\n')
+        assert load_annotations(path).videos[0].segments == (Segment(0, seconds, "run"),)
+    path.write_text("video;start;end;label\na;0;1,250;run\n")
+    assert load_annotations(path).videos[0].segments == (Segment(0, 1.25, "run"),)
+
+
+def test_a_pipe_is_not_read_in_part(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"--annotations .*pipe is a pipe or a device.*; write it to a file first"):
+        load_annotations(pipe)
+    with pytest.raises(InputError, match=r"--ground-truth .*pipe is a pipe or a device.*; write it to a file first"):
+        load_subset(pipe, None)
+
+
 def test_csv(tmp_path: Path) -> None:
     found = load_csv(
         tmp_path,
@@ -260,7 +298,9 @@ def test_times_as_people_write_them(written: str, seconds: float, tmp_path: Path
     assert found.videos[0].segments == (Segment(0, seconds, "a"),)
 
 
-@pytest.mark.parametrize("written", ["1:2:3:4", "00:61:00", "00:00:75", "1:-2", ":30", "1,234,5", "1h", "00:00:01:12"])
+@pytest.mark.parametrize(
+    "written", ["1:2:3:4", "00:61:00", "00:00:75", "1:-2", ":30", "1,234,5", "1h", "1_0", "00:00:01:12"]
+)
 def test_times_that_are_none(written: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="both must be finite seconds"):
         load_json(tmp_path, {"x": entry(("0", written, "a"))})

@@ -98,6 +98,21 @@ def test_runs_without_results_are_compared_by_what_they_have(tmp_path: Path) -> 
     assert "25.00 so far" in text and "No joint step was logged." in text and "No run was evaluated." in text
 
 
+def test_runs_that_were_evaluated_on_other_segments_are_told(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name)
+    assert "not evaluated on the same segments" not in comparison(named([read_run(tmp_path / "a")] * 2))
+    content = json.loads((tmp_path / "b" / "ground_truth.json").read_text())
+    content["database"] = dict(reversed(content["database"].items()))
+    (tmp_path / "b" / "ground_truth.json").write_text(json.dumps(content))
+    text = comparison(named([read_run(tmp_path / name) for name in ("a", "b")]))
+    assert "not evaluated on the same segments" not in text
+    content["database"]["v_3"]["annotations"].pop()
+    (tmp_path / "b" / "ground_truth.json").write_text(json.dumps(content))
+    text = comparison(named([read_run(tmp_path / name) for name in ("a", "b")]))
+    assert "their mAPs do not compare: a on 30 of 20 videos, b on 29 of 20 videos." in text and not Checker(text).wrong
+
+
 def test_what_cannot_be_compared_ends_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run")
     with pytest.raises(InputError, match="two run folders or more"):

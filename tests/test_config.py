@@ -493,12 +493,23 @@ def test_a_runs_own_config_is_a_file_of_settings(tmp_path: Path) -> None:
     assert config_of("--config", str(path)) == config
 
 
+@pytest.mark.parametrize(("name", "text"), [("x.toml", "width = 8\r\n"), ("x.json", '{"width": 8}')])
+def test_a_byte_order_mark_before_settings_is_passed_over(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert config_of("--config", str(tmp_path / name)).encoder.width == 8
+
+
 @pytest.mark.parametrize(
     ("name", "text", "parts"),
     [
         ("x.toml", "joint.weigth_decay = 0.1", ['"joint.weigth_decay"', '"joint.weight_decay"']),
         ("x.json", '{"wdith": 8}', ['"wdith" is no setting', '"width"']),
         ("x.toml", "joint = 3", ['"joint" is a section']),
+        ("x.json", '{"joint": {"lr": 1}, "joint": {"epochs": 3}}', ["'joint' appears twice in one object"]),
+        ("x.json", '{"width": 8, "wid-th": 9, "width": 9}', ["'width' appears twice in one object"]),
+        ("x.json", '{"joint_lr": 0.1, "joint": {"lr": 0.2}}', ['"joint_lr" and "joint.lr" are one setting with two']),
+        ("x.toml", 'mem_budget = "4GB"\nmem-budget = "5GB"', ['"mem_budget" and "mem-budget" are one setting']),
+        ("x.toml", "no_flip = true\n[data]\nflip = true", ['"no_flip" and "data.flip" are one setting']),
         ("x.toml", "width = 0", ["--width 0", "positive"]),
         ("x.toml", 'width = "wide"', ["--width 'wide'", "whole number"]),
         ("x.toml", "[full]\nnum_snippets = 3\nside = 32", ["--fidelity", "at least 4 snippets"]),

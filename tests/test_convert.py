@@ -117,6 +117,38 @@ def test_scores_of_a_table_are_kept(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_table_of_detections_as_spreadsheets_write_it(encoding: str, tmp_path: Path) -> None:
+    text = "video;start;end;label;score\nwalk;1,5;0:02,5;run;0,9\n\nwalk;3;4; sit ;1\n"
+    (tmp_path / "found.csv").write_text(text, encoding=encoding)
+    assert main([str(tmp_path / "found.csv"), str(tmp_path / "found.json")]) == 0
+    assert load_predictions(tmp_path / "found.json") == {"walk": [(1.5, 2.5, "run", 0.9), (3.0, 4.0, "sit", 1.0)]}
+
+
+def test_labels_with_scores_keep_their_subsets(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "a.csv").write_text("video,start,end,label,score,subset\na,1,2,run,1,train\nb,1,2,run,1,val\n")
+    assert main([str(tmp_path / "a.csv"), str(tmp_path / "a.json")]) == 0
+    assert [video.subset for video in load_annotations(tmp_path / "a.json").videos] == ["training", "validation"]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("a,1,2,,1", "line 2: video a needs a label"),
+        (",1,2,run,1", "line 2: a video has an empty name"),
+        ("a,2,1,run,1", "line 2: video a starts at 2.0 s, after its end at 1.0 s"),
+        ("a,1,nan,run,1", "line 2: video a runs from '1' to 'nan'"),
+        ("a,1,2,run,inf", "line 2: video a has the score 'inf'"),
+        ("a,1,2,run,1:30", "line 2: video a has the score '1:30'"),
+        ("a,1,2,run,", "line 2: video a has the score ''"),
+    ],
+)
+def test_a_bad_row_of_a_table_is_named(row: str, says: str, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "found.csv").write_text(f"video,start,end,label,score\n{row}\n")
+    assert main([str(tmp_path / "found.csv"), str(tmp_path / "found.json")]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "found.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -69,6 +69,35 @@ def test_a_folder_with_a_bad_file(small: SmallRun, tmp_path: Path, capsys: Captu
     assert {path.name for path in folder.rglob("*")} == {"inner", "notes.txt", "bad.mkv", first.name, second.name}
 
 
+def test_nothing_but_earlier_results_of_the_same_videos_is_replaced(
+    small: SmallRun, tmp_path: Path, capsys: Captured
+) -> None:
+    first, second = small.validation
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    shutil.copy(first, folder)
+    for name in (f"{first.stem}.srt", f"{first.stem}.png", "detections.json", "detections.csv"):
+        mine = folder / name
+        mine.write_text("mine")
+        assert detect(small, folder, "--out", folder) == 2
+        assert f"{mine} is there already, and not by this command; name another folder" in refused(capsys)
+        assert {path.name for path in folder.iterdir()} == {first.name, name} and mine.read_text() == "mine"
+        mine.unlink()
+    for _ in range(2):
+        assert detect(small, folder, "--out", folder, "--format", "json,csv,srt,boris,elan") == 0
+        capsys.readouterr()
+        for tool in ("elan", "boris"):
+            (corrected,) = folder.glob({"elan": "*.eaf", "boris": "*.boris"}[tool])
+            assert detect(small, folder, "--out", folder, "--format", tool) == 2
+            assert f"{corrected} is there already, and may have been corrected" in refused(capsys)
+            corrected.unlink()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for form in ("json", "csv"):
+        assert detect(small, second, "--out", folder, "--format", form) == 2
+        assert f"detections.{form} holds what was found in {first.stem}, which would be lost" in refused(capsys)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_half_a_file_is_used_and_told(small: SmallRun, tmp_path: Path, capsys: Captured) -> None:
     whole, half = small.validation[0], tmp_path / "half.mp4"
     with av.open(str(whole)) as source, av.open(str(half), "w", options={"movflags": "faststart"}) as target:

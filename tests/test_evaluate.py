@@ -111,6 +111,53 @@ def test_points_have_no_diagnosis(files: list[str], tmp_path: Path, capsys: pyte
     assert "note: no diagnosis: all segments of the ground truth are points" in out and "mAP_N" not in out
 
 
+def test_points_are_not_what_tiou_compares(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = [{"segment": [second, second], "label": "c0"} for second in (1, 3)]
+    (tmp_path / "g.json").write_text(json.dumps({"database": {"v0": {"subset": "val", "annotations": points}}}))
+    assert main(files) == 0
+    assert "any prediction of no length hits any of them; --tolerance scores points" in capsys.readouterr().out
+    assert main([*files, "--tolerance", "1"]) == 0
+    assert "points in time" not in capsys.readouterr().out
+
+
+def test_videos_that_the_predictions_do_not_name_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "g.csv").write_text("video,start,end,label\na,1,2,run\nb,1,2,run\nc,1,2,run\nc,3,4,run\nd,1,2,run\n")
+    found = {"a": [{"segment": [1, 2], "label": "run", "score": 1}], "d": []}
+    (tmp_path / "p.json").write_text(json.dumps({"results": found}))
+    files = ["--ground-truth", str(tmp_path / "g.csv"), "--predictions", str(tmp_path / "p.json")]
+    for flags in ([], ["--tolerance", "1"]):
+        assert main([*files, *flags]) == 0
+        out = capsys.readouterr().out
+        assert "the predictions do not name 2 of the 4 videos, such as b, whose 3 segments count as missed" in out
+
+
+def test_how_the_ground_truth_was_read_is_told(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "g.csv"
+    table.write_text("video,start,end,label,duration\nv0,1,2,c0,9\nv0,1,2,c0,9\nv0,5,12,c0,9\n")
+    assert main(["--ground-truth", str(table), *files[2:], "--fps", "5", "--json", str(tmp_path / "m.json")]) == 0
+    out = capsys.readouterr().out
+    for note in ("1 segment is a duplicate", "1 segment ends after the video and is clipped", "--fps is not used"):
+        assert f"note: {table}: {note}" in out
+        assert any(note in told for told in numbers(tmp_path / "m.json")["notes"])
+    assert main([*files, "--fps", "5"]) == 0
+    assert f"note: {files[1]}: --fps is not used" in capsys.readouterr().out
+
+
+def test_labels_without_subsets_are_one_whatever_their_form(files: list[str], tmp_path: Path) -> None:
+    assert main([*files, "--json", str(tmp_path / "m.json")]) == 0
+    with_subset = numbers(tmp_path / "m.json")["average_map"]
+    content = json.loads(Path(files[1]).read_text())
+    for entry in content["database"].values():
+        del entry["subset"]
+    Path(files[1]).write_text(json.dumps(content))
+    assert main([*files, "--json", str(tmp_path / "m.json")]) == 0
+    assert numbers(tmp_path / "m.json")["average_map"] == with_subset > 0
+
+
 def test_videos_tell_how_long_they_are(files: list[str], tmp_path: Path) -> None:
     video = Path(__file__).parents[2] / "shared" / "data" / "videos" / "h264_340x256_28fps.mp4"
     if not video.exists():
@@ -227,6 +274,9 @@ def test_bad_frames(files: list[str], labelled: list[str], tmp_path: Path, capsy
     assert "the folder holds no file" in refused(capsys, *flags)
     (empty / "other.txt").write_text("take\ntake\n")
     assert "'other' against 'P03_milk'" in refused(capsys, *flags)
+    (empty / "other").write_text("pour\n")
+    assert "is of the video other, as another file of the folder is" in refused(capsys, *flags)
+    (empty / "other").unlink()
     (empty / "P03_milk.txt").write_bytes(b"\xff\xfe\x00")
     assert "cannot be read as labels of frames" in refused(capsys, *flags)
     (empty / "P03_milk.txt").write_text("1-4 take\nand so on\n")

@@ -178,6 +178,16 @@ def test_control_characters_of_names_do_not_reach_the_terminal() -> None:
     assert text.getvalue() == "skipped: \\x1b[31mred\\x07\\x9b2J\\x0d é 跳: no video\n        and [b]more[/b]\n"
 
 
+def test_brackets_and_colons_of_names_are_shown_as_they_are() -> None:
+    """Rich would end a style at [/b], and draw a picture for :x:."""
+    text = io.StringIO()
+    terminal = Terminal(Console(file=text, highlight=False, soft_wrap=True, force_terminal=True, width=200))
+    terminal.say("concat:x: [/b]")
+    with terminal.progress("videos", 2) as advance:
+        advance(1, "cam:x:[/b].mp4")
+    assert "concat:x: [/b]\n" in text.getvalue() and "cam:x:[/b].mp4" in text.getvalue()
+
+
 def test_control_characters_do_not_reach_the_terminal_in_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     def refuse() -> None:
         raise InputError("\x1b]0;title\x07.mp4: no video")

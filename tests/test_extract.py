@@ -15,9 +15,11 @@ import pytest
 import torch
 from detectors import SmallRun, with_early_sound
 
-from lofi_fast.data.exchange import Labels, write_layout
+from lofi_fast.data.exchange import Labels, labels_for, write_layout
+from lofi_fast.data.given import unique_names
 from lofi_fast.data.labels import Segment, Video
 from lofi_fast.data.video import probe
+from lofi_fast.errors import InputError
 from lofi_fast.extract import _rescaled, main
 from lofi_fast.model import Detector
 
@@ -287,6 +289,26 @@ def test_labels_without_subsets_are_divided(small: SmallRun, tmp_path: Path) -> 
     database = json.loads((tmp_path / "f" / "annotations.json").read_text())["database"]
     assert set(database) == {video.stem for video in small.validation}
     assert {of["subset"] for of in database.values()} == {"training", "validation"}
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_labels_of_files_of_one_name(as_folder: bool, tmp_path: Path) -> None:
+    files = [tmp_path / "v" / folder / "0001.mp4" for folder in ("cam1", "cam2")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    given, names = [str(tmp_path / "v")] if as_folder else [*map(str, files)], unique_names(files)
+    table = tmp_path / "a.csv"
+    table.write_text("video,start,end,label,subset\ncam2/0001,1,2,run,val\ncam1/0001.mp4,3,4,sit,train\n")
+    videos = labels_for(table, given, names).videos
+    assert {name: video.segments for name, video in videos.items()} == {
+        names[files[0]]: (Segment(3, 4, "sit"),), names[files[1]]: (Segment(1, 2, "run"),)
+    }  # fmt: skip
+    for rows, says in (("0001,1,2,run,val\n", "'0001' may be any of 2"),
+                       ("cam1/0001,1,2,run,val\ncam1/0001.mp4,1,2,run,val\n", "mean one|meant by two")):  # fmt: skip
+        table.write_text(f"video,start,end,label,subset\n{rows}")
+        with pytest.raises(InputError, match=says):
+            labels_for(table, given, names)
 
 
 def test_whole_videos_have_one_length(detector: Detector, small: SmallRun) -> None:

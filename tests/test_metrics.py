@@ -385,6 +385,21 @@ def test_ground_truth_is_what_training_reads(tmp_path):
         assert result.average == 1.0 and result.classes == ("run", "jump")
 
 
+def test_predictions_of_a_video_that_stands_there_twice_are_refused(tmp_path):
+    found = '[{"segment": [0, 1], "label": "a", "score": 1}]'
+    path = write(tmp_path / "p.json", f'{{"results": {{"v": {found}, "w": [], "v": []}}}}')
+    with pytest.raises(InputError, match="'v' appears twice in one object; mend --predictions"):
+        load_predictions(path)
+
+
+def test_utf_16_is_read(tmp_path):
+    truth, found = tmp_path / "gt.json", tmp_path / "p.json"
+    truth.write_text(json.dumps(one((1, 2))), encoding="utf-16")
+    results = {"v": [{"segment": [1, 2], "label": "a", "score": 1}]}
+    found.write_text(json.dumps({"results": results}), encoding="utf-16")
+    assert mean_average_precision(load_ground_truth(truth), load_predictions(found), ANET).average == 1
+
+
 def test_times_are_read_as_training_reads_them(tmp_path):
     for start, end in (("0:01", "00:00:03.50"), ("1,0", "3,5"), ("1", 3.5)):
         assert load_ground_truth(write(tmp_path / "gt.json", one((start, end)))) == {"v": [(1.0, 3.5, "a")]}

@@ -12,6 +12,7 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -274,6 +275,20 @@ def test_scores_and_counts_are_cut_as_asked(detector: Detector, small: SmallRun)
     assert rows(detector.detect(video, mem_budget=BUDGET, top_k=7)) == whole[:7]
     cut = detector.detect(video, mem_budget=BUDGET, top_k=10_000, min_score=least)
     assert rows(cut) == [row for row in whole if row[3] >= least]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"min_score": -1.0}, {"min_score": float("nan")}, {"min_score": 2.0}, {"top_k": 0}, {"top_k": -3},
+        {"top_k": 2.5}, {"device": "gpu"}, {"mem_budget": 4},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_value_that_cannot_be_is_one_sentence(wrong: dict[str, Any], detector: Detector, small: SmallRun) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(InputError, match=f"{name} {value!r}: "):
+        detector.detect(small.validation[0], **{"mem_budget": "4GB", "device": "cpu"} | wrong)
 
 
 def test_times_are_of_a_players_clock(detector: Detector, small: SmallRun, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Test videos carry their own frame number as a bar code of dark and light squares
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +14,9 @@ import av
 import numpy as np
 import pytest
 from av.video.frame import VideoFrame
+from detectors import with_early_sound
 
-from lofi_fast.data.video import VideoError, VideoInfo, decode, probe, stated_duration
+from lofi_fast.data.video import VideoError, VideoInfo, decode, probe, stated_duration, stated_rate
 from lofi_fast.errors import InputError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -247,6 +249,27 @@ def test_unusable_files_are_one_sentence_each(tmp_path: Path) -> None:
         assert isinstance(caught.value, InputError)
 
 
+@pytest.mark.parametrize("name", ["10:30.mp4", "concat:a.mp4", "file:.mp4", "-i.mp4", "%03d.mp4", "a|b?c#d.mp4"])
+def test_a_name_is_that_of_a_file_whatever_ffmpeg_makes_of_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(write_video(tmp_path / "v.mp4", 20).rename(name).name)
+    info = probe(path)
+    assert all_numbers(info, np.array([0, 19])) == [(0, 0), (19, 19)]
+    assert stated_duration(path) == pytest.approx(0.8) and stated_rate(path) == 25
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe.mp4")
+    (device := tmp_path / "device.mp4").symlink_to("/dev/zero")
+    (folder := tmp_path / "folder.mp4").mkdir()
+    for path in (pipe, device, folder):
+        assert stated_duration(path) == stated_rate(path) == 0
+        with pytest.raises(VideoError, match=f"{path.name} is a pipe, a device or a folder, and no file"):
+            probe(path)
+
+
 def test_a_truncated_mp4_gives_what_is_left_and_says_so(tmp_path: Path) -> None:
     # the index first, so that the file can be opened at all
     whole = write_video(tmp_path / "v.mp4", 60, options=X264_B, container_options={"movflags": "faststart"})
@@ -333,7 +356,7 @@ def test_of_a_damaged_stream_what_decodes_is_used(damage: str, case: str, tmp_pa
 def test_the_best_of_two_streams_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "v.mkv"
     with av.open(str(path), "w") as container:
-        small = container.add_stream("mpeg4", rate=25)
+        small = container.add_stream("mpeg4", rate=10)
         small.width, small.height, small.pix_fmt = 32, 32, "yuv420p"
         large = container.add_stream("libx264", rate=25)
         large.width, large.height, large.pix_fmt = 128, 48, "yuv420p"
@@ -344,6 +367,7 @@ def test_the_best_of_two_streams_is_taken(tmp_path: Path) -> None:
         container.mux(large.encode(None))
     info = probe(path)
     assert (info.codec, info.width, info.height) == ("h264", 128, 48)
+    assert stated_rate(path) == 25  # by which labels in frames are placed
     assert all_numbers(info, np.array([2, 9])) == [(2, 2), (9, 9)]
 
 
@@ -397,6 +421,19 @@ def test_corrupted_file_fails_with_a_sentence() -> None:
     info = probe(TRAPS / "corrupted.mp4")
     with pytest.raises(VideoError, match=r"corrupted\.mp4 fails after \d+ of 50 frames"):
         list(decode(info, np.arange(50), threads=1))
+
+
+@pytest.mark.parametrize("name", ["v.mov", "v.mkv"])
+def test_a_file_says_where_its_pictures_end_on_its_own_clock(name: str, tmp_path: Path) -> None:
+    late = with_early_sound(write_video(tmp_path / "v.mp4", 50), tmp_path / name, Fraction(4))
+    assert probe(late).duration == pytest.approx(6.0, abs=0.01)
+    assert stated_duration(late) == pytest.approx(6.0, abs=0.01)
+
+
+def test_stamps_that_begin_at_the_time_of_day(tmp_path: Path) -> None:
+    ticks = [1_700_000_000_000 + 40 * i for i in range(50)]
+    path = write_video(tmp_path / "v.mkv", 50, ticks=ticks, time_base=Fraction(1, 1000))
+    assert stated_duration(path) == pytest.approx(probe(path).duration, abs=0.01) == pytest.approx(2.0, abs=0.01)
 
 
 def test_what_a_file_says_of_its_pictures_is_not_how_long_its_sound_goes_on(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ from lofi_fast.data.labels import (
     labels_of,
     once_each,
     plain_spelling,
+    require_file,
     seconds_of,
     subset_named,
 )
@@ -67,8 +68,10 @@ __all__ = [
     "num_videos",
     "once_each",
     "plain_spelling",
+    "require_file",
     "seconds_of",
     "subset_named",
+    "unused_flags",
 ]
 
 # Each has NAME, OPTIONS (of FormatOptions, those that it uses), `recognises(content)` and `read(file, content)`.
@@ -103,7 +106,7 @@ def load_annotations(path: Path, *, clip: bool = True, options: FormatOptions = 
         file = LabelFile(path, _text(path), options, clip, repairs)
         read, used = _reader(file)
         videos, notes = read(file), file.notes
-        notes += _unused(path, options, used)
+        notes += unused_flags(path, options, used)
     if not videos:
         raise InputError(f"{path} holds no video")
 
@@ -214,6 +217,7 @@ def require_text(path: Path) -> None:
     """Raises InputError for a file that cannot be read, or that is no text, without reading all of it: it may be a
     video of gigabytes that was named in the place of the labels.
     """
+    require_file(path, "--annotations")
     try:
         with path.open("rb") as file:
             head = file.read(BEGINNING)
@@ -289,7 +293,7 @@ def _of_folder(folder: Path, clip: bool, options: FormatOptions, repairs: Repair
         told = [*told[:NOTES_SHOWN], f"{folder}: {len(told) - NOTES_SHOWN} more notes of its files are left out"]
     if others:
         told.append(f"{folder}: {plural(len(others), 'file')} of no known format passed over: {shown(others)}")
-    return videos, [*told, *_unused(folder, options, used)]
+    return videos, [*told, *unused_flags(folder, options, used)]
 
 
 def _together(one: Video, other: Video, path: Path) -> Video:
@@ -304,7 +308,7 @@ def _together(one: Video, other: Video, path: Path) -> Video:
     return replace(one, subset=subset, duration=max(durations, default=None), segments=one.segments + other.segments)
 
 
-def _unused(path: Path, options: FormatOptions, used: frozenset[str]) -> list[str]:
+def unused_flags(path: Path, options: FormatOptions, used: frozenset[str]) -> list[str]:
     """A note about flags that a format has no use for."""
     return [
         f"{path}: --{name} is not used: nothing in these labels asks for it" for name in sorted(options.given - used)

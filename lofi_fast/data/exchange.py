@@ -42,29 +42,54 @@ def labels_for(annotations: Path, given: Sequence[str], names: Mapping[Path, str
     """The labels of videos that were `given` as files and folders; `names`: of the features of each file.
 
     Videos without a subset are divided into training and validation. Raises InputError for labels that cannot be read,
-    or that name none of the videos.
+    that name none of the videos, or of which a name may mean several of them.
     """
     folders = [Path(one) for one in given if Path(one).is_dir()]
     found = load_annotations(annotations, clip=False, options=FormatOptions(videos=folders[0] if folders else None))
     by_path = {path.resolve(): name for path, name in names.items()}
-    by_stem = {path.stem: name for path, name in names.items()} | {path.name: name for path, name in names.items()}
-    matched = [match_videos(folder, [video.name for video in found.videos]).paths for folder in folders]
+    by_end = _ends(names)
+    matched = [match_videos(folder, [video.name for video in found.videos]) for folder in folders]
     validation = choose_validation([video for video in found.videos if video.subset == UNASSIGNED])
     videos: dict[str, Video] = {}
     for video in found.videos:
-        paths = [of[video.name].resolve() for of in matched if video.name in of]
-        name = next((by_path[path] for path in paths if path in by_path), by_stem.get(video.name))
-        if name is not None:
-            own = "validation" if video.name in validation else "training"
-            subset = own if video.subset == UNASSIGNED else video.subset
-            videos[name] = Video(video.name, subset, video.duration, video.segments)
+        paths = [of.paths[video.name].resolve() for of in matched if video.name in of.paths]
+        several = {by_path[path] for path in paths if path in by_path} or by_end.get(video.name, set())
+        if not several:
+            continue
+        if unclear := next((of.unclear[video.name] for of in matched if video.name in of.unclear), None):
+            raise InputError(unclear.replace("--videos ", ""))
+        name, *others = sorted(several)
+        if others:
+            raise InputError(
+                f"--annotations {annotations}: its video {video.name!r} may be any of {len(several)} that are given, "
+                f"such as {name} and {others[0]}; write it with its folder"
+            )
+        if name in videos:
+            raise InputError(
+                f"--annotations {annotations}: {videos[name].name!r} and {video.name!r} mean one video; give it one "
+                "name"
+            )
+        own = "validation" if video.name in validation else "training"
+        subset = own if video.subset == UNASSIGNED else video.subset
+        videos[name] = Video(video.name, subset, video.duration, video.segments)
     if not videos:
         raise InputError(f"--annotations {annotations}: it labels none of the {len(names)} videos, by their names")
-    notes = list(found.notes)
+    notes = [*found.notes, *(note for of in matched for note in of.notes)]
     if left := len(found.videos) - len(videos):
         notes.append(f"{annotations}: {left} of its videos are not among those given")
     classes = tuple(sorted({s.label for video in videos.values() for s in video.segments}))
     return Labels(videos, classes, tuple(notes))
+
+
+def _ends(names: Mapping[Path, str]) -> dict[str, set[str]]:
+    """What labels may call the videos: the ends of their paths with and without extension; the names of each."""
+    ends: dict[str, set[str]] = {}
+    for path, name in names.items():
+        folders = path.absolute().parts[:-1]
+        for last in (path.name, path.stem):
+            for begin in range(1, len(folders) + 1):
+                ends.setdefault("/".join((*folders[begin:], last)), set()).add(name)
+    return ends
 
 
 def write_layout(

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lofi_fast.data.annotations import (
+    UNASSIGNED,
     FormatOptions,
     is_activitynet,
     load_annotations,
-    once_each,
+    require_file,
     seconds_of,
     subset_named,
+    unused_flags,
 )
 from lofi_fast.data.formats.file import NO_OPTIONS
 from lofi_fast.errors import InputError
@@ -26,30 +28,33 @@ Truth = dict[str, list[tuple[float, float, str]]]
 
 
 class Subset(NamedTuple):
-    """One subset of labels: its name, video -> [(start, end, label)], and the seconds of those videos whose length the
-    labels tell.
+    """One subset of labels: its name, video -> [(start, end, label)], the seconds of those videos whose length the
+    labels tell, and sentences on how the labels were read.
     """
 
     name: str
     truth: Truth
     durations: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 def load_ground_truth(path: Path, subset: str | None = None, options: FormatOptions = NO_OPTIONS) -> Truth:
     """One subset of an annotation file: video -> [(start, end, label)], seconds.
 
     ActivityNet, HACS and THUMOS JSON is taken as it is given: nothing is clipped or dropped, duplicates and zero
-    lengths stay, as the official evaluator has it. Any other file, or a folder of files, is what training reads of it
-    with the same `options`. subset None means validation, else the only one, else testing; train, val and test are
-    understood, in any case. Raises InputError for unreadable files, missing keys, values that are no finite numbers,
-    reversed segments, a key that stands twice in one object, and subsets without a segment.
+    lengths stay, as the official evaluator has it; where no video has a subset, all are one. Any other file, or a
+    folder of files, is what training reads of it with the same `options`. subset None means validation, else the only
+    one, else testing; train, val and test are understood, in any case. Raises InputError for unreadable files, missing
+    keys, values that are no finite numbers, reversed segments, a key that stands twice in one object, and subsets
+    without a segment.
     """
     return load_subset(path, subset, options)[1]
 
 
 def load_subset(path: Path, wanted: str | None, options: FormatOptions = NO_OPTIONS) -> Subset:
     """The subset with its name and the lengths of its videos; see `load_ground_truth`."""
-    subset = _as_given(path, wanted) if is_activitynet(path) else _as_trained(path, wanted, options)
+    require_file(path, "--ground-truth")
+    subset = _as_given(path, wanted, options) if is_activitynet(path) else _as_trained(path, wanted, options)
     if not any(subset.truth.values()):
         raise InputError(f"{path} has no segment in the subset {subset.name!r}; choose another with --subset.")
     return subset
@@ -58,22 +63,26 @@ def load_subset(path: Path, wanted: str | None, options: FormatOptions = NO_OPTI
 def _as_trained(path: Path, wanted: str | None, options: FormatOptions) -> Subset:
     if not path.exists():
         raise InputError(f"{path} does not exist; give --ground-truth an existing file.")
-    videos = load_annotations(path, options=options).videos
+    annotations = load_annotations(path, options=options)
+    videos = annotations.videos
     name = _choose_subset(path, {video.subset for video in videos}, wanted)
     chosen = [video for video in videos if video.subset == name]
     return Subset(
         name,
         {video.name: [(s.start, s.end, s.label) for s in video.segments] for video in chosen},
         {video.name: video.duration for video in chosen if video.duration is not None},
+        annotations.notes,
     )
 
 
-def _as_given(path: Path, wanted: str | None) -> Subset:
+def _as_given(path: Path, wanted: str | None, options: FormatOptions) -> Subset:
     """Of ActivityNet JSON; videos of other subsets may hold anything."""
-    database = read_object(path, "--ground-truth", "database", once_each(path, "; mend --ground-truth."))
+    database = read_object(path, "--ground-truth", "database")
     subsets: dict[str, str] = {}
+    entries = [entry for entry in database.values() if isinstance(entry, dict)]
+    unassigned = any(entry.get("annotations") for entry in entries) and not any("subset" in entry for entry in entries)
     for name, entry in database.items():
-        said = entry.get("subset") if isinstance(entry, dict) else None
+        said = entry.get("subset", UNASSIGNED if unassigned else None) if isinstance(entry, dict) else None
         if not isinstance(said, str):
             raise InputError(f'{path}, video {name}: "subset" is missing or is not a text.')
         subsets[name] = _subset_named(said)
@@ -84,6 +93,7 @@ def _as_given(path: Path, wanted: str | None) -> Subset:
         subset,
         {name: _segments(database[name], subset, f"{path}, video {name}") for name in names},
         {name: seconds for name, seconds in told.items() if seconds is not None and seconds > 0},
+        tuple(unused_flags(path, options, frozenset())),
     )
 
 

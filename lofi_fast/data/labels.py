@@ -6,6 +6,7 @@ starts, also where its sound begins before its pictures (a cut by stream copy do
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 import sys
@@ -136,6 +137,19 @@ def repaired(segments: Iterable[Segment], duration: float | None, repairs: Repai
     return tuple(kept)
 
 
+def require_file(path: Path, flag: str) -> None:
+    """Raises InputError for a pipe or a device: labels are read more than once."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{flag} {path} is a pipe or a device, which can be read only once; write it to a file first")
+
+
+def decoded(path: Path) -> str:
+    """A text in UTF-8, or in UTF-16 with its mark, as some programs write. Raises OSError and UnicodeDecodeError."""
+    content = path.read_bytes()
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+
+
 def once_each(path: Path, ending: str = "") -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     """json's `object_pairs_hook` that refuses a key which stands twice: json keeps the last, and a video would be lost
     without a word. `ending`: of the sentence.
@@ -202,6 +216,8 @@ def seconds_of(value: object) -> float | None:
         return None
     if isinstance(value, str):
         value = value.strip()
+        if "_" in value:  # which is between digits to Python alone
+            return None
         if clock := _CLOCK.fullmatch(value):
             hours, minutes = int(clock["hours"] or 0), int(clock["minutes"])
             seconds = float(clock["seconds"].replace(",", "."))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from lofi_fast.data.packages import require_pyav
+from lofi_fast.data.packages import opened, require_pyav
 from lofi_fast.errors import InputError
 
 EXTENSIONS = frozenset((
@@ -257,7 +257,7 @@ def _opens_as_video(path: Path) -> bool:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with opened(path) as container:
             kind = container.format.name
             other = kind in ("tty", "image2", "concat", "hls", "dash") or kind.endswith("_pipe")
             return not other and container.streams.best("video") is not None

@@ -6,10 +6,18 @@ private helpers can import plainly.
 
 from __future__ import annotations
 
+import errno
 import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lofi_fast.errors import InputError
 from lofi_fast.gpu import dali_package
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+
+NO_FILE = "a pipe, a device or a folder, and no file"
 
 
 def require_pyav() -> None:
@@ -20,6 +28,21 @@ def require_pyav() -> None:
 def require_dali() -> None:
     """Raises InputError where DALI cannot be imported; it names the package for PyTorch's version of CUDA."""
     _require("nvidia.dali", "NVIDIA DALI, which decodes the frame cache,", dali_package())
+
+
+def opened(path: Path) -> InputContainer:
+    """A file of moving pictures, to be read. Raises av.FFmpegError or OSError for one that FFmpeg cannot open, and
+    InputError without PyAV.
+
+    FFmpeg takes what stands before a colon in a relative path, such as 10:30.mp4, for a protocol, and would wait for
+    what nobody writes into a pipe.
+    """
+    require_pyav()
+    import av
+
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, f"it is {NO_FILE}")
+    return av.open(str(path.absolute()))
 
 
 def _require(module: str, what: str, package: str) -> None:

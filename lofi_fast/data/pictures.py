@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
-from lofi_fast.data.packages import require_pyav
+from lofi_fast.data.packages import opened, require_pyav
 from lofi_fast.data.video import VideoError, VideoInfo, decode
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def write_pictures(
     time_base = _time_base(info)
     # the time of the first picture is kept in units of its own, by default only milliseconds
     units = {"movie_timescale": str(time_base.denominator)}
-    with av.open(str(path), "w", format="mov", container_options=units) as container:
+    with av.open(str(path.absolute()), "w", format="mov", container_options=units) as container:
         stream = container.add_stream("mjpeg", options=_MJPEG_OPTIONS)
         _settle_encoder(stream.codec_context, info, short_side)
         for _, picture in _pictures(info, frames, short_side, threads, engine):
@@ -103,9 +103,7 @@ def write_pictures(
 
 def written_pictures(path: Path, num_pictures: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Offset, size and CRC-32 of each picture in a written .mov, read back from the file itself."""
-    import av
-
-    with av.open(str(path)) as container:
+    with opened(path) as container:
         packets = (packet for packet in container.demux(container.streams.video[0]) if packet.size)
         written = [(packet.pos, packet.size, zlib.crc32(bytes(packet))) for packet in packets]
     if len(written) != num_pictures or any(offset is None for offset, *_ in written):

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from lofi_fast.data.packages import require_pyav
+from lofi_fast.data.packages import NO_FILE, opened, require_pyav
 from lofi_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -107,10 +108,12 @@ def probe(path: Path) -> VideoInfo:
         status = path.stat()
     except OSError as error:
         raise VideoError(f"video {path} cannot be read: {error.strerror}") from error
+    if not S_ISREG(status.st_mode):
+        raise VideoError(f"video {path} is {NO_FILE}")
     if status.st_size == 0:
         raise VideoError(f"video {path} is an empty file")
     try:
-        with av.open(str(path)) as container:
+        with opened(path) as container:
             stream = _best_stream(container, path)
             time_base = stream.time_base or Fraction(1, 90000)
             ticks, key_ticks, last_length = _ticks_of_packets(container, stream)
@@ -191,18 +194,22 @@ def _start(first: Fraction, container: int | None) -> float:
 
 
 def stated_duration(path: Path) -> float:
-    """Seconds that a file's header says its pictures last, or the file where it says no more; 0.0 where it says
-    nothing, or cannot be read. For an estimate.
+    """Seconds that the file's clock shows where its pictures end, as its header says, or where the file ends where it
+    says no more; 0.0 where it says nothing, or cannot be read. For an estimate.
     """
     require_pyav()
     import av
 
     try:
-        with av.open(str(path)) as container:
-            pictures = container.streams.video[0] if container.streams.video else None
+        with opened(path) as container:
+            pictures = container.streams.best("video")
+            begins = Fraction(container.start_time or 0, 1_000_000)
             if pictures is not None and pictures.duration and pictures.time_base:  # sound may go on after them
-                return max(float(pictures.duration * pictures.time_base), 0.0)
-            return max(container.duration or 0, 0) / 1_000_000
+                late = float((pictures.start_time or 0) * pictures.time_base - begins)  # and begin before them
+                return max(float(pictures.duration * pictures.time_base) + max(late, 0.0), 0.0)
+            # Matroska says where the last stamp is, and stamps may begin at the time of day
+            before = begins if "matroska" in container.format.name else 0
+            return max(float(Fraction(container.duration or 0, 1_000_000) - before), 0.0)
     except (av.FFmpegError, OSError):
         return 0.0
 
@@ -211,11 +218,14 @@ def stated_rate(path: Path) -> float:
     """Frames a second on average as a file's header says; 0.0 where it says nothing, or cannot be read."""
     require_pyav()
     import av
+    from av.video.stream import VideoStream
 
     try:
-        with av.open(str(path)) as container:
-            rates = [stream.average_rate or stream.guessed_rate for stream in container.streams.video]
-            return float(rates[0] or 0) if rates else 0.0
+        with opened(path) as container:
+            pictures = container.streams.best("video")
+            if not isinstance(pictures, VideoStream):
+                return 0.0
+            return float(pictures.average_rate or pictures.guessed_rate or 0)
     except (av.FFmpegError, OSError):
         return 0.0
 
@@ -258,7 +268,6 @@ def _complete(
 
 
 def _decode(info: VideoInfo, frames: np.ndarray, threads: int) -> Generator[tuple[int, VideoFrame], None, None]:
-    import av
 
     # what a decoded frame is found by: its place in the decoder's order, or its stamp
     places = frames if info.places is None else info.places[frames]
@@ -273,7 +282,7 @@ def _decode(info: VideoInfo, frames: np.ndarray, threads: int) -> Generator[tupl
     starts = entries[np.searchsorted(entries, keys, side="right") - 1]
     entry_ticks = set(info.key_ticks.tolist())
     done, position = 0, 0
-    with av.open(str(info.path)) as container:
+    with opened(info.path) as container:
         stream = _best_stream(container, info.path)
         stream.thread_type = "AUTO"
         stream.thread_count = threads
@@ -329,9 +338,8 @@ def _decode_what_can_be(
     info: VideoInfo, frames: np.ndarray, wanted: _Wanted, threads: int
 ) -> Generator[tuple[int, VideoFrame], None, None]:
     """As `probe` decoded a whole file, so that both see the same frames."""
-    import av
 
-    with av.open(str(info.path)) as container:
+    with opened(info.path) as container:
         stream = _best_stream(container, info.path)
         stream.thread_type, stream.thread_count = "AUTO", 1 if info.lost else threads
         for position, frame in enumerate(_whole_frames(container, stream, [])):
@@ -449,9 +457,8 @@ def _is_entry_point(codec: str, extradata: bytes | None, packet: Packet[VideoStr
 
 
 def _first_frame(path: Path) -> VideoFrame:
-    import av
 
-    with av.open(str(path)) as container:
+    with opened(path) as container:
         for frame in _whole_frames(container, _best_stream(container, path), []):
             return frame
     raise VideoError(f"video {path} has no decodable frame")
@@ -477,12 +484,11 @@ def _orientation(frame: VideoFrame) -> tuple[int, bool]:
 
 def _decoded_ticks(path: Path) -> tuple[list[int | None], int]:
     """Stamps of all frames that decode whole, and how many do not."""
-    import av
 
     # several threads make other frames of damaged data, and report it late
     for threads in (0, 1):
         faults: list[str] = []
-        with av.open(str(path)) as container:
+        with opened(path) as container:
             stream = _best_stream(container, path)
             stream.thread_type, stream.thread_count = "AUTO", threads
             ticks = [frame.pts for frame in _whole_frames(container, stream, faults)]
@@ -497,9 +503,8 @@ def _chunk_ticks(path: Path) -> np.ndarray:
     """Ascending numbers (int64) of an AVI's chunks that hold a frame, which are its times; empty where they are in
     disorder.
     """
-    import av
 
-    with av.open(str(path)) as container:
+    with opened(path) as container:
         stream = _best_stream(container, path)
         stamps = [packet.dts for packet in container.demux(stream) if packet.size]
     return np.array(stamps if _ascending(stamps) else [], dtype=np.int64)
@@ -557,9 +562,8 @@ def _counted_times(
     The decoder's order is the presentation order whatever its stamps say, so the packets' stamps belong to the
     frames in ascending order if there are as many of them; else the frames are as regular as the stream says.
     """
-    import av
 
-    with av.open(str(path)) as container:
+    with opened(path) as container:
         stream = _best_stream(container, path)
         stamps = {packet.pts for packet in container.demux(stream) if packet.size and packet.pts is not None}
     if len(stamps) == num_frames:

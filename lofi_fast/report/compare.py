@@ -95,6 +95,7 @@ def comparison(compared: Sequence[Compared]) -> str:
         title=f"{len(compared)} runs compared",
         runs=compared,
         results=results,
+        other=evaluated_otherwise(compared),
         tious=sorted({tiou for row in results for tiou in row.by_tiou}),
         shown=shown,
         figures={name: Markup(svg(panel)) for name, panel in shown.items() if isinstance(panel, Panel)},
@@ -124,6 +125,22 @@ def result(of: Compared) -> Result:
         seconds=sum(run.log.seconds.values()) or math.nan,
         device=str(run.environment.get("device") or (start.device if start else "unknown")),
     )
+
+
+def evaluated_otherwise(compared: Sequence[Compared]) -> str:
+    """A sentence where not all runs were evaluated on the same segments, so that their mAPs do not compare; or none."""
+    told = []
+    for of in compared:
+        videos = of.run.ground_truth.database
+        if videos:
+            told.append((
+                {name: sorted((*s.segment, s.label) for s in video.annotations) for name, video in videos.items()},
+                f"{of.name} on {sum(len(v.annotations) for v in videos.values())} of {len(videos)} videos",
+            ))  # fmt: skip
+    if all(segments == told[0][0] for segments, _ in told):
+        return ""
+    each = ", ".join(counts for _, counts in told)
+    return f"These runs were not evaluated on the same segments, and their mAPs do not compare: {each}."
 
 
 def differences(compared: Sequence[Compared]) -> list[tuple[str, list[str]]]:

@@ -41,7 +41,7 @@ class Terminal:
         self.plain = plain or not self.console.is_terminal
 
     def say(self, text: str) -> None:
-        self.console.print(printable(text), markup=False)
+        self.console.print(printable(text), markup=False, emoji=False)
 
     @contextmanager
     def progress(self, title: str, total: int, start: int = 0) -> Iterator[Advance]:
@@ -51,7 +51,7 @@ class Terminal:
             return
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
         )  # fmt: skip
         with Progress(*columns, console=self.console) as bars:
             task = bars.add_task(title, total=total, completed=start, note="")

@@ -33,6 +33,7 @@ from lofi_fast.settings import Setting
 
 _SOUND = frozenset((".aac", ".aif", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav", ".wma"))
 _COLUMNS = ("video", "start", "end", "label")  # of the plain table, which may stand in a comment
+_WORDS = ("video", "label")  # columns whose cells have one line
 LARGEST_RATE = 1000.0  # frames a second
 
 
@@ -251,10 +252,10 @@ class Table:
 
     def __init__(self, path: Path, text: str, skipped: int = 0) -> None:
         self.path = path
-        self._separator, rest, before = _beginning(text)
+        self.separator, rest, before = _beginning(text)
         self._skipped = skipped + before
-        strips = self._separator != "\t"
-        self._reader = csv.reader(io.StringIO(rest, newline=""), delimiter=self._separator, skipinitialspace=strips)
+        strips = self.separator != "\t"
+        self._reader = csv.reader(io.StringIO(rest, newline=""), delimiter=self.separator, skipinitialspace=strips)
         try:
             self.columns = _without_blanks([column.strip().lower() for column in next(self._reader, [])])
         except csv.Error as error:
@@ -263,7 +264,8 @@ class Table:
     def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
         """(file and line for a sentence, cells by column). Empty lines and comments are passed over.
 
-        Raises InputError for columns that are named twice and for rows of another length than the first line.
+        Raises InputError for columns that are named twice, for rows of another length than the first line, and for the
+        name of a video or a label of several lines.
         """
         if len(set(self.columns)) < len(self.columns):
             raise InputError(f"{self.path} names a column twice in its first line")
@@ -278,7 +280,12 @@ class Table:
                     if row[0].lstrip().startswith("#"):
                         continue  # a comment
                     raise InputError(f"{where} has {len(row)} cells, the first line has {len(self.columns)}")
-                yield where, {column: cell.strip() for column, cell in zip(self.columns, row, strict=True)}
+                cells = {column: cell.strip() for column, cell in zip(self.columns, row, strict=True)}
+                if torn := next((name for name in _WORDS if re.search(r"[\r\n]", cells.get(name, ""))), None):
+                    raise InputError(
+                        f"{where} ends a {torn} that began on an earlier line; is a quotation mark left open?"
+                    )
+                yield where, cells
         except csv.Error as error:
             raise self._invalid(error) from error
 

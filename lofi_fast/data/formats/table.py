@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, Table
+from lofi_fast.data.formats.file import Gathered, LabelFile, Table, shown
 from lofi_fast.data.labels import UNASSIGNED, Video, subset_of
 from lofi_fast.errors import InputError
 from lofi_fast.files import write_bytes
@@ -20,6 +21,7 @@ from lofi_fast.files import write_bytes
 NAME = "a table"
 OPTIONS = frozenset[str]()
 COLUMNS = ("video", "start", "end", "label")
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3})+")
 
 
 def recognises(columns: list[str]) -> bool:
@@ -41,9 +43,22 @@ def read(file: LabelFile, table: Table) -> list[Video]:
         where = f"{line}: video {name}"
         subset = subset_of(cell["subset"], where) if "subset" in table.columns else None
         found.video(name, where, subset=subset, duration=cell.get("duration") or None)
+        if unclear := next((cell[key] for key in ("start", "end") if _is_unclear(cell[key], table)), None):
+            raise InputError(
+                f"{where} has the time {unclear!r}, which may have a decimal comma or one between thousands; write it "
+                "with a decimal point, or without"
+            )
         if cell["start"] or cell["end"] or cell["label"]:
             found.segment(name, cell["start"], cell["end"], cell["label"], where)
+    if unread := [column for column in table.columns if column and column not in (*COLUMNS, "subset", "duration")]:
+        subsets = "" if "subset" in table.columns else "; subsets are read of a column subset"
+        file.note(f"columns that are not read: {shown(unread)}{subsets}")
     return found.videos()
+
+
+def _is_unclear(time: str, table: Table) -> bool:
+    """Whether a time may be of thousands of seconds: programs that write decimal commas separate cells otherwise."""
+    return table.separator == "," and _THOUSANDS.fullmatch(time) is not None
 
 
 def write(path: Path, videos: Sequence[Video]) -> None:
