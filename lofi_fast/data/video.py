@@ -268,7 +268,6 @@ def _complete(
 
 
 def _decode(info: VideoInfo, frames: np.ndarray, threads: int) -> Generator[tuple[int, VideoFrame], None, None]:
-
     # what a decoded frame is found by: its place in the decoder's order, or its stamp
     places = frames if info.places is None else info.places[frames]
     keys = places if info.ticks is None else info.ticks[frames]
