@@ -599,6 +599,24 @@ def test_disk_of_cache_is_full(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_log_that_may_grow_no_further_is_one_sentence(data: Data, run: Path) -> None:
+    """As under `ulimit -f`, where a write has no name to tell of."""
+    limit = (run / "log.jsonl").stat().st_size
+    code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+    code += "from lofi_fast.train import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--resume", str(run)], cwd=ROOT, text=True, capture_output=True, timeout=300
+    )
+    Outcome(done.returncode, done.stdout, done.stderr).refused(str(run / "log.jsonl"), "File too large", "--out")
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "plan.json", "data.json"])
+def test_a_folder_in_the_place_of_a_file_of_the_run(train: Train, run: Path, name: str) -> None:
+    (run / name).unlink()
+    (run / name).mkdir()
+    train("--resume").refused(str(run / name), "Is a directory", "name another place")
+
+
 # Runs that are there already
 
 

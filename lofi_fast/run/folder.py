@@ -158,7 +158,7 @@ def run_folder(config: Config, resume: bool) -> Iterator[tuple[Path, bool]]:
         try:
             yield folder, going_on
         except Exception as error:
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EFBIG):
                 error.filename = error.filename or str(folder)  # a failed write does not say where
             if not resume and not has_trained(folder):
                 discard(folder, ["plan.json", "environment.json", "data.json", "log.jsonl", "config.json"], made)

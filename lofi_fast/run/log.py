@@ -100,8 +100,9 @@ class RunLog(Terminal):
 
     def event(self, event: Event) -> None:
         """Append one line. Flushed, so that a killed run keeps what it logged."""
-        self._file.write(encode(event))
-        self._file.flush()
+        with self._named():
+            self._file.write(encode(event))
+            self._file.flush()
         for watcher in self._watchers:
             watcher.event(event)
 
@@ -122,7 +123,17 @@ class RunLog(Terminal):
     def close(self) -> None:
         for watcher in self._watchers:
             watcher.close()
-        self._file.close()
+        with self._named():
+            self._file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """A failed write in this block says where, which the system does not tell."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or self._file.name
+            raise
 
 
 class SilentLog(RunLog):
