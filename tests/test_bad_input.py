@@ -649,12 +649,48 @@ def test_out_holds_a_run(train: Train, run: Path) -> None:
         (["--width", "16", "--no-flip"], ["--flip true, not false; --width 8, not 16"]),
         (["--preset", "demo"], ["--preset small, not demo"]),
         (["--joint-epochs", "2"], ["--joint-epochs 1, not 2", "rests on it"]),
+        (["--head-epochs", "0"], ["--head-epochs 0", "has trained for 1 already"]),
     ],
     ids=lambda value: value[0] if value[0].startswith("--") else "",
 )
 def test_resume_with_other_flags(train: Train, run: Path, flags: list[str], parts: list[str]) -> None:
     before = contents(run)
     train("--resume", *flags).refused(str(run), "--resume", *parts)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("position", "flags"),
+    [
+        ({"stage": "head", "epoch": 2, "step": 0}, ["--head-epochs", "1"]),
+        ({"stage": "head", "epoch": 1, "step": 1}, ["--head-epochs", "1"]),
+        ({"stage": "joint", "epoch": 1, "step": 1}, ["--joint-epochs", "1"]),
+    ],
+    ids=["past", "in the one after", "joint"],
+)
+def test_resume_for_fewer_epochs_than_were_trained(
+    train: Train, run: Path, position: dict[str, Any], flags: list[str]
+) -> None:
+    """The numbers would be told as those of an epoch that they are not of."""
+    last = run / "checkpoints" / "last.pt"
+    checkpoint.save_atomic(checkpoint.load(last) | {"position": position}, last)
+    before = contents(run)
+    train("--resume", *flags).refused(str(run), f"{flags[0]} 1", "has trained for 2 already", "give --resume 2")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("given", [[], ["--seed", "3"]], ids=["with its own settings", "with the same in flags"])
+def test_resume_where_the_config_is_not_the_one_that_was_trained_with(
+    train: Train, run: Path, given: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Edited by hand, or another run's."""
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 3}))
+    before = contents(run)
+    capfd.readouterr()
+    assert main(["--resume", str(run), *given]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "config.json is not what last.pt was trained with" in line and "--seed 0, not 3" in line
     assert contents(run) == before
 
 
