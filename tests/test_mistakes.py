@@ -160,6 +160,7 @@ def started(argv: list[str], **how: object) -> subprocess.CompletedProcess[str]:
         ["train", "--annotations", "nowhere.csv", "--videos", "videos"],
         ["train", *DATA, "--mem-budget", "11"],
         ["train", "--resume", "nowhere"],
+        ["train", *DATA, "--mem-budget", "11GB", "--replay-rungs", "nowhere.jsonl"],
         ["detect", "runs", "videos/a.mp4"],
         ["extract", "nowhere", "videos", "--out", "f"],
     ],
