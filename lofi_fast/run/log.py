@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,15 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lofi_fast.errors import printable
+from lofi_fast.errors import InputError, printable
 from lofi_fast.run.events import Event, Step, encode
 from lofi_fast.run.live import LiveView
 
 NOTE_SECONDS = 30.0  # how often a long task is reported where no live bar can be drawn
+
+
+class OutputLost(InputError):
+    """The terminal, or the file that stands for it, takes no more."""
 
 
 class Advance(Protocol):
@@ -41,7 +46,15 @@ class Terminal:
         self.plain = plain or not self.console.is_terminal
 
     def say(self, text: str) -> None:
-        self.console.print(printable(text), markup=False)
+        """Raises OutputLost where nothing can be written, and BrokenPipeError where nobody reads it any more."""
+        try:
+            self.console.print(printable(text), markup=False)
+        except SystemExit:  # by which rich answers a pipe that has ended
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputLost(f"the output cannot be written: {error.strerror}") from None
 
     @contextmanager
     def progress(self, title: str, total: int, start: int = 0) -> Iterator[Advance]:
