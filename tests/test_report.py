@@ -501,6 +501,22 @@ def test_page_says_which_epoch_is_reported_and_what_best_means(reported: Path) -
     assert text.count("best 40.00") == 1  # marked in the figure; it is the last too
 
 
+def test_page_of_a_run_that_trains_longer_says_which_epoch_its_numbers_are_of(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"epoch": 1}))
+    assert "of the final weights, after head epoch 2<" in render(folder)
+    lines = Lines()
+    lines.start()
+    for epoch in range(2, 5):
+        lines.add(events.Step(stage="head", epoch=epoch, step=0, lr=0.1, loss=1.5))
+    with (folder / "log.jsonl").open("a") as log:
+        log.write("\n".join(lines.lines) + "\n")
+    text = render(folder)
+    assert "of the weights after head epoch 2, and the head trains on since: epoch 5<" in text
+    assert "final weights, after" not in text
+
+
 def test_validation_figure_marks_the_best_and_the_last(tmp_path: Path) -> None:
     lines = Lines()
     lines.start()

@@ -78,6 +78,7 @@ class MetricsFile(msgspec.Struct, frozen=True):
     best_epoch: dict[str, Number] | None = None
     videos: int | None = None
     segments: int | None = None
+    epoch: int | None = None  # of the head, the last that the weights were trained for
 
 
 class Segment(msgspec.Struct, frozen=True):
