@@ -412,6 +412,29 @@ def test_a_finished_run_can_be_evaluated_again(whole: Path, demo_set: Demo, tmp_
     assert not [event for event in events(folder)[known:] if event["event"] in ("step", "features", "measured")]
 
 
+def test_a_best_epoch_is_not_compared_across_tious(
+    whole: Path, demo_set: Demo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    best = read(folder / "metrics.json")["best_epoch"]
+    assert best is not None
+    assert main(demo_set.command(folder, "--tiou", "0.5", "--resume")) == 0
+    told = capsys.readouterr().out
+    assert "the best epoch so far was the best at --tiou" in told and "the best on these videos" not in told
+    again = read(folder / "metrics.json")
+    assert list(again["map_by_tiou"]) == ["0.5"] and again["best_epoch"] is None
+    assert again["epoch"] == read(whole / "metrics.json")["epoch"] is not None
+
+
+def test_numbers_of_a_run_without_a_head_stage_are_of_none_of_its_epochs(
+    demo_set: Demo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(demo_set.command(tmp_path / "run", "--stages", "joint,eval")) == 0
+    assert "these are weights that no head stage has trained" in capsys.readouterr().out
+    assert read(tmp_path / "run" / "metrics.json")["epoch"] is None
+    assert "after joint epoch" in (tmp_path / "run" / "report.html").read_text()
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:300])
 
