@@ -345,6 +345,16 @@ def test_failing_write_keeps_the_old_report(tmp_path: Path) -> None:
     assert (folder / "report.html").read_text() == (folder / "report.png").read_text() == "old"
 
 
+def test_a_clock_that_is_set_back_takes_no_time_away() -> None:
+    lines = Lines()
+    lines.start()
+    lines.joint(0, 0)
+    lines.now -= timedelta(hours=3)
+    lines.joint(0, 1)
+    lines.joint(0, 2)
+    assert read_log(lines.lines).seconds == {"joint": 2.0}
+
+
 def test_resumed_run_counts_the_later_step() -> None:
     lines = Lines()
     lines.start()
