@@ -26,6 +26,7 @@ INTERRUPTED = 130  # the shell's status of a process that Ctrl-C ended
 SPEAKING_SECONDS = 1.0  # that a silent process waits before it ends: torchrun would end the one that speaks, too
 HELP = ("-h", "--help")
 SPINS = 3000  # rounds that a waiting thread goes before it sleeps
+UNWRITABLE = (*DISK_FULL, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 PLACES = ("FILE", "DIR", "RUN")  # units of what has a name on the disk
 ELSEWHERE = {  # what other programs call a setting
     "gpu": "device", "gpus": "device", "memory": "mem-budget", "mem": "mem-budget", "vram": "mem-budget",
@@ -239,11 +240,12 @@ def run(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
         return 1
     except OSError as error:
-        if error.errno not in (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        if error.filename is None:  # of a print
+        if error.filename is None and error.errno in (*UNWRITABLE, errno.EIO):  # of a print
             return _end(f"error: the output cannot be written: {error.strerror}", 2)
-        return _end(f"error: {error.filename}: {error.strerror}; change --out or --cache, or free some space", 2)
+        if error.filename is None or error.errno is None:
+            raise
+        mend = "change --out or --cache, or free some space" if error.errno in UNWRITABLE else "name another place"
+        return _end(f"error: {error.filename}: {error.strerror}; {mend}", 2)
     except (RuntimeError, MemoryError) as error:
         from lofi_fast.memory.meter import is_out_of_memory  # imports torch, which by now is there
 

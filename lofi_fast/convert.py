@@ -19,11 +19,12 @@ from lofi_fast.data.cache import file_name
 from lofi_fast.data.exports import TOOLS, media_of, write_for
 from lofi_fast.data.formats import activitynet, table
 from lofi_fast.data.formats.file import LabelFlags, Table, check_name, plural
-from lofi_fast.data.labels import decoded, seconds_of, segment_of
+from lofi_fast.data.labels import seconds_of, segment_of
 from lofi_fast.detections import Detection, write_csv, write_predictions, write_srt, write_vtt
 from lofi_fast.errors import InputError, printable
 from lofi_fast.metrics import load_predictions
 from lofi_fast.settings import Section, Setting
+from lofi_fast.texts import decoded
 
 DESCRIPTION = (
     "Turn labels of any format that train takes, or detections, into another format. Labels become ActivityNet's JSON "

@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lofi_fast.data.labels import decoded, once_each
 from lofi_fast.errors import InputError
+from lofi_fast.texts import decoded, once_each
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

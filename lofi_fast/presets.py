@@ -28,10 +28,11 @@ from lofi_fast.config import (
     PresetName,
     StageConfig,
 )
-from lofi_fast.data.annotations import FormatOptions, num_videos, once_each
+from lofi_fast.data.annotations import FormatOptions, num_videos
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import Fidelity, Pattern
 from lofi_fast.settings import Setting, applied, leaves, read
+from lofi_fast.texts import once_each
 
 
 def activitynet() -> Config:

@@ -599,6 +599,24 @@ def test_disk_of_cache_is_full(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_log_that_may_grow_no_further_is_one_sentence(data: Data, run: Path) -> None:
+    """As under `ulimit -f`, where a write has no name to tell of."""
+    limit = (run / "log.jsonl").stat().st_size
+    code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+    code += "from lofi_fast.train import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--resume", str(run)], cwd=ROOT, text=True, capture_output=True, timeout=300
+    )
+    Outcome(done.returncode, done.stdout, done.stderr).refused(str(run / "log.jsonl"), "File too large", "--out")
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "plan.json", "data.json"])
+def test_a_folder_in_the_place_of_a_file_of_the_run(train: Train, run: Path, name: str) -> None:
+    (run / name).unlink()
+    (run / name).mkdir()
+    train("--resume").refused(str(run / name), "Is a directory", "name another place")
+
+
 # Runs that are there already
 
 
@@ -631,12 +649,48 @@ def test_out_holds_a_run(train: Train, run: Path) -> None:
         (["--width", "16", "--no-flip"], ["--flip true, not false; --width 8, not 16"]),
         (["--preset", "demo"], ["--preset small, not demo"]),
         (["--joint-epochs", "2"], ["--joint-epochs 1, not 2", "rests on it"]),
+        (["--head-epochs", "0"], ["--head-epochs 0", "has trained for 1 already"]),
     ],
     ids=lambda value: value[0] if value[0].startswith("--") else "",
 )
 def test_resume_with_other_flags(train: Train, run: Path, flags: list[str], parts: list[str]) -> None:
     before = contents(run)
     train("--resume", *flags).refused(str(run), "--resume", *parts)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("position", "flags"),
+    [
+        ({"stage": "head", "epoch": 2, "step": 0}, ["--head-epochs", "1"]),
+        ({"stage": "head", "epoch": 1, "step": 1}, ["--head-epochs", "1"]),
+        ({"stage": "joint", "epoch": 1, "step": 1}, ["--joint-epochs", "1"]),
+    ],
+    ids=["past", "in the one after", "joint"],
+)
+def test_resume_for_fewer_epochs_than_were_trained(
+    train: Train, run: Path, position: dict[str, Any], flags: list[str]
+) -> None:
+    """The numbers would be told as those of an epoch that they are not of."""
+    last = run / "checkpoints" / "last.pt"
+    checkpoint.save_atomic(checkpoint.load(last) | {"position": position}, last)
+    before = contents(run)
+    train("--resume", *flags).refused(str(run), f"{flags[0]} 1", "has trained for 2 already", "give --resume 2")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("given", [[], ["--seed", "3"]], ids=["with its own settings", "with the same in flags"])
+def test_resume_where_the_config_is_not_the_one_that_was_trained_with(
+    train: Train, run: Path, given: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Edited by hand, or another run's."""
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 3}))
+    before = contents(run)
+    capfd.readouterr()
+    assert main(["--resume", str(run), *given]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "config.json is not what last.pt was trained with" in line and "--seed 0, not 3" in line
     assert contents(run) == before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -29,9 +30,24 @@ def _decode(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return demo.generate(tmp_path_factory.mktemp("demo"), num_training=2, num_validation=1, seed=3, workers=1)
+
+
+def test_a_script_without_a_guard_makes_the_set_once(tmp_path: Path) -> None:
+    """By several processes, which must not run the script again."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from lofi_fast.data import demo\nprint('once')\n"
+        f"demo.generate({str(tmp_path / 'made')!r}, num_training=2, num_validation=1, seed=3, workers=2)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, text=True, capture_output=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "once\n"), done.stderr
 
 
 def test_same_arguments_same_set_whatever_the_workers(made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -6,16 +6,20 @@ The joint stage of a small run on frames that are made up, with heads whose loss
 from __future__ import annotations
 
 import copy
+import errno
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from io import StringIO
+from itertools import chain, cycle, repeat
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from bench.tools.synthetic import NoisePipeline, setting, synthetic_run
@@ -28,9 +32,10 @@ from lofi_fast.memory.settle import open_meter
 from lofi_fast.optim import make_optimizer
 from lofi_fast.run import checkpoint, events
 from lofi_fast.run.checkpoint import Position
-from lofi_fast.run.log import RunLog
+from lofi_fast.run.log import OutputLost, RunLog
 from lofi_fast.run.networks import Networks
 from lofi_fast.run.state import Run
+from lofi_fast.stages import pretrain as pretrain_room
 from lofi_fast.stages.epochs import LEAST_SCALE, NOT_FINITE_STEPS, update
 from lofi_fast.stages.features import encode, encode_within_budget
 from lofi_fast.stages.head import check_head
@@ -224,6 +229,57 @@ def test_a_step_that_is_refused_in_the_middle_of_its_update_is_not_saved(tmp_pat
         with pytest.raises(InputError, match=r"^memory ran out in the middle of an update$"):
             joint(run)
         assert Position(**checkpoint.load(run.last_checkpoint)["position"]) == Position("joint", 1)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["after the last step", "before it"])
+def test_an_epoch_of_pretraining_that_was_stopped_is_as_accurate_as_an_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    right = cycle([3, 1])  # clips of the two steps
+    clip_loss = pretrain_room.clip_loss
+    monkeypatch.setattr(pretrain_room, "clip_loss", lambda *of: (clip_loss(*of)[0], torch.tensor(next(right))))
+
+    def pretrained(folder: Path, answers: Iterator[bool], saved: Path | None = None) -> list[float | None]:
+        with small_run(folder, 1) as run:
+            run.config = replace(run.config, stages=("pretrain",), pretrain=replace(run.config.pretrain, epochs=1))
+            run.position, run.plans["pretrain"] = Position("pretrain"), {"batch": 8}
+            extra = {}
+            if saved is not None:
+                checkpoint.save_atomic(checkpoint.load(saved), run.last_checkpoint)
+                extra = run.resume()
+            run.stop = lambda: next(answers)
+            pretrain(run, extra)
+            return [event.accuracy for event in logged(run) if isinstance(event, events.Epoch)]
+
+    expected = pretrained(tmp_path / "whole", repeat(False))
+    with small_run(tmp_path / "counted", 1) as run:
+        steps = len(run.sampler.clip_epoch(0, 8))
+    assert steps == 2 and expected[0]
+    stops = chain(repeat(False, steps - 1 if last else 0), [True])
+    assert pretrained(tmp_path / "stopped", stops) == []
+    assert pretrained(tmp_path / "on", repeat(False), tmp_path / "stopped" / "checkpoints" / "last.pt") == expected
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.ENOSPC, "No space left on device")], ids=type)
+def test_a_terminal_that_takes_no_more_costs_nothing_that_was_trained(tmp_path: Path, error: OSError) -> None:
+    class Lost(StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    class Pipe(Console):
+        def on_broken_pipe(self) -> None:  # rich's own turns this process's stdout away, too
+            raise SystemExit(1)
+
+    with small_run(tmp_path / "run", 2) as run:
+        run.log.console = Pipe(file=Lost())
+        with pytest.raises((BrokenPipeError, OutputLost)) as ended:  # the last step of an epoch is told of
+            joint(run)
+        assert Position(**checkpoint.load(run.last_checkpoint)["position"]) == Position("joint", 0, STEPS)
+        if isinstance(error, BrokenPipeError):
+            assert ended.type is BrokenPipeError
+        else:
+            assert str(ended.value).startswith("the output cannot be written: No space left on device; all up to here")
+            assert f"--resume {run.folder}" in str(ended.value)
 
 
 def test_statistics_of_batchnorm_are_as_before_when_a_step_of_pretraining_breaks(tmp_path: Path) -> None:

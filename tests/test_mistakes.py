@@ -110,6 +110,38 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(
     assert {path: path.stat().st_mtime_ns for path in desk.rglob("*")} == before
 
 
+LONG = "a" * 300  # more than a name may have
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", *DATA, "--out", LONG],
+        ["train", "--annotations", LONG, "--videos", "videos"],
+        ["train", "--annotations", "labels.csv", "--videos", LONG],
+        ["train", *DATA, "--config", f"{LONG}.toml"],
+        ["train", *DATA, "--cache", LONG],
+        ["train", "--resume", LONG],
+        ["prepare", *DATA, "--cache", LONG],
+        ["detect", LONG, "videos/a.mp4"],
+        ["check", "--annotations", "labels.csv", "--videos", LONG],
+        ["plan", "--mem-budget", "11GB", "--annotations", LONG],
+        ["report", LONG],
+        ["report", "loop"],
+        ["train", "--resume", "loop"],
+        ["evaluate", "--ground-truth", LONG, "--predictions", LONG],
+    ],
+    ids=lambda argv: " ".join(argv).replace(LONG, "LONG"),
+)
+def test_a_name_that_no_file_can_have_is_one_sentence(argv: list[str], desk: Path, capsys: Captured) -> None:
+    Path("loop").symlink_to("loop")
+    before = sorted(desk.rglob("*"))
+    assert program.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and ("loop" if "loop" in argv else LONG) in line
+    assert sorted(desk.rglob("*")) == before
+
+
 @pytest.mark.parametrize(("name", "mend"), [("nowhere.mp4", "name videos"), ("https://a.org/b.mp4", "download it")])
 def test_videos_that_are_not_there_are_refused_before_a_model_is_loaded(name: str, mend: str, desk: Path) -> None:
     with pytest.raises(InputError, match=f"{name}: no such file; {mend}"):
@@ -129,6 +161,7 @@ def started(argv: list[str], **how: object) -> subprocess.CompletedProcess[str]:
         ["train", "--annotations", "nowhere.csv", "--videos", "videos"],
         ["train", *DATA, "--mem-budget", "11"],
         ["train", "--resume", "nowhere"],
+        ["train", *DATA, "--mem-budget", "11GB", "--replay-rungs", "nowhere.jsonl"],
         ["detect", "runs", "videos/a.mp4"],
         ["extract", "nowhere", "videos", "--out", "f"],
     ],

@@ -345,6 +345,16 @@ def test_failing_write_keeps_the_old_report(tmp_path: Path) -> None:
     assert (folder / "report.html").read_text() == (folder / "report.png").read_text() == "old"
 
 
+def test_a_clock_that_is_set_back_takes_no_time_away() -> None:
+    lines = Lines()
+    lines.start()
+    lines.joint(0, 0)
+    lines.now -= timedelta(hours=3)
+    lines.joint(0, 1)
+    lines.joint(0, 2)
+    assert read_log(lines.lines).seconds == {"joint": 2.0}
+
+
 def test_resumed_run_counts_the_later_step() -> None:
     lines = Lines()
     lines.start()
@@ -499,6 +509,22 @@ def test_page_says_which_epoch_is_reported_and_what_best_means(reported: Path) -
     assert "of the final weights, after head epoch 2<" in text
     assert "The best validation was 40.00 %, after epoch 2; checkpoints/best.pt has those weights." in text
     assert text.count("best 40.00") == 1  # marked in the figure; it is the last too
+
+
+def test_page_of_a_run_that_trains_longer_says_which_epoch_its_numbers_are_of(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"epoch": 1}))
+    assert "of the final weights, after head epoch 2<" in render(folder)
+    lines = Lines()
+    lines.start()
+    for epoch in range(2, 5):
+        lines.add(events.Step(stage="head", epoch=epoch, step=0, lr=0.1, loss=1.5))
+    with (folder / "log.jsonl").open("a") as log:
+        log.write("\n".join(lines.lines) + "\n")
+    text = render(folder)
+    assert "of the weights after head epoch 2, and the head trains on since: epoch 5<" in text
+    assert "final weights, after" not in text
 
 
 def test_validation_figure_marks_the_best_and_the_last(tmp_path: Path) -> None:

@@ -412,6 +412,29 @@ def test_a_finished_run_can_be_evaluated_again(whole: Path, demo_set: Demo, tmp_
     assert not [event for event in events(folder)[known:] if event["event"] in ("step", "features", "measured")]
 
 
+def test_a_best_epoch_is_not_compared_across_tious(
+    whole: Path, demo_set: Demo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    best = read(folder / "metrics.json")["best_epoch"]
+    assert best is not None
+    assert main(demo_set.command(folder, "--tiou", "0.5", "--resume")) == 0
+    told = capsys.readouterr().out
+    assert "the best epoch so far was the best at --tiou" in told and "the best on these videos" not in told
+    again = read(folder / "metrics.json")
+    assert list(again["map_by_tiou"]) == ["0.5"] and again["best_epoch"] is None
+    assert again["epoch"] == read(whole / "metrics.json")["epoch"] is not None
+
+
+def test_numbers_of_a_run_without_a_head_stage_are_of_none_of_its_epochs(
+    demo_set: Demo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(demo_set.command(tmp_path / "run", "--stages", "joint,eval")) == 0
+    assert "these are weights that no head stage has trained" in capsys.readouterr().out
+    assert read(tmp_path / "run" / "metrics.json")["epoch"] is None
+    assert "after joint epoch" in (tmp_path / "run" / "report.html").read_text()
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:300])
 
@@ -707,13 +730,12 @@ def test_a_stage_that_stops_in_mid_epoch_goes_on_from_the_step_that_was_saved(
     state, expected = (c["optimizer"]["state"] for c in (broken, unbroken))
     assert all(different(state[i], expected[i]) == [] for i in expected)
     numbers = [
-        [
-            {k: v for k, v in e.items() if k not in (*READINGS_OF_A_STEP, "time", "accuracy")}
-            for e in events(folder, "step")
-        ]
+        [{k: v for k, v in e.items() if k not in (*READINGS_OF_A_STEP, "time")} for e in events(folder, "step")]
         for folder in (tmp_path / "broken", tmp_path / "unbroken")
     ]
     assert numbers[0] == numbers[1], "the step that was tried again drew what it drew before"
+    accuracies = [[e["accuracy"] for e in events(tmp_path / name, "epoch")] for name in ("broken", "unbroken")]
+    assert accuracies[0] == accuracies[1], "of all clips of an epoch"
 
 
 def test_a_checkpoint_brings_back_all_that_a_stage_needs(demo_set: Demo, tmp_path: Path) -> None:

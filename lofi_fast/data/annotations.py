@@ -48,13 +48,13 @@ from lofi_fast.data.labels import (
     Video,
     clip_to_duration,
     labels_of,
-    once_each,
     plain_spelling,
     require_file,
     seconds_of,
     subset_named,
 )
 from lofi_fast.errors import InputError
+from lofi_fast.texts import decoded, once_each
 
 __all__ = [
     "UNASSIGNED",
@@ -66,7 +66,6 @@ __all__ = [
     "is_activitynet",
     "load_annotations",
     "num_videos",
-    "once_each",
     "plain_spelling",
     "require_file",
     "seconds_of",
@@ -233,11 +232,7 @@ def require_text(path: Path) -> None:
 def _text(path: Path) -> str:
     require_text(path)
     try:
-        with path.open("rb") as file:
-            mark = file.read(2)
-        # spreadsheets write byte order marks, which would become part of the first column's name, and some write UTF-16
-        is_utf_16 = mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        return path.read_text(encoding="utf-16" if is_utf_16 else "utf-8-sig")
+        return decoded(path)
     except OSError as error:
         raise InputError(f"--annotations {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

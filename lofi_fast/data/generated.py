@@ -9,11 +9,14 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -178,12 +181,28 @@ def _written(target: Path, render: Render, scripts: list[Script], num_workers: i
     # Spawned, not forked: the caller may hold threads and a CUDA context.
     executor = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
     try:
-        names = {executor.submit(_draw, script, render, _video_path(target, script)): script.name for script in scripts}
+        with _without_main():  # processes start with what is submitted
+            names = {
+                executor.submit(_draw, script, render, _video_path(target, script)): script.name for script in scripts
+            }
         for future in as_completed(names):
             future.result()
             yield names[future]
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """A process that is spawned in this block does not import the caller's main module: a script that trains without a
+    guard of its own would train there once more.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _draw(script: Script, render: Render, path: Path) -> None:

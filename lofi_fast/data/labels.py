@@ -6,16 +6,14 @@ starts, also where its sound begins before its pictures (a cut by stream copy do
 
 from __future__ import annotations
 
-import codecs
 import math
 import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from lofi_fast.errors import InputError
 
@@ -141,28 +139,6 @@ def require_file(path: Path, flag: str) -> None:
     """Raises InputError for a pipe or a device: labels are read more than once."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"{flag} {path} is a pipe or a device, which can be read only once; write it to a file first")
-
-
-def decoded(path: Path) -> str:
-    """A text in UTF-8, or in UTF-16 with its mark, as some programs write. Raises OSError and UnicodeDecodeError."""
-    content = path.read_bytes()
-    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return content.decode("utf-16" if is_utf_16 else "utf-8-sig")
-
-
-def once_each(path: Path, ending: str = "") -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    """json's `object_pairs_hook` that refuses a key which stands twice: json keeps the last, and a video would be lost
-    without a word. `ending`: of the sentence.
-    """
-
-    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise InputError(f"{path}: the key {twice!r} appears twice in one object{ending}")
-        return found
-
-    return checked
 
 
 def subset_named(text: str) -> str | None:

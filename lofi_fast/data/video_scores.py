@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lofi_fast.data.annotations import once_each, plain_spelling
+from lofi_fast.data.annotations import plain_spelling
 from lofi_fast.errors import InputError
 from lofi_fast.head.map_decoding import Floats
+from lofi_fast.texts import decoded, once_each
 
 # Columns (from 0) of the THUMOS14 detection classes among the 101 of UCF101 in alphabetical order, which is the order
 # of the public UntrimmedNet score file. Row i of that file is video_test_%07d with number i + 1.
@@ -53,9 +54,7 @@ def load_video_scores(path: Path, names: Sequence[str], classes: Sequence[str]) 
     if path.suffix == ".npy":
         return _thumos_scores(path, names, classes)
     try:
-        content = json.loads(
-            path.read_text(encoding="utf-8-sig"), object_pairs_hook=once_each(path, "; mend --video-scores.")
-        )
+        content = json.loads(decoded(path), object_pairs_hook=once_each(path, "; mend --video-scores."))
     except InputError:
         raise
     except FileNotFoundError:

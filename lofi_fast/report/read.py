@@ -78,6 +78,7 @@ class MetricsFile(msgspec.Struct, frozen=True):
     best_epoch: dict[str, Number] | None = None
     videos: int | None = None
     segments: int | None = None
+    epoch: int | None = None  # of the head, the last that the weights were trained for
 
 
 class Segment(msgspec.Struct, frozen=True):
@@ -299,7 +300,8 @@ def read_log(lines: Iterable[str]) -> Log:
                 log.evaluated = True
         now = time_of(event)
         if before is not None and now is not None and not isinstance(event, events.Start):
-            log.seconds[stage] = log.seconds.get(stage, 0.0) + (now - before).total_seconds()
+            passed = max((now - before).total_seconds(), 0.0)  # a clock may be set back
+            log.seconds[stage] = log.seconds.get(stage, 0.0) + passed
         before = now or before
         log.last = event
     log.skipped = list(skipped.values())

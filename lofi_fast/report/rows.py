@@ -203,7 +203,8 @@ def _map_tile(run: RunContents) -> Tile:
         if metrics.videos is not None and metrics.segments is not None:
             note += f"; {metrics.videos} videos, {metrics.segments} segments"
         if final := final_epoch(run):
-            note += f"; of the final weights, after {final}"
+            since = "" if run.log.finished or metrics.epoch is None else trained_since(run, metrics.epoch)
+            note += f"; of the {'weights' if since else 'final weights,'} after {final}{since}"
         return Tile("average mAP", f"{percent(average)} %", note)
     averages = column(validations, "average")
     if np.isfinite(averages).any():
@@ -215,10 +216,19 @@ def _map_tile(run: RunContents) -> Tile:
 
 def final_epoch(run: RunContents) -> str:
     """The last epoch that trained the weights which were evaluated, like "head epoch 25"; empty where none is known."""
+    if run.metrics.epoch is not None:
+        return f"head epoch {run.metrics.epoch + 1}"
     for stage in ("head", "joint"):
         if len(steps := run.log.steps.get(stage, Steps())):
             return f"{stage} epoch {steps['epoch'][-1] + 1:g}"
     return ""
+
+
+def trained_since(run: RunContents, epoch: int) -> str:
+    """In words, where the head has trained on after the epoch that was evaluated; empty where it has not."""
+    steps = run.log.steps.get("head", Steps())
+    further = len(steps) and steps["epoch"][-1] > epoch
+    return f", and the head trains on since: epoch {steps['epoch'][-1] + 1:g}" if further else ""
 
 
 def best_epoch(run: RunContents) -> str:

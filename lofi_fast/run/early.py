@@ -14,6 +14,7 @@ from lofi_fast.config import Config
 from lofi_fast.data.annotations import FormatOptions, load_annotations, require_text
 from lofi_fast.data.matching import list_folder
 from lofi_fast.errors import InputError
+from lofi_fast.memory.replay import Replay
 from lofi_fast.metrics import parse_tiou
 from lofi_fast.point_metrics import parse_tolerance
 from lofi_fast.presets import weights_warning
@@ -30,6 +31,8 @@ def check_early(config: Config, resume: bool) -> None:
         require_run(Path(config.out))
     check_budget(config.budget)
     check_values(config)
+    if config.replay and not resume and "joint" in config.stages and config.joint.epochs:
+        Replay(Path(config.replay), 0)  # a resumed run may be past the steps that it is for
     if config.data.annotations and config.data.videos and not weights_warning(config):  # which is said before all else
         labels, videos = Path(config.data.annotations), Path(config.data.videos)
         list_folder(videos, "--videos ")

@@ -7,10 +7,11 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from lofi_fast import files
 from lofi_fast.config import STAGES, Config
@@ -71,7 +72,13 @@ def has_checkpoint(config: Config) -> bool:
         )
     from lofi_fast.run import checkpoint  # imports torch, which what is refused above does not wait for
 
-    content, _, _ = checkpoint.load_newest(folder / "checkpoints")
+    content, path, _ = checkpoint.load_newest(folder / "checkpoints")
+    trained = Config.from_json(content["config"], str(path)) if "config" in content else before
+    if changes := differences(trained, config):
+        raise InputError(
+            f"{folder}: its config.json is not what {path.name} was trained with, which is {'; '.join(changes)}; put "
+            "config.json back as it was, or train another run in another --out"
+        )
     done = STAGES.index(content["position"].get("stage", STAGES[0]))
     for stage, section in (("pretrain", "pretrain"), ("joint", "joint"), ("head", "head_stage")):
         # The stages after it rest on what it has learned; only on the head's nothing is built.
@@ -82,7 +89,21 @@ def has_checkpoint(config: Config) -> bool:
                 f"{folder}: --{stage}-epochs {then}, not {now}: this stage is done, and what came after rests on it; "
                 "leave that flag out at --resume, or train another run in another --out"
             )
+        if (taken := _epochs_taken(stage, content["position"], trained)) > now:
+            raise InputError(
+                f"{folder}: --{stage}-epochs {now}: its {stage} stage has trained for {taken} already; give --resume "
+                f"{taken} or more, or train another run in another --out"
+            )
     return True
+
+
+def _epochs_taken(stage: str, position: Mapping[str, Any], trained: Config) -> int:
+    """How many epochs of a stage the weights of a checkpoint have been through, one that is under way among them."""
+    if position.get("stage") == stage:
+        return int(position["epoch"] + (position["step"] > 0))
+    done = STAGES.index(position.get("stage", STAGES[0])) > STAGES.index(stage)
+    epochs: int = {"head": trained.head_stage.epochs}.get(stage, 0)  # those of other stages that are done are compared
+    return epochs if done and stage in trained.stages else 0
 
 
 def differences(before: Config, now: Config) -> list[str]:
@@ -158,7 +179,7 @@ def run_folder(config: Config, resume: bool) -> Iterator[tuple[Path, bool]]:
         try:
             yield folder, going_on
         except Exception as error:
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EFBIG):
                 error.filename = error.filename or str(folder)  # a failed write does not say where
             if not resume and not has_trained(folder):
                 discard(folder, ["plan.json", "environment.json", "data.json", "log.jsonl", "config.json"], made)

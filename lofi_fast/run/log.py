@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,15 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lofi_fast.errors import printable
+from lofi_fast.errors import InputError, printable
 from lofi_fast.run.events import Event, Step, encode
 from lofi_fast.run.live import LiveView
 
 NOTE_SECONDS = 30.0  # how often a long task is reported where no live bar can be drawn
+
+
+class OutputLost(InputError):
+    """The terminal, or the file that stands for it, takes no more."""
 
 
 class Advance(Protocol):
@@ -41,7 +46,15 @@ class Terminal:
         self.plain = plain or not self.console.is_terminal
 
     def say(self, text: str) -> None:
-        self.console.print(printable(text), markup=False, emoji=False)
+        """Raises OutputLost where nothing can be written, and BrokenPipeError where nobody reads it any more."""
+        try:
+            self.console.print(printable(text), markup=False, emoji=False)
+        except SystemExit:  # by which rich answers a pipe that has ended
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputLost(f"the output cannot be written: {error.strerror}") from None
 
     @contextmanager
     def progress(self, title: str, total: int, start: int = 0) -> Iterator[Advance]:
@@ -100,8 +113,9 @@ class RunLog(Terminal):
 
     def event(self, event: Event) -> None:
         """Append one line. Flushed, so that a killed run keeps what it logged."""
-        self._file.write(encode(event))
-        self._file.flush()
+        with self._named():
+            self._file.write(encode(event))
+            self._file.flush()
         for watcher in self._watchers:
             watcher.event(event)
 
@@ -122,7 +136,17 @@ class RunLog(Terminal):
     def close(self) -> None:
         for watcher in self._watchers:
             watcher.close()
-        self._file.close()
+        with self._named():
+            self._file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """A failed write in this block says where, which the system does not tell."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or self._file.name
+            raise
 
 
 class SilentLog(RunLog):

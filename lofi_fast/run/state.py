@@ -90,6 +90,7 @@ class Run:
     plans: dict[str, Any] = field(init=False, default_factory=dict)  # of each stage, as plan.json has them
     planner: Planner | None = field(init=False, default=None)  # of the joint stage
     best: dict[str, Any] = field(init=False, default_factory=dict)  # epoch of the head with the highest mAP, and that
+    head_epochs: int = field(init=False, default=0)  # that the head stage has trained for; 0 where it was left out
 
     def __post_init__(self) -> None:
         self.folder, self.cache = Path(self.config.out), cache_folder(self.config)
@@ -314,7 +315,8 @@ class Run:
             )
         if broken := checkpoint.not_finite(content):
             raise InputError(f"{path}: its weights are not finite ({broken}); start again with another --out")
-        position = self._position_of(content, path)
+        before = Config.from_json(content["config"], str(path))
+        position = self._position_of(content, before)
         self._check_data(content, position)
         try:
             self.encoder.load_state_dict(content["encoder"])
@@ -323,6 +325,14 @@ class Run:
             raise InputError(f"{path}: another model; resume with the run's own flags") from None
         self.position = position
         self.plans, self.best = content["plans"], content["best"]
+        if position.stage == "eval" and "head" in before.stages:
+            self.head_epochs = before.head_stage.epochs
+        if self.best and measures(before) != measures(self.config):
+            self.log.say(
+                f"note: the best epoch so far was the best at {measures(before)}, not at {measures(self.config)}, and "
+                "does not count any more"
+            )
+            self.best = {}
         self._resumed_planner = content.get("planner", {})
         self._resumed_optimizer = content["optimizer"]
         self.scaler.load_state_dict(content["scaler"])
@@ -334,10 +344,9 @@ class Run:
         extra: dict[str, Any] = content["extra"]
         return extra
 
-    def _position_of(self, content: dict[str, Any], path: Path) -> Position:
-        """Where to go on from a checkpoint."""
+    def _position_of(self, content: dict[str, Any], before: Config) -> Position:
+        """Where to go on from a checkpoint, which was saved under the settings `before`."""
         position = Position(**content["position"])
-        before = Config.from_json(content["config"], str(path))
         longer = "head" in self.config.stages and self.config.head_stage.epochs > before.head_stage.epochs
         if position == Position("eval") and content["optimizer"] is not None and longer:
             return Position("head", before.head_stage.epochs)
@@ -364,6 +373,11 @@ class Run:
             f"{self.folder}: its data is not what it was started with, {what}; put it back as it was, or train "
             "another run in another --out (evaluate compares predictions.json with other labels)"
         )
+
+
+def measures(config: Config) -> str:
+    """What average mAP is an average over, as flags say it."""
+    return f"--tolerance {config.detect.tolerances}" if config.points else f"--tiou {config.detect.tious}"
 
 
 def open_run(

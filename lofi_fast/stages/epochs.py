@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from lofi_fast.memory.ranks import LostProcess
 from lofi_fast.optim import learning_rate, make_optimizer, set_learning_rate
 from lofi_fast.run import events
 from lofi_fast.run.checkpoint import Position
+from lofi_fast.run.log import OutputLost
 from lofi_fast.run.state import Run
 
 NOT_FINITE_STEPS = 5  # in a row, after which a stage is given up
@@ -91,12 +93,14 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
                 waited = run.pipeline.waited
                 try:
                     done = stage.step(epoch, step)
-                except InputError as error:
+                except (InputError, BrokenPipeError) as error:
                     if versions != [value._version for value in parameters]:
                         raise
                     if isinstance(error, LostProcess):
                         run.take_over()
                     run.save(Position(stage.name, epoch, step), stage.optimizer, **stage.modules)
+                    if isinstance(error, BrokenPipeError):
+                        raise
                     if run.told_to_stop():
                         run.stopped = True
                         return
@@ -114,15 +118,33 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
                     )
                     if in_a_row == NOT_FINITE_STEPS:
                         raise InputError(_diverged(run, stage, done))
-                advance(step + 1, done.note)
                 after = Position(stage.name, epoch, step + 1)
+                with saved_where_unheard(run, stage, after):
+                    advance(step + 1, done.note)
                 if run.told_to_stop():
                     run.stopped = True
                     return run.save(after, stage.optimizer, **stage.modules)
                 run.save_when_due(after, stage.optimizer, **stage.modules)
-        stage.end(epoch)
+        with saved_where_unheard(run, stage, Position(stage.name, epoch, count)):
+            stage.end(epoch)
         run.save(Position(stage.name, epoch + 1), stage.optimizer, **stage.modules)
     run.finish(stage.name, stage.optimizer, **stage.modules)
+
+
+@contextmanager
+def saved_where_unheard(run: Run, stage: TrainingStage, at: Position) -> Iterator[None]:
+    """Where what is said in this block reaches nobody, by a pipe that has ended or a full disk, the run ends, and all
+    that was trained is saved.
+    """
+    try:
+        yield
+    except (BrokenPipeError, OutputLost) as error:
+        run.save(at, stage.optimizer, **stage.modules)
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OutputLost(
+            f"{error}; all up to here is saved: go on with --resume {shlex.quote(str(run.folder))}"
+        ) from None
 
 
 def _diverged(run: Run, stage: TrainingStage, done: Outcome) -> str:

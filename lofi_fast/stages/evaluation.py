@@ -35,7 +35,9 @@ Result = MapResult | PointResult  # of segments, or of points in time
 
 def _reported(run: Run, result: Result, as_given: Result | None) -> str:
     """What the table is of, and what it is not."""
-    said = f"these are the weights of the last epoch ({run.config.head_stage.epochs}) of the head stage"
+    said = "these are weights that no head stage has trained"
+    if run.head_epochs:
+        said = f"these are the weights of the last epoch ({run.head_epochs}) of the head stage"
     if run.best:
         said += f"; the best on these videos was epoch {run.best['epoch'] + 1}, {100 * run.best['average']:.2f}"
     if as_given is not None:
@@ -219,7 +221,7 @@ def evaluate(run: Run) -> Result | None:
         videos=len(videos),
         segments=sum(len(video.segments) for video in videos),
         average_map_as_given=None if as_given is None else as_given.average,
-        epoch=run.config.head_stage.epochs - 1 if run.config.head_stage.epochs else None,
+        epoch=run.head_epochs - 1 if run.head_epochs else None,
     )
     content = msgspec.structs.asdict(metrics)
     del content["time"]

@@ -59,6 +59,7 @@ def train_head(run: Run, extra: Mapping[str, Any]) -> None:
     epochs.train(run, stage, run.config.head_stage)
     if stage.average is not None:
         run.head = stage.average
+    run.head_epochs = run.config.head_stage.epochs
     if encoder_digest(run) != before:
         raise RuntimeError("the encoder changed during the head stage")
 

@@ -45,7 +45,29 @@ def pretrain(run: Run, extra: Mapping[str, Any]) -> None:
         classifier.load_state_dict(extra["classifier"])
     run.encoder.freeze_batchnorm(False)
     run.encoder.train()
-    epochs.train(run, Pretrain(run, classifier), run.config.pretrain)
+    stage = Pretrain(run, classifier)
+    if "answers" in extra:
+        stage.answers.load_state_dict(extra["answers"])
+    epochs.train(run, stage, run.config.pretrain)
+
+
+class Answers(nn.Module):
+    """How many clips the epoch has seen so far, and how many of them were named right: a checkpoint within the epoch
+    has them, so that its accuracy is of all its clips.
+    """
+
+    right: Tensor
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("right", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+
+    @property
+    def accuracy(self) -> float | None:
+        """None before the first clip."""
+        return float(self.right / self.seen) if self.seen > 0 else None
 
 
 class Pretrain:
@@ -57,7 +79,8 @@ class Pretrain:
     def __init__(self, run: Run, classifier: nn.Linear) -> None:
         self.run, self.classifier = run, classifier
         self.optimizer = optimizer_of(run, run.config.pretrain, run.encoder, classifier)
-        self.modules: dict[str, nn.Module] = {"classifier": classifier}
+        self.answers = Answers()
+        self.modules: dict[str, nn.Module] = {"classifier": classifier, "answers": self.answers}
         self._statistics = [buffer.clone() for buffer in run.encoder.buffers()]
         self._shared: SharedStatistics | None = None
         if run.processes.several:
@@ -65,6 +88,8 @@ class Pretrain:
         self._ready: tuple[float, Tensor, list[Clip]] | None = None  # the first step's, see `_verify`
 
     def begin(self, epoch: int, first: int) -> int:
+        if first == 0:
+            copy_each(Answers().buffers(), self.answers.buffers())
         count = self._ask(epoch, first)
         while (epoch, first) == (0, 0) and self.run.plans["pretrain"].get("peak", 0) is None:
             if not self._verify():
@@ -76,7 +101,6 @@ class Pretrain:
         batches = self.run.sampler.clip_epoch(epoch, self.run.plans["pretrain"]["batch"])
         self._clips = iter(batches[first:])
         self._batches = clip_batches(self.run, epoch, [list(self.run.processes.share(b)) for b in batches[first:]])
-        self._right, self._seen = torch.zeros((), device=self.run.machine.device), 0
         return len(batches)
 
     def _verify(self) -> bool:
@@ -140,14 +164,15 @@ class Pretrain:
         self.optimizer.zero_grad(set_to_none=True)
         if not_finite:  # forward has moved the statistics of live BN
             copy_each(self._statistics, run.encoder.buffers())
-        self._right, self._seen = self._right + right, self._seen + len(clips)
-        accuracy = float(self._right) / self._seen
+        self.answers.right += float(right)
+        self.answers.seen += len(clips)
+        accuracy = self.answers.accuracy
         videos = [clip.sample.window.video for clip in clips]
-        return Outcome(value, videos, not_finite, f"loss {value:.3f} accuracy {accuracy:.2f}", {"accuracy": accuracy})
+        note = f"loss {value:.3f} accuracy {accuracy or 0:.2f}"
+        return Outcome(value, videos, not_finite, note, {"accuracy": accuracy})
 
     def end(self, epoch: int) -> None:
-        accuracy = float(self._right) / max(self._seen, 1)
-        self.run.log.event(events.Epoch(stage="pretrain", epoch=epoch, accuracy=accuracy))
+        self.run.log.event(events.Epoch(stage="pretrain", epoch=epoch, accuracy=self.answers.accuracy))
 
 
 def copy_each(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:

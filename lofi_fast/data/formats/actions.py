@@ -16,6 +16,7 @@ from typing import Any
 from lofi_fast.data.formats.file import LabelFile, check_name, plural, runs_backwards
 from lofi_fast.data.labels import UNASSIGNED, Video, duration_of, segment_of, subset_of
 from lofi_fast.errors import InputError
+from lofi_fast.texts import decoded
 
 NAME = "MultiTHUMOS or Charades JSON"
 OPTIONS = frozenset[str]()
@@ -70,7 +71,7 @@ def class_names(folder: Path) -> dict[str, str]:
     """{number: name} of the classes, as the first list of LISTS in a folder says; empty without one."""
     for name in LISTS:
         try:
-            text = (folder / name).read_text(encoding="utf-8-sig")
+            text = decoded(folder / name)
         except (OSError, UnicodeDecodeError):
             continue
         found = {}

@@ -22,6 +22,7 @@ from lofi_fast.data.labels import Segment, Video, seconds_of
 from lofi_fast.detections import Detection, lanes
 from lofi_fast.errors import InputError
 from lofi_fast.files import write_bytes
+from lofi_fast.texts import decoded
 
 NAME = "a project of BORIS"
 OPTIONS = frozenset[str]()
@@ -249,7 +250,7 @@ def lengths_beside(folder: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     for path in sorted(folder.glob("*.boris")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            content = json.loads(decoded(path))
         except (OSError, ValueError, RecursionError):
             continue
         if recognises(content):

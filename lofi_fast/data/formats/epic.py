@@ -15,6 +15,7 @@ from collections.abc import Callable
 from lofi_fast.data.formats.file import Gathered, LabelFile, Table
 from lofi_fast.data.labels import UNASSIGNED, Video
 from lofi_fast.errors import InputError
+from lofi_fast.texts import decoded
 
 NAME = "EPIC-KITCHENS-100"
 OPTIONS = frozenset(("label",))
@@ -98,7 +99,7 @@ def _beside(file: LabelFile, name: str, columns: set[str]) -> list[tuple[str, di
     """The rows of a table in the same folder; none where it is not there, or lacks one of the columns."""
     path = file.path.parent / name
     try:
-        table = Table(path, path.read_text(encoding="utf-8-sig"))
+        table = Table(path, decoded(path))
     except (OSError, UnicodeDecodeError):
         return []
     return list(table.rows()) if columns <= set(table.columns) else []

@@ -17,6 +17,7 @@ from pathlib import Path
 from lofi_fast.data.formats.file import Gathered, LabelFile, plural
 from lofi_fast.data.labels import UNASSIGNED, Video
 from lofi_fast.errors import InputError
+from lofi_fast.texts import decoded
 
 NAME = "labels of frames"
 OPTIONS = frozenset(("fps", "background"))
@@ -82,7 +83,7 @@ def recognised(path: Path) -> tuple[str, list[Run]]:
     cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = decoded(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as labels of frames ({error}); mend --predictions") from error
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
