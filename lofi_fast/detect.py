@@ -12,6 +12,7 @@ import csv
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -25,8 +26,8 @@ from lofi_fast.data.video import VideoError, stated_duration
 from lofi_fast.detections import (
     MIN_SCORE,
     Detection,
+    detector_of,
     draw_timeline,
-    is_timeline,
     write_csv,
     write_predictions,
     write_srt,
@@ -35,7 +36,7 @@ from lofi_fast.detections import (
 from lofi_fast.errors import InputError
 from lofi_fast.files import check_output, output_folder
 from lofi_fast.metrics import load_predictions
-from lofi_fast.model_file import metadata_of, model_file
+from lofi_fast.model_file import digest_of, metadata_of, model_file
 from lofi_fast.settings import Setting
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class DetectFlags:
     out: Annotated[
         Path,
         Setting(
-            "folder for what is written; nothing but earlier results of the same videos is replaced",
+            "folder for what is written; nothing but earlier results of the same videos is replaced, and what the same "
+            "detector found in others stays",
             "DIR",
         ),
     ] = Path("found")
@@ -117,9 +119,10 @@ def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> in
 def _command(argv: list[str], owns_process: bool) -> int:
     flags = parse(DetectFlags, argv, prog="lofi-fast detect", description=DESCRIPTION)
     check_budget(flags.mem_budget)
-    metadata_of(model_file(flags.run))  # before torch, which takes seconds to import
-    paths = paths_of(flags.videos)
-    _check_targets(flags, set(unique_names(paths).values()))
+    file = model_file(flags.run)
+    metadata_of(file)  # before torch, which takes seconds to import
+    paths, digest = paths_of(flags.videos), digest_of(file)
+    work = _Work(flags, digest, _found_before(flags, set(unique_names(paths).values()), digest))
     check_output(flags.out)
     if owns_process:
         from lofi_fast.memory.settle import settle_allocator
@@ -144,33 +147,44 @@ def _command(argv: list[str], owns_process: bool) -> int:
         with detector.session(
             mem_budget=flags.mem_budget.text, device=device, precision=flags.precision, say=terminal.say
         ) as session:
-            return _detect(flags, paths, session, terminal, processes)
+            return _detect(work, paths, session, terminal, processes)
 
 
-def _check_targets(flags: DetectFlags, names: Set[str]) -> None:
-    """Raises InputError where what is written would replace anything but earlier results of the same videos."""
+def _found_before(flags: DetectFlags, names: Set[str], digest: str) -> dict[str, list[Detection]]:
+    """What the same detector, by its digest, found before, which stays until it is found anew: pictures tell whose.
+
+    Raises InputError where what is written would replace anything but earlier results of the videos of these names.
+    """
     out, other = flags.out, "name another folder with --out"
+    stays: dict[str, list[Detection]] = {}
+    with suppress(InputError):  # which is told of below, where the file would be replaced
+        stays = {
+            name: [Detection(*row) for row in rows]
+            for name, rows in load_predictions(out / "detections.json").items()
+            if detector_of(out / f"{name}.png") == digest
+        }
     for path in (out / f"detections.{form}" for form in ("json", "csv") if form in flags.format):
         if not path.exists():
             continue
-        before = _videos_of(path)
-        if before is None:
+        there = _videos_of(path)
+        if there is None:
             raise InputError(f"{path} is there already, and not by this command; {other}")
-        if lost := sorted(before - names):
+        if lost := sorted(there - names - stays.keys()):
             more = f" and {len(lost) - 1} more" if lost[1:] else ""
             raise InputError(
                 f"{path} holds what was found in {printable_name(lost[0])}{more}, which would be lost; {other}"
             )
     forms = ("png", *(form for form in SUBTITLES if form in flags.format))
     for name in sorted(names):
-        there = next((path for form in forms if (path := out / f"{name}.{form}").exists()), None)
-        if there is not None and not is_timeline(out / f"{name}.png"):  # which is written before the others
-            raise InputError(f"{there} is there already, and not by this command; {other}")
+        taken = next((path for form in forms if (path := out / f"{name}.{form}").exists()), None)
+        if taken is not None and detector_of(out / f"{name}.png") is None:  # which is written before the others
+            raise InputError(f"{taken} is there already, and not by this command; {other}")
     for tool in TOOLS:
         stems = names if tool == "elan" else {"detections"}
         for path in (out / f"{stem}{ENDINGS[tool]}" for stem in stems if tool in flags.format):
             if path.exists():
                 raise InputError(f"{path} is there already, and may have been corrected; {other}")
+    return stays
 
 
 def _videos_of(path: Path) -> set[str] | None:
@@ -185,6 +199,15 @@ def _videos_of(path: Path) -> set[str] | None:
         return None
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What is asked for, whose results are written, and beside which others."""
+
+    flags: DetectFlags
+    detector: str  # its digest
+    before: Mapping[str, list[Detection]]  # what it found in earlier calls
+
+
 @dataclass
 class _Seen:
     """What became of videos."""
@@ -194,16 +217,15 @@ class _Seen:
     interrupted: bool = False
 
 
-def _detect(
-    flags: DetectFlags, paths: Sequence[Path], session: Session, terminal: Terminal, processes: Processes
-) -> int:
+def _detect(work: _Work, paths: Sequence[Path], session: Session, terminal: Terminal, processes: Processes) -> int:
     """Look at all videos, of which several processes take their shares, and write what is of all at the end."""
+    flags = work.flags
     names = unique_names(paths)
     lengths = {path: stated_duration(path) for path in paths}
     # By length, so that no process has all that are long; each looks at its own in the order in which they were given.
     mine = set(sorted(paths, key=lambda path: -lengths[path])[processes.rank :: processes.count])
     own = {path: length for path, length in lengths.items() if path in mine}
-    seen = processes.together("videos", lambda: _look(flags, own, names, session, terminal), patient=True)
+    seen = processes.together("videos", lambda: _look(work, own, names, session, terminal), patient=True)
     of_all = {name: detections for one in seen for name, detections in one.found.items()}
     found = {names[path]: of_all[names[path]] for path in paths if names[path] in of_all}
     skipped, interrupted = [sentence for one in seen for sentence in one.skipped], any(one.interrupted for one in seen)
@@ -214,9 +236,9 @@ def _detect(
             skipped[0] if len(skipped) == 1 else f"none of the {len(skipped)} videos can be used; first: {skipped[0]}"
         )
     if processes.first and found and "json" in flags.format:
-        write_predictions(flags.out / "detections.json", found)
+        write_predictions(flags.out / "detections.json", {**work.before, **found})
     if processes.first and found and "csv" in flags.format:
-        write_csv(flags.out / "detections.csv", found)
+        write_csv(flags.out / "detections.csv", {**work.before, **found})
     if processes.first and found:
         _write_for_tools(flags, {names[path]: path for path in paths if names[path] in found}, found)
     terminal.say(
@@ -229,9 +251,10 @@ def _detect(
 
 
 def _look(
-    flags: DetectFlags, lengths: Mapping[Path, float], names: Mapping[Path, str], session: Session, terminal: Terminal
+    work: _Work, lengths: Mapping[Path, float], names: Mapping[Path, str], session: Session, terminal: Terminal
 ) -> _Seen:
     """Look at one video after the other, and write what was found in each at once. `lengths` in seconds."""
+    flags = work.flags
     seen = _Seen()
     total = max(round(sum(lengths.values())), 1)
     with terminal.progress("seconds of video", total) as advance:
@@ -243,7 +266,7 @@ def _look(
 
             try:
                 result = session.detect(path, min_score=flags.min_score, top_k=flags.top_k, told=told)
-                _write(flags, names[path], result)
+                _write(work, names[path], result)
                 seen.found[names[path]] = result.detections
                 terminal.say(_summary(names[path], result.detections, flags.subtitle_score))
             except VideoError as error:
@@ -258,9 +281,10 @@ def _look(
     return seen
 
 
-def _write(flags: DetectFlags, name: str, result: Found) -> None:
+def _write(work: _Work, name: str, result: Found) -> None:
     """The picture and the subtitles of one video."""
-    draw_timeline(flags.out / f"{name}.png", name, result.detections, result.duration)
+    flags = work.flags
+    draw_timeline(flags.out / f"{name}.png", name, result.detections, result.duration, work.detector)
     shown = [d for d in result.detections if d.score >= flags.subtitle_score]
     for form in SUBTITLES.keys() & set(flags.format):
         SUBTITLES[form](flags.out / f"{name}.{form}", shown)

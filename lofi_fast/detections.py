@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,9 +124,10 @@ def lanes(detections: Sequence[Detection]) -> list[list[Detection]]:
     return found
 
 
-def draw_timeline(path: Path, title: str, detections: Sequence[Detection], duration: float) -> None:
+def draw_timeline(path: Path, title: str, detections: Sequence[Detection], duration: float, detector: str = "") -> None:
     """Draw a picture (PNG) of one video's detections over its `duration` in seconds: a row for each class, a bar for
     each detection, its opacity the score as a share of the video's best. Of bars that overlap, the better one is seen.
+    `detector`: whose they are, in words, which `detector_of` reads of the picture.
 
     Raises InputError when the file cannot be written.
     """
@@ -152,16 +154,20 @@ def draw_timeline(path: Path, title: str, detections: Sequence[Detection], durat
             axes = figure.add_subplot(num_lines, 1, number + 1)
             _draw_line(axes, shown, classes, full, number * line, (number + 1) * line)
         with replacing(path) as file:
-            figure.savefig(file, format="png", metadata={"Software": PICTURE_BY})
+            figure.savefig(file, format="png", metadata={"Software": PICTURE_BY, "Source": detector})
 
 
-def is_timeline(path: Path) -> bool:
-    """Whether a file is a picture that `draw_timeline` has drawn."""
+def detector_of(path: Path) -> str | None:
+    """Whose detections a picture shows that `draw_timeline` has drawn; None of any other file."""
     try:
         with path.open("rb") as file:
-            return f"Software\0{PICTURE_BY}".encode() in file.read(1024)
+            beginning = file.read(1024)
     except OSError:
-        return False
+        return None
+    if f"Software\0{PICTURE_BY}".encode() not in beginning:
+        return None
+    said = re.search(rb"Source\0([ -~]*)", beginning)
+    return said[1].decode() if said else ""
 
 
 def _draw_line(

@@ -23,6 +23,7 @@ from lofi_fast import gpu
 from lofi_fast.data.annotations import FormatOptions, load_annotations
 from lofi_fast.data.video import probe
 from lofi_fast.detect import main, unique_names
+from lofi_fast.detections import draw_timeline
 from lofi_fast.metrics import load_predictions
 from lofi_fast.model import Detector
 from lofi_fast.model_file import MODEL
@@ -91,6 +92,17 @@ def test_nothing_but_earlier_results_of_the_same_videos_is_replaced(
             assert detect(small, folder, "--out", folder, "--format", tool) == 2
             assert f"{corrected} is there already, and may have been corrected" in refused(capsys)
             corrected.unlink()
+
+    # What the same detector found in other videos stays, and what another found is not taken for its own.
+    table = folder / "detections.json"
+    alone = json.loads(table.read_text())["results"]
+    assert detect(small, second, "--out", folder, "--format", "json,csv") == 0
+    capsys.readouterr()
+    both = json.loads(table.read_text())["results"]
+    assert list(both) == [first.stem, second.stem] and both[first.stem] == alone[first.stem]
+    rows = list(csv.DictReader((folder / "detections.csv").read_text().splitlines()))
+    assert len(rows) == sum(map(len, both.values()))
+    draw_timeline(folder / f"{first.stem}.png", "by another", [], 1.0, "another")
     before = {path: path.read_bytes() for path in folder.iterdir()}
     for form in ("json", "csv"):
         assert detect(small, second, "--out", folder, "--format", form) == 2
