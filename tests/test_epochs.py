@@ -284,6 +284,44 @@ def test_a_terminal_that_takes_no_more_costs_nothing_that_was_trained(tmp_path: 
             assert f"--resume {run.folder}" in str(ended.value)
 
 
+class Full:
+    """The log's file on a disk that takes no more after some lines."""
+
+    name = "log.jsonl"
+
+    def __init__(self, file: Any, left: int) -> None:
+        self.file, self.left = file, left
+
+    def write(self, content: bytes) -> None:
+        self.left -= 1
+        self.file.write(content if self.left >= 0 else b"")
+
+    def flush(self) -> None:
+        self.file.flush()
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self) -> None:
+        self.flush()
+
+
+@pytest.mark.parametrize("step", [0, STEPS - 1, STEPS])
+def test_a_log_that_takes_no_more_loses_no_step(tmp_path: Path, step: int) -> None:
+    with small_run(tmp_path / "run", 2) as run:
+        file, run.log._file = run.log._file, Full(run.log._file, step + step // STEPS)  # type: ignore[assignment]
+        with pytest.raises(OutputLost) as ended:
+            joint(run)
+        assert Position(**checkpoint.load(run.last_checkpoint)["position"]) == Position(
+            "joint", step // STEPS, step % STEPS + 1
+        )
+        said = str(ended.value)
+        assert (
+            said.startswith("log.jsonl: cannot write (No space left on device)") and "all up to here is saved" in said
+        )
+        run.log.close()  # which loses nothing that was not told
+        run.log._file = file
+
+
 def test_statistics_of_batchnorm_are_as_before_when_a_step_of_pretraining_breaks(tmp_path: Path) -> None:
     with small_run(tmp_path / "run", 1) as run:
         run.config = replace(run.config, stages=("pretrain",), pretrain=replace(run.config.pretrain, epochs=9))
