@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import errno
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -320,6 +321,36 @@ def test_a_log_that_takes_no_more_loses_no_step(tmp_path: Path, step: int) -> No
         )
         run.log.close()  # which loses nothing that was not told
         run.log._file = file
+
+
+@pytest.mark.parametrize("way", ["moved", "removed", "replaced"])
+def test_a_run_folder_that_goes_while_it_is_trained_in_is_not_made_anew(tmp_path: Path, way: str) -> None:
+    gone = list[Path]()
+    with small_run(tmp_path / "run", 2) as run:
+
+        def go() -> bool:
+            if not gone:
+                gone.append(run.folder.rename(tmp_path / "moved"))
+                if way == "removed":
+                    shutil.rmtree(tmp_path / "moved")
+                if way == "replaced":  # by the folder of another run
+                    run.folder.mkdir()
+            return True
+
+        run.stop = go  # and save, after the first step
+        with pytest.raises(InputError) as ended:
+            joint(run)
+        said = str(ended.value)
+        assert said.startswith(f"{run.folder}: the run folder has gone")
+        if way != "removed":
+            assert said.endswith(f"it is {tmp_path / 'moved'} now: go on with --resume {tmp_path / 'moved'}")
+            content = checkpoint.load(tmp_path / "moved" / "checkpoints" / "last.pt")
+            assert Position(**content["position"]) == Position("joint", 0, 1)
+        else:
+            assert said.endswith("it was removed")
+        with pytest.raises(InputError, match="has gone"):
+            run.write_plans()
+        assert list(run.folder.glob("*")) == []
 
 
 def test_statistics_of_batchnorm_are_as_before_when_a_step_of_pretraining_breaks(tmp_path: Path) -> None:

@@ -134,6 +134,14 @@ class RunLog(Terminal):
             if said := self._view.end():
                 self.say(said)
 
+    def place(self) -> Path | None:
+        """The folder that holds the log now, which may have been moved since it was opened; None where none does."""
+        try:
+            path = Path(os.readlink(f"/proc/self/fd/{self._file.fileno()}"))
+        except OSError:
+            return None
+        return path.parent if path.exists() else None
+
     def close(self) -> None:
         for watcher in self._watchers:
             watcher.close()
