@@ -95,7 +95,10 @@ def comparison(compared: Sequence[Compared]) -> str:
         title=f"{len(compared)} runs compared",
         runs=compared,
         results=results,
-        other=[*filter(None, [evaluated_otherwise(compared), averaged_otherwise(compared)])],
+        other=[
+            *filter(None, [evaluated_otherwise(compared), averaged_otherwise(compared)]),
+            *(f"{of.name}: {sentence}." for of in compared for sentence in of.run.unread),
+        ],
         tious=sorted({tiou for row in results for tiou in row.by_tiou}),
         shown=shown,
         figures={name: Markup(svg(panel)) for name, panel in shown.items() if isinstance(panel, Panel)},
