@@ -819,6 +819,19 @@ def test_resume_with_a_spoilt_config(train: Train, run: Path, content: str) -> N
     assert contents(run) == before
 
 
+def test_a_spoilt_config_is_put_back_by_the_command_that_the_refusal_names(train: Train, run: Path) -> None:
+    path = run / "config.json"
+    before = path.read_bytes()
+    path.write_text("{")
+    refused = train("--resume")
+    refused.refused("no run to resume", "put it back as it was, by: python -c")
+    command = refused.err.partition(", by: python ")[2].partition(", or name")[0]
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True)
+    assert json.loads(path.read_bytes()) == json.loads(before)
+    done = train("--resume")
+    assert (done.status, done.err) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [

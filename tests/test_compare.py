@@ -113,6 +113,25 @@ def test_runs_that_were_evaluated_on_other_segments_are_told(tmp_path: Path) -> 
     assert "their mAPs do not compare: a on 30 of 20 videos, b on 29 of 20 videos." in text and not Checker(text).wrong
 
 
+def test_runs_whose_averages_are_over_other_thresholds_are_told(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name)
+    assert "do not compare" not in comparison(named([read_run(tmp_path / name) for name in ("a", "b")]))
+    content = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    content["map_by_tiou"] = {"0.5": 0.3542}
+    (tmp_path / "b" / "metrics.json").write_text(json.dumps(content))
+    text = comparison(named([read_run(tmp_path / name) for name in ("a", "b")]))
+    assert "being over other thresholds: a tIoU 0.3 to 0.5 in steps of 0.2, b at tIoU 0.5." in text
+
+
+def test_files_of_a_run_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name)
+    (tmp_path / "b" / "metrics.json").write_text('{"average_map": 0.5')
+    text = comparison(named([read_run(tmp_path / name) for name in ("a", "b")]))
+    assert "b: metrics.json cannot be read (" in text and "a: " not in text and not Checker(text).wrong
+
+
 def test_what_cannot_be_compared_ends_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run")
     with pytest.raises(InputError, match="two run folders or more"):

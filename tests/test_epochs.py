@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import errno
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,11 +25,13 @@ from torch import Tensor
 
 from bench.tools.synthetic import NoisePipeline, setting, synthetic_run
 from lofi_fast.config import Config, StageConfig
+from lofi_fast.data.dataset import Clip
 from lofi_fast.encoder.tsm import TSMEncoder
 from lofi_fast.errors import InputError
 from lofi_fast.head.gtad_head import GTADHead
 from lofi_fast.memory.decision import NothingFits
 from lofi_fast.memory.settle import open_meter
+from lofi_fast.memory.trial import Choice, Reading, Trials
 from lofi_fast.optim import make_optimizer
 from lofi_fast.run import checkpoint, events
 from lofi_fast.run.checkpoint import Position
@@ -40,7 +43,7 @@ from lofi_fast.stages.epochs import LEAST_SCALE, NOT_FINITE_STEPS, update
 from lofi_fast.stages.features import encode, encode_within_budget
 from lofi_fast.stages.head import check_head
 from lofi_fast.stages.joint import joint, plan_joint
-from lofi_fast.stages.pretrain import new_classifier, pretrain
+from lofi_fast.stages.pretrain import ClipsPlan, clip_batches, holds, new_classifier, plan_again, pretrain
 
 STEPS = 2  # of an epoch
 
@@ -282,6 +285,74 @@ def test_a_terminal_that_takes_no_more_costs_nothing_that_was_trained(tmp_path: 
             assert f"--resume {run.folder}" in str(ended.value)
 
 
+class Full:
+    """The log's file on a disk that takes no more after some lines."""
+
+    name = "log.jsonl"
+
+    def __init__(self, file: Any, left: int) -> None:
+        self.file, self.left = file, left
+
+    def write(self, content: bytes) -> None:
+        self.left -= 1
+        self.file.write(content if self.left >= 0 else b"")
+
+    def flush(self) -> None:
+        self.file.flush()
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self) -> None:
+        self.flush()
+
+
+@pytest.mark.parametrize("step", [0, STEPS - 1, STEPS])
+def test_a_log_that_takes_no_more_loses_no_step(tmp_path: Path, step: int) -> None:
+    with small_run(tmp_path / "run", 2) as run:
+        file, run.log._file = run.log._file, Full(run.log._file, step + step // STEPS)  # type: ignore[assignment]
+        with pytest.raises(OutputLost) as ended:
+            joint(run)
+        assert Position(**checkpoint.load(run.last_checkpoint)["position"]) == Position(
+            "joint", step // STEPS, step % STEPS + 1
+        )
+        said = str(ended.value)
+        assert (
+            said.startswith("log.jsonl: cannot write (No space left on device)") and "all up to here is saved" in said
+        )
+        run.log.close()  # which loses nothing that was not told
+        run.log._file = file
+
+
+@pytest.mark.parametrize("way", ["moved", "removed", "replaced"])
+def test_a_run_folder_that_goes_while_it_is_trained_in_is_not_made_anew(tmp_path: Path, way: str) -> None:
+    gone = list[Path]()
+    with small_run(tmp_path / "run", 2) as run:
+
+        def go() -> bool:
+            if not gone:
+                gone.append(run.folder.rename(tmp_path / "moved"))
+                if way == "removed":
+                    shutil.rmtree(tmp_path / "moved")
+                if way == "replaced":  # by the folder of another run
+                    run.folder.mkdir()
+            return True
+
+        run.stop = go  # and save, after the first step
+        with pytest.raises(InputError) as ended:
+            joint(run)
+        said = str(ended.value)
+        assert said.startswith(f"{run.folder}: the run folder has gone")
+        if way != "removed":
+            assert said.endswith(f"it is {tmp_path / 'moved'} now: go on with --resume {tmp_path / 'moved'}")
+            content = checkpoint.load(tmp_path / "moved" / "checkpoints" / "last.pt")
+            assert Position(**content["position"]) == Position("joint", 0, 1)
+        else:
+            assert said.endswith("it was removed")
+        with pytest.raises(InputError, match="has gone"):
+            run.write_plans()
+        assert list(run.folder.glob("*")) == []
+
+
 def test_statistics_of_batchnorm_are_as_before_when_a_step_of_pretraining_breaks(tmp_path: Path) -> None:
     with small_run(tmp_path / "run", 1) as run:
         run.config = replace(run.config, stages=("pretrain",), pretrain=replace(run.config.pretrain, epochs=9))
@@ -316,6 +387,49 @@ def test_the_first_step_of_pretraining_is_measured_and_halves_a_batch_that_is_to
     sizes = [(e.candidate, e.peak) for e in logged(halved) if isinstance(e, events.Measured) and "clips" in e.plan]
     assert [size for size, _ in sizes] == ["8", "4"] and halved.plans["pretrain"]["batch"] == 4
     assert different(weights(known), weights(halved)) == [], "as if the smaller batch had been planned"
+
+
+@pytest.mark.parametrize(("before", "fits", "expected"), [(8, 4, 4), (4, 16, 8), (4, 4, 4)])
+def test_pretraining_that_is_planned_again_in_mid_epoch_sees_each_clip_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, fits: int, expected: int
+) -> None:
+    """A run goes on with less memory, or more, after 8 clips of an epoch: two steps of 4, or one of 8."""
+    done = 8
+
+    def choose(self: Trials, name: str, sizes: Sequence[int], *of: Any, ledger: Any, **how: Any) -> Choice[int]:
+        assert ledger is None, "measured now, since the epoch's first step is over"
+        size = next(size for size in sizes if size <= fits)
+        return Choice(size, 10**9, (Reading(size, 10**9),))
+
+    monkeypatch.setattr(Trials, "highest_fitting", choose)
+    asked = list[Clip]()
+
+    def batches(run: Run, epoch: int, ahead: list[list[Clip]]) -> Iterator[tuple[Tensor, Tensor]]:
+        asked.extend(chain.from_iterable(ahead))
+        return clip_batches(run, epoch, ahead)
+
+    monkeypatch.setattr(pretrain_room, "clip_batches", batches)
+    with small_run(tmp_path / "run", 1) as run:
+        run.config = replace(run.config, stages=("pretrain",), pretrain=replace(run.config.pretrain, epochs=1))
+        run.position = Position("pretrain", 0, done // before)
+        plan_again(run, {"batch": before, "predicted": 10**9, "peak": None})
+        assert (run.plans["pretrain"]["batch"], run.position.step) == (expected, done // expected)
+        pretrain(run, {})
+    assert asked == list(chain.from_iterable(run.sampler.clip_epoch(0, 1)))[done:]
+
+
+@pytest.mark.parametrize(("plan", "room", "kept"), [
+    ({"batch": 8, "predicted": 3, "peak": 2}, 2, True),
+    ({"batch": 8, "predicted": 3, "peak": None}, 2, False),
+    ({"batch": 8, "predicted": 1, "peak": 3}, 2, False),
+    ({"batch": 4, "predicted": 3, "peak": 3}, 2, True),  # there is no smaller one
+])  # fmt: skip
+def test_a_plan_of_pretraining_holds_where_there_is_as_much_memory(
+    tmp_path: Path, plan: ClipsPlan, room: int, kept: bool
+) -> None:
+    with small_run(tmp_path / "run", 1) as run:
+        run.machine = replace(run.machine, budget=room)  # of `auto` or a share, on another machine
+        assert holds(run, plan) == kept
 
 
 @pytest.mark.parametrize("verify", [True, False])

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -27,6 +28,7 @@ from lofi_fast.report.page import page, write_report
 from lofi_fast.report.read import (
     FILES,
     GroundTruthFile,
+    MetricsFile,
     PredictionsFile,
     Segment,
     Steps,
@@ -34,7 +36,7 @@ from lofi_fast.report.read import (
     read_log,
     read_run,
 )
-from lofi_fast.report.rows import Bar, headline, lanes, plan_rows, rung_rows, state, timelines
+from lofi_fast.report.rows import Bar, headline, lanes, notes, plan_rows, rung_rows, state, timelines
 from lofi_fast.run import events
 
 BUDGET = 11_000_000_000
@@ -384,6 +386,32 @@ def test_event_appended_to_a_torn_line_is_found(cut: int) -> None:
     log = read_log(lines.lines)
     assert len(log.starts) == 2 and log.unreadable == 1
     assert log.steps["joint"]["loss"].tolist() == [2, 2, 5]
+
+
+def test_validations_by_another_measure_are_left_out_and_told(tmp_path: Path) -> None:
+    """As after a resume with another --tiou: the averages of before stand beside none, and are no best so far."""
+    lines = Lines()
+    lines.start()
+    for epoch, average, measure in ((0, 0.9, "--tiou 0.1"), (1, 0.8, "--tiou 0.1"), (2, 0.4, "--tiou 0.5"),
+                                    (3, 0.3, "--tiou 0.5")):  # fmt: skip
+        if epoch == 2:
+            lines.start()
+        lines.add(events.Validation(stage="head", epoch=epoch, average=average, map=[average], measure=measure))
+    run = replace(read_run(write_run(tmp_path / "run", lines.lines)), metrics=MetricsFile())
+    assert [one.epoch for one in run.log.validations] == [2, 3]
+    assert "The validations of 2 epochs were scored at other thresholds than the last one (--tiou 0.5)" in " ".join(
+        notes(run)
+    )
+    assert (headline(run)[0].name, headline(run)[0].value) == ("average mAP so far", "40.00 %")
+
+
+def test_validations_of_logs_that_name_no_measure_are_told_apart_by_how_many_thresholds_they_have() -> None:
+    lines = Lines()
+    lines.start()
+    for epoch, values in enumerate(([0.5, 0.4], [0.5, 0.4], [0.5])):
+        lines.add(events.Validation(stage="head", epoch=epoch, average=0.45, map=list(values)))
+    log = read_log(lines.lines)
+    assert ([one.epoch for one in log.validations], log.validated_otherwise) == ([2], 2)
 
 
 def test_skipped_videos_are_those_of_the_last_sitting() -> None:

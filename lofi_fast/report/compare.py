@@ -95,7 +95,10 @@ def comparison(compared: Sequence[Compared]) -> str:
         title=f"{len(compared)} runs compared",
         runs=compared,
         results=results,
-        other=evaluated_otherwise(compared),
+        other=[
+            *filter(None, [evaluated_otherwise(compared), averaged_otherwise(compared)]),
+            *(f"{of.name}: {sentence}." for of in compared for sentence in of.run.unread),
+        ],
         tious=sorted({tiou for row in results for tiou in row.by_tiou}),
         shown=shown,
         figures={name: Markup(svg(panel)) for name, panel in shown.items() if isinstance(panel, Panel)},
@@ -141,6 +144,16 @@ def evaluated_otherwise(compared: Sequence[Compared]) -> str:
         return ""
     each = ", ".join(counts for _, counts in told)
     return f"These runs were not evaluated on the same segments, and their mAPs do not compare: {each}."
+
+
+def averaged_otherwise(compared: Sequence[Compared]) -> str:
+    """A sentence where the average mAPs of runs are over other tIoUs, or tolerances, and do not compare; or none."""
+    evaluated = [(of.name, of.run.metrics) for of in compared if rows.map_by_threshold(of.run.metrics)]
+    told = [(rows.threshold_name(m), tuple(rows.map_by_threshold(m)), name) for name, m in evaluated]
+    if len({(kind, thresholds) for kind, thresholds, _ in told}) < 2:
+        return ""
+    each = ", ".join(f"{name} {rows.threshold_range(thresholds, kind)}" for kind, thresholds, name in told)
+    return f"The average mAPs of these runs do not compare, being over other thresholds: {each}."
 
 
 def differences(compared: Sequence[Compared]) -> list[tuple[str, list[str]]]:

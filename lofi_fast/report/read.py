@@ -151,7 +151,8 @@ class Log:
     starts: list[events.Start] = field(default_factory=list)  # one for each sitting
     steps: dict[str, Steps] = field(default_factory=dict)  # by stage
     epochs: dict[str, list[events.Epoch]] = field(default_factory=dict)
-    validations: list[events.Validation] = field(default_factory=list)
+    validations: list[events.Validation] = field(default_factory=list)  # all by the measure of the last
+    validated_otherwise: int = 0  # epochs that were scored by another, as before a resume with another --tiou
     plans: dict[str, tuple[events.Planned, list[events.Measured]]] = field(default_factory=dict)  # by name
     skipped: list[events.SkippedVideo] = field(default_factory=list)
     out_of_memory: list[events.OutOfMemory] = field(default_factory=list)
@@ -304,6 +305,8 @@ def read_log(lines: Iterable[str]) -> Log:
             log.seconds[stage] = log.seconds.get(stage, 0.0) + passed
         before = now or before
         log.last = event
+    alike = [one for one in log.validations if _same_measure(one, log.validations[-1])]
+    log.validations, log.validated_otherwise = alike, len(log.validations) - len(alike)
     log.skipped = list(skipped.values())
     log.steps = {stage: Steps(taken) for stage, taken in steps.items()}
     log.unreadable = len(unreadable)
@@ -342,6 +345,12 @@ def _append_over(done: list[T], item: T, position: Callable[[T], tuple[int, ...]
     while done and position(done[-1]) >= here:
         done.pop()
     done.append(item)
+
+
+def _same_measure(one: events.Validation, other: events.Validation) -> bool:
+    """Whether two averages are over the same tIoUs, or tolerances, as far as the log tells."""
+    told = {one.measure, other.measure} - {""}  # a log of before names none
+    return len(told) < 2 and len(one.map) == len(other.map)
 
 
 def _epoch(event: events.Epoch | events.Validation) -> tuple[int, ...]:

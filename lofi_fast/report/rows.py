@@ -147,6 +147,12 @@ def notes(run: RunContents) -> list[str]:
             f"Memory ran out {count(times, 'time')}, in {count(len(where), f'{stage} step')}; each was taken again "
             "with the same videos by a lower plan."
         )
+    if log.validated_otherwise:
+        by = f" ({log.validations[-1].measure})" if log.validations[-1].measure else ""
+        said.append(
+            f"The validations of {count(log.validated_otherwise, 'epoch')} were scored at other thresholds than the "
+            f"last one{by}, do not compare with it, and are left out."
+        )
     if log.over:
         said.append(f"{log.over} measured peak(s) lie above the budget.")
     if log.skipped:

@@ -166,6 +166,7 @@ class Validation(Event, frozen=True, kw_only=True, tag="validation"):
     epoch: int
     average: Number
     map: list[Number]
+    measure: str = ""  # what the average is over, as flags say it; a resumed run may be scored by another
 
 
 class Features(Event, frozen=True, kw_only=True, tag="features"):

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -46,8 +47,18 @@ def require_run(folder: Path) -> None:
     except (OSError, ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):
-        hint = "name the run's --out" if (folder / "config.json").exists() else hint_of_run(folder, "config.json")
+        hint = _put_back(folder) if (folder / "config.json").exists() else hint_of_run(folder, "config.json")
         raise InputError(f"{folder}: no run to resume (no readable config.json); {hint}")
+
+
+def _put_back(folder: Path) -> str:
+    """What to do about a damaged config.json, whose text a checkpoint holds as well."""
+    last, config = folder / "checkpoints" / "last.pt", folder / "config.json"
+    if not last.exists():
+        return "put it back as it was, or name the --out of another run"
+    text = "import sys, torch; print(torch.load(sys.argv[1])['config'])"
+    command = f'python -c "{text}" {shlex.quote(str(last))} > {shlex.quote(str(config))}'
+    return f"put it back as it was, by: {command}, or name the --out of another run"
 
 
 def has_checkpoint(config: Config) -> bool:

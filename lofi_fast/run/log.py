@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,7 @@ NOTE_SECONDS = 30.0  # how often a long task is reported where no live bar can b
 
 
 class OutputLost(InputError):
-    """The terminal, or the file that stands for it, takes no more."""
+    """The terminal, the file that stands for it, or the log takes no more."""
 
 
 class Advance(Protocol):
@@ -109,10 +109,11 @@ class RunLog(Terminal):
         self._file = path.open("ab")
         if torn:  # a killed run's last line: the next event starts a line of its own
             self._file.write(b"\n")
+        self._lost = False  # whether a line could not be written
         self._start = time.monotonic()
 
     def event(self, event: Event) -> None:
-        """Append one line. Flushed, so that a killed run keeps what it logged."""
+        """Append one line. Flushed, so that a killed run keeps what it logged. Raises OutputLost where it cannot be."""
         with self._named():
             self._file.write(encode(event))
             self._file.flush()
@@ -133,10 +134,18 @@ class RunLog(Terminal):
             if said := self._view.end():
                 self.say(said)
 
+    def place(self) -> Path | None:
+        """The folder that holds the log now, which may have been moved since it was opened; None where none does."""
+        try:
+            path = Path(os.readlink(f"/proc/self/fd/{self._file.fileno()}"))
+        except OSError:
+            return None
+        return path.parent if path.exists() else None
+
     def close(self) -> None:
         for watcher in self._watchers:
             watcher.close()
-        with self._named():
+        with suppress(OSError) if self._lost else self._named():  # which was told of: the line is tried once more
             self._file.close()
 
     @contextmanager
@@ -145,8 +154,9 @@ class RunLog(Terminal):
         try:
             yield
         except OSError as error:
-            error.filename = error.filename or self._file.name
-            raise
+            self._lost = True
+            reason = error.strerror or error
+            raise OutputLost(f"{self._file.name}: cannot write ({reason}); free some space or change --out") from None
 
 
 class SilentLog(RunLog):

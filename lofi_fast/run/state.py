@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -94,6 +95,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.folder, self.cache = Path(self.config.out), cache_folder(self.config)
+        self._identity = identity(self.folder) if self.folder.is_dir() else None
         self.sampler = Sampler(self.dataset, self.config.data, self.config.full, self.config.seed)
         self.head = self.new_head("joint")
         self.scaler = self.machine.new_scaler()
@@ -197,7 +199,22 @@ class Run:
 
     def write_json(self, name: str, content: object) -> Path:
         """Write a file of the run folder. Raises InputError when it cannot be written."""
+        self.require_folder()
         return files.write_json(self.folder / name, content) if self.processes.first else self.folder / name
+
+    def require_folder(self) -> None:
+        """Raises InputError where the run folder was moved or removed while the run trains: what is written to its name
+        would make another folder with a part of the run, or be written into that of another run.
+        """
+        if self.saves and self._moved():
+            place = self.log.place()
+            now = "it was removed"
+            if place is not None:
+                now = f"it is {place} now: go on with --resume {shlex.quote(str(place))}"
+            raise InputError(f"{self.folder}: the run folder has gone while it was trained in; {now}")
+
+    def _moved(self) -> bool:
+        return not self.folder.is_dir() or self._identity not in (None, identity(self.folder))
 
     # Position
 
@@ -270,6 +287,10 @@ class Run:
                 f"training has diverged; {self.last_good()}; start again with a lower --pretrain-lr, --joint-lr or "
                 "--head-lr and another --out"
             )
+        if self._moved() and (place := self.log.place()) is not None:
+            last = place / self.last_checkpoint.relative_to(self.folder)
+            checkpoint.save_atomic(content, last, last.with_name(checkpoint.BEFORE))
+        self.require_folder()
         checkpoint.save_atomic(content, self.last_checkpoint, self.last_checkpoint.with_name(checkpoint.BEFORE))
         self.log.event(events.Saved(stage=position.stage, epoch=position.epoch, step=position.step))
         self._last_saved = time.monotonic()
@@ -292,6 +313,7 @@ class Run:
         if average > self.best.get("average", -1.0):
             self.best = {"epoch": epoch, "average": average}
             if self.saves:
+                self.require_folder()
                 path = self.folder / "checkpoints" / "best.pt"
                 checkpoint.save_atomic(self._weights() | {"position": {}, "best": self.best}, path)
 
@@ -373,6 +395,12 @@ class Run:
             f"{self.folder}: its data is not what it was started with, {what}; put it back as it was, or train "
             "another run in another --out (evaluate compares predictions.json with other labels)"
         )
+
+
+def identity(folder: Path) -> tuple[int, int]:
+    """What tells a folder from others, whatever its name is."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def measures(config: Config) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -98,7 +98,8 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
                         raise
                     if isinstance(error, LostProcess):
                         run.take_over()
-                    run.save(Position(stage.name, epoch, step), stage.optimizer, **stage.modules)
+                    with suppress(OutputLost):  # of the log, after the checkpoint
+                        run.save(Position(stage.name, epoch, step), stage.optimizer, **stage.modules)
                     if isinstance(error, BrokenPipeError):
                         raise
                     if run.told_to_stop():
@@ -110,15 +111,16 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
                 at: dict[str, Any] = {"stage": stage.name, "epoch": epoch, "step": step}
                 waited = round(run.pipeline.waited - waited, 4)
                 seen: dict[str, Any] = {"steps": count, "samples": len(done.videos), "waited": waited}
-                run.log.event(events.Step(**at, loss=done.loss, lr=lr, **seen, **done.logged))
-                in_a_row = in_a_row + 1 if done.not_finite else 0
-                if done.not_finite:
-                    run.log.event(
-                        events.NotFinite(**at, what=done.not_finite, videos=list(done.videos), in_a_row=in_a_row)
-                    )
-                    if in_a_row == NOT_FINITE_STEPS:
-                        raise InputError(_diverged(run, stage, done))
                 after = Position(stage.name, epoch, step + 1)
+                in_a_row = in_a_row + 1 if done.not_finite else 0
+                with saved_where_unheard(run, stage, after):
+                    run.log.event(events.Step(**at, loss=done.loss, lr=lr, **seen, **done.logged))
+                    if done.not_finite:
+                        run.log.event(
+                            events.NotFinite(**at, what=done.not_finite, videos=list(done.videos), in_a_row=in_a_row)
+                        )
+                if in_a_row == NOT_FINITE_STEPS:
+                    raise InputError(_diverged(run, stage, done))
                 with saved_where_unheard(run, stage, after):
                     advance(step + 1, done.note)
                 if run.told_to_stop():
@@ -134,12 +136,13 @@ def train(run: Run, stage: TrainingStage, config: StageConfig) -> None:
 @contextmanager
 def saved_where_unheard(run: Run, stage: TrainingStage, at: Position) -> Iterator[None]:
     """Where what is said in this block reaches nobody, by a pipe that has ended or a full disk, the run ends, and all
-    that was trained is saved.
+    that was trained is saved, as far as there is room for it.
     """
     try:
         yield
     except (BrokenPipeError, OutputLost) as error:
-        run.save(at, stage.optimizer, **stage.modules)
+        with suppress(OutputLost):  # of the log, which cannot tell that it was saved
+            run.save(at, stage.optimizer, **stage.modules)
         if isinstance(error, BrokenPipeError):
             raise
         raise OutputLost(

@@ -118,6 +118,7 @@ def _write(run: Run, missing: Sequence[Sample], chunk: int) -> bool:
                     f"the encoder's features of {sample.window.video} are not finite, its training has diverged: "
                     "start again with a lower --pretrain-lr or --joint-lr, and another --out"
                 )
+            run.require_folder()
             content = npy_bytes(features)
             path = files.write_bytes(feature_path(run, sample), content)
             files.write_bytes(key_path(path), key_of(sample, content))

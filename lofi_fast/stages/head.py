@@ -21,7 +21,7 @@ from lofi_fast.memory.step_bytes import head_bytes
 from lofi_fast.run import events
 from lofi_fast.run.checkpoint import Position
 from lofi_fast.run.seeds import seed_of
-from lofi_fast.run.state import Run
+from lofi_fast.run.state import Run, measures
 from lofi_fast.stages import epochs
 from lofi_fast.stages.epochs import Outcome, gradients_of_all, numbers, optimizer_of, update
 from lofi_fast.stages.evaluation import by_threshold, detect_subset, score
@@ -171,7 +171,11 @@ class HeadStage:
         result = score(run, found)
         run.log.event(
             events.Validation(
-                stage="head", epoch=epoch, average=result.average, map=list(by_threshold(result).values())
+                stage="head",
+                epoch=epoch,
+                average=result.average,
+                map=list(by_threshold(result).values()),
+                measure=measures(run.config),
             )
         )
         run.save_best(epoch, result.average)

@@ -57,7 +57,7 @@ from lofi_fast.settings import leaves
 from lofi_fast.stages.evaluation import Result, evaluate
 from lofi_fast.stages.head import check_head, train_head
 from lofi_fast.stages.joint import check_smallest, joint, plan_joint
-from lofi_fast.stages.pretrain import check_smallest_clips, plan_pretrain, pretrain
+from lofi_fast.stages.pretrain import check_smallest_clips, holds, plan_again, plan_pretrain, pretrain
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,7 @@ def _run_job(
         extra = run.resume() if going_on else {}
         if going_on:
             log.say(f"resuming at {run.position.stage}, epoch {run.position.epoch + 1}, step {run.position.step + 1}")
-            before = Config.read(folder / "config.json")
-            if any(leaf.of(before) != leaf.of(config) for leaf in leaves(Config) if leaf.name in PLANNED_FOR):
-                run.plans = {}  # a plan holds for the budget it was made for
-            if run.resumed_count != processes.count:
-                run.plans.pop("joint", None)  # which is of the share of a step that one process takes
+            review_plans(run, Config.read(folder / "config.json"))
         elif resume:
             log.say("the run ended before its first checkpoint: starting again")
         if processes.first:
@@ -255,6 +251,20 @@ def plan(run: Run) -> None:
     if run.ahead("head") and run.config.head_stage.epochs > 0:
         check_head(run)
     run.write_plans()
+
+
+def review_plans(run: Run, before: Config) -> None:
+    """Forget what a run that goes on has planned for another budget, other settings than those of `before`, or another
+    number of processes; plan pretraining anew, which may be in mid-epoch, where there is less memory now.
+    """
+    clips = run.plans.get("pretrain") if run.ahead("pretrain") else None
+    if any(leaf.of(before) != leaf.of(run.config) for leaf in leaves(Config) if leaf.name in PLANNED_FOR):
+        run.plans = {}  # a plan holds for the budget it was made for
+    if run.resumed_count != run.processes.count:
+        for stage in ("pretrain", "joint"):  # whose plans are of the share of a step that one process takes
+            run.plans.pop(stage, None)
+    if clips is not None and ("pretrain" not in run.plans or not holds(run, clips)):
+        plan_again(run, clips)
 
 
 def require_packages(config: Config) -> None:

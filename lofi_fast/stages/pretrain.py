@@ -8,6 +8,7 @@ is thrown away afterwards, so that its probabilities need not rank segments, as 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypedDict
 
@@ -91,7 +92,7 @@ class Pretrain:
         if first == 0:
             copy_each(Answers().buffers(), self.answers.buffers())
         count = self._ask(epoch, first)
-        while (epoch, first) == (0, 0) and self.run.plans["pretrain"].get("peak", 0) is None:
+        while first == 0 and self.run.plans["pretrain"].get("peak", 0) is None:
             if not self._verify():
                 count = self._ask(epoch, first)
         return count
@@ -104,8 +105,8 @@ class Pretrain:
         return len(batches)
 
     def _verify(self) -> bool:
-        """Take the gradients of the stage's first step, and measure what arithmetic has planned. Where it was too much,
-        they are dropped, the batch is halved, and False is the answer. Raises InputError when it cannot be halved.
+        """Take the gradients of the first step of a plan, and measure what arithmetic has planned. Where it was too
+        much, they are dropped, the batch is halved, and False is the answer. Raises InputError where it cannot be.
         """
         run, plan = self.run, self.run.plans["pretrain"]
         size, limit = plan["batch"], lowest_of_all(min(run.machine.budget, run.machine.meter.available()))
@@ -233,15 +234,36 @@ class ClipsPlan(TypedDict):
     peak: int | None  # of a trial step, or of the first step; None before it
 
 
-def plan_pretrain(run: Run) -> ClipsPlan:
-    """The largest batch of clips that fits: the asked one, or a half, a quarter ... of it. Leaves no trace."""
+def holds(run: Run, plan: ClipsPlan) -> bool:
+    """Whether the plan of a run that goes on, maybe on another machine, fits there, or is the smallest anyway."""
+    room = lowest_of_all(min(run.machine.budget, run.machine.meter.available()))
+    return plan["batch"] // 2 < LEAST_BATCH or (plan["peak"] or plan["predicted"]) <= room
+
+
+def plan_again(run: Run, before: ClipsPlan) -> None:
+    """Plan anew where a run goes on, in place of the plan of `before`. Within an epoch its position then counts steps
+    of the new batch, so that the epoch has each clip once still.
+    """
+    done = before["batch"] * run.position.step if run.position.stage == "pretrain" else 0
+    run.plans["pretrain"] = plan = plan_pretrain(run, done)
+    run.log.say(f"pretraining is planned again: {plan['batch']} clips a step, before {before['batch']}")
+    if done:
+        run.position = replace(run.position, step=done // plan["batch"])
+
+
+def plan_pretrain(run: Run, done: int = 0) -> ClipsPlan:
+    """The largest batch of clips that fits: the asked one, or a half, a quarter ... of it. Leaves no trace.
+
+    `done`: clips that the epoch under way has seen. The batch divides them, and is measured now: an epoch's first step,
+    of which the others are, is over.
+    """
     config, setting = run.config.pretrain, run.setting()
     before = {name: value.clone() for name, value in run.encoder.state_dict().items()}
     run.encoder.freeze_batchnorm(False)
     run.encoder.train()
     classifier = new_classifier(run)
     optimizer = epochs.new_optimizer(run, config, run.encoder, classifier)
-    sizes = _sizes(config.batch)
+    sizes = [size for size in _sizes(config.batch) if done % size == 0]
 
     def step(size: int) -> None:
         clips = (run.sampler.clip_epoch(0, size)[0] * size)[: run.processes.largest_share(size)]
@@ -253,7 +275,7 @@ def plan_pretrain(run: Run) -> ClipsPlan:
         ledger = partial(_ledger, setting, len(run.dataset.classes), run.config.full.side)
         return lambda size: ledger(run.processes.largest_share(size))
 
-    ledger = None if setting is None else ledger_of(setting)
+    ledger = None if setting is None or done else ledger_of(setting)
 
     def choose() -> Choice[int]:
         return run.trials.highest_fitting(PLAN, sizes, float, step, REFUSAL, ledger=ledger)
