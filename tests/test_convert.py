@@ -51,6 +51,21 @@ def test_detections_are_read_again_as_they_were(form: str, tmp_path: Path, capsy
     assert found == {name: own for name, own in EXPECTED.items() if own or form != "csv"}
 
 
+def test_labels_that_look_like_a_further_tier_of_elan(tmp_path: Path) -> None:
+    found = {
+        "v": [
+            *(Detection(at, at + 2.0, "run", 0.5) for at in (1.0, 2.0)),
+            *(Detection(at, at + 2.0, label, 0.5) for at in (5.0, 6.0) for label in ("run (2)", "a\tb", "a b\ufffe")),
+        ]
+    }
+    path = tmp_path / "v.eaf"
+    write_for("elan", path, found, {"v": Medium("v.mp4")})
+    in_one_line = {"a\tb": "a b", "a b\ufffe": "a b"}
+    assert times(load_annotations(path, clip=False)) == {
+        "v": sorted({(in_one_line.get(d.label, d.label), d.start, d.end) for d in found["v"]})
+    }
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_finds_the_files(tool: str, tmp_path: Path) -> None:
     video = write_video(tmp_path / "walk.mp4", 20, rate=20)
