@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -194,6 +195,44 @@ def test_a_folder_of_classes_is_one_data_set(tmp_path: Path) -> None:
     assert {video.subset for video in found.subset("training")} == {"training"} and len(found.subset("testing")) == 1
     assert any("1 segment of Ambiguous dropped" in note for note in found.notes)
     assert any("1 file of no known format passed over: README.txt" in note for note in found.notes)
+
+
+def test_files_of_one_name_in_several_folders(tmp_path: Path) -> None:
+    labels, videos = tmp_path / "labels", tmp_path / "v"
+    eaf = SAMPLES["ELAN"].text
+    assert "cooking.mp4" in eaf
+    of_folder = re.compile(r"(MEDIA_URL=\")[^\"]*cooking.mp4")
+    labels.mkdir()
+    for cam in ("cam1", "cam2"):
+        (labels / f"{cam}.eaf").write_text(of_folder.sub(rf"\1file:///D:/old/{cam}/cooking.mp4", eaf))
+        (videos / cam).mkdir(parents=True)
+        write_video(videos / cam / "cooking.mp4", 4)
+    for options in (FormatOptions(), FormatOptions(videos=videos)):
+        found = load_annotations(labels, options=options)
+        assert [(video.name, len(video.segments)) for video in found.videos] == [
+            ("cam1/cooking", 3),
+            ("cam2/cooking", 3),
+        ]
+        assert any("are as many videos, which have a folder in theirs: cam1/cooking, cam2" in n for n in found.notes)
+    # two people opened one file, each from a place of their own
+    found = load_annotations(labels, options=FormatOptions(videos=videos / "cam1"))
+    assert [(video.name, len(video.segments)) for video in found.videos] == [("cooking", 3)]
+    assert any("the segments of 1 video come from files in several folders and are put" in n for n in found.notes)
+
+
+def test_labels_called_like_videos_of_one_name(tmp_path: Path) -> None:
+    for number, cam in enumerate(("cam1", "cam2"), 1):
+        (tmp_path / cam).mkdir()
+        (tmp_path / cam / "a.srt").write_text(f"1\n00:00:0{number},000 --> 00:00:04,000\nrun\n")
+    whole = load_annotations(tmp_path)
+    assert [video.name for video in whole.videos] == ["a"] and len(whole.videos[0].segments) == 2
+    assert any("come from files in several folders and are put together (a of" in note for note in whole.notes)
+    for cam in ("cam1", "cam2"):
+        write_video(tmp_path / cam / "a.mp4", 4)
+    found = load_annotations(tmp_path, options=FormatOptions(videos=tmp_path))
+    assert [(video.name, video.segments) for video in found.videos] == [
+        ("cam1/a", segments([(1.0, 4.0, "run")])), ("cam2/a", segments([(2.0, 4.0, "run")])),
+    ]  # fmt: skip
 
 
 def test_times_of_frames_and_steps_of_a_goal_are_no_labels(tmp_path: Path) -> None:

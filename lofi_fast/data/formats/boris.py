@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, file_names, plural, shown
+from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, plural, shown
 from lofi_fast.data.labels import Segment, Video, seconds_of
 from lofi_fast.detections import Detection, lanes
 from lofi_fast.errors import InputError
@@ -84,7 +84,7 @@ def read(file: LabelFile, content: Any) -> list[Video]:
     }
     observations = {name: one for name, one in content["observations"].items() if isinstance(one, dict) and _queue(one)}
     dropped.without_media = len(content["observations"]) - len(observations)
-    names = file_names(path for one in observations.values() for path in _queue(one))
+    names = file.named(path for one in observations.values() for path in _queue(one))
     lengths = {path: length for one in observations.values() for path, length in media_lengths(one).items()}
     silent = [path for path in names if path not in lengths]
     probed = file.lengths(names[path] for path in silent)

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from xml.etree.ElementTree import Element
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, file_names, plural
+from lofi_fast.data.formats.file import Gathered, LabelFile, plural
 from lofi_fast.data.labels import Video
 from lofi_fast.errors import InputError
 
@@ -33,7 +33,7 @@ def recognises(content: Element) -> bool:
 def read(file: LabelFile, content: Element) -> list[Video]:
     """Raises InputError, which names the track, for what cannot be, and where nothing tells the frame rate."""
     sources = _sources(file, content)
-    names = file_names([path for path, _ in sources.values()])
+    names = file.named([path for path, _ in sources.values()])
     runs: dict[str, list[Run]] = {names[path]: [] for path, _ in sources.values()}
     nameless = 0
     for track in content.iter("track"):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, file_names, plural, shown
+from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, plural, shown
 from lofi_fast.data.labels import Video
 from lofi_fast.data.matching import EXTENSIONS
 from lofi_fast.detections import Detection, lanes
@@ -82,10 +82,10 @@ def _media(file: LabelFile, header: Element | None) -> tuple[str, float]:
     videos = [one for one in found if _is_video(one)]
     if not found:  # ELAN of before 2004 names one file in the header itself
         named = "" if header is None else header.get("MEDIA_FILE", "").strip()
-        return file_names([named])[named] if named else file.path.stem, 0.0
+        return file.named([named])[named] if named else file.path.stem, 0.0
     chosen = (videos or found)[0]
     url = chosen.get("MEDIA_URL") or chosen.get("RELATIVE_MEDIA_URL") or file.path.stem
-    name = file_names([url])[url]
+    name = file.named([url])[url]
     if len(videos) > 1:
         file.note(f"of {len(videos)} videos the first is taken, {name}; the others show the same scene")
     origin = chosen.get("TIME_ORIGIN", "0")

@@ -93,6 +93,7 @@ def tier_names(text: str | None) -> tuple[str, ...]:
 class LabelFile:
     """One file, its text, and how it is to be read. `repairs`: counts what is repaired; None: segments stay as they
     are. `clip`: to the durations that the labels tell. `notes`: sentences for the user, which a format adds to.
+    `media`: the path of each video's file, by the video's name, where the format tells it.
     """
 
     path: Path
@@ -101,6 +102,13 @@ class LabelFile:
     clip: bool = True
     repairs: Repairs | None = None
     notes: list[str] = field(default_factory=list)
+    media: dict[str, str] = field(default_factory=dict)
+
+    def named(self, paths: Iterable[str]) -> dict[str, str]:
+        """A name for each path of a media file, as `file_names` has it; a folder of labels tells videos apart by it."""
+        names = file_names(paths)
+        self.media |= {name: path for path, name in names.items()}
+        return names
 
     def note(self, sentence: str) -> None:
         self.notes.append(f"{self.path}: {sentence}")
