@@ -591,6 +591,10 @@ SAMPLES: dict[str, Sample] = {
         "new.srt", "1\n00:00:01,500 --> 00:00:03,000\nrun 0.87\n\n2\n00:01:00,000 --> 01:00:00,250\nhigh jump\n",
         {"new": (NONE, None, [(1.5, 3.0, "run"), (60.0, 3600.25, "high jump")])},
     ),
+    "SubRip without fractions, spaces and empty lines": Sample(
+        "new.srt", "1\n00:00:01-->00:00:03\nrun\n2\n0:05,0004 --> 0:06\nhigh\njump\n",
+        {"new": (NONE, None, [(1.0, 3.0, "run"), (5.0004, 6.0, "high jump")])},
+    ),
     "WebVTT": Sample(
         "new.vtt", "WEBVTT\n\n00:01.500 --> 00:03.000 align:start\n<v Ann>run &amp; jump\n",
         {"new": (NONE, None, [(1.5, 3.0, "run & jump")])},

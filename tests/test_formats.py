@@ -102,6 +102,10 @@ def test_hostile_values_in_every_place(name: str, tmp_path: Path) -> None:
         ("E2E-Spot", '"frame": 50', '"frame": null', "video rally, event 0 needs a .frame."),
         ("MultiTHUMOS", "[0, 1.0, 2.5]", "[0, 1.0]", r"video v1, action 0 needs \[class, start, end\]"),
         ("Charades", "c147 0.00 12.60", "c147 0.00", "line 2: video 46GP8 has the action 'c147 0.00'"),
+        ("SubRip", "01:00:00,250", "01:00:00:250", "new.srt line 6: .* is no time of a cue; write it as 00:01:02,500"),
+        ("WebVTT", "00:03.000", "3 s", "new.vtt line 3: .00:01.500 --> 3 s align:start. is no time of a cue"),
+        ("frame-wise", "pour_milk\n", "\n", "P03_milk.txt line 6 is empty, and labels of frames follow; write a label"),
+        ("frame-wise", "SIL\n", "\nSIL\n", "P03_milk.txt line 1 is empty, and labels of frames"),
         ("runs of frames", "31-150", "150-31", "P03_milk.txt line 2: a run from frame 150 to 31"),
     ],
 )
