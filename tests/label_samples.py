@@ -326,6 +326,15 @@ SAMPLES: dict[str, Sample] = {
         "7.750\tv.mp4\t359.960\t25.0\ts1\teat\t\t\tSTOP\n9.0\tv.mp4\t359.960\t25.0\ts1\teat\t\t\tSTART\n",
         {"v": (NONE, 359.96, [(4.0, 4.0, "hit"), (3.3, 7.75, "eat")])}, ("1 state event without a pair",),
     ),
+    "BORIS tabular of a part of an observation": Sample(
+        "t.tsv",
+        "Time\tMedia file path\tTotal length\tSubject\tBehavior\tStatus\n" + "".join(
+            f"{at}\tv.mp4\t99.0\t\teat\t{status}\n" for at, status in (
+                (5, "STOP"), (10, "START"), (15, "START"), (15, "STOP"), (20, "STOP"), (30, "START"), (40, "START"),
+                (50, "STOP"), (60, "START"), (60, "STOP"))),
+        {"v": (NONE, 99.0, [(10.0, 15.0, "eat"), (15.0, 20.0, "eat"), (40.0, 50.0, "eat"), (60.0, 60.0, "eat")])},
+        ("2 state events without a pair dropped (2 of eat)",),
+    ),
     "BORIS 7 tabular of several media, with an offset": Sample(
         "t.csv",
         "Observation id,o,,,,\n,,,,,\nPlayer #1,\"C:/v/a, 1.mp4\",,,,\nPlayer #1,b.mp4,,,,\nPlayer #2,c.mp4,,,,\n"

@@ -151,7 +151,8 @@ def _observation(
                 raise InputError(f"{line} has the status {status!r}; it must be POINT, START or STOP")
             modifiers = "|".join(text for column, text in cell.items() if column.startswith("modifier"))
             reached = max(reached, start) if in_first else reached
-            events.append(Event(start, cell.get("subject", ""), cell["behavior"], modifiers, status != "POINT"))
+            told = status if status in ("START", "STOP") else ""
+            events.append(Event(start, cell.get("subject", ""), cell["behavior"], modifiers, status != "POINT", told))
     segments, unpaired = paired(events)
     dropped.unpaired += unpaired
     for segment in segments:
