@@ -409,6 +409,10 @@ SAMPLES: dict[str, Sample] = {
         "via.json", dumped(VIA), {"egg": (NONE, None, [(1.25, 3.5, "break egg"), (4.0, 4.0, "smoke")])},
         ("1 entry with a region", "1 segment without a label"),
     ),
+    "VIA 3 of a video on a server": Sample(
+        "via.json", dumped(VIA).replace("egg.mp4", "https://host/v/egg.mp4?token=1#t=3"),
+        {"egg": (NONE, None, [(1.25, 3.5, "break egg"), (4.0, 4.0, "smoke")])},
+    ),
     "VIA 3 attribute": Sample(
         "via.json", dumped(VIA), {"egg": (NONE, None, [(4.0, 4.0, "smoke")])}, options=FormatOptions(label="comment"),
     ),
@@ -432,6 +436,12 @@ SAMPLES: dict[str, Sample] = {
     ),
     "CVAT": Sample(
         "cvat.xml", CVAT, {"yard": (NONE, None, [(1.0, 3.0, "dog"), (6.0, 6.4, "dog")])}, options=FormatOptions(fps=10),
+    ),
+    "CVAT of two tasks on one video": Sample(
+        "cvat.xml", CVAT.replace("</task>", "</task><task><id>4</id><source>yard.mp4</source></task>").replace(
+            "</annotations>", '<track id="0" label="cat" task_id="4"><box frame="10"/></track></annotations>'),
+        {"yard": (NONE, None, [(1.0, 3.0, "dog"), (6.0, 6.4, "dog"), (1.0, 1.1, "cat")])},
+        ("the segments of 1 video come from several tasks and are put together (yard)",), FormatOptions(fps=10),
     ),
     "CVAT attribute": Sample(
         "cvat.xml", CVAT, {"yard": (NONE, None, [(1.0, 2.0, "sit"), (2.0, 3.0, "run"), (6.0, 6.4, "run")])},

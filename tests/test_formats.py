@@ -94,6 +94,12 @@ def test_hostile_values_in_every_place(name: str, tmp_path: Path) -> None:
         ("Label Studio", '"end": 50', '"end": "late"', "task 7, video walk 1 has a region from 1 to 'late'"),
         ("VIA 3 CSV", "[1.25,3.5]", "[1.25,", "via.csv line 6 holds '.1.25,', which is not JSON"),
         ("CVAT", 'frame="20"', 'frame="x"', "track 0 has the frame 'x'"),
+        (
+            "CVAT",
+            "<id>3</id>",
+            "<id>4</id><source>a.mp4</source></task><task><id>5</id>",
+            "track 0 has the task_id '3', and the tasks are 4, 5; export it again",
+        ),
         ("CholecT50", '"0": [[0', '"first": [[0', "frame first must be a number"),
         ("Cholec80 phase", "3\tCut", "three\tCut", "video01-phase.txt line 5 must have a frame number"),
         ("EPIC verb", "00:00:02.75", "00:00:99.75", "line 2: video P01_1, segment 0 runs from '00:00:01.50'"),

@@ -232,8 +232,11 @@ def file_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    plain = re.sub(r"^[A-Za-z][\w+.-]+://[^/]*/|^file:/*", "", path.strip())
-    plain = (plain if plain == path.strip() else unquote(plain)).replace("\\", "/")
+    text = path.strip()
+    if re.match(r"https?://", text, re.IGNORECASE):
+        text = re.split(r"[?#]", text)[0]  # what is asked of a server is no part of the name
+    plain = re.sub(r"^[A-Za-z][\w+.-]+://[^/]*/|^file:/*", "", text)
+    plain = (plain if plain == text else unquote(plain)).replace("\\", "/")
     parts = [part for part in plain.split("/") if part not in ("", ".", "..")]
     if not parts:
         return (path,)
