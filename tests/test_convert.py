@@ -66,6 +66,22 @@ def test_labels_that_look_like_a_further_tier_of_elan(tmp_path: Path) -> None:
     }
 
 
+def test_labels_of_two_lines_are_one_in_a_table(tmp_path: Path) -> None:
+    write_predictions(tmp_path / "found.json", {"v": [Detection(1.0, 2.0, "run\r\n up", 0.5)]})
+    labels = {"database": {"v": {"subset": "training", "annotations": [{"segment": [1, 2], "label": "run\n\nup"}]}}}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    for source in ("found", "labels"):
+        assert main([str(tmp_path / f"{source}.json"), str(tmp_path / f"{source}.csv")]) == 0
+        assert times(load_annotations(tmp_path / f"{source}.csv")) == {"v": [("run up", 1.0, 2.0)]}
+
+
+def test_a_name_is_an_address_in_label_studio(tmp_path: Path) -> None:
+    found = {name: [Detection(1.0, 2.0, "run", 0.5)] for name in ("100%25", "why?", "a b")}
+    path = tmp_path / "found.json"
+    write_for("label-studio", path, found, {name: Medium(f"/v/{name}.mp4", None, 25.0) for name in found})
+    assert times(load_annotations(path)) == {name: [("run", 1.0, 2.0)] for name in found}
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_finds_the_files(tool: str, tmp_path: Path) -> None:
     video = write_video(tmp_path / "walk.mp4", 20, rate=20)
