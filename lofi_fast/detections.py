@@ -57,7 +57,7 @@ def write_predictions(path: Path, predictions: Mapping[str, Sequence[Detection]]
 
 
 def write_csv(path: Path, predictions: Mapping[str, Sequence[Detection]]) -> None:
-    """Write a table with the columns video, start, end, label, score; seconds to the millisecond.
+    """Write a table with the columns video, start, end, label, score; seconds to the millisecond, a label in one line.
 
     Raises InputError when the file cannot be written.
     """
@@ -65,8 +65,15 @@ def write_csv(path: Path, predictions: Mapping[str, Sequence[Detection]]) -> Non
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("video", "start", "end", "label", "score"))
     for name, items in predictions.items():
-        writer.writerows((name, f"{d.start:.3f}", f"{d.end:.3f}", d.label, f"{d.score:.6f}") for d in items)
+        writer.writerows(
+            (name, f"{d.start:.3f}", f"{d.end:.3f}", in_one_line(d.label), f"{d.score:.6f}") for d in items
+        )
     write_bytes(path, table.getvalue().encode("utf-8"))
+
+
+def in_one_line(label: str) -> str:
+    """A label without line breaks, with which no table of labels is read."""
+    return re.sub(r"\s*[\r\n]\s*", " ", label)
 
 
 def write_srt(path: Path, detections: Sequence[Detection]) -> None:

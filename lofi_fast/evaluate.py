@@ -45,6 +45,8 @@ from lofi_fast.metrics import (
 from lofi_fast.point_metrics import PointResult, parse_tolerance, point_precision, points_table
 from lofi_fast.settings import Section, Setting
 
+SOCCERNET_SCORES = "SoccerNet's definition reads its curve at scores from 0 to 1"
+ABOVE = 1e-6  # the largest score, by rounding
 DESCRIPTION = (
     "mAP of detections, equal to the last bit to the official ActivityNet evaluator, or of points in time, as E2E-Spot "
     "and SoccerNet define it; and what else tells how good they are. docs/evaluation.md explains the numbers."
@@ -142,7 +144,10 @@ def evaluate_points(
     """The same of points in time; `tolerance` as `parse_tolerance` takes it, frames by the rate of `options`."""
     tolerances = parse_tolerance(tolerance, options.fps)
     truth = load_subset(Path(ground_truth), subset, options).truth
-    return point_precision(truth, load_predictions(Path(predictions)), tolerances)
+    found = load_predictions(Path(predictions))
+    if tolerances.soccernet:
+        _check_scores(predictions, found, 1.0, SOCCERNET_SCORES)
+    return point_precision(truth, found, tolerances)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,6 +192,8 @@ def _scored(flags: EvaluateFlags) -> _Scores:
     tolerances = parse_tolerance(flags.tolerance, options.fps)
     subset = load_subset(flags.ground_truth, flags.subset, options)
     predictions = load_predictions(flags.predictions)
+    if tolerances.soccernet:
+        _check_scores(flags.predictions, predictions, 1.0, SOCCERNET_SCORES)
     points = point_precision(subset.truth, predictions, tolerances)
     return _Scores(subset.name, points=points, notes=_notes(subset, predictions))
 
@@ -202,6 +209,17 @@ def _notes(subset: Subset, predictions: Predictions) -> list[str]:
         f"the predictions do not name {len(missed)} of the {plural(len(subset.truth), 'video')}, such as "
         f"{next(iter(missed))}, whose {count} count as missed; --subset names another subset",
     ]
+
+
+def _check_scores(path: str | Path, predictions: Predictions, most: float, why: str) -> None:
+    """Raises InputError for a score below 0 or above `most`, such as a logit, which would be ranked wrongly."""
+    for name, items in predictions.items():
+        if wrong := next((score for *_, score in items if not 0 <= score <= most + ABOVE), None):
+            limits = "0 or more" if math.isinf(most) else f"from 0 to {most:g}"
+            raise InputError(
+                f"{path}, video {name}: the score {wrong:g} is not {limits}, and {why}; rescale the scores "
+                "of --predictions"
+            )
 
 
 def _check_targets(flags: EvaluateFlags) -> None:
@@ -224,6 +242,10 @@ def _detected(flags: EvaluateFlags) -> _Scores:
     tious = parse_tiou(flags.tiou)
     subset = load_subset(flags.ground_truth, flags.subset, _options(flags))
     predictions = load_predictions(flags.predictions)
+    if flags.frames is not None:
+        _check_scores(
+            flags.predictions, predictions, math.inf, "--frames gives a frame without a detection the score 0"
+        )
     full = flags.full or flags.pictures is not None
     num_draws = flags.bootstrap or (DRAWS if full else 0)
     precision = mean_average_precision(subset.truth, predictions, tious)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from hashlib import file_digest
@@ -28,6 +28,7 @@ from lofi_fast.budget import Budget, check_budget
 from lofi_fast.command import INTERRUPTED, parse, run
 from lofi_fast.config import MemBudget, PrecisionName
 from lofi_fast.data.exchange import LAYOUTS, Layout, labels_for, write_layout
+from lofi_fast.data.formats.file import plural
 from lofi_fast.data.given import paths_of, unique_names
 from lofi_fast.data.video import VideoError
 from lofi_fast.errors import InputError
@@ -161,9 +162,14 @@ def _command(argv: list[str], owns_process: bool) -> int:
     rows = {name: index[name] for name in names.values() if name in index}
     if not interrupted:
         if form == "h5":
-            _join(flags.out, rows)
+            _join(flags.out, _read_index(flags.out))
         if labels is not None:
-            for sentence in labels.notes:
+            others = index.keys() - rows.keys()
+            told = (
+                f"{flags.out} holds features of {plural(len(others), 'video')} more, which the annotations written now "
+                "leave out; name all videos in one command to have them in",
+            )
+            for sentence in (*labels.notes, *(told if others else ())):
                 terminal.say(f"note: {sentence}")
             fixed = flags.count is not None or detector.config.data.window_seconds is None
             written = [asdict(row) for row in rows.values()]
@@ -203,7 +209,21 @@ def _index(flags: ExtractFlags, form: Form, detector: Detector, names: Mapping[P
     if other:
         what = "another detector" if "model" in other else f"another --{other[0]} ({before[other[0]]})"
         raise InputError(f"{out} holds features of {what}; name another folder with --out")
-    return _read_index(out)
+    found = _read_index(out)
+    for path, name in names.items():
+        row = found.get(name)
+        if row is not None and not _is_of(row, path) and _is_elsewhere(row, path):
+            raise InputError(
+                f"{out} holds features of {row.source} under the name {name}, and {path} would replace them; name "
+                "another folder with --out, or both videos in one command"
+            )
+    return found
+
+
+def _is_elsewhere(row: Row, path: Path) -> bool:
+    """Whether the video of the row is still where it was, and is not this file."""
+    source = Path(row.source)
+    return source.exists() and not (path.exists() and source.samefile(path))
 
 
 def _read_index(out: Path) -> dict[str, Row]:
@@ -232,13 +252,13 @@ def _extract(
     terminal: Terminal,
 ) -> tuple[int, bool]:  # fmt: skip
     """(videos that cannot be used, whether it was interrupted); what is made is added to `index`, and to its file."""
-    joined = form == "h5" and (flags.out / HDF5).exists()
+    joined = _joined(flags.out, names.values()) if form == "h5" else frozenset()
     known, skipped = 0, 0
     with terminal.progress("videos", len(names)) as advance:
         for number, (path, name) in enumerate(names.items(), 1):
             row = index.get(name)
             file = flags.out / _file(form, name)
-            if row is not None and _is_of(row, path) and (file.exists() or joined):
+            if row is not None and _is_of(row, path) and (file.exists() or name in joined):
                 known += 1
             else:
                 try:
@@ -337,8 +357,18 @@ def _add(out: Path, row: Row) -> None:
         raise InputError(f"{out / INDEX}: cannot write ({error.strerror}); free some space or change --out") from error
 
 
+def _joined(out: Path, names: Iterable[str]) -> frozenset[str]:
+    """Those names of videos that the HDF5 file has features of."""
+    import h5py
+
+    if not (out / HDF5).exists():
+        return frozenset()
+    with h5py.File(out / HDF5, "r") as found:
+        return frozenset(name for name in names if name in found)
+
+
 def _join(out: Path, rows: Mapping[str, Row]) -> None:
-    """Put the features of all videos into one HDF5 file, each under its video's name."""
+    """Put the features of all videos, also of earlier commands, into one HDF5 file, each under its video's name."""
     import h5py
 
     parts = {name: out / _file("h5", name) for name in rows}
@@ -348,8 +378,10 @@ def _join(out: Path, rows: Mapping[str, Row]) -> None:
         before = h5py.File(out / HDF5, "r") if (out / HDF5).exists() else None
         with h5py.File(target, "w") as joined:
             for name, part in parts.items():
-                values = np.load(part, mmap_mode="r") if part.exists() or before is None else before[name][()]
-                joined.create_dataset(name, data=values)
+                if part.exists():
+                    joined.create_dataset(name, data=np.load(part, mmap_mode="r"))
+                elif before is not None and name in before:
+                    joined.create_dataset(name, data=before[name][()])
         if before is not None:
             before.close()
     for part in parts.values():

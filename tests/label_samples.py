@@ -326,6 +326,15 @@ SAMPLES: dict[str, Sample] = {
         "7.750\tv.mp4\t359.960\t25.0\ts1\teat\t\t\tSTOP\n9.0\tv.mp4\t359.960\t25.0\ts1\teat\t\t\tSTART\n",
         {"v": (NONE, 359.96, [(4.0, 4.0, "hit"), (3.3, 7.75, "eat")])}, ("1 state event without a pair",),
     ),
+    "BORIS tabular of a part of an observation": Sample(
+        "t.tsv",
+        "Time\tMedia file path\tTotal length\tSubject\tBehavior\tStatus\n" + "".join(
+            f"{at}\tv.mp4\t99.0\t\teat\t{status}\n" for at, status in (
+                (5, "STOP"), (10, "START"), (15, "START"), (15, "STOP"), (20, "STOP"), (30, "START"), (40, "START"),
+                (50, "STOP"), (60, "START"), (60, "STOP"))),
+        {"v": (NONE, 99.0, [(10.0, 15.0, "eat"), (15.0, 20.0, "eat"), (40.0, 50.0, "eat"), (60.0, 60.0, "eat")])},
+        ("2 state events without a pair dropped (2 of eat)",),
+    ),
     "BORIS 7 tabular of several media, with an offset": Sample(
         "t.csv",
         "Observation id,o,,,,\n,,,,,\nPlayer #1,\"C:/v/a, 1.mp4\",,,,\nPlayer #1,b.mp4,,,,\nPlayer #2,c.mp4,,,,\n"
@@ -400,6 +409,10 @@ SAMPLES: dict[str, Sample] = {
         "via.json", dumped(VIA), {"egg": (NONE, None, [(1.25, 3.5, "break egg"), (4.0, 4.0, "smoke")])},
         ("1 entry with a region", "1 segment without a label"),
     ),
+    "VIA 3 of a video on a server": Sample(
+        "via.json", dumped(VIA).replace("egg.mp4", "https://host/v/egg.mp4?token=1#t=3"),
+        {"egg": (NONE, None, [(1.25, 3.5, "break egg"), (4.0, 4.0, "smoke")])},
+    ),
     "VIA 3 attribute": Sample(
         "via.json", dumped(VIA), {"egg": (NONE, None, [(4.0, 4.0, "smoke")])}, options=FormatOptions(label="comment"),
     ),
@@ -423,6 +436,12 @@ SAMPLES: dict[str, Sample] = {
     ),
     "CVAT": Sample(
         "cvat.xml", CVAT, {"yard": (NONE, None, [(1.0, 3.0, "dog"), (6.0, 6.4, "dog")])}, options=FormatOptions(fps=10),
+    ),
+    "CVAT of two tasks on one video": Sample(
+        "cvat.xml", CVAT.replace("</task>", "</task><task><id>4</id><source>yard.mp4</source></task>").replace(
+            "</annotations>", '<track id="0" label="cat" task_id="4"><box frame="10"/></track></annotations>'),
+        {"yard": (NONE, None, [(1.0, 3.0, "dog"), (6.0, 6.4, "dog"), (1.0, 1.1, "cat")])},
+        ("the segments of 1 video come from several tasks and are put together (yard)",), FormatOptions(fps=10),
     ),
     "CVAT attribute": Sample(
         "cvat.xml", CVAT, {"yard": (NONE, None, [(1.0, 2.0, "sit"), (2.0, 3.0, "run"), (6.0, 6.4, "run")])},
@@ -590,6 +609,10 @@ SAMPLES: dict[str, Sample] = {
     "SubRip": Sample(
         "new.srt", "1\n00:00:01,500 --> 00:00:03,000\nrun 0.87\n\n2\n00:01:00,000 --> 01:00:00,250\nhigh jump\n",
         {"new": (NONE, None, [(1.5, 3.0, "run"), (60.0, 3600.25, "high jump")])},
+    ),
+    "SubRip without fractions, spaces and empty lines": Sample(
+        "new.srt", "1\n00:00:01-->00:00:03\nrun\n2\n0:05,0004 --> 0:06\nhigh\njump\n",
+        {"new": (NONE, None, [(1.0, 3.0, "run"), (5.0004, 6.0, "high jump")])},
     ),
     "WebVTT": Sample(
         "new.vtt", "WEBVTT\n\n00:01.500 --> 00:03.000 align:start\n<v Ann>run &amp; jump\n",

@@ -51,6 +51,37 @@ def test_detections_are_read_again_as_they_were(form: str, tmp_path: Path, capsy
     assert found == {name: own for name, own in EXPECTED.items() if own or form != "csv"}
 
 
+def test_labels_that_look_like_a_further_tier_of_elan(tmp_path: Path) -> None:
+    found = {
+        "v": [
+            *(Detection(at, at + 2.0, "run", 0.5) for at in (1.0, 2.0)),
+            *(Detection(at, at + 2.0, label, 0.5) for at in (5.0, 6.0) for label in ("run (2)", "a\tb", "a b\ufffe")),
+        ]
+    }
+    path = tmp_path / "v.eaf"
+    write_for("elan", path, found, {"v": Medium("v.mp4")})
+    in_one_line = {"a\tb": "a b", "a b\ufffe": "a b"}
+    assert times(load_annotations(path, clip=False)) == {
+        "v": sorted({(in_one_line.get(d.label, d.label), d.start, d.end) for d in found["v"]})
+    }
+
+
+def test_labels_of_two_lines_are_one_in_a_table(tmp_path: Path) -> None:
+    write_predictions(tmp_path / "found.json", {"v": [Detection(1.0, 2.0, "run\r\n up", 0.5)]})
+    labels = {"database": {"v": {"subset": "training", "annotations": [{"segment": [1, 2], "label": "run\n\nup"}]}}}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    for source in ("found", "labels"):
+        assert main([str(tmp_path / f"{source}.json"), str(tmp_path / f"{source}.csv")]) == 0
+        assert times(load_annotations(tmp_path / f"{source}.csv")) == {"v": [("run up", 1.0, 2.0)]}
+
+
+def test_a_name_is_an_address_in_label_studio(tmp_path: Path) -> None:
+    found = {name: [Detection(1.0, 2.0, "run", 0.5)] for name in ("100%25", "why?", "a b")}
+    path = tmp_path / "found.json"
+    write_for("label-studio", path, found, {name: Medium(f"/v/{name}.mp4", None, 25.0) for name in found})
+    assert times(load_annotations(path)) == {name: [("run", 1.0, 2.0)] for name in found}
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_finds_the_files(tool: str, tmp_path: Path) -> None:
     video = write_video(tmp_path / "walk.mp4", 20, rate=20)

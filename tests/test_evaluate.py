@@ -283,6 +283,39 @@ def test_bad_frames(files: list[str], labelled: list[str], tmp_path: Path, capsy
     assert "line 2" in refused(capsys, *flags)
 
 
+@pytest.mark.parametrize(
+    ("score", "flags", "says"),
+    [
+        (
+            -2.5,
+            ("--frames", "4"),
+            "the score -2.5 is not 0 or more, and --frames gives a frame without a detection the",
+        ),
+        (
+            7.0,
+            ("--tolerance", "tight"),
+            "the score 7 is not from 0 to 1, and SoccerNet's definition reads its curve at",
+        ),
+        (-2.5, ("--tolerance", "loose"), "the score -2.5 is not from 0 to 1, and SoccerNet's"),
+        (-2.5, ("--tolerance", "1,2"), ""),
+        (7.0, ("--frames", "4"), ""),
+        (-2.5, (), ""),
+    ],
+)
+def test_scores_that_a_measure_cannot_rank(
+    score: float, flags: tuple[str, ...], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth = {"subset": "validation", "duration": 9.0, "annotations": [{"segment": [1, 4], "label": "a"}]}
+    found = [{"segment": [1, 4], "label": "a", "score": score}]
+    (tmp_path / "g.json").write_text(json.dumps({"database": {"v": truth}}))
+    (tmp_path / "p.json").write_text(json.dumps({"results": {"v": found}}))
+    words = ["--ground-truth", str(tmp_path / "g.json"), "--predictions", str(tmp_path / "p.json"), *flags]
+    if says:
+        assert f"p.json, video v: {says}" in refused(capsys, *words)
+    else:
+        assert main(words) == 0 and "100.00" in capsys.readouterr().out
+
+
 def test_targets_are_checked_first(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert "--pictures" in refused(capsys, *files, "--pictures", str(tmp_path / "file"))

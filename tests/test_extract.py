@@ -89,6 +89,45 @@ def test_one_file_for_all(small: SmallRun, tmp_path: Path) -> None:
     assert not (out / "parts").exists()
 
 
+def test_one_file_keeps_what_earlier_commands_made(small: SmallRun, tmp_path: Path, capsys: Captured) -> None:
+    h5py = pytest.importorskip("h5py", reason="h5py is an extra")
+    first, second = small.validation[:2]
+    for video in (first, second, first):
+        assert extract(small, video, "--out", tmp_path / "f", "--format", "h5") == 0
+    assert "1 of 1 videos have their features already" in said(capsys)
+    with h5py.File(tmp_path / "f" / "features.hdf5") as found:
+        assert {name for name, _ in found.items()} == {first.stem, second.stem}
+
+
+def test_a_video_of_the_same_name_does_not_replace_features(small: SmallRun, tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "f"
+    videos = []
+    for cam, video in zip(("cam1", "cam2"), small.validation, strict=False):
+        (tmp_path / cam).mkdir()
+        videos.append(Path(shutil.copy(video, tmp_path / cam / "a.mp4")))
+    assert extract(small, videos[0], "--out", out) == 0
+    before = (out / "a.npy").read_bytes()
+    assert extract(small, videos[1], "--out", out) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{out} holds features of {videos[0]} under the name a, and {videos[1]} would replace them" in line
+    assert (out / "a.npy").read_bytes() == before
+    videos[0].rename(tmp_path / "a.mp4")  # the same video in another place
+    assert extract(small, tmp_path / "a.mp4", "--out", out) == 0
+    assert "1 of 1 videos have their features already" in said(capsys)
+
+
+def test_annotations_that_leave_out_earlier_videos_are_told(small: SmallRun, tmp_path: Path, capsys: Captured) -> None:
+    first, second = small.validation[:2]
+    (tmp_path / "l.csv").write_text(f"video,start,end,label\n{first.stem},1,2,a\n{second.stem},1,2,a\n")
+    words = ("--out", tmp_path / "f", "--layout", "opentad", "--annotations", tmp_path / "l.csv")
+    assert extract(small, first, *words) == 0
+    assert "which the annotations written now leave out" not in said(capsys)
+    assert extract(small, second, *words) == 0
+    assert "holds features of 1 video more, which the annotations written now leave out" in said(capsys).replace(
+        "\n", " "
+    )
+
+
 def test_it_goes_on_and_notices_another_file(small: SmallRun, tmp_path: Path, capsys: Captured) -> None:
     folder, out = tmp_path / "v", tmp_path / "f"
     folder.mkdir()

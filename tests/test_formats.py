@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -85,11 +86,20 @@ def test_hostile_values_in_every_place(name: str, tmp_path: Path) -> None:
         ("BORIS tabular", "START", "BEGIN", "t.tsv line 6 has the status 'BEGIN'"),
         ("ELAN", 'TIME_VALUE="4000"', 'TIME_VALUE="4 s"', "time slot t3 has the value '4 s'"),
         ("ELAN", 'TIME_SLOT_REF1="t2"', 'TIME_SLOT_REF1="t9"', "annotation a2 is at the time slot 't9'"),
+        ("ELAN", 'ANNOTATION_ID="a2"', 'ANNOTATION_ID="a1"', "two annotations have the ANNOTATION_ID 'a1'; give each"),
+        ("ELAN", 'TIER_ID="tool"', 'TIER_ID="hands"', "e.eaf: two tiers have the TIER_ID 'hands'; rename one"),
+        ("ELAN", 'TIME_SLOT_ID="t2"', 'TIME_SLOT_ID="t1"', "two time slots have the TIME_SLOT_ID 't1'"),
         ("ELAN", "milliseconds", "fortnights", "TIME_UNITS are 'fortnights'"),
         ("ELAN", "</HEADER>", "", "e.eaf is not valid XML: mismatched tag: line"),
         ("Label Studio", '"end": 50', '"end": "late"', "task 7, video walk 1 has a region from 1 to 'late'"),
         ("VIA 3 CSV", "[1.25,3.5]", "[1.25,", "via.csv line 6 holds '.1.25,', which is not JSON"),
         ("CVAT", 'frame="20"', 'frame="x"', "track 0 has the frame 'x'"),
+        (
+            "CVAT",
+            "<id>3</id>",
+            "<id>4</id><source>a.mp4</source></task><task><id>5</id>",
+            "track 0 has the task_id '3', and the tasks are 4, 5; export it again",
+        ),
         ("CholecT50", '"0": [[0', '"first": [[0', "frame first must be a number"),
         ("Cholec80 phase", "3\tCut", "three\tCut", "video01-phase.txt line 5 must have a frame number"),
         ("EPIC verb", "00:00:02.75", "00:00:99.75", "line 2: video P01_1, segment 0 runs from '00:00:01.50'"),
@@ -98,6 +108,10 @@ def test_hostile_values_in_every_place(name: str, tmp_path: Path) -> None:
         ("E2E-Spot", '"frame": 50', '"frame": null', "video rally, event 0 needs a .frame."),
         ("MultiTHUMOS", "[0, 1.0, 2.5]", "[0, 1.0]", r"video v1, action 0 needs \[class, start, end\]"),
         ("Charades", "c147 0.00 12.60", "c147 0.00", "line 2: video 46GP8 has the action 'c147 0.00'"),
+        ("SubRip", "01:00:00,250", "01:00:00:250", "new.srt line 6: .* is no time of a cue; write it as 00:01:02,500"),
+        ("WebVTT", "00:03.000", "3 s", "new.vtt line 3: .00:01.500 --> 3 s align:start. is no time of a cue"),
+        ("frame-wise", "pour_milk\n", "\n", "P03_milk.txt line 6 is empty, and labels of frames follow; write a label"),
+        ("frame-wise", "SIL\n", "\nSIL\n", "P03_milk.txt line 1 is empty, and labels of frames"),
         ("runs of frames", "31-150", "150-31", "P03_milk.txt line 2: a run from frame 150 to 31"),
     ],
 )
@@ -191,6 +205,44 @@ def test_a_folder_of_classes_is_one_data_set(tmp_path: Path) -> None:
     assert {video.subset for video in found.subset("training")} == {"training"} and len(found.subset("testing")) == 1
     assert any("1 segment of Ambiguous dropped" in note for note in found.notes)
     assert any("1 file of no known format passed over: README.txt" in note for note in found.notes)
+
+
+def test_files_of_one_name_in_several_folders(tmp_path: Path) -> None:
+    labels, videos = tmp_path / "labels", tmp_path / "v"
+    eaf = SAMPLES["ELAN"].text
+    assert "cooking.mp4" in eaf
+    of_folder = re.compile(r"(MEDIA_URL=\")[^\"]*cooking.mp4")
+    labels.mkdir()
+    for cam in ("cam1", "cam2"):
+        (labels / f"{cam}.eaf").write_text(of_folder.sub(rf"\1file:///D:/old/{cam}/cooking.mp4", eaf))
+        (videos / cam).mkdir(parents=True)
+        write_video(videos / cam / "cooking.mp4", 4)
+    for options in (FormatOptions(), FormatOptions(videos=videos)):
+        found = load_annotations(labels, options=options)
+        assert [(video.name, len(video.segments)) for video in found.videos] == [
+            ("cam1/cooking", 3),
+            ("cam2/cooking", 3),
+        ]
+        assert any("are as many videos, which have a folder in theirs: cam1/cooking, cam2" in n for n in found.notes)
+    # two people opened one file, each from a place of their own
+    found = load_annotations(labels, options=FormatOptions(videos=videos / "cam1"))
+    assert [(video.name, len(video.segments)) for video in found.videos] == [("cooking", 3)]
+    assert any("the segments of 1 video come from files in several folders and are put" in n for n in found.notes)
+
+
+def test_labels_called_like_videos_of_one_name(tmp_path: Path) -> None:
+    for number, cam in enumerate(("cam1", "cam2"), 1):
+        (tmp_path / cam).mkdir()
+        (tmp_path / cam / "a.srt").write_text(f"1\n00:00:0{number},000 --> 00:00:04,000\nrun\n")
+    whole = load_annotations(tmp_path)
+    assert [video.name for video in whole.videos] == ["a"] and len(whole.videos[0].segments) == 2
+    assert any("come from files in several folders and are put together (a of" in note for note in whole.notes)
+    for cam in ("cam1", "cam2"):
+        write_video(tmp_path / cam / "a.mp4", 4)
+    found = load_annotations(tmp_path, options=FormatOptions(videos=tmp_path))
+    assert [(video.name, video.segments) for video in found.videos] == [
+        ("cam1/a", segments([(1.0, 4.0, "run")])), ("cam2/a", segments([(2.0, 4.0, "run")])),
+    ]  # fmt: skip
 
 
 def test_times_of_frames_and_steps_of_a_goal_are_no_labels(tmp_path: Path) -> None:

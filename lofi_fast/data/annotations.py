@@ -39,7 +39,7 @@ from lofi_fast.data.formats import (
     trace,
     via,
 )
-from lofi_fast.data.formats.file import NO_OPTIONS, FormatOptions, LabelFile, Table, plural, shown, xml_root
+from lofi_fast.data.formats.file import NO_OPTIONS, FormatOptions, LabelFile, Table, file_names, plural, shown, xml_root
 from lofi_fast.data.labels import (
     UNASSIGNED,
     Annotations,
@@ -53,6 +53,7 @@ from lofi_fast.data.labels import (
     seconds_of,
     subset_named,
 )
+from lofi_fast.data.matching import match_videos
 from lofi_fast.errors import InputError
 from lofi_fast.texts import decoded, once_each
 
@@ -257,9 +258,9 @@ def _of_folder(folder: Path, clip: bool, options: FormatOptions, repairs: Repair
         raise InputError(
             f"--annotations {folder} holds {len(paths)} files; name the folder that holds the labels alone"
         )
-    found: dict[str, Video] = {}
     notes: dict[str, int] = {}
     used: frozenset[str] = frozenset()
+    read: list[tuple[LabelFile, list[Video]]] = []
     others = []
     for path in paths:
         file = LabelFile(path, _text(path), options)
@@ -268,11 +269,17 @@ def _of_folder(folder: Path, clip: bool, options: FormatOptions, repairs: Repair
             others.append(path.name)
             continue
         used |= reader[1]
-        for video in reader[0](file):
-            found[video.name] = _together(found[video.name], video, path) if video.name in found else video
+        read.append((file, reader[0](file)))
+        file.text = ""  # it is read
         for note in file.notes:
             sentence = note.removeprefix(f"{path}: ")
             notes[sentence] = notes.get(sentence, 0) + 1
+    found: dict[str, Video] = {}
+    names, several = _told_apart(read, options.videos)
+    for file, of_file in read:
+        for given in of_file:
+            video = replace(given, name=names.get((file.path, given.name), given.name))
+            found[video.name] = _together(found[video.name], video, file.path) if video.name in found else video
     if not found:
         raise InputError(f"--annotations {folder} cannot be read: none of its {len(paths)} files is of a known format")
     assigned = {video.subset == UNASSIGNED for video in found.values()}
@@ -283,12 +290,55 @@ def _of_folder(folder: Path, clip: bool, options: FormatOptions, repairs: Repair
         )
     whole = LabelFile(folder, "", options, clip, repairs)
     videos = [whole.made(video.name, video.subset, video.duration, video.segments) for video in found.values()]
-    told = [f"{folder}: {note}{f' ({count} files)' if count > 1 else ''}" for note, count in notes.items()]
+    told = [f"{folder}: {note}" for note in several]
+    told += [f"{folder}: {note}{f' ({count} files)' if count > 1 else ''}" for note, count in notes.items()]
     if told[NOTES_SHOWN:]:
         told = [*told[:NOTES_SHOWN], f"{folder}: {len(told) - NOTES_SHOWN} more notes of its files are left out"]
     if others:
         told.append(f"{folder}: {plural(len(others), 'file')} of no known format passed over: {shown(others)}")
     return videos, [*told, *unused_flags(folder, options, used)]
+
+
+def _told_apart(
+    read: Iterable[tuple[LabelFile, list[Video]]], folder: Path | None
+) -> tuple[dict[tuple[Path, str], str], list[str]]:
+    """Names for those videos of files that have one name and are not one video, by (file, name), with as many folders
+    as tell them apart; and notes on what was made of one name. `folder`: of the videos.
+
+    Paths of media files that differ mean several videos, unless the folder of the videos knows none of their folders.
+    Labels that are called like their video, in several folders, mean one, unless it knows them.
+    """
+    places: dict[str, dict[Path, str]] = {}
+    told: set[str] = set()  # names of which some file tells the path
+    for file, videos in read:
+        told |= file.media.keys()
+        for video in videos:
+            place = file.media.get(video.name, (file.path.parent / video.name).as_posix())
+            places.setdefault(video.name, {})[file.path] = place
+    apart = {name: file_names(of.values()) for name, of in places.items() if len(set(of.values())) > 1}
+    apart = {name: of for name, of in apart.items() if len(set(of.values())) > 1}
+    known: set[str] = set()
+    if apart and folder is not None and folder.is_dir():
+        found = match_videos(folder, sorted({name for of in apart.values() for name in of.values()})).paths
+        below = {name: path.relative_to(folder) for name, path in found.items()}
+        known = {n for n, path in below.items() if f"/{path.with_suffix('').as_posix()}".endswith(f"/{n}")}
+    names: dict[tuple[Path, str], str] = {}
+    together = []
+    for name, of in apart.items():
+        if known.intersection(of.values()) or (name in told and folder is None):
+            names |= {(path, name): of[place] for path, place in places[name].items()}
+        else:
+            together.append(f"{name} of {shown(map(str, places[name]), 2)}")
+    notes = []
+    if names:
+        words = shown(dict.fromkeys(names.values()))
+        notes.append(f"files of one name in several folders are as many videos, which have a folder in theirs: {words}")
+    if together:
+        notes.append(
+            f"the segments of {plural(len(together), 'video')} come from files in several folders and are put together "
+            f"({shown(together, 3)})"
+        )
+    return names, notes
 
 
 def _together(one: Video, other: Video, path: Path) -> Video:

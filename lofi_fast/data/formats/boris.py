@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, file_names, plural, shown
+from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, plural, shown
 from lofi_fast.data.labels import Segment, Video, seconds_of
 from lofi_fast.detections import Detection, lanes
 from lofi_fast.errors import InputError
@@ -34,28 +34,52 @@ def recognises(content: Any) -> bool:
 
 @dataclass(frozen=True)
 class Event:
-    """What was coded at `time`, in seconds; is_state: of something that lasts, so that there are two."""
+    """What was coded at `time`, in seconds; is_state: of something that lasts, so that there are two. status: START or
+    STOP, where that is told.
+    """
 
     time: float
     subject: str
     behavior: str
     modifiers: str
     is_state: bool
+    status: str = ""
 
 
 def paired(events: Iterable[Event]) -> tuple[list[Segment], Counter[str]]:
-    """Segments of events, by time; and of each behaviour how many events lack their pair."""
+    """Segments of events, by time; and of each behaviour how many events lack their pair.
+
+    Where the status is told, a stop without a start lacks it, and so does a start that another one follows, as in a
+    table of a part of an observation. Elsewhere a first event is a start, and the next one its stop.
+    """
     open_since: dict[tuple[str, str, str], float] = {}
     segments = []
-    for event in sorted(events, key=lambda event: event.time):
-        key = (event.subject, event.behavior, event.modifiers)
+    unpaired: Counter[str] = Counter()
+    waiting = sorted(events, key=lambda event: event.time)[::-1]
+    while waiting:
+        event = waiting.pop()
+        key = _key(event)
+        if event.status == "START" and key in open_since:  # of one time, it may stand before the stop of what is open
+            at = len(waiting)
+            while at and waiting[at - 1].time == event.time:
+                at -= 1
+                if (waiting[at].status, _key(waiting[at])) == ("STOP", key):
+                    waiting[at], event = event, waiting[at]
+                    break
         if not event.is_state:
             segments.append(Segment(event.time, event.time, event.behavior))
-        elif key in open_since:
+        elif key in open_since and event.status != "START":
             segments.append(Segment(open_since.pop(key), event.time, event.behavior))
+        elif event.status == "STOP":
+            unpaired[event.behavior] += 1
         else:
+            unpaired[event.behavior] += key in open_since
             open_since[key] = event.time
-    return segments, Counter(behavior for _, behavior, _ in open_since)
+    return segments, +unpaired + Counter(behavior for _, behavior, _ in open_since)
+
+
+def _key(event: Event) -> tuple[str, str, str]:
+    return event.subject, event.behavior, event.modifiers
 
 
 def placed(segment: Segment, media: Sequence[tuple[str, float | None]]) -> list[tuple[str, float, float]] | None:
@@ -84,7 +108,7 @@ def read(file: LabelFile, content: Any) -> list[Video]:
     }
     observations = {name: one for name, one in content["observations"].items() if isinstance(one, dict) and _queue(one)}
     dropped.without_media = len(content["observations"]) - len(observations)
-    names = file_names(path for one in observations.values() for path in _queue(one))
+    names = file.named(path for one in observations.values() for path in _queue(one))
     lengths = {path: length for one in observations.values() for path, length in media_lengths(one).items()}
     silent = [path for path in names if path not in lengths]
     probed = file.lengths(names[path] for path in silent)

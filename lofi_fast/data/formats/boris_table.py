@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 
 from lofi_fast.data.formats.boris import Dropped, Event, lengths_beside, paired, put
-from lofi_fast.data.formats.file import Gathered, LabelFile, Table, file_names, plural
+from lofi_fast.data.formats.file import Gathered, LabelFile, Table, plural
 from lofi_fast.data.labels import Segment, Video, seconds_of
 from lofi_fast.errors import InputError
 
@@ -70,7 +70,7 @@ def read(file: LabelFile, table: Table) -> list[Video]:
             observations[cell.get("observation id", "")].append((line, cell))
     offset, above = _above(file.text)
     queues = {name: _queue(rows, medium, above) for name, rows in observations.items()}
-    names = file_names(path for queue in queues.values() for path in queue)
+    names = file.named(path for queue in queues.values() for path in queue)
     beside = lengths_beside(file.path.parent)
     told = {path: length for queue in queues.values() for path, length in queue.items() if length is not None}
     told = {path: beside[path] for path in names if path in beside} | told
@@ -151,7 +151,8 @@ def _observation(
                 raise InputError(f"{line} has the status {status!r}; it must be POINT, START or STOP")
             modifiers = "|".join(text for column, text in cell.items() if column.startswith("modifier"))
             reached = max(reached, start) if in_first else reached
-            events.append(Event(start, cell.get("subject", ""), cell["behavior"], modifiers, status != "POINT"))
+            told = status if status in ("START", "STOP") else ""
+            events.append(Event(start, cell.get("subject", ""), cell["behavior"], modifiers, status != "POINT", told))
     segments, unpaired = paired(events)
     dropped.unpaired += unpaired
     for segment in segments:

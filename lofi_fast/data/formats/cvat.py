@@ -9,11 +9,11 @@ The video is a task's source. No subsets.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from xml.etree.ElementTree import Element
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, file_names, plural
+from lofi_fast.data.formats.file import Gathered, LabelFile, plural, shown
 from lofi_fast.data.labels import Video
 from lofi_fast.errors import InputError
 
@@ -33,14 +33,11 @@ def recognises(content: Element) -> bool:
 def read(file: LabelFile, content: Element) -> list[Video]:
     """Raises InputError, which names the track, for what cannot be, and where nothing tells the frame rate."""
     sources = _sources(file, content)
-    names = file_names([path for path, _ in sources.values()])
+    names = file.named([path for path, _ in sources.values()])
     runs: dict[str, list[Run]] = {names[path]: [] for path, _ in sources.values()}
     nameless = 0
     for track in content.iter("track"):
-        task = track.get("task_id", "")
-        if task not in sources:
-            task = next(iter(sources))
-        path, step = sources[task]
+        path, step = _source(file, sources, track)
         own = list(_of_track(file, track, step))
         nameless += not own
         runs[names[path]] += own
@@ -48,7 +45,7 @@ def read(file: LabelFile, content: Element) -> list[Video]:
     steps: dict[str, int] = {}
     untagged = 0
     for image in content.iter("image"):
-        path, step = sources.get(image.get("task_id", ""), next(iter(sources.values())))
+        path, step = _source(file, sources, image)
         steps[names[path]] = step
         untagged += image.find("tag") is None and any(shape.tag in SHAPES for shape in image)
         for tag in image.iter("tag"):
@@ -65,6 +62,12 @@ def read(file: LabelFile, content: Element) -> list[Video]:
             found.segment(name, first / rates[name], after / rates[name], label, where)
     told = ", ".join(f"{rate:g}" for rate in sorted(set(rates.values()))) or "any number"
     file.note(f"read as {NAME}: frames from 0, {told} a second; no subsets")
+    counted = Counter(names[path] for path, _ in sources.values())
+    if several := [name for name, count in counted.items() if count > 1]:
+        file.note(
+            f"the segments of {plural(len(several), 'video')} come from several tasks and are put together "
+            f"({shown(several)})"
+        )
     if untagged:
         file.note(
             f"{plural(untagged, 'image')} with shapes and without a tag left out: CVAT for video has them in time"
@@ -88,6 +91,17 @@ def _sources(file: LabelFile, content: Element) -> dict[str, tuple[str, int]]:
         source = "" if meta is None else (meta.findtext("source") or "").strip()
         found[""] = (source or file.path.stem, 1)
     return found
+
+
+def _source(file: LabelFile, sources: dict[str, tuple[str, int]], element: Element) -> tuple[str, int]:
+    """Of a track or an image. Raises InputError where it is of none of several tasks."""
+    task = element.get("task_id", "")
+    if task not in sources and len(set(sources.values())) > 1:
+        raise InputError(
+            f"{file.path}: {element.tag} {element.get('id')} has the task_id {task!r}, and the tasks are "
+            f"{shown(sources)}; export it again"
+        )
+    return sources[task] if task in sources else next(iter(sources.values()))
 
 
 def _of_track(file: LabelFile, track: Element, step: int) -> Iterator[Run]:

@@ -10,6 +10,7 @@ the annotations' clock begins on the video's. There are no subsets.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, file_names, plural, shown
+from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, plural, shown
 from lofi_fast.data.labels import Video
 from lofi_fast.data.matching import EXTENSIONS
 from lofi_fast.detections import Detection, lanes
@@ -49,7 +50,7 @@ def read(file: LabelFile, content: Element) -> list[Video]:
     unit = "milliseconds" if header is None else header.get("TIME_UNITS", "milliseconds")
     if unit not in _UNITS:
         raise InputError(f"{file.path}: its TIME_UNITS are {unit!r}, and only {', '.join(_UNITS)} can be read")
-    tiers = {tier.name: tier for tier in map(_tier, content.iter("TIER"))}
+    tiers = _tiers(file, content)
     chosen = _chosen(file, tiers)
     times, between = _times(file, content, tiers)
     found = Gathered(file)
@@ -81,10 +82,10 @@ def _media(file: LabelFile, header: Element | None) -> tuple[str, float]:
     videos = [one for one in found if _is_video(one)]
     if not found:  # ELAN of before 2004 names one file in the header itself
         named = "" if header is None else header.get("MEDIA_FILE", "").strip()
-        return file_names([named])[named] if named else file.path.stem, 0.0
+        return file.named([named])[named] if named else file.path.stem, 0.0
     chosen = (videos or found)[0]
     url = chosen.get("MEDIA_URL") or chosen.get("RELATIVE_MEDIA_URL") or file.path.stem
-    name = file_names([url])[url]
+    name = file.named([url])[url]
     if len(videos) > 1:
         file.note(f"of {len(videos)} videos the first is taken, {name}; the others show the same scene")
     origin = chosen.get("TIME_ORIGIN", "0")
@@ -109,6 +110,23 @@ def _tier(element: Element) -> _Tier:
         of = one.get("ANNOTATION_REF", ""), one.get("PREVIOUS_ANNOTATION", "")
         referring.append((one.get("ANNOTATION_ID", ""), *of, one.findtext("ANNOTATION_VALUE") or ""))
     return _Tier(element.get("TIER_ID", ""), element.get("PARENT_REF"), aligned, referring)
+
+
+def _tiers(file: LabelFile, content: Element) -> dict[str, _Tier]:
+    """By their names. Raises InputError for a tier or an annotation that stands twice: the last would replace it."""
+    tiers: dict[str, _Tier] = {}
+    keys: set[str] = set()
+    for tier in map(_tier, content.iter("TIER")):
+        if tier.name in tiers:
+            raise InputError(f"{file.path}: two tiers have the TIER_ID {tier.name!r}; rename one")
+        tiers[tier.name] = tier
+        for key, *_ in (*tier.aligned, *tier.referring):
+            if key in keys:
+                raise InputError(
+                    f"{file.path}: tier {tier.name}: two annotations have the ANNOTATION_ID {key!r}; give each its own"
+                )
+            keys.add(key)
+    return tiers
 
 
 def _chosen(file: LabelFile, tiers: dict[str, _Tier]) -> list[_Tier]:
@@ -177,6 +195,8 @@ def _slots(file: LabelFile, content: Element) -> dict[str, tuple[int, float | No
     found: dict[str, tuple[int, float | None]] = {}
     for place, slot in enumerate(content.iter("TIME_SLOT")):
         text = slot.get("TIME_VALUE")
+        if slot.get("TIME_SLOT_ID", "") in found:
+            raise InputError(f"{file.path}: two time slots have the TIME_SLOT_ID {slot.get('TIME_SLOT_ID', '')!r}")
         try:
             found[slot.get("TIME_SLOT_ID", "")] = (place, None if text is None else float(int(text)))
         except (ValueError, OverflowError):
@@ -210,9 +230,14 @@ def write(path: Path, detections: Sequence[Detection], medium: Medium) -> None:
     })  # fmt: skip
     order = SubElement(root, "TIME_ORDER")
     count = 0
-    for label in sorted({d.label for d in detections}):
-        for number, lane in enumerate(lanes([d for d in detections if d.label == label]), 1):
-            name = _text(label) if number == 1 else f"{_text(label)} ({number})"
+    labels = sorted({_text(d.label) for d in detections})
+    names = set(labels)  # of tiers: a label may look like the further tier of another one
+    for label in labels:
+        for number, lane in enumerate(lanes([d for d in detections if _text(d.label) == label]), 1):
+            name = label
+            if number > 1:
+                name = next(new for k in itertools.count(number) if (new := f"{label} ({k})") not in names)
+                names.add(name)
             tier = SubElement(root, "TIER", {"LINGUISTIC_TYPE_REF": "action", "TIER_ID": name})
             for d in lane:
                 start = round(1000 * d.start)
@@ -223,7 +248,7 @@ def write(path: Path, detections: Sequence[Detection], medium: Medium) -> None:
                 one = SubElement(
                     SubElement(tier, "ANNOTATION"), "ALIGNABLE_ANNOTATION", {"ANNOTATION_ID": f"a{count}", **slots}
                 )
-                SubElement(one, "ANNOTATION_VALUE").text = _text(label)
+                SubElement(one, "ANNOTATION_VALUE").text = label
     SubElement(root, "LINGUISTIC_TYPE", {
         "GRAPHIC_REFERENCES": "false", "LINGUISTIC_TYPE_ID": "action", "TIME_ALIGNABLE": "true",
     })  # fmt: skip
@@ -232,5 +257,5 @@ def write(path: Path, detections: Sequence[Detection], medium: Medium) -> None:
 
 
 def _text(label: str) -> str:
-    """In one line, without the control characters that XML has no form for."""
-    return "".join(character for character in re.sub(r"[\t\r\n]+", " ", label) if character >= " ")
+    """In one line, without the characters that XML has no form for."""
+    return re.sub(r"[\x00-\x1f\ufffe\uffff]", "", re.sub(r"[\t\r\n]+", " ", label))

@@ -93,6 +93,7 @@ def tier_names(text: str | None) -> tuple[str, ...]:
 class LabelFile:
     """One file, its text, and how it is to be read. `repairs`: counts what is repaired; None: segments stay as they
     are. `clip`: to the durations that the labels tell. `notes`: sentences for the user, which a format adds to.
+    `media`: the path of each video's file, by the video's name, where the format tells it.
     """
 
     path: Path
@@ -101,6 +102,13 @@ class LabelFile:
     clip: bool = True
     repairs: Repairs | None = None
     notes: list[str] = field(default_factory=list)
+    media: dict[str, str] = field(default_factory=dict)
+
+    def named(self, paths: Iterable[str]) -> dict[str, str]:
+        """A name for each path of a media file, as `file_names` has it; a folder of labels tells videos apart by it."""
+        names = file_names(paths)
+        self.media |= {name: path for path, name in names.items()}
+        return names
 
     def note(self, sentence: str) -> None:
         self.notes.append(f"{self.path}: {sentence}")
@@ -224,8 +232,11 @@ def file_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    plain = re.sub(r"^[A-Za-z][\w+.-]+://[^/]*/|^file:/*", "", path.strip())
-    plain = (plain if plain == path.strip() else unquote(plain)).replace("\\", "/")
+    text = path.strip()
+    if re.match(r"https?://", text, re.IGNORECASE):
+        text = re.split(r"[?#]", text)[0]  # what is asked of a server is no part of the name
+    plain = re.sub(r"^[A-Za-z][\w+.-]+://[^/]*/|^file:/*", "", text)
+    plain = (plain if plain == text else unquote(plain)).replace("\\", "/")
     parts = [part for part in plain.split("/") if part not in ("", ".", "..")]
     if not parts:
         return (path,)

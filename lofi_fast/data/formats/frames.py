@@ -48,7 +48,7 @@ def _is_table(line: str) -> bool:
 
 def read(file: LabelFile) -> list[Video]:
     """Raises InputError, which names the line, for what cannot be, and where nothing tells the frame rate."""
-    lines = [(number, line) for number, line in enumerate(file.text.splitlines(), 1) if line.strip()]
+    lines = _lines(file.path, file.text)
     is_table = _is_table(lines[0][1])
     name = _BEHIND.sub("", file.path.stem) if is_table else _stem(file.path)
     if is_table:
@@ -86,12 +86,27 @@ def recognised(path: Path) -> tuple[str, list[Run]]:
         text = decoded(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as labels of frames ({error}); mend --predictions") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = _lines(path, text)
     if lines and lines[0][1].startswith("###"):
         return _stem(path), list(_together(enumerate(label for _, line in lines[1:] for label in line.split())))
     if lines and _RUN.fullmatch(lines[0][1]):
         return _stem(path), _of_runs(path, lines)[0]
     return _stem(path), list(_together(enumerate(line.strip() for _, line in lines)))
+
+
+def _lines(path: Path, text: str) -> list[tuple[int, str]]:
+    """Each line that is not empty, with its number. Raises InputError for an empty one among labels of frames, of which
+    nobody can tell whether it is a frame.
+    """
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if lines and not (_is_table(lines[0][1]) or _RUN.fullmatch(lines[0][1]) or lines[0][1].startswith("###")):
+        for expected, (number, _) in enumerate(lines, 1):
+            if number != expected:
+                raise InputError(
+                    f"{path} line {expected} is empty, and labels of frames follow; write a label on it, such as "
+                    "background, or remove it where it is no frame"
+                )
+    return lines
 
 
 def _stem(path: Path) -> str:

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, file_names, plural
+from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, plural
 from lofi_fast.data.labels import Video, seconds_of
 from lofi_fast.detections import Detection
 from lofi_fast.errors import InputError
@@ -71,7 +71,7 @@ def read(file: LabelFile, content: Any) -> list[Video]:
     """Raises InputError, which names the task, for what cannot be, and where nothing tells the frame rate."""
     tasks = content if isinstance(content, list) else [content]
     media = [_medium(task, f"{file.path}: task {task.get('id', i)}") for i, task in enumerate(tasks)]
-    names = file_names(media)
+    names = file.named(media)
     regions = [list(_regions(task, f"{file.path}: task {task.get('id', i)}")) for i, task in enumerate(tasks)]
     counted: dict[str, float | None] = {}
     for task, medium, of in zip(tasks, media, regions, strict=True):
@@ -203,5 +203,6 @@ def write(path: Path, predictions: Mapping[str, Sequence[Detection]], media: Map
             })  # fmt: skip
         score = max((d.score for d in items), default=0.0)
         prediction = {"model_version": "lofi_fast", "score": score, "result": results}
-        tasks.append({"data": {"video": media[name].path, "fps": fps}, "predictions": [prediction]})
+        address = re.sub("[%?]", lambda match: quote(match[0]), media[name].path)
+        tasks.append({"data": {"video": address, "fps": fps}, "predictions": [prediction]})
     write_bytes(path, json.dumps(tasks, indent=1, allow_nan=False).encode() + b"\n")

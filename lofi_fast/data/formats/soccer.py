@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, file_names, plural, shown
+from lofi_fast.data.formats.file import Gathered, LabelFile, plural, shown
 from lofi_fast.data.labels import UNASSIGNED, Video, seconds_of, subset_named, subset_of
 from lofi_fast.data.matching import EXTENSIONS
 from lofi_fast.errors import InputError
@@ -96,7 +96,7 @@ def _listed(file: LabelFile, items: list[Any], of_file: str) -> list[Video]:
         if not isinstance(item, dict):
             raise InputError(f"{where} must be an object")
         paths[i] = _path(item, where)
-    names = file_names(paths.values())
+    names = file.named(paths.values())
     found, others = Gathered(file), 0
     heads = sorted({str(event["head"]) for item in items for event in _events(item) if "head" in event})
     wanted = file.options.label if len(heads) > 1 else None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lofi_fast.data.formats.file import Gathered, LabelFile, Table, shown
 from lofi_fast.data.labels import UNASSIGNED, Video, subset_of
+from lofi_fast.detections import in_one_line
 from lofi_fast.errors import InputError
 from lofi_fast.files import write_bytes
 
@@ -62,8 +63,8 @@ def _is_unclear(time: str, table: Table) -> bool:
 
 
 def write(path: Path, videos: Sequence[Video]) -> None:
-    """Write labels as such a table, with the columns subset and duration where some video has them. Raises InputError
-    when it cannot be.
+    """Write labels as such a table, each in one line, with the columns subset and duration where some video has them.
+    Raises InputError when it cannot be.
     """
     subsets = any(video.subset != UNASSIGNED for video in videos)
     durations = any(video.duration is not None for video in videos)
@@ -73,6 +74,6 @@ def write(path: Path, videos: Sequence[Video]) -> None:
     for video in videos:
         duration = "" if video.duration is None else repr(video.duration)
         facts = (*((video.subset,) if subsets else ()), *((duration,) if durations else ()))
-        rows = [(repr(s.start), repr(s.end), s.label) for s in video.segments] or [("", "", "")]
+        rows = [(repr(s.start), repr(s.end), in_one_line(s.label)) for s in video.segments] or [("", "", "")]
         writer.writerows((video.name, *row, *facts) for row in rows)
     write_bytes(path, text.getvalue().encode())

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, file_names, plural
+from lofi_fast.data.formats.file import Gathered, LabelFile, Medium, plural
 from lofi_fast.data.labels import Video
 from lofi_fast.detections import Detection
 from lofi_fast.errors import InputError
@@ -99,7 +99,7 @@ def read_text(file: LabelFile) -> list[Video]:
 def _videos(
     file: LabelFile, media: Sequence[str], entries: list[tuple[str, Any, bool, Any, str]], attributes: Any
 ) -> list[Video]:
-    names = file_names(media)
+    names = file.named(media)
     found, spatial, unlabelled = Gathered(file), 0, 0
     chosen = _attribute(file, attributes)
     for path in media:
