@@ -134,6 +134,13 @@ class RunLog(Terminal):
             if said := self._view.end():
                 self.say(said)
 
+    def in_place(self) -> bool:
+        """Whether the log's name still is that of the file that is written to."""
+        try:
+            return os.path.samestat(os.stat(self._file.name), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
+
     def place(self) -> Path | None:
         """The folder that holds the log now, which may have been moved since it was opened; None where none does."""
         try:

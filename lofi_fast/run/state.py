@@ -214,6 +214,8 @@ class Run:
             raise InputError(f"{self.folder}: the run folder has gone while it was trained in; {now}")
 
     def _moved(self) -> bool:
+        if self.log.in_place():  # an open file stays the same one, also on disks that number files anew
+            return False
         return not self.folder.is_dir() or self._identity not in (None, identity(self.folder))
 
     # Position
