@@ -76,7 +76,8 @@ def _command(argv: Sequence[str] | None) -> None:
             video.name: [Detection(s.start, s.end, s.label, 1.0) for s in video.segments]
             for video in annotations.videos
         }
-        for note in annotations.notes:
+        unused = [f"{flags.source}: --min-score is not used: labels have no scores"] if flags.min_score else []
+        for note in (*annotations.notes, *unused):
             print(printable(f"note: {note}"))
         _print_counts(annotations)
     else:

@@ -490,6 +490,10 @@ def load_predictions(path: Path) -> dict[str, list[tuple[float, float, str, floa
     InputError for unreadable files, missing keys, a video that stands there twice, values that are no finite numbers,
     and predictions that end before they start.
     """
+    if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
+        raise InputError(
+            f"{path} is a table; give --predictions what `lofi-fast convert {path} FILE.json` makes of it."
+        )
     predictions: dict[str, list[tuple[float, float, str, float]]] = {}
     for name, items in read_object(path, "--predictions", "results").items():
         where = f"{path}, video {name}"

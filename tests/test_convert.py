@@ -137,6 +137,12 @@ def test_labels_are_counted_and_explained(tmp_path: Path, capsys: Captured) -> N
     assert "subset" not in json.loads((tmp_path / "a.json").read_text())["database"]["a"]
 
 
+def test_labels_have_no_scores(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "labels.csv").write_text("video,start,end,label\nv,0,1,a\n")
+    assert main([str(tmp_path / "labels.csv"), str(tmp_path / "labels.json"), "--min-score", "0.5"]) == 0
+    assert "labels.csv: --min-score is not used: labels have no scores" in capsys.readouterr().out
+
+
 def test_scores_of_a_table_are_kept(tmp_path: Path) -> None:
     write_csv(tmp_path / "found.csv", FOUND)
     flags = ["--min-score", "0.4"]

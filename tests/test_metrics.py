@@ -412,6 +412,13 @@ def test_a_video_named_twice_is_refused_as_training_does(tmp_path):
         load_ground_truth(path)
 
 
+def test_a_table_of_detections_is_told_what_makes_json_of_it(tmp_path):
+    path = tmp_path / "detections.csv"
+    path.write_text("video,start,end,label,score\nv,0,1,a,0.5\n")
+    with pytest.raises(InputError, match=r"is a table; give --predictions what `lofi-fast convert \S+detections.csv"):
+        load_predictions(path)
+
+
 def test_test_videos_may_have_no_annotations(tmp_path):
     path = write(tmp_path / "gt.json", {"database": {"a": {"subset": "testing"}, "b": video("test", (0, 1, "a"))}})
     assert load_ground_truth(path) == {"a": [], "b": [(0.0, 1.0, "a")]}
