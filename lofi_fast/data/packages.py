@@ -6,7 +6,6 @@ private helpers can import plainly.
 
 from __future__ import annotations
 
-import errno
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +15,6 @@ from lofi_fast.gpu import dali_package
 
 if TYPE_CHECKING:
     from av.container import InputContainer
-
-NO_FILE = "a pipe, a device or a folder, and no file"
 
 
 def require_pyav() -> None:
@@ -34,14 +31,11 @@ def opened(path: Path) -> InputContainer:
     """A file of moving pictures, to be read. Raises av.FFmpegError or OSError for one that FFmpeg cannot open, and
     InputError without PyAV.
 
-    FFmpeg takes what stands before a colon in a relative path, such as 10:30.mp4, for a protocol, and would wait for
-    what nobody writes into a pipe.
+    FFmpeg takes what stands before a colon in a relative path, such as 10:30.mp4, for a protocol.
     """
     require_pyav()
     import av
 
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, f"it is {NO_FILE}")
     return av.open(str(path.absolute()))
 
 

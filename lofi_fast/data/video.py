@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from lofi_fast.data.packages import NO_FILE, opened, require_pyav
+from lofi_fast.data.packages import opened, require_pyav
 from lofi_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def probe(path: Path) -> VideoInfo:
     except OSError as error:
         raise VideoError(f"video {path} cannot be read: {error.strerror}") from error
     if not S_ISREG(status.st_mode):
-        raise VideoError(f"video {path} is {NO_FILE}")
+        raise VideoError(f"video {path} is a pipe, a device or a folder, and no file")
     if status.st_size == 0:
         raise VideoError(f"video {path} is an empty file")
     try:
@@ -195,12 +195,15 @@ def _start(first: Fraction, container: int | None) -> float:
 
 def stated_duration(path: Path) -> float:
     """Seconds that the file's clock shows where its pictures end, as its header says, or where the file ends where it
-    says no more; 0.0 where it says nothing, or cannot be read. For an estimate.
+    says no more; 0.0 where it says nothing, cannot be read, or is no file, such as a pipe that nobody writes into. For
+    an estimate.
     """
     require_pyav()
     import av
 
     try:
+        if not path.is_file():
+            return 0.0
         with opened(path) as container:
             pictures = container.streams.best("video")
             begins = Fraction(container.start_time or 0, 1_000_000)
@@ -215,12 +218,14 @@ def stated_duration(path: Path) -> float:
 
 
 def stated_rate(path: Path) -> float:
-    """Frames a second on average as a file's header says; 0.0 where it says nothing, or cannot be read."""
+    """Frames a second on average as a file's header says; 0.0 where it says nothing, cannot be read, or is no file."""
     require_pyav()
     import av
     from av.video.stream import VideoStream
 
     try:
+        if not path.is_file():
+            return 0.0
         with opened(path) as container:
             pictures = container.streams.best("video")
             if not isinstance(pictures, VideoStream):
