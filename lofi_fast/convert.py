@@ -20,7 +20,7 @@ from lofi_fast.data.exports import TOOLS, media_of, write_for
 from lofi_fast.data.formats import activitynet, table
 from lofi_fast.data.formats.file import LabelFlags, Table, check_name, plural
 from lofi_fast.data.labels import seconds_of, segment_of
-from lofi_fast.detections import Detection, write_csv, write_predictions, write_srt, write_vtt
+from lofi_fast.detections import Detection, with_plain_labels, write_csv, write_predictions, write_srt, write_vtt
 from lofi_fast.errors import InputError, printable
 from lofi_fast.metrics import load_predictions
 from lofi_fast.settings import Section, Setting
@@ -164,7 +164,7 @@ def _write(
         elif form == "csv" and annotations is not None:
             table.write(path, annotations.videos)
         elif form == "csv":
-            write_csv(path, of)
+            write_csv(path, with_plain_labels(of))
         elif form == "srt" or form == "vtt":
             (items,) = of.values()
             (write_srt if form == "srt" else write_vtt)(path, items)

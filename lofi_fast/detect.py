@@ -28,6 +28,7 @@ from lofi_fast.detections import (
     Detection,
     detector_of,
     draw_timeline,
+    with_plain_labels,
     write_csv,
     write_predictions,
     write_srt,
@@ -238,7 +239,7 @@ def _detect(work: _Work, paths: Sequence[Path], session: Session, terminal: Term
     if processes.first and found and "json" in flags.format:
         write_predictions(flags.out / "detections.json", {**work.before, **found})
     if processes.first and found and "csv" in flags.format:
-        write_csv(flags.out / "detections.csv", {**work.before, **found})
+        write_csv(flags.out / "detections.csv", with_plain_labels({**work.before, **found}))
     if processes.first and found:
         _write_for_tools(flags, {names[path]: path for path in paths if names[path] in found}, found)
     terminal.say(

@@ -57,7 +57,7 @@ def write_predictions(path: Path, predictions: Mapping[str, Sequence[Detection]]
 
 
 def write_csv(path: Path, predictions: Mapping[str, Sequence[Detection]]) -> None:
-    """Write a table with the columns video, start, end, label, score; seconds to the millisecond, a label in one line.
+    """Write a table with the columns video, start, end, label, score; seconds to the millisecond.
 
     Raises InputError when the file cannot be written.
     """
@@ -65,10 +65,16 @@ def write_csv(path: Path, predictions: Mapping[str, Sequence[Detection]]) -> Non
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("video", "start", "end", "label", "score"))
     for name, items in predictions.items():
-        writer.writerows(
-            (name, f"{d.start:.3f}", f"{d.end:.3f}", in_one_line(d.label), f"{d.score:.6f}") for d in items
-        )
+        writer.writerows((name, f"{d.start:.3f}", f"{d.end:.3f}", d.label, f"{d.score:.6f}") for d in items)
     write_bytes(path, table.getvalue().encode("utf-8"))
+
+
+def with_plain_labels(predictions: Mapping[str, Sequence[Detection]]) -> dict[str, list[Detection]]:
+    """The same, with each label in one line."""
+    return {
+        name: [Detection(d.start, d.end, in_one_line(d.label), d.score) for d in items]
+        for name, items in predictions.items()
+    }
 
 
 def in_one_line(label: str) -> str:
