@@ -172,15 +172,14 @@ def draw_timeline(path: Path, title: str, detections: Sequence[Detection], durat
 
 def detector_of(path: Path) -> str | None:
     """Whose detections a picture shows that `draw_timeline` has drawn; None of any other file."""
+    from PIL import Image
+
     try:
-        with path.open("rb") as file:
-            beginning = file.read(1024)
+        with Image.open(path) as picture:
+            said = picture.info
     except OSError:
         return None
-    if f"Software\0{PICTURE_BY}".encode() not in beginning:
-        return None
-    said = re.search(rb"Source\0([ -~]*)", beginning)
-    return said[1].decode() if said else ""
+    return str(said.get("Source", "")) if said.get("Software") == PICTURE_BY else None
 
 
 def _draw_line(

@@ -16,6 +16,7 @@ from lofi_fast.detections import (
     MAX_CLASSES,
     MAX_LINES,
     Detection,
+    detector_of,
     draw_timeline,
     write_csv,
     write_predictions,
@@ -162,3 +163,12 @@ def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_predictions(tmp_path / "p.json", {"v": [Detection(0, 1, "a", float("nan"))]})
     assert not (tmp_path / "p.json").exists() and json.dumps(sorted(p.name for p in tmp_path.iterdir())) == '["taken"]'
+
+
+def test_a_picture_tells_whose_detections_it_shows(tmp_path: Path) -> None:
+    path = tmp_path / "v.png"
+    for number in range(8):  # what follows the words in the file differs with them
+        draw_timeline(path, "v", FOUND, 10.0, f"detector {number}")
+        assert detector_of(path) == f"detector {number}"
+    path.write_bytes(b"a picture of another program, or none")
+    assert detector_of(path) is None and detector_of(tmp_path / "absent.png") is None
