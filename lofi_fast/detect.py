@@ -12,7 +12,6 @@ import csv
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -35,9 +34,9 @@ from lofi_fast.detections import (
     write_vtt,
 )
 from lofi_fast.errors import InputError
-from lofi_fast.files import check_output, output_folder
+from lofi_fast.files import check_output, output_folder, sha256_of
 from lofi_fast.metrics import load_predictions
-from lofi_fast.model_file import digest_of, metadata_of, model_file
+from lofi_fast.model_file import metadata_of, model_file
 from lofi_fast.settings import Setting
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ def _command(argv: list[str], owns_process: bool) -> int:
     check_budget(flags.mem_budget)
     file = model_file(flags.run)
     metadata_of(file)  # before torch, which takes seconds to import
-    paths, digest = paths_of(flags.videos), digest_of(file)
+    paths, digest = paths_of(flags.videos), sha256_of(file)
     work = _Work(flags, digest, _found_before(flags, set(unique_names(paths).values()), digest))
     check_output(flags.out)
     if owns_process:
@@ -157,20 +156,16 @@ def _found_before(flags: DetectFlags, names: Set[str], digest: str) -> dict[str,
     Raises InputError where what is written would replace anything but earlier results of the videos of these names.
     """
     out, other = flags.out, "name another folder with --out"
-    stays: dict[str, list[Detection]] = {}
-    with suppress(InputError):  # which is told of below, where the file would be replaced
-        stays = {
-            name: [Detection(*row) for row in rows]
-            for name, rows in load_predictions(out / "detections.json").items()
-            if detector_of(out / f"{name}.png") == digest
-        }
-    for path in (out / f"detections.{form}" for form in ("json", "csv") if form in flags.format):
-        if not path.exists():
+    tables = {form: path for form in ("json", "csv") if (path := out / f"detections.{form}").exists()}
+    found = _detections_of(tables["json"]) if "json" in tables else {}
+    stays = {name: items for name, items in (found or {}).items() if detector_of(out / f"{name}.png") == digest}
+    for form, path in tables.items():
+        if form not in flags.format:
             continue
-        there = _videos_of(path)
+        there = _videos_of(path) if form == "csv" else found
         if there is None:
             raise InputError(f"{path} is there already, and not by this command; {other}")
-        if lost := sorted(there - names - stays.keys()):
+        if lost := sorted(set(there) - names - stays.keys()):
             more = f" and {len(lost) - 1} more" if lost[1:] else ""
             raise InputError(
                 f"{path} holds what was found in {printable_name(lost[0])}{more}, which would be lost; {other}"
@@ -188,15 +183,21 @@ def _found_before(flags: DetectFlags, names: Set[str], digest: str) -> dict[str,
     return stays
 
 
-def _videos_of(path: Path) -> set[str] | None:
-    """The videos of detections.json or detections.csv; None of a file that is neither."""
+def _detections_of(path: Path) -> dict[str, list[Detection]] | None:
+    """Those of detections.json; None of any other file."""
     try:
-        if path.suffix == ".json":
-            return set(load_predictions(path))
+        return {name: [Detection(*row) for row in rows] for name, rows in load_predictions(path).items()}
+    except InputError:
+        return None
+
+
+def _videos_of(path: Path) -> set[str] | None:
+    """The videos of detections.csv; None of any other file."""
+    try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = csv.DictReader(file)
             return {row["video"] for row in rows} if "video" in (rows.fieldnames or ()) else None
-    except (InputError, OSError, UnicodeDecodeError, csv.Error):
+    except (OSError, UnicodeDecodeError, csv.Error):
         return None
 
 

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from hashlib import file_digest
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -33,7 +32,7 @@ from lofi_fast.data.given import paths_of, unique_names
 from lofi_fast.data.video import VideoError
 from lofi_fast.errors import InputError
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
-from lofi_fast.files import check_output, replacing, write_json
+from lofi_fast.files import check_output, replacing, sha256_of, write_json
 from lofi_fast.model_file import metadata_of, model_file
 from lofi_fast.settings import Setting
 
@@ -187,11 +186,10 @@ def _index(flags: ExtractFlags, form: Form, detector: Detector, names: Mapping[P
     would overwrite.
     """
     out = flags.out
-    with model_file(flags.run).open("rb") as content:
-        digest = file_digest(content, "sha256").hexdigest()
     config = detector.config
     made: dict[str, Any] = {
-        "lofi_fast": __version__, "model": digest, "run": str(flags.run), "encoder": config.encoder.name,
+        "lofi_fast": __version__, "model": sha256_of(model_file(flags.run)),
+        "run": str(flags.run), "encoder": config.encoder.name,
         "width": config.encoder.width, "window": config.data.window_seconds, "snippets": config.full.num_snippets,
         "side": config.full.side, "format": form, "length": flags.count,
     }  # fmt: skip

@@ -7,6 +7,7 @@ or the new one, and a killed process leaves at most a `.partial` that nothing re
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -113,6 +114,12 @@ def _readable(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_readable(item) for item in value]
     return value
+
+
+def sha256_of(path: Path) -> str:
+    """By which a file is known, whatever its name. Raises OSError."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def sweep(folder: Path) -> None:

@@ -5,7 +5,6 @@ Importing this file imports no torch: a wrong folder is told of at once.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from lofi_fast import __version__
@@ -48,12 +47,6 @@ def metadata_of(file: Path) -> dict[str, str]:
         writer = metadata.get("lofi_fast", "a newer one")
         raise InputError(f"{file}: written by lofi_fast {writer}, newer than this {__version__}: update lofi_fast")
     return metadata
-
-
-def digest_of(file: Path) -> str:
-    """By which a detector is known: of all that its file holds. Raises OSError."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 
 
 def _without_model(folder: Path) -> str:

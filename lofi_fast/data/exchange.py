@@ -48,7 +48,7 @@ def labels_for(annotations: Path, given: Sequence[str], names: Mapping[Path, str
     found = load_annotations(annotations, clip=False, options=FormatOptions(videos=folders[0] if folders else None))
     by_path = {path.resolve(): name for path, name in names.items()}
     by_end = _ends(names)
-    matched = [match_videos(folder, [video.name for video in found.videos]) for folder in folders]
+    matched = [match_videos(folder, [video.name for video in found.videos], flag="") for folder in folders]
     validation = choose_validation([video for video in found.videos if video.subset == UNASSIGNED])
     videos: dict[str, Video] = {}
     for video in found.videos:
@@ -57,7 +57,7 @@ def labels_for(annotations: Path, given: Sequence[str], names: Mapping[Path, str
         if not several:
             continue
         if unclear := next((of.unclear[video.name] for of in matched if video.name in of.unclear), None):
-            raise InputError(unclear.replace("--videos ", ""))
+            raise InputError(unclear)
         name, *others = sorted(several)
         if others:
             raise InputError(

@@ -61,17 +61,17 @@ def find_videos(folder: Path, names: Iterable[str]) -> Matches:
     return matches
 
 
-def match_videos(folder: Path, names: Iterable[str]) -> Matches:
+def match_videos(folder: Path, names: Iterable[str], flag: str = "--videos ") -> Matches:
     """The file below `folder` that each name means: its path from there, or the end of that path, with or without its
     extension; also with "v_" before the file's name, ActivityNet's habit.
 
     `cam2/0001` is found as cam2/0001.mp4, and as day1/cam2/0001.mp4. A whole path from `folder` wins over the end of
     another one. A file whose extension tells nothing is opened to see whether it is a video. Where nothing fits, the
     end of a path from another place is taken with a note, and so are other white space and another Unicode form.
-    Raises InputError when the folder cannot be listed.
+    Sentences name the folder behind `flag`. Raises InputError when the folder cannot be listed.
     """
     folder = Path(folder)
-    files = _Files(folder, _files_below(folder, lambda suffix: suffix not in _COMPANIONS, "--videos "))
+    files = _Files(folder, _files_below(folder, lambda suffix: suffix not in _COMPANIONS, flag))
     paths: dict[str, Path] = {}
     absent: dict[str, str] = {}
     unclear: dict[str, str] = {}
@@ -86,7 +86,7 @@ def match_videos(folder: Path, names: Iterable[str]) -> Matches:
         elif len(found) > 1:
             shown = ", ".join(str(path.relative_to(folder)) for path in found[:3]) + (", ..." if found[3:] else "")
             unclear[name] = (
-                f"the labels' video {name!r} may be any of {len(found)} files below --videos {folder}: {shown}; "
+                f"the labels' video {name!r} may be any of {len(found)} files below {flag}{folder}: {shown}; "
                 f"write it with its folder and extension, like {found[0].relative_to(folder).as_posix()!r}"
             )
         elif (other := taken.setdefault(str(found[0]), name)) != name:

@@ -18,7 +18,7 @@ import msgspec
 from lofi_fast.config import Config
 from lofi_fast.data.dataset import Dataset
 from lofi_fast.errors import InputError
-from lofi_fast.files import json_bytes
+from lofi_fast.files import json_bytes, sha256_of
 
 RECORD = "data.json"
 
@@ -71,8 +71,7 @@ def record_of(dataset: Dataset, config: Config) -> bytes:
 
 def _sha256(flag: str, path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise InputError(f"{flag} {path} cannot be read: {error.strerror}") from None
 
