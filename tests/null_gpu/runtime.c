@@ -149,8 +149,10 @@ static int mem_create(unsigned long long* handle, size_t bytes, const void* prop
   *handle = bytes;
   return take(bytes) ? 0 : 2;
 }
-static int mem_unmap(unsigned long long pointer, size_t bytes) {
-  give(bytes);
+// Memory is the card's again when its handle is released, which torch does after unmapping it, and at once where it
+// could not make all that it wanted to map.
+static int mem_release(unsigned long long handle) {
+  give(handle);
   return 0;
 }
 static int granularity(size_t* bytes, const void* properties, int option) {
@@ -180,7 +182,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
       {"cuMemAddressReserve", address_reserve},
       {"cuMemAddressFree", address_free},
       {"cuMemCreate", mem_create},
-      {"cuMemUnmap", mem_unmap},
+      {"cuMemRelease", mem_release},
       {"cuMemGetAllocationGranularity", granularity},
       {"cuGetErrorString", error_string},
       {"cuDeviceGetAttribute", device_attribute},

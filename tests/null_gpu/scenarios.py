@@ -398,6 +398,19 @@ def neighbour(scene: Scene, count: int, others: tuple[float, float], **settings:
     return logs.summary(taken, trials, most) | {"over": over, "turns": turns[0]}
 
 
+def refused(scene: Scene, free: float) -> Any:
+    """What the card holds before and after torch asks it for twice as much as is free."""
+    card = scene.card
+    first = torch.empty(1, device="cuda")
+    before = card.held
+    card["other"] = card["total"] - before - round(free)
+    try:
+        torch.empty(2 * round(free), dtype=torch.uint8, device=first.device)
+    except torch.OutOfMemoryError:
+        return {"before": before, "after": card.held}
+    raise AssertionError("torch was given more than there is")
+
+
 # Memory that torch does not know
 
 
@@ -547,7 +560,7 @@ def recorded(scene: Scene) -> Any:
 
 
 SCENARIOS: dict[str, Callable[..., Any]] = {
-    "steps": steps, "chosen": chosen, "shortages": shortages, "neighbour": neighbour,
+    "steps": steps, "chosen": chosen, "shortages": shortages, "neighbour": neighbour, "refused": refused,
     "foreign": foreign, "demo": demo_videos, "job": job, "recorded": recorded,
 }  # fmt: skip
 

@@ -115,9 +115,15 @@ def test_a_library_that_fails_far_from_the_cap_is_not_short_of_memory(machine: M
 def test_a_budget_is_kept_beside_a_neighbour_that_takes_and_frees(machine: Machine, row: Row) -> None:
     found = machine("neighbour", total=16e9, batch=2, budget=11e9, count=1000, others=[2e9, 11e9])
     assert found["steps"] == 1000 and found["turns"] > 100
-    assert found["violations"] == found["over"] == found["lost"] == 0
+    assert {name: found[name] for name in ("violations", "over", "lost")} == {"violations": 0, "over": 0, "lost": 0}
     assert found["short"] > 200 and found["rungs"] > 1, "the neighbour was never felt"
     row("1,000 steps beside a neighbour", violations=0, retries=found["retries"], seconds=found["seconds"])
+
+
+@pytest.mark.parametrize("expandable", [True, False], ids=["expandable segments", "plain segments"])
+def test_what_torch_could_not_be_given_whole_is_the_cards_again(machine: Machine, expandable: bool) -> None:
+    found = machine("refused", expandable=expandable, total=16e9, free=200e6)
+    assert found["after"] == found["before"]
 
 
 def test_memory_outside_torch_is_ours_in_every_process(machine: Machine, row: Row, tmp_path: Path) -> None:
