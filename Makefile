@@ -18,7 +18,7 @@ train: $(VENV)/installed
 	$(BIN)/python -m lofi_fast.train --mem-budget $(BUDGET) $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(VENV)/tested-with
 	$(BIN)/ruff check

@@ -201,16 +201,18 @@ def test_streams_that_are_closed_and_letters_that_a_terminal_lacks(desk: Path) -
 
 
 def test_interrupted_while_it_reads_labels(desk: Path) -> None:
-    os.mkfifo(desk / "pipe.csv")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "lofi_fast", "convert", "pipe.csv", "a.json"]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        writing = (desk / "pipe.csv").open("w")  # opens once the other side reads
-        time.sleep(0.2)
+    rows = (f"v{i // 10},{i % 10},{i % 10 + 1},run\n" for i in range(300_000))  # some seconds' reading
+    (desk / "many.csv").write_text("video,start,end,label\n" + "".join(rows))
+    script = "from lofi_fast import __main__ as program; print(flush=True); exit(program.main())"
+    command = [sys.executable, "-c", script, "convert", "many.csv", "a.json"]
+    environment, pipe = os.environ | {"PYTHONPATH": str(ROOT)}, subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "\n"
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=PATIENCE)
-        writing.close()
     assert (process.returncode, said) == (130, "\ninterrupted\n")
+    assert not (desk / "a.json").exists()
 
 
 def test_version_and_help_as_people_ask_for_them(capsys: Captured) -> None:
