@@ -158,11 +158,8 @@ def _reached(file: Path, seen: set[Path]) -> set[Path]:
 
 
 def _imported(file: Path) -> set[str]:
-    foreign = {name for name in _names(file) if _own(name) is None and name.partition(".")[0] not in _OURS}
-    return {name.partition(".")[0] for name in foreign} - sys.stdlib_module_names
-
-
-_OURS = ("lofi_fast", "bench", "tests", "forms", "networks", "apex_stand_in", "conftest")
+    packages = {name.partition(".")[0] for name in _names(file)}
+    return {name for name in packages if _own(name) is None} - {"tests"} - sys.stdlib_module_names
 
 
 @cache
