@@ -685,7 +685,7 @@ def test_recomputing_keeps_the_batch_norms_alone_and_never_needs_more_than_all_a
     encoder = setting.encoder
     assert isinstance(encoder, ResNetLedger)
     net = network(encoder.name, encoder.width, side)
-    assert again.kept_encoder == setting.itemsize * net.stem.weight + 8 * net.channels <= kept.kept_encoder
+    assert again.kept_encoder == setting.itemsize * net.stem[0].weight + 8 * net.channels <= kept.kept_encoder
     assert again.kept_head == kept.kept_head
     if length * batch >= 3 * chunk:  # else most maps are there at once in any case
         assert again.total <= kept.total

@@ -167,7 +167,7 @@ def _floor(config: Config, duration: float, window: float) -> float:
     """Seconds of the encoder's convolutions."""
     length, side = config.full.num_snippets, config.full.side
     net = network(config.encoder.name, config.encoder.width, side)
-    a_frame = sum(2 * conv.weight * conv.result.side**2 for conv in net.convs)
+    a_frame = sum(2 * conv.multiply_adds for conv in net.convs)
     frames = FRAMES_PER_SNIPPET * length * duration / window
     # By the processor's time, as what it is compared with: a clock would count what else the machine does.
     fastest = 0.0

@@ -39,9 +39,9 @@ class Work:
 def encoder_work(name: EncoderName, width: int, frames: int, side: int, map_bytes: int) -> Work:
     """Forward and backward over `frames` of `side` x `side` pixels."""
     net = network(name, width, side)
-    first = 2 * net.stem.weight * net.stem.result.side**2  # a multiplication and an addition count as two
-    others = sum(2 * conv.weight * conv.result.side**2 for conv in net.convs[1:])
-    once = frames * net.stem.source.numel
+    first = 2 * net.stem[0].multiply_adds  # a multiplication and an addition count as two
+    others = sum(2 * conv.multiply_adds for conv in net.convs[1:])
+    once = frames * net.image
     kept = lean_kept_bytes(name, width, side, frames, map_bytes) - once
     return Work(frames * (2 * first + 3 * others), PASSES * kept + 2 * once)
 

@@ -4,7 +4,8 @@
 (resnet.py), the memory-lean way to run it (lean.py), both together as an encoder (tsm.py), the bytes that it takes
 (resnet_ledger.py, and resnet_live_ledger.py for pretraining, over the table of its convolutions in resnet_table.py)
 and weights from elsewhere (weights.py). R(2+1)D-18, both ways, is r2plus1d.py, and its bytes r2plus1d_ledger.py;
-the ViT-B/16 is vit.py and vit_ledger.py. What ledgers share is chunks.py. Another encoder is another file beside these.
+the ViT-B/16 is vit.py and vit_ledger.py. What ledgers share is chunks.py, and of convolutions conv_ledger.py. Another
+encoder is another file beside these.
 
 Importing this package imports no torch, so that memory can be planned without it.
 """

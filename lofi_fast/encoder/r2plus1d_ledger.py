@@ -10,11 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 from lofi_fast.encoder.chunks import Chunk, divided, play_backward, play_forward
+from lofi_fast.encoder.conv_ledger import (
+    Activation,
+    Block,
+    Conv,
+    Network,
+    folded_weight_gradient,
+    normalised,
+    normalised_backward,
+    unfold,
+    weight_gradient,
+)
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
-from lofi_fast.ledger import FLOAT, LONG, RGB, Parameters, Pass, Stage, Tally
+from lofi_fast.ledger import FLOAT, RGB, Parameters, Pass, Stage, Tally
 
 NUM_BLOCKS = (2, 2, 2, 2)  # in each of the four stages
 
@@ -22,103 +33,10 @@ NUM_BLOCKS = (2, 2, 2, 2)  # in each of the four stages
 # The network as a table
 
 
-@dataclass(frozen=True)
-class Volume:
-    """One activation of a snippet."""
-
-    channels: int
-    frames: int
-    side: int
-
-    @cached_property
-    def numel(self) -> int:
-        return self.channels * self.frames * self.side * self.side
-
-
-@dataclass(frozen=True)
-class Conv:
-    """A convolution over space or over time, with the batch norm after it."""
-
-    source: Volume
-    result: Volume
-    taps: int
-
-    @staticmethod
-    def over_space(source: Volume, channels: int, kernel: int, stride: int = 1) -> Conv:
-        return Conv(source, Volume(channels, source.frames, (source.side - 1) // stride + 1), kernel**2)
-
-    @staticmethod
-    def over_time(source: Volume, channels: int, stride: int = 1) -> Conv:
-        return Conv(source, Volume(channels, (source.frames - 1) // stride + 1, source.side), 3)
-
-    @cached_property
-    def weight(self) -> int:
-        return self.source.channels * self.result.channels * self.taps
-
-
-@dataclass(frozen=True)
-class Block:
-    """A residual block: x -> the branch's convolutions, each but the last with a ReLU -> + identity, ReLU -> out."""
-
-    branch: tuple[Conv, ...]
-    downsample: Conv | None
-
-    @cached_property
-    def x(self) -> Volume:
-        return self.branch[0].source
-
-    @cached_property
-    def out(self) -> Volume:
-        return self.branch[-1].result
-
-    @cached_property
-    def convs(self) -> tuple[Conv, ...]:
-        return self.branch if self.downsample is None else (*self.branch, self.downsample)
-
-    @cached_property
-    def kept(self) -> int:
-        """Numbers that the lean block keeps beside x."""
-        return sum(conv.result.numel for conv in self.branch)
-
-    @cached_property
-    def weight(self) -> int:
-        return sum(conv.weight for conv in self.convs)
-
-
-@dataclass(frozen=True)
-class Network:
-    """An R(2+1)D-18 over a snippet of square frames."""
-
-    stem: tuple[Conv, ...]
-    blocks: tuple[Block, ...]
-
-    @cached_property
-    def image(self) -> int:
-        """Numbers of a snippet's pixels."""
-        return self.stem[0].source.numel
-
-    @cached_property
-    def convs(self) -> tuple[Conv, ...]:
-        return (*self.stem, *(conv for block in self.blocks for conv in block.convs))
-
-    @cached_property
-    def last(self) -> Volume:
-        return self.blocks[-1].out
-
-    @cached_property
-    def weights(self) -> int:
-        return sum(conv.weight for conv in self.convs)
-
-    @cached_property
-    def channels(self) -> int:
-        """Of all batch norms together."""
-        return sum(conv.result.channels for conv in self.convs)
-
-
 @lru_cache(maxsize=256)
 def network(width: int, side: int) -> Network:
     """An encoder of `width` channels in its first stage, over frames of `side` x `side` pixels."""
-    first = Conv.over_space(Volume(RGB, FRAMES_PER_SNIPPET, side), 45 * width // 64, 7, 2)
+    first = Conv.over_space(Activation(RGB, side, FRAMES_PER_SNIPPET), 45 * width // 64, 7, 2)
     second = Conv.over_time(first.result, width)
     x, blocks = second.result, []
     for stage, num_blocks in enumerate(NUM_BLOCKS):
@@ -174,7 +92,8 @@ def _stages(net: Network, snippets: int, e: int, first: bool, recompute: bool = 
     results = [size * conv.result.numel for conv in net.stem]
     pixels = 2 * FLOAT * image
     over_space, over_time = net.stem
-    gradients = _weight_gradient(over_space, over_time.weight, e, first), _weight_gradient(over_time, 0, e, first)
+    of_space = folded_weight_gradient(over_space, over_time.weight, e, first)
+    of_time = folded_weight_gradient(over_time, 0, e, first)
     used = results if recompute else [0, 0]
     stages = [
         Stage(
@@ -184,8 +103,8 @@ def _stages(net: Network, snippets: int, e: int, first: bool, recompute: bool = 
             weight=over_space.weight + over_time.weight,
             backward=max(
                 results[1],
-                sum(results) + gradients[1] - used[1],
-                results[0] + max(pixels + (gradients[1] if first else 0), e * image + gradients[0]) - sum(used),
+                sum(results) + of_time - used[1],
+                results[0] + max(pixels + (of_time if first else 0), e * image + of_space) - sum(used),
             ),
         )
     ]
@@ -205,7 +124,7 @@ def _stages(net: Network, snippets: int, e: int, first: bool, recompute: bool = 
     stages.append(
         Stage(
             "features",  # the mean over time and space, in fp32
-            handed=FLOAT * snippets * net.last.channels,
+            handed=FLOAT * snippets * net.num_features,
             backward=(FLOAT if e == FLOAT else FLOAT + e) * last,
             pending=e * last,
         )
@@ -223,22 +142,10 @@ def _through_block(block: Block, size: int, e: int, first: bool, recompute: bool
         conv = block.branch[i]
         gone += size * conv.result.numel if recompute else 0
         comes = size * conv.result.numel if i + 1 < len(block.branch) else 0
-        yield comes + size * conv.source.numel + _weight_gradient(conv, done, e, first) - gone
+        yield comes + size * conv.source.numel + folded_weight_gradient(conv, done, e, first) - gone
         done += conv.weight
     if block.downsample is not None:  # two gradients of x
-        yield 2 * size * block.x.numel + _weight_gradient(block.downsample, done, e, first) - gone
-
-
-def _weight_gradient(conv: Conv, done: int, e: int, first: bool) -> int:
-    """Bytes of gradients of folded weights that backward makes up to `conv`, after `done` numbers of the same block.
-
-    A chunk's gradient is a number of `e` bytes. It is added to a sum in fp32, which the first chunk makes: out of the
-    gradient itself where that is in fp32.
-    """
-    made = e * conv.weight
-    if first:
-        made += FLOAT * done + (0 if e == FLOAT else FLOAT * conv.weight)
-    return made
+        yield 2 * size * block.x.numel + folded_weight_gradient(block.downsample, done, e, first) - gone
 
 
 @lru_cache(maxsize=1024)
@@ -280,19 +187,15 @@ class R2Plus1DLedger:
 
     @property
     def num_features(self) -> int:
-        return self._network.last.channels
+        return self._network.num_features
 
     @property
     def parameters(self) -> Parameters:
-        """Batch norm holds two parameters, two statistics and a count of batches; only convolutions learn."""
-        net = self._network
-        held = FLOAT * (net.weights + 4 * net.channels + 2 * RGB) + LONG * len(net.convs)
-        return Parameters(held, net.weights, len(net.convs), net.weights)
+        return self._network.parameters
 
     def multiply_adds(self, side: int) -> int:
         convs = network(self.width, side).convs
-        snippet = sum(conv.weight * conv.result.frames * conv.result.side**2 for conv in convs)
-        return snippet // FRAMES_PER_SNIPPET
+        return sum(conv.multiply_adds for conv in convs) // FRAMES_PER_SNIPPET
 
     def moved(self, side: int) -> int:
         """Three convolutions (forward, and backward for the input and for the weight) each touch what lies on both
@@ -315,14 +218,12 @@ class R2Plus1DLedger:
         """The chunks in reverse, then from the gradients of the folded weights to those of the parameters."""
         net = self._network
         play_backward(tally, FLOAT * net.weights, self._once(work.itemsize), *self._chunks(work))
-        for conv in reversed(net.convs):
-            tally.spike(FLOAT * conv.weight)
-            tally.take((work.gradient - FLOAT) * conv.weight)
+        unfold(tally, net, work.gradient)
 
     def without_gradients(self, tally: Tally, work: Pass) -> None:
         """The folded weights, then one chunk after the other, then the features put together."""
         net, e = network(self.width, work.side), work.itemsize
-        once, features = self._fold(tally, e), FLOAT * work.snippets * net.last.channels
+        once, features = self._fold(tally, e), FLOAT * work.snippets * net.num_features
         snippets = min(work.chunk, work.snippets)
         tally.take(features)
         _forward_alone(tally, net, _stages(net, snippets, e, False)[:-1], e * snippets)
@@ -361,17 +262,17 @@ def play_live(tally: Tally, net: Network, snippets: int, e: int) -> None:
     autocast, which keeps a copy of each weight too.
     """
     size, image, cast = e * snippets, snippets * net.image, 0 if e == FLOAT else e
-    last, features = net.last, FLOAT * snippets * net.last.channels
+    last, features = net.last, FLOAT * snippets * net.num_features
     tally.spike(2 * FLOAT * image)  # less the mean, by the deviation
     tally.take(FLOAT * image + cast * image)
     for conv in net.stem:
-        _normalised(tally, conv, size, cast)
+        normalised(tally, conv, size, cast)
     if cast:
         tally.take(-FLOAT * image)
     for block in net.blocks:
         out = size * block.out.numel
         for conv in block.convs:
-            _normalised(tally, conv, size, cast)
+            normalised(tally, conv, size, cast)
         tally.take(out)
         tally.take(-out if block.downsample is None else -2 * out)  # what was added goes
     tally.take(features)
@@ -384,34 +285,13 @@ def play_live(tally: Tally, net: Network, snippets: int, e: int) -> None:
         result = size * conv.result.numel
         tally.spike(result)
         tally.take(-result)  # the ReLU's gradient takes its input's place, and its output goes
-        _normalised_backward(tally, conv, size)
+        normalised_backward(tally, conv, size)
         tally.take(-result)
         over_time = conv is net.stem[1]
         tally.take(size * conv.source.numel if over_time else 0)
-        _live_weight_gradient(tally, conv, cast)
+        weight_gradient(tally, conv, cast)
         tally.take(-result)
     tally.take(-e * image)
-
-
-def _normalised(tally: Tally, conv: Conv, size: int, cast: int) -> None:
-    """A convolution and its batch norm, whose mean and inverse deviation are kept."""
-    tally.take(cast * conv.weight + size * conv.result.numel)
-    tally.take(size * conv.result.numel + 2 * FLOAT * conv.result.channels)
-
-
-def _normalised_backward(tally: Tally, conv: Conv, size: int) -> None:
-    """Through the batch norm: the gradient of its input is left beside that of its output; the input goes."""
-    tally.take(size * conv.result.numel + 2 * FLOAT * conv.result.channels)
-    tally.take(-size * conv.result.numel - 2 * FLOAT * conv.result.channels)
-
-
-def _live_weight_gradient(tally: Tally, conv: Conv, cast: int) -> None:
-    """In the activations' dtype, then in float32; the cast weight goes in between."""
-    tally.take((cast or FLOAT) * conv.weight)
-    if cast:
-        tally.take(-cast * conv.weight)
-        tally.take(FLOAT * conv.weight)
-        tally.take(-cast * conv.weight)
 
 
 def _live_backward(tally: Tally, block: Block, size: int, cast: int) -> None:
@@ -420,20 +300,20 @@ def _live_backward(tally: Tally, block: Block, size: int, cast: int) -> None:
     tally.spike(out)
     tally.take(-out)  # the ReLU's gradient takes its input's place, and its output goes
     if block.downsample is not None:
-        _normalised_backward(tally, block.downsample, size)
+        normalised_backward(tally, block.downsample, size)
         tally.take(x)
-        _live_weight_gradient(tally, block.downsample, cast)
+        weight_gradient(tally, block.downsample, cast)
         tally.take(-out)
     for i in reversed(range(len(block.branch))):
         conv = block.branch[i]
         result, source = size * conv.result.numel, size * conv.source.numel
-        _normalised_backward(tally, conv, size)
+        normalised_backward(tally, conv, size)
         if i + 1 < len(block.branch) or block.downsample is not None:
             tally.take(-result)  # else it is the gradient of the identity too
         tally.take(source)
         tally.spike((cast or FLOAT) * conv.weight)
         tally.take(-result)
-        _live_weight_gradient(tally, conv, cast)
+        weight_gradient(tally, conv, cast)
         if i > 0:
             tally.spike(source)
             tally.take(-source)

@@ -25,9 +25,10 @@ from functools import lru_cache
 from lofi_fast.config import EncoderName
 from lofi_fast.encoder import resnet_live_ledger
 from lofi_fast.encoder.chunks import Chunk, divided, play_backward, play_forward
-from lofi_fast.encoder.resnet_table import Activation, Block, Conv, Network, network
+from lofi_fast.encoder.conv_ledger import Activation, Block, Network, folded_weight_gradient, unfold
+from lofi_fast.encoder.resnet_table import network
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
-from lofi_fast.ledger import FLOAT, LONG, RGB, Parameters, Pass, Stage, Tally
+from lofi_fast.ledger import FLOAT, LONG, Parameters, Pass, Stage, Tally
 
 # What is kept
 
@@ -48,7 +49,7 @@ def lean_kept_bytes(
     net = network(name, width, side)
     activations = 0 if recompute else _kept_activations(net, num_frames, itemsize, eight_bit)
     once = (0 if recompute else itemsize * net.weights) + FLOAT * net.channels
-    return num_frames * net.stem.source.numel + activations + once
+    return num_frames * net.image + activations + once
 
 
 def plain_kept_bytes(name: EncoderName, width: int, side: int, num_frames: int, itemsize: int) -> int:
@@ -56,20 +57,21 @@ def plain_kept_bytes(name: EncoderName, width: int, side: int, num_frames: int, 
     `itemsize` is 2: the shifted copy, and the output of every convolution and of every ReLU.
     """
     net = network(name, width, side)
-    numbers = net.stem.source.numel + 2 * net.stem.result.numel
+    numbers = net.image + 2 * net.stem[0].result.numel
     if net.blocks[0].downsample is not None:
-        numbers += net.pooled.numel  # else no convolution reads it unshifted
+        numbers += net.blocks[0].x.numel  # else no convolution reads it unshifted
     for block in net.blocks:
         numbers += block.x.numel + 2 * block.kept
         if block.downsample is not None:
             numbers += block.out.numel
-    indices = LONG * net.pooled.numel
+    indices = LONG * net.blocks[0].x.numel
     return num_frames * (itemsize * numbers + indices) + (0 if itemsize == FLOAT else itemsize * net.weights)
 
 
 def _kept_activations(net: Network, num_frames: int, itemsize: int, eight_bit: bool) -> int:
-    kept = [net.pooled, *(conv.result for block in net.blocks for conv in block.branch)]
-    return num_frames * (sum(_stored(activation, itemsize, eight_bit) for activation in kept) + net.pooled.numel)
+    x = net.blocks[0].x
+    kept = [x, *(conv.result for block in net.blocks for conv in block.branch)]
+    return num_frames * (sum(_stored(activation, itemsize, eight_bit) for activation in kept) + x.numel)
 
 
 def _stored(activation: Activation, itemsize: int, eight_bit: bool) -> int:
@@ -85,18 +87,18 @@ def _stages(net: Network, frames: int, e: int, recompute: bool, eight_bit: bool,
     block is done. With `eight_bit` activations
     are handed on as they are, beside the bytes that are kept of them, and are made again where backward reads them.
     """
-    size = e * frames
-    pooled, argmax, conv = size * net.pooled.numel, frames * net.pooled.numel, size * net.stem.result.numel
-    stored = frames * _stored(net.pooled, e, eight_bit)
-    image = size * net.stem.source.numel
+    size, stem, x = e * frames, net.stem[0], net.blocks[0].x
+    pooled, argmax, conv = size * x.numel, frames * x.numel, size * stem.result.numel
+    stored = frames * _stored(x, e, eight_bit)
+    image, gradient = size * net.image, folded_weight_gradient(stem, 0, e, first)
     stages = [
         Stage(
             "stem",
             kept=stored + argmax,
             handed=2 * pooled if eight_bit else pooled,
             forward=max(conv, image + conv - (2 * pooled + argmax + (stored if eight_bit else 0))),
-            weight=net.stem.weight,
-            backward=conv + max(2 * pooled if eight_bit else pooled, image + _weight_gradient(net.stem, 0, e, first)),
+            weight=stem.weight,
+            backward=conv + max(2 * pooled if eight_bit else pooled, image + gradient),
         )
     ]
     for index, block in enumerate(net.blocks):
@@ -154,24 +156,12 @@ def _through_block(block: Block, size: int, e: int, eight_bit: bool, first: bool
         # input is made again.
         comes = size * conv.result.numel if i + 1 < len(block.branch) else 0
         gives = size * conv.source.numel
-        beside = folded * conv.weight + _weight_gradient(conv, done, e, first)
+        beside = folded * conv.weight + folded_weight_gradient(conv, done, e, first)
         yield comes + gives * (2 if i == 0 or eight_bit else 1) + beside
         done += conv.weight
     if block.downsample is not None:  # two gradients of x
-        beside = folded * block.downsample.weight + _weight_gradient(block.downsample, done, e, first)
+        beside = folded * block.downsample.weight + folded_weight_gradient(block.downsample, done, e, first)
         yield x * (3 if eight_bit else 2) + beside
-
-
-def _weight_gradient(conv: Conv, done: int, e: int, first: bool) -> int:
-    """Bytes of gradients of folded weights that backward makes up to `conv`, after `done` numbers of the same block.
-
-    A chunk's gradient is a number of `e` bytes. It is added to a sum in fp32, which the first chunk makes: out of the
-    gradient itself where that is in fp32.
-    """
-    made = e * conv.weight
-    if first:
-        made += FLOAT * done + (0 if e == FLOAT else FLOAT * conv.weight)
-    return made
 
 
 @lru_cache(maxsize=1024)
@@ -222,14 +212,10 @@ class ResNetLedger:
 
     @property
     def parameters(self) -> Parameters:
-        """Batch norm holds two parameters, two statistics and a count of batches; only convolutions learn."""
-        net = self._network
-        held = FLOAT * (net.weights + 4 * net.channels + 2 * RGB) + LONG * len(net.convs)
-        return Parameters(held, net.weights, len(net.convs), net.weights)
+        return self._network.parameters
 
     def multiply_adds(self, side: int) -> int:
-        net = network(self.name, self.width, side)
-        return sum(conv.weight * conv.result.side**2 for conv in net.convs)
+        return sum(conv.multiply_adds for conv in network(self.name, self.width, side).convs)
 
     def moved(self, side: int) -> int:
         """Three convolutions (forward, and backward for the input and for the weight) each touch what lies on both
@@ -273,14 +259,12 @@ class ResNetLedger:
         """The chunks in reverse, then from the gradients of the folded weights to those of the parameters."""
         net = network(self.name, self.width, work.side)
         play_backward(tally, FLOAT * net.weights, self._folded(net, work), *self._chunks(work))
-        for conv in reversed(net.convs):
-            tally.spike(FLOAT * conv.weight)
-            tally.take((work.gradient - FLOAT) * conv.weight)
+        unfold(tally, net, work.gradient)
 
     @staticmethod
     def _folded(net: Network, work: Pass) -> int:
         """Bytes of the folded weights that are there from forward to backward."""
-        return work.itemsize * (net.stem.weight if work.recompute else net.weights)
+        return work.itemsize * (net.stem[0].weight if work.recompute else net.weights)
 
     def _chunks(self, work: Pass) -> tuple[int, Chunk, Chunk]:
         def part(snippets: int, first: bool, last: bool) -> Chunk:

@@ -7,7 +7,7 @@ autograd's engine takes its nodes: the latest of forward first.
 
 from __future__ import annotations
 
-from lofi_fast.encoder.resnet_table import Block, Conv, Network
+from lofi_fast.encoder.conv_ledger import Block, Network, normalised, normalised_backward, weight_gradient
 from lofi_fast.fidelity import FRAMES_PER_SNIPPET
 from lofi_fast.ledger import FLOAT, LONG, Tally
 
@@ -18,14 +18,14 @@ def play(tally: Tally, net: Network, snippets: int, e: int) -> None:
     `e`: bytes of a number in an activation, 4 in fp32 and 2 under autocast, which keeps a copy of each weight too.
     """
     frames = snippets * FRAMES_PER_SNIPPET
-    size, cast = e * frames, 0 if e == FLOAT else e
-    image, pooled, indices = net.stem.source.numel * frames, size * net.pooled.numel, LONG * frames * net.pooled.numel
+    size, cast, (stem,), x = e * frames, 0 if e == FLOAT else e, net.stem, net.blocks[0].x
+    image, pooled, indices = frames * net.image, size * x.numel, LONG * frames * x.numel
     last = net.blocks[-1].out.numel
     keeps_pooled = net.blocks[0].downsample is not None
 
     tally.spike(3 * FLOAT * image)  # as floats, less the mean, by the deviation
-    tally.take(FLOAT * image + cast * net.stem.source.numel * frames)
-    _normalised(tally, net.stem, size, cast)
+    tally.take(FLOAT * image + cast * net.image * frames)
+    normalised(tally, stem, size, cast)
     if cast:
         tally.take(-FLOAT * image)
     tally.take(pooled + indices)
@@ -40,43 +40,22 @@ def play(tally: Tally, net: Network, snippets: int, e: int) -> None:
     tally.take(size * last)
     for index, block in reversed(list(enumerate(net.blocks))):
         _backward(tally, block, size, cast, index == 0)
-    conv = size * net.stem.result.numel
+    conv = size * stem.result.numel
     tally.take(conv)  # the gradient of the pooling's input
     tally.take(-pooled - indices)
     tally.spike(conv)
     tally.take(-conv)  # the ReLU's gradient takes its input's place, and its output goes
-    _normalised_backward(tally, net.stem, size)
+    normalised_backward(tally, stem, size)
     tally.take(-conv)
-    _weight_gradient(tally, net.stem, cast)
+    weight_gradient(tally, stem, cast)
     tally.take(-conv - e * image)
-
-
-def _normalised(tally: Tally, conv: Conv, size: int, cast: int) -> None:
-    """A convolution and its batch norm, whose mean and inverse deviation are kept."""
-    tally.take(cast * conv.weight + size * conv.result.numel)
-    tally.take(size * conv.result.numel + 2 * FLOAT * conv.result.channels)
-
-
-def _normalised_backward(tally: Tally, conv: Conv, size: int) -> None:
-    """Through the batch norm: the gradient of its input is left beside that of its output; the input goes."""
-    tally.take(size * conv.result.numel + 2 * FLOAT * conv.result.channels)
-    tally.take(-size * conv.result.numel - 2 * FLOAT * conv.result.channels)
-
-
-def _weight_gradient(tally: Tally, conv: Conv, cast: int) -> None:
-    """In the activations' dtype, then in float32; the cast weight goes in between."""
-    tally.take((cast or FLOAT) * conv.weight)
-    if cast:
-        tally.take(-cast * conv.weight)
-        tally.take(FLOAT * conv.weight)
-        tally.take(-cast * conv.weight)
 
 
 def _forward(tally: Tally, block: Block, size: int, cast: int) -> None:
     out = size * block.out.numel
     tally.take(size * block.x.numel)  # shifted
     for conv in block.convs:
-        _normalised(tally, conv, size, cast)
+        normalised(tally, conv, size, cast)
     tally.take(out)
     tally.take(-out if block.downsample is None else -2 * out)  # what was added goes
 
@@ -87,20 +66,20 @@ def _backward(tally: Tally, block: Block, size: int, cast: int, first: bool) -> 
     tally.spike(out)
     tally.take(-out)  # the ReLU's gradient takes its input's place, and its output goes
     if block.downsample is not None:
-        _normalised_backward(tally, block.downsample, size)
+        normalised_backward(tally, block.downsample, size)
         tally.take(x)
-        _weight_gradient(tally, block.downsample, cast)
+        weight_gradient(tally, block.downsample, cast)
         tally.take(-out - (x if first else 0))
     for i in reversed(range(len(block.branch))):
         conv = block.branch[i]
         result, source = size * conv.result.numel, size * conv.source.numel
-        _normalised_backward(tally, conv, size)
+        normalised_backward(tally, conv, size)
         if i + 1 < len(block.branch) or block.downsample is not None:
             tally.take(-result)  # else it is the gradient of the identity too
         tally.take(source)
         tally.spike((cast or FLOAT) * conv.weight)
         tally.take(-result)
-        _weight_gradient(tally, conv, cast)
+        weight_gradient(tally, conv, cast)
         if i > 0:
             tally.spike(source)
             tally.take(-source)
