@@ -178,8 +178,9 @@ class Gathered:
         """Name a video and what is told of it. Raises InputError for a name that no file can have, and for facts that
         contradict earlier ones.
         """
-        check_name(name, where)
-        self._segments.setdefault(name, [])
+        if not isinstance(name, str) or name not in self._segments:
+            check_name(name, where)
+            self._segments[name] = []
         if subset is not None and self._subsets.setdefault(name, subset) != subset:
             raise InputError(f"{where} has the subset {subset}, an earlier line says {self._subsets[name]}")
         seconds = duration_of(duration, where)
@@ -280,19 +281,21 @@ class Table:
         """
         if len(set(self.columns)) < len(self.columns):
             raise InputError(f"{self.path} names a column twice in its first line")
+        words = [name for name in _WORDS if name in self.columns]
         try:
             for row in self._reader:
-                if not any(cell.strip() for cell in row):
+                row = [cell.strip() for cell in row]
+                if not any(row):
                     continue
                 where = f"{self.path} line {self._skipped + self._reader.line_num}"
                 if len(row) > len(self.columns) >= len(_without_blanks(row)):
                     row = row[: len(self.columns)]
                 if len(row) != len(self.columns):
-                    if row[0].lstrip().startswith("#"):
+                    if row[0].startswith("#"):
                         continue  # a comment
                     raise InputError(f"{where} has {len(row)} cells, the first line has {len(self.columns)}")
-                cells = {column: cell.strip() for column, cell in zip(self.columns, row, strict=True)}
-                if torn := next((name for name in _WORDS if re.search(r"[\r\n]", cells.get(name, ""))), None):
+                cells = dict(zip(self.columns, row, strict=True))
+                if torn := next((name for name in words if "\n" in cells[name] or "\r" in cells[name]), None):
                     raise InputError(
                         f"{where} ends a {torn} that began on an earlier line; is a quotation mark left open?"
                     )
