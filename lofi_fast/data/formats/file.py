@@ -266,12 +266,14 @@ class Table:
         self.path = path
         self.separator, rest, before = _beginning(text)
         self._skipped = skipped + before
+        self._begins = 1  # the line of the row that is read next, after those skipped
         strips = self.separator != "\t"
         self._reader = csv.reader(io.StringIO(rest, newline=""), delimiter=self.separator, skipinitialspace=strips)
         try:
             self.columns = _without_blanks([column.strip().lower() for column in next(self._reader, [])])
         except csv.Error as error:
             raise self._invalid(error) from error
+        self._begins = self._reader.line_num + 1
 
     def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
         """(file and line for a sentence, cells by column). Empty lines and comments are passed over.
@@ -284,6 +286,7 @@ class Table:
         words = [name for name in _WORDS if name in self.columns]
         try:
             for row in self._reader:
+                self._begins = self._reader.line_num + 1
                 row = [cell.strip() for cell in row]
                 if not any(row):
                     continue
@@ -304,7 +307,8 @@ class Table:
             raise self._invalid(error) from error
 
     def _invalid(self, error: csv.Error) -> InputError:
-        return InputError(f"{self.path} line {self._skipped + self._reader.line_num} is not valid CSV: {error}")
+        open_quote = "; is a quotation mark left open?" if self._reader.line_num > self._begins else ""
+        return InputError(f"{self.path} line {self._skipped + self._begins} is not valid CSV: {error}{open_quote}")
 
 
 def _without_blanks(cells: list[str]) -> list[str]:
