@@ -17,7 +17,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.machinery import PathFinder
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -136,10 +137,32 @@ def _versions() -> Finding:
         if least and _numbers(found) < _numbers(least):
             wrong.append((f"{name} {found} is older than {least}", f"{name}>={least}"))
     wrong += _not_together()
+    if hidden := _hiding(asked):
+        says = f"taken in place of packages of their names: {', '.join(map(str, hidden))}"
+        return Finding("versions", "broken", says, mend="rename them, or start from another folder")
     if wrong:
         packages = " ".join(f'"{package}"' for _, package in wrong)
         return Finding("versions", "broken", "; ".join(says for says, _ in wrong), mend=f"pip install {packages}")
     return Finding("versions", "ok", f"lofi_fast {__version__}; every package is as new as it asks for")
+
+
+def _hiding(asked: Sequence[str]) -> list[Path]:
+    """Files of this folder, such as a torch.py, that Python imports in place of a package of those `asked` for, as it
+    does where it was started as `python -m`.
+    """
+    names = {_plain(re.split(r"[^\w.-]", line)[0]) for line in asked}
+    elsewhere = [folder for folder in sys.path if Path(folder).resolve() != Path.cwd()]
+    found = []
+    for module, packages in packages_distributions().items():
+        if names & set(map(_plain, packages)):
+            taken, hidden = PathFinder.find_spec(module), PathFinder.find_spec(module, elsewhere)
+            if taken is not None and hidden is not None and taken.origin and taken.origin != hidden.origin:
+                found.append(Path(taken.origin))
+    return sorted(found)
+
+
+def _plain(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def _not_together() -> list[tuple[str, str]]:

@@ -104,6 +104,7 @@ class ExtractFlags:
 class Row:
     """What the index says of one video. Feature i is centred on first_centre + i * stride seconds, which is the middle
     of `frames` frames, frame_stride apart. fps: of the video. size, mtime_ns: of its file, by which another is noticed.
+    bytes: of the file of features, None where a version of before wrote it.
     """
 
     video: str
@@ -120,6 +121,7 @@ class Row:
     stride_frames: float
     frames: int
     frame_stride: int
+    bytes: int | None = None
 
 
 def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> int:
@@ -256,9 +258,13 @@ def _extract(
         for number, (path, name) in enumerate(names.items(), 1):
             row = index.get(name)
             file = flags.out / _file(form, name)
-            if row is not None and _is_of(row, path) and (file.exists() or name in joined):
+            there = file.exists()
+            whole = there and (row is None or row.bytes in (None, file.stat().st_size))
+            if row is not None and _is_of(row, path) and (whole or name in joined):
                 known += 1
             else:
+                if there and not whole:
+                    terminal.say(f"{file}: not as long as it was written; making it anew")
                 try:
                     made = _made(flags, form, path, name, file, session)
                     _add(flags.out, made)
@@ -302,7 +308,7 @@ def _made(flags: ExtractFlags, form: Form, path: Path, name: str, file: Path, se
         video=name, file=HDF5 if form == "h5" else file.name, source=str(path.absolute()), size=info.size,
         mtime_ns=info.mtime_ns, duration=info.duration, fps=info.fps, features=count, channels=features.num_channels,
         first_centre=stride / 2, stride=stride, stride_frames=stride * info.fps, frames=FRAMES_PER_SNIPPET,
-        frame_stride=session.config.data.frame_stride,
+        frame_stride=session.config.data.frame_stride, bytes=file.stat().st_size,
     )  # fmt: skip
 
 

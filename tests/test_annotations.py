@@ -209,6 +209,16 @@ def test_a_quotation_mark_that_is_left_open_swallows_no_line(tmp_path: Path) -> 
         load_annotations(tmp_path / "a.csv")
 
 
+def test_a_row_that_is_too_long_is_told_of_by_the_line_where_it_begins(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('# mine\nvideo,start,end,label\na,1,2,run\nb,1,2,"run\n' + "c,1,2,run\n" * 15_000)
+    with pytest.raises(InputError, match=r"a.csv line 4 is not valid CSV: .*; is a quotation mark left open\?"):
+        load_annotations(path)
+    path.write_text("video,start,end,label\na,1,2,run\nb,1,2," + "n" * 140_000 + "\n")
+    with pytest.raises(InputError, match=r"a.csv line 3 is not valid CSV: field larger than field limit \(\d+\)$"):
+        load_annotations(path)
+
+
 def test_a_comma_that_may_be_between_thousands_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     for time in ("1,250", "12,345", "1,234,567"):

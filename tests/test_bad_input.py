@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from av.video.frame import VideoFrame
 
 import lofi_fast
 from lofi_fast.encoder.tsm import TSMEncoder
+from lofi_fast.errors import InputError
+from lofi_fast.presets import small
 from lofi_fast.run import checkpoint
-from lofi_fast.run.folder import locked
+from lofi_fast.run.folder import choose_folder, locked
 from lofi_fast.train import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -640,6 +642,20 @@ def test_out_holds_a_run(train: Train, run: Path) -> None:
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("left", ["checkpoints/previous.pt", "model.safetensors", "metrics.json"])
+def test_a_run_whose_config_is_gone_is_not_trained_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """Whether --out names it or the preset does."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "small"
+    (run / left).parent.mkdir(parents=True)
+    (run / left).touch()
+    assert choose_folder(small(), resume=False) == Path("runs/small-2")
+    with pytest.raises(InputError, match=r"whose config.json is gone; put it back .*another --out"):
+        choose_folder(replace(small(), out=str(run)), resume=False)
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
@@ -811,11 +827,15 @@ def test_resume_takes_another_cache_and_other_cuts(train: Train, run: Path, tmp_
     assert (done.status, done.err) == (0, "")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", "[" * 3000], ids=["empty", "torn", "list", "number", "deep"])
-def test_resume_with_a_spoilt_config(train: Train, run: Path, content: str) -> None:
-    (run / "config.json").write_text(content)
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "3", "[" * 3000, None], ids=["empty", "torn", "list", "number", "deep", "gone"]
+)
+def test_resume_with_a_spoilt_config(train: Train, run: Path, content: str | None) -> None:
+    (run / "config.json").unlink()
+    if content is not None:
+        (run / "config.json").write_text(content)
     before = contents(run)
-    train("--resume").refused(str(run), "no run to resume", "config.json", "--out")
+    train("--resume").refused(str(run), "no run to resume", "config.json", "put it back as it was, by: ", "--out")
     assert contents(run) == before
 
 

@@ -79,6 +79,18 @@ sys.meta_path.insert(0, Hidden)"""
     assert found["disk"]["state"] in ("ok", "costs") and list(found) == NAMES
 
 
+@pytest.mark.parametrize("name", ["numpy.py", "torch/__init__.py"])
+def test_a_file_that_hides_a_package_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    (tmp_path / "av").mkdir()  # which hides nothing
+    monkeypatch.chdir(tmp_path)
+    assert str(tmp_path) not in doctor._versions().says  # not imported from here
+    monkeypatch.syspath_prepend(tmp_path)
+    found = doctor._versions()
+    assert found.state == "broken" and found.says.endswith(f": {tmp_path / name}") and "rename" in found.mend
+
+
 def test_packages_that_do_not_belong_together(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"av": "17.0.1", "triton": "3.1.0", "torch": "2.13.0+cu130"}
     wishes = {

@@ -128,6 +128,19 @@ def test_annotations_that_leave_out_earlier_videos_are_told(small: SmallRun, tmp
     )
 
 
+def test_features_that_were_cut_off_are_made_anew(small: SmallRun, tmp_path: Path, capsys: Captured) -> None:
+    video = small.validation[0]
+    file = tmp_path / f"{video.stem}.npy"
+    assert extract(small, video, "--out", tmp_path) == 0
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    said(capsys)
+    assert extract(small, video, "--out", tmp_path) == 0
+    assert file.read_bytes() == whole
+    told = said(capsys)
+    assert "making it anew" in told and "already" not in told
+
+
 def test_it_goes_on_and_notices_another_file(small: SmallRun, tmp_path: Path, capsys: Captured) -> None:
     folder, out = tmp_path / "v", tmp_path / "f"
     folder.mkdir()

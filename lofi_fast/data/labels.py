@@ -13,6 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from lofi_fast.errors import InputError
@@ -141,6 +142,7 @@ def require_file(path: Path, flag: str) -> None:
         raise InputError(f"{flag} {path} is a pipe or a device, which can be read only once; write it to a file first")
 
 
+@lru_cache
 def subset_named(text: str) -> str | None:
     """training, validation or testing, by any of its usual spellings, such as "Val", "test_set" or "train-1"."""
     plain = re.sub(r"[\W\d_]+", "", text.casefold())
@@ -175,7 +177,7 @@ def segment_of(start: object, end: object, label: object, where: str) -> Segment
         raise InputError(f"{where} starts at {start_s} s, after its end at {end_s} s")
     if not isinstance(label, str) or not label.strip():
         raise InputError(f"{where} needs a label, not {label!r}")
-    if any("\ud800" <= character <= "\udfff" for character in label):
+    if not label.isascii() and any("\ud800" <= character <= "\udfff" for character in label):
         raise InputError(f"{where} has the label {label!r}, which holds half a character")
     return Segment(start_s, end_s, sys.intern(label.strip()))
 
@@ -194,13 +196,13 @@ def seconds_of(value: object) -> float | None:
         value = value.strip()
         if "_" in value:  # which is between digits to Python alone
             return None
-        if clock := _CLOCK.fullmatch(value):
+        if ":" in value and (clock := _CLOCK.fullmatch(value)):
             hours, minutes = int(clock["hours"] or 0), int(clock["minutes"])
             seconds = float(clock["seconds"].replace(",", "."))
             # 61 s, or 61 min beside hours, is some other notation
             sensible = seconds < 60 and (clock["hours"] is None or minutes < 60)
             return 3600 * hours + 60 * minutes + seconds if sensible else None
-        if _DECIMAL_COMMA.fullmatch(value):
+        if "," in value and _DECIMAL_COMMA.fullmatch(value):
             value = value.replace(",", ".")
     try:
         seconds = float(value)

@@ -18,10 +18,11 @@ from lofi_fast import files
 from lofi_fast.config import STAGES, Config
 from lofi_fast.errors import InputError
 from lofi_fast.files import DISK_FULL
-from lofi_fast.model_file import hint_of_run
+from lofi_fast.model_file import MODEL, hint_of_run
 from lofi_fast.run import events
 from lofi_fast.settings import leaves
 
+LEFT = ("checkpoints/last.pt", "checkpoints/previous.pt", "checkpoints/best.pt", "metrics.json")  # by what was trained
 NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)  # the last: NFS, which locks no folder
 
 
@@ -31,13 +32,20 @@ def choose_folder(config: Config, resume: bool) -> Path:
         asked = Path(config.out)
         if (asked / "config.json").exists() and not resume:
             raise InputError(f"{asked} already holds a run: go on with it by --resume, or name another --out")
+        if holds_run(asked) and not resume:
+            raise InputError(f"{asked} already holds a run, whose config.json is gone; {_put_back(asked)}")
         return asked
     asked = Path("runs") / config.preset
     numbered = [asked, *(asked.with_name(f"{asked.name}-{n}") for n in range(2, 10_000))]
     used = [folder for folder in numbered if (folder / "config.json").exists()]
     if resume and used:
         return max(used, key=lambda folder: (folder / "config.json").stat().st_mtime)
-    return next(folder for folder in numbered if not (folder / "config.json").exists())
+    return next(folder for folder in numbered if not holds_run(folder))
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is anything of a run that another one would replace, be it without its config.json."""
+    return any((folder / name).exists() for name in ("config.json", MODEL, *LEFT)) or has_trained(folder)
 
 
 def require_run(folder: Path) -> None:
@@ -47,18 +55,19 @@ def require_run(folder: Path) -> None:
     except (OSError, ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):
-        hint = _put_back(folder) if (folder / "config.json").exists() else hint_of_run(folder, "config.json")
+        hint = _put_back(folder) if holds_run(folder) else hint_of_run(folder, "config.json")
         raise InputError(f"{folder}: no run to resume (no readable config.json); {hint}")
 
 
 def _put_back(folder: Path) -> str:
-    """What to do about a damaged config.json, whose text a checkpoint holds as well."""
-    last, config = folder / "checkpoints" / "last.pt", folder / "config.json"
-    if not last.exists():
-        return "put it back as it was, or name the --out of another run"
+    """What to do about a config.json that is damaged or gone, whose text a checkpoint holds as well."""
+    config = folder / "config.json"
+    last = next((folder / name for name in LEFT[:2] if (folder / name).exists()), None)
+    if last is None:
+        return "put it back as it was, or name another --out"
     text = "import sys, torch; print(torch.load(sys.argv[1])['config'])"
     command = f'python -c "{text}" {shlex.quote(str(last))} > {shlex.quote(str(config))}'
-    return f"put it back as it was, by: {command}, or name the --out of another run"
+    return f"put it back as it was, by: {command}, or name another --out"
 
 
 def has_checkpoint(config: Config) -> bool:
@@ -67,8 +76,7 @@ def has_checkpoint(config: Config) -> bool:
     Raises InputError when it is not the run of this command, or its checkpoint is unusable, or gone.
     """
     folder = Path(config.out)
-    left = ("checkpoints/last.pt", "checkpoints/previous.pt", "checkpoints/best.pt", "metrics.json")
-    if not any((folder / name).exists() for name in left):
+    if not any((folder / name).exists() for name in LEFT):
         if logged(folder, events.Saved):
             raise InputError(
                 f"{folder}: its log.jsonl tells of checkpoints, and none is there: put them back in "

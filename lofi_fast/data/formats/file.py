@@ -178,8 +178,9 @@ class Gathered:
         """Name a video and what is told of it. Raises InputError for a name that no file can have, and for facts that
         contradict earlier ones.
         """
-        check_name(name, where)
-        self._segments.setdefault(name, [])
+        if not isinstance(name, str) or name not in self._segments:
+            check_name(name, where)
+            self._segments[name] = []
         if subset is not None and self._subsets.setdefault(name, subset) != subset:
             raise InputError(f"{where} has the subset {subset}, an earlier line says {self._subsets[name]}")
         seconds = duration_of(duration, where)
@@ -265,12 +266,14 @@ class Table:
         self.path = path
         self.separator, rest, before = _beginning(text)
         self._skipped = skipped + before
+        self._begins = 1  # the line of the row that is read next, after those skipped
         strips = self.separator != "\t"
         self._reader = csv.reader(io.StringIO(rest, newline=""), delimiter=self.separator, skipinitialspace=strips)
         try:
             self.columns = _without_blanks([column.strip().lower() for column in next(self._reader, [])])
         except csv.Error as error:
             raise self._invalid(error) from error
+        self._begins = self._reader.line_num + 1
 
     def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
         """(file and line for a sentence, cells by column). Empty lines and comments are passed over.
@@ -280,19 +283,22 @@ class Table:
         """
         if len(set(self.columns)) < len(self.columns):
             raise InputError(f"{self.path} names a column twice in its first line")
+        words = [name for name in _WORDS if name in self.columns]
         try:
             for row in self._reader:
-                if not any(cell.strip() for cell in row):
+                self._begins = self._reader.line_num + 1
+                row = [cell.strip() for cell in row]
+                if not any(row):
                     continue
                 where = f"{self.path} line {self._skipped + self._reader.line_num}"
                 if len(row) > len(self.columns) >= len(_without_blanks(row)):
                     row = row[: len(self.columns)]
                 if len(row) != len(self.columns):
-                    if row[0].lstrip().startswith("#"):
+                    if row[0].startswith("#"):
                         continue  # a comment
                     raise InputError(f"{where} has {len(row)} cells, the first line has {len(self.columns)}")
-                cells = {column: cell.strip() for column, cell in zip(self.columns, row, strict=True)}
-                if torn := next((name for name in _WORDS if re.search(r"[\r\n]", cells.get(name, ""))), None):
+                cells = dict(zip(self.columns, row, strict=True))
+                if torn := next((name for name in words if "\n" in cells[name] or "\r" in cells[name]), None):
                     raise InputError(
                         f"{where} ends a {torn} that began on an earlier line; is a quotation mark left open?"
                     )
@@ -301,7 +307,8 @@ class Table:
             raise self._invalid(error) from error
 
     def _invalid(self, error: csv.Error) -> InputError:
-        return InputError(f"{self.path} line {self._skipped + self._reader.line_num} is not valid CSV: {error}")
+        open_quote = "; is a quotation mark left open?" if self._reader.line_num > self._begins else ""
+        return InputError(f"{self.path} line {self._skipped + self._begins} is not valid CSV: {error}{open_quote}")
 
 
 def _without_blanks(cells: list[str]) -> list[str]:

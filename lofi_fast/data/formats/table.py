@@ -59,7 +59,7 @@ def read(file: LabelFile, table: Table) -> list[Video]:
 
 def _is_unclear(time: str, table: Table) -> bool:
     """Whether a time may be of thousands of seconds: programs that write decimal commas separate cells otherwise."""
-    return table.separator == "," and _THOUSANDS.fullmatch(time) is not None
+    return table.separator == "," and "," in time and _THOUSANDS.fullmatch(time) is not None
 
 
 def write(path: Path, videos: Sequence[Video]) -> None:
