@@ -104,7 +104,7 @@ class ExtractFlags:
 class Row:
     """What the index says of one video. Feature i is centred on first_centre + i * stride seconds, which is the middle
     of `frames` frames, frame_stride apart. fps: of the video. size, mtime_ns: of its file, by which another is noticed.
-    bytes: of the file of features, None where a version of before wrote it.
+    bytes: of the file of features; None where it is of all videos, or a version of before wrote it.
     """
 
     video: str
@@ -308,7 +308,7 @@ def _made(flags: ExtractFlags, form: Form, path: Path, name: str, file: Path, se
         video=name, file=HDF5 if form == "h5" else file.name, source=str(path.absolute()), size=info.size,
         mtime_ns=info.mtime_ns, duration=info.duration, fps=info.fps, features=count, channels=features.num_channels,
         first_centre=stride / 2, stride=stride, stride_frames=stride * info.fps, frames=FRAMES_PER_SNIPPET,
-        frame_stride=session.config.data.frame_stride, bytes=file.stat().st_size,
+        frame_stride=session.config.data.frame_stride, bytes=None if form == "h5" else file.stat().st_size,
     )  # fmt: skip
 
 
