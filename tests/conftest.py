@@ -45,10 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def process_as_before() -> Iterator[None]:
     """Whatever a test changes of its process, as commands that run in it do, the next one finds as many threads as all
-    (sums are rounded as threads share them) and the environment as it was.
+    (sums are rounded as threads share them), the environment as it was, and a process that leaves others their turn:
+    as root, encoding AV1 (libsvtav1) makes the calling thread, and all that it starts later, real-time ones.
     """
     environment = dict(os.environ)
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
     yield
+    if os.sched_getscheduler(0) != policy:
+        os.sched_setscheduler(0, policy, priority)
     torch.set_num_threads(THREADS)
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
