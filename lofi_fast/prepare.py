@@ -39,6 +39,7 @@ from lofi_fast.data.video import VideoError
 from lofi_fast.errors import InputError, printable
 from lofi_fast.precision import choose_device
 from lofi_fast.presets import FILE, configured, preset_note, shown_defaults
+from lofi_fast.run.folder import is_held
 from lofi_fast.run.log import Terminal
 from lofi_fast.settings import Section, Setting, read
 
@@ -357,6 +358,11 @@ def _keep(frames: Path, own: Mapping[str, Any], terminal: Terminal) -> None:
         chosen = entries if folder is None else of_run(entries, folder)
         if days is not None:
             chosen = [entry for entry in chosen if entry.used < time.time() - 86_400 * days]
+        training = [run for run in sorted({run for entry in chosen for run in entry.runs}) if is_held(Path(run))]
+        for run in training:
+            needed = [entry for entry in chosen if run in entry.runs]
+            terminal.say(f"note: {len(needed)} of these entries stay: {run} is trained in, and reads them")
+            chosen = [entry for entry in chosen if run not in entry.runs]
         remove(frames, chosen)
         terminal.say(f"{len(chosen)} entries removed, {sum(entry.bytes for entry in chosen) / 1e6:,.1f} MB")
         entries = inventory(frames)

@@ -28,6 +28,7 @@ from lofi_fast.data.survey import survey
 from lofi_fast.errors import InputError
 from lofi_fast.prepare import Shard
 from lofi_fast.presets import configured
+from lofi_fast.run.folder import locked
 from lofi_fast.settings import read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -277,6 +278,25 @@ def test_list_and_clean(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert str(second) in capsys.readouterr().err
     assert program.main(["prepare", "--cache", str(cache), "--clean-run", str(second), "--clean-days", "5"]) == 0
     assert "0 entries removed" in capsys.readouterr().out, "it began today"
+
+
+@pytest.mark.parametrize("how", ["--clean-run", "--clean-days"])
+def test_what_a_training_reads_stays(how: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A training that began long ago is no reason to take its entries from it."""
+    assert prepare(data, tmp_path / "cache") == 0
+    frames, run = tmp_path / "cache" / "frames", tmp_path / "run"
+    entries = inventory(frames)
+    run.mkdir()
+    record_use(frames, run, [str(entry.stem) for entry in entries[:10]])
+    for path in (*frames.glob("*/*.npz"), *frames.glob("*/*.mov"), *frames.glob("uses/*")):
+        os.utime(path, (1, 1))
+    command = ["prepare", "--cache", str(tmp_path / "cache"), how, str(run) if how == "--clean-run" else "5"]
+    with locked(run):
+        assert program.main(command) == 0
+    assert f"10 of these entries stay: {run} is trained in" in capsys.readouterr().out
+    assert {entry.stem for entry in inventory(frames)} >= {entry.stem for entry in entries[:10]}
+    assert program.main(command) == 0
+    assert "10 entries removed" in capsys.readouterr().out, "it has ended"
 
 
 def test_files_of_killed_processes_go_and_those_of_living_ones_stay(data: Path, tmp_path: Path) -> None:

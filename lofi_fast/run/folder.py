@@ -156,6 +156,17 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process is training in a run folder, as far as this machine can know."""
+    try:
+        with locked(folder):
+            return False
+    except InputError:
+        return True
+    except OSError:  # no such folder, or one that this user may not open
+        return False
+
+
 def take_lock(folder: Path, seconds: float) -> bool:
     """Hold a run folder, from now to the end of this process, whose holder is ending. False where another process holds
     it for `seconds` more, and on a file system that has no locks.
