@@ -47,9 +47,12 @@ def replacing(path: Path, before: Path | None = None) -> Iterator[IO[bytes]]:
 
 def reason_of(error: OSError, path: Path) -> str:
     """Why `path` could not be written, in words."""
-    blocks = next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None)
+    try:
+        blocks = next((folder for folder in path.parents if os.path.lexists(folder) and not folder.is_dir()), None)
+    except OSError:  # a folder that this user may not look into
+        blocks = None
     if blocks is not None:  # the system says "File exists" or "Not a directory"
-        return f"{blocks} is a file, not a folder"
+        return f"{blocks} is a file, not a folder" if blocks.exists() else f"{blocks} is a link that leads nowhere"
     return str(error.strerror or error)  # NumPy's own OSError has no strerror
 
 

@@ -24,7 +24,7 @@ import psutil
 import pytest
 from av.video.frame import VideoFrame
 
-from lofi_fast.data.cache import CacheRequest, Skipped, estimate_bytes, file_name, prepare
+from lofi_fast.data.cache import CacheRequest, Skipped, entry_path, estimate_bytes, file_name, prepare
 from lofi_fast.data.entry import CachedVideo
 from lofi_fast.data.pictures import _ahead, cached_size, hold_in_turn
 from lofi_fast.data.video import VideoError, VideoInfo, probe
@@ -600,6 +600,26 @@ def test_a_cache_that_cannot_fit_is_refused_before_anything_is_written(info: Vid
     with pytest.raises(InputError, match="--cache names another folder"):
         prepare([wanted], tmp_path / "cache", 100_000)
     assert contents(tmp_path / "cache") == set()
+
+
+@pytest.mark.parametrize("place", range(4), ids=["cache", "frames", "partial", "entry"])
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_lies_in_the_place_of_a_folder_is_named(kind: str, place: int, tmp_path: Path) -> None:
+    wanted = request(write_video(tmp_path / "v.mp4", 3))
+    frames = tmp_path / "cache" / "frames"
+    of_entry = entry_path(wanted, frames, 32).parent
+    blocked = (frames.parent, frames, frames / "partial", of_entry)[place]
+    blocked.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "file":
+        blocked.touch()
+    else:
+        blocked.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError) as caught:
+        prepare([wanted], frames, 32)
+    what = "a file, not a folder" if kind == "file" else "a link that leads nowhere"
+    assert str(caught.value) == (
+        f"the cache folder {frames} cannot be written: {blocked} is {what}; --cache names another"
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

@@ -316,6 +316,8 @@ def _writing_to(folder: Path) -> Iterator[None]:
             reason = "the disk is full"
         elif error.errno == errno.EFBIG:
             reason = "a file would be larger than this system allows"
+        elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+            reason = files.reason_of(error, Path(error.filename or folder) / "file")
         else:
             reason = (error.strerror or str(error)).lower()
         raise InputError(f"the cache folder {folder} cannot be written: {reason}; --cache names another") from error
