@@ -227,7 +227,8 @@ def _command(argv: list[str], owns_process: bool) -> int:
         if stop.folder is not None:
             again = f"go on with: lofi-fast train --resume {shlex.quote(str(stop.folder))}"
         if speaks():
-            print(f"stopped by {stopped.signal.name}; {again}")
+            by = "a signal to another process" if stopped.signal is None else stopped.signal.name
+            print(f"stopped by {by}; {again}")
         return INTERRUPTED if stopped.signal is signal.SIGINT else 0
     _reported(finished)
     return 0

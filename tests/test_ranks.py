@@ -241,18 +241,18 @@ def test_two_agents_with_a_process_each_train_as_one_agent_with_two(job: Job) ->
         assert job.read("agents", file) == job.read("together", file)
 
 
-def kill_in_joint(job: Job, name: str, process: subprocess.Popen[str], rank: int) -> None:
-    """Kill one of torchrun's processes once the joint stage has made a step."""
+def send_in_joint(job: Job, name: str, process: subprocess.Popen[str], number: signal.Signals, rank: int) -> None:
+    """Send a signal to one of torchrun's processes once the joint stage has made a step."""
     deadline = time.monotonic() + PATIENCE
     while not any(event["stage"] == "joint" for event in job.events(name, "step")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    os.kill(child(process.pid, f"RANK={rank}"), signal.SIGKILL)
+    os.kill(child(process.pid, f"RANK={rank}"), number)
 
 
 def test_a_killed_process_ends_all_and_another_number_goes_on(job: Job) -> None:
     with job.started(2, "killed") as process:
-        kill_in_joint(job, "killed", process, rank=1)
+        send_in_joint(job, "killed", process, signal.SIGKILL, rank=1)
         done = ended(process)
     assert done.status != 0
     assert not (job.folder / "killed" / "metrics.json").exists()
@@ -267,13 +267,29 @@ def test_a_killed_process_ends_all_and_another_number_goes_on(job: Job) -> None:
 
 def test_when_the_first_process_is_killed_another_saves_and_torchrun_goes_on_from_there(job: Job) -> None:
     with job.started(2, "restarted", restarts=1) as process:
-        kill_in_joint(job, "restarted", process, rank=0)
+        send_in_joint(job, "restarted", process, signal.SIGKILL, rank=0)
         done = ended(process)
     assert done.status == 0, done.err
     assert "process 0 has ended: process 1 saves in its place" in done.out
     assert "resuming at joint" in done.out and "resuming at joint, epoch 1, step 1\n" not in done.out
     same_losses(job, "restarted")
     same_detections(job, "restarted")
+
+
+def test_one_process_that_is_told_to_stop_stops_all_and_none_takes_the_training_for_done(job: Job) -> None:
+    with job.started(2, "told") as process:
+        send_in_joint(job, "told", process, signal.SIGTERM, rank=1)
+        done = ended(process)
+    assert done.status == 0, done.err
+    assert (
+        f"stopped by a signal to another process; go on with: lofi-fast train --resume {job.folder / 'told'}"
+        in done.out
+    )
+    assert not job.events("told", "done") and not (job.folder / "told" / "model.safetensors").exists()
+    done = job.run(1, "told", "--resume")
+    assert done.status == 0, done.err
+    same_losses(job, "told")
+    same_detections(job, "told")
 
 
 def test_two_processes_share_the_videos_of_detect(job: Job) -> None:

@@ -18,11 +18,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has ended the run; `signal` says which."""
+    """A signal has ended the run; `signal` says which, None where another process of the run was sent it."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int | None = None) -> None:
         super().__init__()
-        self.signal = signal.Signals(number)
+        self.signal = None if number is None else signal.Signals(number)
 
 
 class Stop:

@@ -50,7 +50,7 @@ from lofi_fast.run.log import RunLog, SilentLog
 from lofi_fast.run.networks import Networks
 from lofi_fast.run.processes import Processes, check_alike, check_batches, check_data, check_same, opened
 from lofi_fast.run.state import Machine, Run, environment, open_run
-from lofi_fast.run.stop import Stop
+from lofi_fast.run.stop import Stop, Stopped
 from lofi_fast.run.tensorboard import Board
 from lofi_fast.run.trained_on import RECORD
 from lofi_fast.settings import leaves
@@ -164,6 +164,8 @@ def _run_job(
             pretrain(run, extra)
             joint(run)
             train_head(run, extra)
+        if run.stopped:  # since another process was told to
+            raise Stopped
         result = evaluate(run)
         give_back()
         if processes.first and set(config.stages) != {"pretrain"}:  # which trains no head
