@@ -244,7 +244,8 @@ def run(main: Callable[[], int | None]) -> int:
             return _end(f"error: the output cannot be written: {error.strerror}", 2)
         if error.filename is None or error.errno is None:
             raise
-        mend = "change --out or --cache, or free some space" if error.errno in UNWRITABLE else "name another place"
+        mend = "change --out or --cache" if error.errno in UNWRITABLE else "name another place"
+        mend += ", or free some space" if error.errno in DISK_FULL else ""
         return _end(f"error: {error.filename}: {error.strerror}; {mend}", 2)
     except (RuntimeError, MemoryError) as error:
         from lofi_fast.memory.meter import is_out_of_memory  # imports torch, which by now is there

@@ -424,6 +424,10 @@ def test_a_picture_that_has_changed_is_noticed_and_made_again(tmp_path: Path) ->
     for ours, theirs in zip(again.read(np.arange(12)), pictures, strict=True):
         assert np.array_equal(ours, theirs)
 
+    again.path.unlink()
+    with pytest.raises(InputError, match=r"\.mov cannot be read: No such file or directory; run again"):
+        again.read(np.arange(12))
+
 
 def test_a_complete_cache_needs_no_write_access(tmp_path: Path) -> None:
     wanted = request(write_video(tmp_path / "v.mp4", 5))

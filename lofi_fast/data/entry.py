@@ -107,7 +107,9 @@ class CachedVideo:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise InputError(f"cache file {self.path} cannot be read: {error.strerror}") from error
+            raise InputError(
+                f"cache file {self.path} cannot be read: {error.strerror}; run again, which makes it anew"
+            ) from error
         return pictures
 
     def _damaged(self, position: int) -> InputError:

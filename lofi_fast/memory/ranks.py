@@ -34,7 +34,8 @@ def answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0].partition("] ")[2] or str(error).partition("\n")[0]
+        said = str(error).partition("\n")[0]
+        reason = (said.partition("] ")[2] or said).partition(". ")[0]  # after its place in the code, without advice
         raise LostProcess(
             f"process {distributed.get_rank()} has lost another of the {distributed.get_world_size()} processes, which "
             f"has ended or did not answer within {TIMEOUT_SECONDS / 60:.0f} minutes ({reason}); its own output says why"
