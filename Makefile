@@ -17,8 +17,10 @@ STUBS := $(wildcard tests/null_gpu/*.[ch] tests/null_gpu/*.cpp)
 train: $(VENV)/installed
 	$(BIN)/python -m lofi_fast.train --mem-budget $(BUDGET) $(ARGS)
 
+# A test that hangs for 20 minutes ends its process, with the stacks of its threads; the others go on without it.
 test: check
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
+		-o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true $(ARGS)
 
 check: $(VENV)/tested-with
 	$(BIN)/ruff check
