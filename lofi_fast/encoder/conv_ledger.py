@@ -49,6 +49,13 @@ class Conv:
     def multiply_adds(self) -> int:
         return self.weight * (self.result.numel // self.result.channels)
 
+    @cached_property
+    def moved(self) -> int:
+        """Numbers read and written: what lies on both sides, by three convolutions (forward, and backward for the input
+        and for the weight); and its output, and the gradient of that, by what follows it.
+        """
+        return 3 * (self.source.numel + self.result.numel) + 4 * self.result.numel
+
 
 @dataclass(frozen=True)
 class Block:
@@ -141,7 +148,8 @@ def unfold(tally: Tally, net: Network, gradient: int) -> None:
         tally.take((gradient - FLOAT) * conv.weight)
 
 
-# Live batch norm: `size` is the bytes of an activation's number times how many of them, `cast` those of a weight's copy
+# Live batch norm. `size`: bytes of a number, times the frames or snippets; `cast`: bytes of a number in the copy that
+# autocast keeps of a weight, 0 without
 
 
 def normalised(tally: Tally, conv: Conv, size: int, cast: int) -> None:

@@ -194,16 +194,10 @@ class R2Plus1DLedger:
         return self._network.parameters
 
     def multiply_adds(self, side: int) -> int:
-        convs = network(self.width, side).convs
-        return sum(conv.multiply_adds for conv in convs) // FRAMES_PER_SNIPPET
+        return sum(conv.multiply_adds for conv in network(self.width, side).convs) // FRAMES_PER_SNIPPET
 
     def moved(self, side: int) -> int:
-        """Three convolutions (forward, and backward for the input and for the weight) each touch what lies on both
-        sides; what follows a convolution reads and writes its output, and its gradient again.
-        """
-        convs = network(self.width, side).convs
-        convolutions = sum(3 * (conv.source.numel + conv.result.numel) for conv in convs)
-        return (convolutions + sum(4 * conv.result.numel for conv in convs)) // FRAMES_PER_SNIPPET
+        return sum(conv.moved for conv in network(self.width, side).convs) // FRAMES_PER_SNIPPET
 
     @property
     def _network(self) -> Network:

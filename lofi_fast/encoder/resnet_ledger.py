@@ -218,14 +218,9 @@ class ResNetLedger:
         return sum(conv.multiply_adds for conv in network(self.name, self.width, side).convs)
 
     def moved(self, side: int) -> int:
-        """Three convolutions (forward, and backward for the input and for the weight) each touch what lies on both
-        sides; what follows a convolution reads and writes its output, and its gradient again; and a block's input is
-        shifted forward, once more in backward, and its gradient is shifted back.
-        """
+        """A block's input is shifted forward, once more in backward, and its gradient is shifted back."""
         net = network(self.name, self.width, side)
-        convolutions = sum(3 * (conv.source.numel + conv.result.numel) for conv in net.convs)
-        pointwise = sum(4 * conv.result.numel for conv in net.convs)
-        return convolutions + pointwise + sum(3 * 2 * block.x.numel for block in net.blocks)
+        return sum(conv.moved for conv in net.convs) + sum(3 * 2 * block.x.numel for block in net.blocks)
 
     @property
     def _network(self) -> Network:
