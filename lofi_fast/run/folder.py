@@ -45,7 +45,7 @@ def choose_folder(config: Config, resume: bool) -> Path:
 
 def holds_run(folder: Path) -> bool:
     """Whether there is anything of a run that another one would replace, be it without its config.json."""
-    return any((folder / name).exists() for name in ("config.json", MODEL, *LEFT)) or has_trained(folder)
+    return any((folder / name).exists() for name in ("config.json", MODEL, "metrics.json")) or has_trained(folder)
 
 
 def require_run(folder: Path) -> None:
